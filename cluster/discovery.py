@@ -1,0 +1,280 @@
+"""mDNS: a hint where a coordinator may be. Never membership, never trust.
+
+Anybody on the network can announce anything, and a crash is noticed only after many minutes. So
+what is found here is tried with the keyring's key, and liveness comes from heartbeats. Where
+multicast does not work, static addresses do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import ipaddress
+import queue
+import re
+import socket
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Final
+
+import psutil
+import structlog
+from zeroconf import (
+    BadTypeInNameException,
+    IPVersion,
+    ServiceBrowser,
+    ServiceInfo,
+    ServiceStateChange,
+    Zeroconf,
+)
+from zeroconf import Error as ZeroconfError
+
+from cluster.security import check_cluster_name
+from meshinfer import limits
+
+log = structlog.get_logger(__name__)
+
+SERVICE: Final = "_meshinfer._tcp.local."
+STATIC_HINT: Final = "static addresses still work: --coordinator HOST:PORT"
+
+_VIRTUAL: Final = re.compile(r"docker|veth|br-")  # by the name's beginning
+_HOST_CHARS: Final = 24  # an instance label has 63 bytes: cluster, '@', host, and room for '-2'
+_RESOLVE_MS: Final = 300
+_RESOLVE_TRIES: Final = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What somebody announced. Nothing of it is proven; ``protocol`` is (lowest, highest)."""
+
+    cluster: str
+    host: str
+    port: int
+    protocol: tuple[int, int]
+    fingerprint: str
+    instance: str
+
+
+def fingerprint(key: str) -> str:
+    """A short digest of a public key: tells coordinators apart, proves nothing."""
+    return hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+def interface_addresses() -> list[str]:
+    """The IPv4 address of each interface that leads to other machines; loopback if none does."""
+    up = {name for name, stats in psutil.net_if_stats().items() if stats.isup}
+    found: list[str] = []
+    loopback: list[str] = []
+    for name, addresses in sorted(psutil.net_if_addrs().items()):
+        if name not in up or _VIRTUAL.match(name):
+            continue
+        for address in addresses:
+            if address.family == socket.AF_INET:
+                lo = ipaddress.ip_address(address.address).is_loopback
+                (loopback if lo else found).append(address.address)
+    return found or loopback[:1]
+
+
+class Announcement:
+    """A running announcement, until ``close``; inert where mDNS does not work."""
+
+    def __init__(self, zeroconf: Zeroconf | None = None, info: ServiceInfo | None = None) -> None:
+        self._zeroconf = zeroconf
+        self._registration: Future[None] | None = None
+        if zeroconf is not None and info is not None:
+            assert zeroconf.loop is not None
+            # Probing for a name conflict and announcing take about a second: not on our time.
+            self._registration = asyncio.run_coroutine_threadsafe(
+                _register(zeroconf, info), zeroconf.loop
+            )
+            self._registration.add_done_callback(_log_failure)
+
+    @property
+    def active(self) -> bool:
+        """Whether anybody can find us by mDNS."""
+        return self._zeroconf is not None
+
+    def close(self) -> None:
+        """Say goodbye, so that browsers forget us at once, and stop."""
+        zeroconf, self._zeroconf = self._zeroconf, None
+        if zeroconf is None:
+            return
+        if self._registration is not None and not self._registration.done():
+            # Else its last packets could follow the goodbye.
+            self._registration.cancel()
+        try:
+            # This one waits for its packets; the synchronous unregister_service does not
+            # (it returns with the sending task), and a close() right after it cancels them.
+            zeroconf.unregister_all_services()
+        except (OSError, ZeroconfError, RuntimeError) as error:
+            log.warning("no goodbye on mDNS", error=str(error))
+        finally:
+            zeroconf.close()
+
+
+async def _register(zeroconf: Zeroconf, info: ServiceInfo) -> None:
+    # Another process of this name on this host: take "name-2". Twice awaited: the second is the
+    # sending itself.
+    await (await zeroconf.async_register_service(info, allow_name_change=True))
+
+
+def _log_failure(registration: Future[None]) -> None:
+    if not registration.cancelled() and (error := registration.exception()) is not None:
+        log.warning("mDNS announcement failed", error=repr(error), hint=STATIC_HINT)
+
+
+def announce(
+    cluster: str,
+    port: int,
+    *,
+    key: str,
+    protocol: tuple[int, int],
+    interfaces: Sequence[str] | None = None,
+) -> Announcement:
+    """Announce a coordinator that listens on ``port`` of these interfaces' addresses.
+
+    Where that is impossible (port 5353 taken, no interface), it says so and goes on without.
+    """
+    check_cluster_name(cluster)
+    addresses = list(interfaces) if interfaces is not None else interface_addresses()
+    zeroconf = _open(addresses)
+    if zeroconf is None:
+        return Announcement()
+    host = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:_HOST_CHARS]
+    info = ServiceInfo(
+        SERVICE,
+        f"{cluster}@{host}.{SERVICE}",
+        port=port,
+        properties={
+            "cluster": cluster,
+            "protocol": f"{protocol[0]}-{protocol[1]}",
+            "key": fingerprint(key),
+        },
+        parsed_addresses=addresses,
+    )
+    return Announcement(zeroconf, info)
+
+
+def browse(
+    cluster: str | None,
+    *,
+    timeout_s: float,
+    interfaces: Sequence[str] | None = None,
+    until: int | None = None,
+) -> list[Found]:
+    """Coordinators of this cluster (None: of any) heard of within the time, sorted by instance.
+
+    Returns as soon as ``until`` are found. Looks at DISCOVERED names at most: a flood of forged
+    records can hide a coordinator from mDNS, but cost neither memory nor more time than given.
+    """
+    deadline = time.monotonic() + timeout_s
+    addresses = list(interfaces) if interfaces is not None else interface_addresses()
+    zeroconf = _open(addresses)
+    if zeroconf is None:
+        return []
+    # Filled by zeroconf's thread; whatever does not fit is not looked at.
+    changes: queue.Queue[tuple[str, bool]] = queue.Queue(maxsize=limits.DISCOVERED)
+
+    def changed(name: str, state_change: ServiceStateChange, **_: object) -> None:
+        ours = cluster is None or name.startswith(f"{cluster}@")
+        if ours and len(name) <= 63 + len(SERVICE) + 1:
+            with suppress(queue.Full):
+                changes.put_nowait((name, state_change is not ServiceStateChange.Removed))
+
+    try:
+        browser = ServiceBrowser(zeroconf, SERVICE, handlers=[changed])
+        try:
+            return _collect(zeroconf, changes, cluster, deadline, until)
+        finally:
+            browser.cancel()
+    finally:
+        zeroconf.close()
+
+
+def _collect(
+    zeroconf: Zeroconf,
+    changes: queue.Queue[tuple[str, bool]],
+    cluster: str | None,
+    deadline: float,
+    until: int | None,
+) -> list[Found]:
+    found: dict[str, Found] = {}
+    tries: dict[str, int] = {}
+    while until is None or len(found) < until:
+        remaining = deadline - time.monotonic()
+        if remaining <= 0:
+            break
+        try:
+            name, there = changes.get(timeout=remaining)
+        except queue.Empty:
+            break
+        if not there:
+            found.pop(name, None)
+            continue
+        if name not in tries and len(tries) >= limits.DISCOVERED:
+            continue  # a flood
+        if tries.setdefault(name, 0) >= _RESOLVE_TRIES:
+            continue  # does not answer, or comes and goes
+        tries[name] += 1
+        wait_ms = min(_RESOLVE_MS, max(1, int((deadline - time.monotonic()) * 1000)))
+        hit = _resolve(zeroconf, name, cluster, wait_ms)
+        if hit is not None:
+            found[name] = hit
+        else:
+            with suppress(queue.Full):
+                changes.put_nowait((name, True))  # behind the others
+    return [found[name] for name in sorted(found)]
+
+
+def _resolve(zeroconf: Zeroconf, name: str, cluster: str | None, wait_ms: int) -> Found | None:
+    """Ask for a name's address and text; None if they do not come or make no sense."""
+    try:
+        info = zeroconf.get_service_info(SERVICE, name, timeout=wait_ms)
+    except (BadTypeInNameException, ZeroconfError, OSError, RuntimeError):
+        return None
+    if info is None or not info.port or len(info.text or b"") > limits.DISCOVERY_TXT_BYTES:
+        return None
+    try:
+        fields = {k.decode(): (v or b"").decode() for k, v in info.properties.items()}
+    except UnicodeDecodeError:
+        return None
+    speaks = re.fullmatch(r"(\d{1,5})-(\d{1,5})", fields.get("protocol", ""))
+    named, print_of_key = fields.get("cluster", ""), fields.get("key", "")
+    hosts = info.parsed_addresses(IPVersion.V4Only)[: limits.DISCOVERED]
+    if not speaks or not hosts or not re.fullmatch(r"[0-9a-f]{16}", print_of_key):
+        return None
+    if not name.startswith(f"{named}@") or (cluster is not None and named != cluster):
+        return None
+    instance = name.removesuffix(f".{SERVICE}")
+    protocol = (int(speaks[1]), int(speaks[2]))
+    return Found(named, _nearest(hosts), info.port, protocol, print_of_key, instance)
+
+
+def _nearest(hosts: list[str]) -> str:
+    """Of a coordinator's addresses one on a network of ours, else the first."""
+    networks = [
+        ipaddress.ip_network(f"{address.address}/{address.netmask}", strict=False)
+        for addresses in psutil.net_if_addrs().values()
+        for address in addresses
+        if address.family == socket.AF_INET and address.netmask
+    ]
+    near = [h for h in hosts if any(ipaddress.ip_address(h) in network for network in networks)]
+    return (near or hosts)[0]
+
+
+def _open(addresses: list[str]) -> Zeroconf | None:
+    """Zeroconf on exactly these addresses (its own choice fails without a default route)."""
+    if not addresses:
+        log.warning("no network interface for mDNS", hint=STATIC_HINT)
+        return None
+    try:
+        # In a thread of its own even if the caller has an event loop.
+        return Zeroconf(interfaces=addresses, ip_version=IPVersion.V4Only, use_asyncio=False)
+    except (OSError, ValueError, RuntimeError) as error:
+        log.warning(
+            "mDNS does not work here", error=str(error), addresses=addresses, hint=STATIC_HINT
+        )
+        return None

@@ -1,0 +1,57 @@
+"""MeshInfer: one vision model on many small computers. ``import meshinfer as mi``.
+
+Nothing heavy is imported until it is used, so a worker stays small.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cluster.client import AsyncClient as AsyncClient
+    from cluster.client import Client as Client
+    from cluster.client import Result as Result
+    from cluster.local import LocalCluster as LocalCluster
+    from meshinfer.executor import run_plan as run_plan
+    from meshinfer.image import ImageSpec as ImageSpec
+    from meshinfer.importers import load as load
+    from meshinfer.plan import Plan as Plan
+    from meshinfer.validate import validate as validate
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AsyncClient": "cluster.client",
+    "Client": "cluster.client",
+    "Result": "cluster.client",
+    "LocalCluster": "cluster.local",
+    "run_plan": "meshinfer.executor",
+    "ImageSpec": "meshinfer.image",
+    "load": "meshinfer.importers",
+    "Plan": "meshinfer.plan",
+    "validate": "meshinfer.validate",
+    **dict.fromkeys(
+        (
+            "MeshInferError InvalidInput ModelNotFound QueueFull DeadlineExceeded NotEnoughMemory "
+            "ClusterUnavailable WorkerLost AuthError ProtocolMismatch ConfigurationError"
+        ).split(),
+        "meshinfer.errors",
+    ),
+}
+
+__all__ = ["__version__", *_HOMES]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'meshinfer' has no attribute {name!r}")
+    if name == "validate":  # also the name of the module that holds it
+        from meshinfer.validate import validate
+
+        return validate
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

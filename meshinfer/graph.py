@@ -1,0 +1,268 @@
+"""The imported model: operators in topological order, values, and what is alive at a cut.
+
+Built over onnx-ir, which holds the weights without copying them. A graph never changes after
+import; node indices and value names are only meaningful together with its digest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from meshinfer.geometry import Box
+from meshinfer.identity import Digest
+
+CONSTANT_ELEMENTS = 1024
+"""Initializers up to this size are read to resolve shapes, axes and bounds (ONNX keeps those small)."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Op:
+    """One node: its names, attributes and the graph in which they mean something.
+
+    ``inputs`` has an empty name where an optional input is left out; ``captured`` are the values of
+    the outer scope that a subgraph attribute (If, Loop, Scan) reads.
+    """
+
+    index: int
+    graph: Graph
+    type: str
+    domain: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    captured: tuple[str, ...]
+    attributes: Mapping[str, Any]
+    proto: onnx.NodeProto
+
+    def shape(self, position: int = 0) -> tuple[int, ...]:
+        """Static shape of an input."""
+        shape = self.graph.shape(self.inputs[position])
+        assert shape is not None, f"{self} has an input of unknown shape"
+        return shape
+
+    def out_shape(self, position: int = 0) -> tuple[int, ...]:
+        """Static shape of an output."""
+        shape = self.graph.shape(self.outputs[position])
+        assert shape is not None, f"{self} has an output of unknown shape"
+        return shape
+
+    def has(self, position: int) -> bool:
+        """Whether this optional input is given."""
+        return position < len(self.inputs) and self.inputs[position] != ""
+
+    def constant(self, position: int) -> np.ndarray[Any, Any] | None:
+        """The value of a small input that is an initializer; None when it is not."""
+        return self.graph.constant(self.inputs[position]) if self.has(position) else None
+
+    def __str__(self) -> str:
+        return f"{self.type}#{self.index}({self.outputs[0] if self.outputs else ''})"
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """A model with static shapes where it has them. Use ``meshinfer.importers`` to make one."""
+
+    model: ir.Model
+    report: tuple[str, ...] = ()
+    _memo: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def ops(self) -> tuple[Op, ...]:
+        return tuple(self._op(i, node) for i, node in enumerate(self.model.graph))
+
+    @cached_property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the tensors a request must give."""
+        return tuple(_name(v) for v in self.model.graph.inputs)
+
+    @cached_property
+    def outputs(self) -> tuple[str, ...]:
+        return tuple(_name(v) for v in self.model.graph.outputs)
+
+    @cached_property
+    def opset(self) -> int:
+        return self.model.opset_imports.get("", 1)
+
+    @cached_property
+    def values(self) -> Mapping[str, ir.Value]:
+        """Every value of the main graph by name: inputs, initializers and node outputs."""
+        found = {_name(v): v for v in self.model.graph.inputs}
+        found.update({_name(v): v for v in self.model.graph.initializers.values()})
+        for node in self.model.graph:
+            found.update({_name(v): v for v in node.outputs if v.name})
+        return found
+
+    @cached_property
+    def producer(self) -> Mapping[str, int]:
+        """Index of the op that makes a value; inputs and initializers have none."""
+        return {name: op.index for op in self.ops for name in op.outputs if name}
+
+    @cached_property
+    def last_use(self) -> Mapping[str, int]:
+        """Index of the last op that reads a value; ``len(ops)`` for the model's outputs."""
+        last: dict[str, int] = {}
+        for op in self.ops:
+            for name in (*op.inputs, *op.captured):
+                last[name] = op.index
+        last.update({name: len(self.ops) for name in self.outputs})
+        return last
+
+    def is_initializer(self, value: str) -> bool:
+        return value in self.model.graph.initializers
+
+    def weight(self, value: str) -> np.ndarray[Any, Any]:
+        """An initializer as an array (memory-mapped where the file allows it)."""
+        tensor = self.model.graph.initializers[value].const_value
+        assert tensor is not None, f"initializer {value} has no data"
+        return tensor.numpy()
+
+    def weight_bytes(self, value: str, box: Box) -> memoryview:
+        """The raw little-endian bytes of a box of an initializer, in C order."""
+        return _bytes_of(np.ascontiguousarray(self.weight(value)[box.within(self.whole(value))]))
+
+    def weight_digest(self, value: str, box: Box) -> str:
+        """SHA-256 of ``weight_bytes``, remembered."""
+        key = f"{value}{box}"
+        if key not in self._memo:
+            self._memo[key] = hashlib.sha256(self.weight_bytes(value, box)).hexdigest()
+        return str(self._memo[key])
+
+    def constant(self, value: str) -> np.ndarray[Any, Any] | None:
+        """A small initializer as an array; None when the value is computed, or large."""
+        if not self.is_initializer(value):
+            return None
+        shape = self.shape(value)
+        if shape is None or int(np.prod(shape, dtype=np.int64)) > CONSTANT_ELEMENTS:
+            return None
+        if value not in self._memo:
+            self._memo[value] = np.array(self.weight(value))
+        result: np.ndarray[Any, Any] = self._memo[value]
+        return result
+
+    def shape(self, value: str) -> tuple[int, ...] | None:
+        """Static shape; None when it depends on data, or when the value is no tensor."""
+        found = self.values.get(value)
+        if found is None or not isinstance(found.type, ir.TensorType) or found.shape is None:
+            return None
+        dims = tuple(found.shape)
+        if all(isinstance(d, int) for d in dims):
+            return tuple(int(d) for d in dims)  # type: ignore[arg-type]
+        return None
+
+    def dtype(self, value: str) -> ir.DataType | None:
+        """Element type; None for values that are no tensors (sequences, optionals)."""
+        found = self.values[value]
+        return found.type.dtype if isinstance(found.type, ir.TensorType) else None
+
+    def numpy_dtype(self, value: str) -> np.dtype[Any]:
+        """Element type as numpy's. Raises ``TypeError`` when numpy has none."""
+        dtype = self.dtype(value)
+        if dtype is None:
+            raise TypeError(f"value {value!r} is no tensor")
+        return dtype.numpy()
+
+    def whole(self, value: str) -> Box:
+        """The box of the whole value; the box without axes where the shape is not static (WHOLE)."""
+        shape = self.shape(value)
+        return Box.whole(shape) if shape is not None else Box(())
+
+    def nbytes(self, value: str, box: Box | None = None) -> int:
+        """Bytes of a box of a value (of all of it by default); 0 where they are not known."""
+        dtype = self.dtype(value)
+        if dtype is None:
+            return 0
+        volume = self.whole(value).volume if box is None else box.volume
+        return int(volume * dtype.itemsize + 0.999)
+
+    def produced(self, start: int, stop: int) -> tuple[str, ...]:
+        """Values made by ops ``[start, stop)``, in order."""
+        return tuple(name for op in self.ops[start:stop] for name in op.outputs if name)
+
+    def live(self, cut: int) -> tuple[str, ...]:
+        """Values made before ``cut`` and read at or after it, or asked for as outputs.
+
+        These are what crosses from the stages before a cut to those after it.
+        """
+        return tuple(name for name in self.produced(0, cut) if self.last_use.get(name, -1) >= cut)
+
+    def live_outputs(self, start: int, stop: int) -> tuple[str, ...]:
+        """Values that a stage ``[start, stop)`` makes for others: its live values at ``stop``."""
+        return tuple(
+            name for name in self.produced(start, stop) if self.last_use.get(name, -1) >= stop
+        )
+
+    @cached_property
+    def cut_points(self) -> tuple[int, ...]:
+        """Positions ``0 < i < len(ops)`` where only tensors are alive: a sequence cannot travel."""
+        return tuple(
+            cut
+            for cut in range(1, len(self.ops))
+            if all(self.dtype(name) not in (None, ir.DataType.STRING) for name in self.live(cut))
+        )
+
+    @cached_property
+    def digest(self) -> Digest:
+        """SHA-256 over nodes, attributes, types and weights: what makes indices comparable."""
+        total = hashlib.sha256()
+        for op in self.ops:
+            total.update(op.proto.SerializeToString(deterministic=True))
+        for name in (*self.inputs, *self.outputs):
+            total.update(f"{name}:{self.dtype(name)}:{self.shape(name)};".encode())
+        for name in sorted(self.model.graph.initializers):
+            array = np.ascontiguousarray(self.weight(name))
+            total.update(f"{name}:{array.dtype}:{array.shape};".encode())
+            total.update(_bytes_of(array))
+        return Digest(total.hexdigest())
+
+    def _op(self, index: int, node: ir.Node) -> Op:
+        proto = ir.to_proto(node)
+        return Op(
+            index=index,
+            graph=self,
+            type=node.op_type,
+            domain="" if node.domain == "ai.onnx" else node.domain,
+            inputs=tuple("" if v is None else _name(v) for v in node.inputs),
+            outputs=tuple(v.name or "" for v in node.outputs),
+            captured=_captured(node),
+            attributes={a.name: onnx.helper.get_attribute_value(a) for a in proto.attribute},
+            proto=proto,
+        )
+
+
+def _name(value: ir.Value) -> str:
+    assert value.name, "a value without a name"
+    return value.name
+
+
+def _bytes_of(array: np.ndarray[Any, Any]) -> memoryview:
+    if array.dtype == object:  # strings
+        return memoryview(repr(array.tolist()).encode())
+    return memoryview(array.reshape(-1).view(np.uint8) if array.size else b"")
+
+
+def _captured(node: ir.Node) -> tuple[str, ...]:
+    """Outer values read inside the node's subgraphs, in order of their first use."""
+    found: dict[str, None] = {}
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            graphs = [attribute.as_graph()]
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            graphs = list(attribute.as_graphs())
+        else:
+            continue
+        for graph in graphs:
+            for inner in ir.traversal.RecursiveGraphIterator(graph):
+                for value in inner.inputs:
+                    if value is not None and value.graph is node.graph and value.name:
+                        found[value.name] = None
+            for value in graph.outputs:
+                if value is not None and value.graph is node.graph and value.name:
+                    found[value.name] = None
+    return tuple(found)

@@ -1,0 +1,77 @@
+"""Puts an image spec's arithmetic in front of a model, so that uint8 pixels travel and not floats."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from meshinfer.errors import InvalidInput
+from meshinfer.image import ImageSpec
+
+
+def with_image_input(proto: onnx.ModelProto, spec: ImageSpec) -> None:
+    """Replace input ``spec.input`` (float) by uint8 [1, H, W, C] pixels, in place.
+
+    H and W stay open. Computes ``(pixels * scale - mean) / std`` in float32 as numpy would.
+    """
+    value = next((v for v in proto.graph.input if v.name == spec.input), None)
+    if value is None:
+        names = [v.name for v in proto.graph.input]
+        raise InvalidInput(
+            f"the image spec names the input {spec.input!r}", hint=f"the model's are {names}"
+        )
+    elem_type = value.type.tensor_type.elem_type
+    inner = f"{spec.input}/tensor"
+    for node in proto.graph.node:
+        for i, name in enumerate(node.input):
+            if name == spec.input:
+                node.input[i] = inner
+    nodes = _prefix(proto, spec, inner, elem_type)
+    for node in reversed(nodes):
+        proto.graph.node.insert(0, node)
+    picture = helper.make_tensor_value_info(
+        spec.input, TensorProto.UINT8, [1, "height", "width", spec.channels]
+    )
+    value.CopyFrom(picture)
+
+
+def _prefix(
+    proto: onnx.ModelProto, spec: ImageSpec, target: str, elem_type: int
+) -> list[onnx.NodeProto]:
+    nodes: list[onnx.NodeProto] = []
+    current = spec.input
+
+    def then(
+        op_type: str,
+        *constants: np.ndarray[tuple[int, ...], np.dtype[np.generic]],
+        **attributes: object,
+    ) -> None:
+        nonlocal current
+        names = []
+        for constant in constants:
+            name = f"{target}/{len(nodes)}.{len(names)}"
+            proto.graph.initializer.append(numpy_helper.from_array(constant, name))
+            names.append(name)
+        output = f"{target}/{len(nodes)}"
+        nodes.append(helper.make_node(op_type, [current, *names], [output], **attributes))
+        current = output
+
+    if spec.layout == "NCHW":
+        then("Transpose", perm=[0, 3, 1, 2])
+    channel = 1 if spec.layout == "NCHW" else 3
+    if spec.colour == "BGR":
+        ends = np.array([-(1 << 31)])
+        then("Slice", np.array([-1]), ends, np.array([channel]), np.array([-1]))
+    then("Cast", to=elem_type)
+    dtype = helper.tensor_dtype_to_np_dtype(elem_type)
+    shape = [1, 1, 1, 1]
+    shape[channel] = spec.channels
+    if spec.scale != 1:
+        then("Mul", np.array(spec.scale, dtype))
+    if any(spec.mean):
+        then("Sub", np.array(spec.mean[: spec.channels], dtype).reshape(shape))
+    if any(v != 1 for v in spec.std):
+        then("Div", np.array(spec.std[: spec.channels], dtype).reshape(shape))
+    nodes[-1].output[0] = target
+    return nodes

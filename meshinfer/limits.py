@@ -1,0 +1,57 @@
+"""Every bound of the runtime in one place, with the relations between them asserted."""
+
+from __future__ import annotations
+
+from typing import Final
+
+MIB: Final = 1 << 20
+
+# Wire (RELIABILITY: frames <= 1 MiB, MAXMSGSIZE is per frame, so frames are capped as well).
+FRAME_BYTES: Final = 1 * MIB
+FRAMES_PER_MESSAGE: Final = 1024
+CONTROL_FRAME_BYTES: Final = 4 * MIB
+BLOB_CHUNK_BYTES: Final = 8 * MIB
+HIGH_WATER_MARK: Final = 32
+TENSOR_RANK: Final = 16
+BACKLOG_BYTES: Final = 64 * MIB
+DRAIN_MESSAGES: Final = 256
+DRAIN_BYTES: Final = 64 * MIB
+
+# Liveness.
+HEARTBEAT_S: Final = 0.5
+DEAD_AFTER_S: Final = 2.0
+HELLO_RETRY_S: Final = 1.0
+ACK_TIMEOUT_S: Final = 3.0
+ACK_TRIES: Final = 5
+TCP_MAX_RETRANSMIT_MS: Final = 3000
+HANDSHAKE_MS: Final = 1000
+RECONNECT_MS: Final = 100
+RECONNECT_MAX_MS: Final = 2000
+LINGER_DRAIN_MS: Final = 1000
+
+# Joining: names and key files, and how much of what mDNS says is looked at.
+CLUSTER_NAME_CHARS: Final = 32
+KEY_FILE_BYTES: Final = 4096
+DISCOVERED: Final = 64
+DISCOVERY_TXT_BYTES: Final = 512
+
+# Requests.
+QUEUE_REQUESTS: Final = 256
+ATTEMPTS_PER_REQUEST: Final = 64
+REQUEST_DEADLINE_S: Final = 300.0
+SHAPES_PER_MODEL: Final = 8
+ANSWERED_IDS_KEPT: Final = 4096
+STALE_REQUESTS_KEPT: Final = 1024
+
+# Sizes.
+MODEL_BYTES: Final = 16 << 30
+PLAN_TEXT_BYTES: Final = 2 * MIB
+IMAGE_PIXELS: Final = 100_000_000
+IMAGE_FILE_BYTES: Final = 256 * MIB
+DEVICES: Final = 1024
+STAGES: Final = 4096
+
+assert BLOB_CHUNK_BYTES <= FRAME_BYTES * FRAMES_PER_MESSAGE
+assert HEARTBEAT_S * 3 <= DEAD_AFTER_S
+assert PLAN_TEXT_BYTES <= CONTROL_FRAME_BYTES
+assert BLOB_CHUNK_BYTES < BACKLOG_BYTES

@@ -1,0 +1,234 @@
+"""A task becomes an ONNX submodel that reads just the boxes and the weights it needs.
+
+Walks the task's receptive field forwards: every op is emitted by its rule for its box, crops are
+inserted where a value is held wider than an op reads it. Weights are named, not embedded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from meshinfer.geometry import Box
+from meshinfer.graph import Graph, Op
+from meshinfer.halo import Field, Job, receptive_field
+from meshinfer.ops import Emission, rule_of
+from meshinfer.ops.layout import crop
+from meshinfer.plan import Shard, Stage, Task
+
+INLINE_ELEMENTS = 64
+"""Smaller weights stay in the submodel: shapes and bounds must be there for shape inference."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A box of an initializer, by the SHA-256 (hex) of its little-endian bytes."""
+
+    shard: Shard
+    digest: str
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Submodel:
+    """One task, lowered. Names are tensor names of ``model``; shards say what they hold.
+
+    ``weights`` are the boxes of initializers that ``model`` refers to as external data, each in a file
+    that is named by the SHA-256 of its bytes.
+    """
+
+    model: bytes
+    inputs: tuple[tuple[str, Shard], ...]
+    outputs: tuple[tuple[str, Shard], ...]
+    weights: tuple[Weight, ...]
+    flops: int
+
+
+def lower(graph: Graph, stage: Stage, task: Task) -> Submodel:
+    """The submodel of a task; equal tasks give equal bytes."""
+    return _Lowering(graph, task, receptive_field(graph, stage, task)).submodel()
+
+
+class _Lowering:
+    """Collects nodes; implements ``meshinfer.ops.Emitter``."""
+
+    def __init__(self, graph: Graph, task: Task, field: Field) -> None:
+        self.graph, self.task, self.field = graph, task, field
+        self.opset = graph.opset
+        self.nodes: list[onnx.NodeProto] = []
+        self.tensors: dict[str, TensorProto] = {}
+        self.used = {name for op in graph.ops for name in (*op.outputs, *op.inputs)}
+        self.crops: dict[tuple[str, Box], str] = {}
+
+    # The Emitter's interface.
+
+    def node(
+        self,
+        op_type: str,
+        inputs: Sequence[str],
+        outputs: Sequence[str],
+        *,
+        domain: str = "",
+        **attributes: object,
+    ) -> None:
+        self.nodes.append(
+            helper.make_node(op_type, list(inputs), list(outputs), domain=domain, **attributes)
+        )
+
+    def copy(
+        self,
+        op: Op,
+        inputs: Sequence[str],
+        outputs: Sequence[str],
+        drop: Sequence[str] = (),
+        **attributes: object,
+    ) -> None:
+        node = onnx.NodeProto()
+        node.CopyFrom(op.proto)
+        replaced = {*drop, *attributes}
+        kept = [a for a in op.proto.attribute if a.name not in replaced]
+        del node.attribute[:], node.input[:], node.output[:]
+        node.attribute.extend(kept)
+        node.attribute.extend(helper.make_attribute(k, v) for k, v in attributes.items())
+        node.input.extend(inputs)
+        node.output.extend(outputs)
+        self.nodes.append(node)
+
+    def ints(self, values: Sequence[int]) -> str:
+        return self._constant(np.asarray(list(values), dtype=np.int64))
+
+    def scalar(self, value: float, op: Op) -> str:
+        return self._constant(np.asarray(value, dtype=self.graph.numpy_dtype(op.inputs[0])))
+
+    def fresh(self, hint: str) -> str:
+        index = len(self.used)
+        while (name := f"{hint}~{index}") in self.used:
+            index += 1
+        self.used.add(name)
+        return name
+
+    # The walk.
+
+    def submodel(self) -> Submodel:
+        outputs: list[tuple[str, Shard]] = []
+        for job in self.field.jobs:
+            self._emit(job, outputs)
+        for shard in self.task.outputs:
+            if shard.over is None:
+                outputs.append((self._output(shard), shard))
+        self._weights()
+        inputs = [(name, Shard(name, self.field.needs[name])) for name in self.field.fetches]
+        model = self._model(inputs, outputs)
+        return Submodel(
+            model=model.SerializeToString(deterministic=True),
+            inputs=tuple(inputs),
+            outputs=tuple(outputs),
+            weights=tuple(
+                self._weight(name) for name in self.field.weights if name not in self.tensors
+            ),
+            flops=sum(rule_of(job.op).flops(job.op, job.outs) for job in self.field.jobs),
+        )
+
+    def _emit(self, job: Job, outputs: list[tuple[str, Shard]]) -> None:
+        op, rule = job.op, rule_of(job.op)
+        inputs = tuple(
+            "" if box is None or not name else self._read(name, box)
+            for name, box in zip(job.reads, job.ins, strict=True)
+        )
+        names, crops = [], []
+        for name, box in zip(op.outputs, job.outs, strict=False):
+            if box is None or not name:
+                names.append("")
+                continue
+            shard = Shard(name, box, job.over)
+            wanted = self.field.needs.get(name, box) if job.over is None else box
+            if job.over is not None:
+                target = self.fresh(name)
+                outputs.append((target, self._partial(shard)))
+            else:
+                target = name if wanted == box else self.fresh(name)
+            names.append(target)
+            if wanted != box:
+                crops.append((target, box, wanted, name))
+        rule.emit(op, Emission(job.outs, job.ins, job.over, inputs, tuple(names)), self)
+        for source, held, wanted, target in crops:
+            crop(self, source, held, wanted, target)
+
+    def _partial(self, shard: Shard) -> Shard:
+        """The task's own shard behind a partial job: alignment may not have grown it."""
+        assert shard in self.task.outputs, f"{shard} was grown; a partial sum must be aligned"
+        return shard
+
+    def _read(self, name: str, box: Box) -> str:
+        held = self.field.needs[name]
+        if held == box:
+            return name
+        if (name, box) not in self.crops:
+            self.crops[name, box] = self.fresh(name)
+            crop(self, name, held, box, self.crops[name, box])
+        return self.crops[name, box]
+
+    def _output(self, shard: Shard) -> str:
+        target = self.fresh("out")
+        crop(self, shard.value, self.field.needs[shard.value], shard.box, target)
+        return target
+
+    def _constant(self, array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> str:
+        name = self.fresh("const")
+        self.tensors[name] = numpy_helper.from_array(array, name)
+        return name
+
+    def _weights(self) -> None:
+        for name in self.field.weights:
+            box = self.field.needs[name]
+            if box.volume <= INLINE_ELEMENTS:
+                array = self.graph.weight(name)[box.within(self.graph.whole(name))]
+                self.tensors[name] = numpy_helper.from_array(np.ascontiguousarray(array), name)
+
+    def _model(
+        self, inputs: Sequence[tuple[str, Shard]], outputs: Sequence[tuple[str, Shard]]
+    ) -> onnx.ModelProto:
+        tensors = list(self.tensors.values())
+        for name in self.field.weights:
+            if name not in self.tensors:
+                tensors.append(self._external(name, self.field.needs[name]))
+        body = helper.make_graph(
+            self.nodes,
+            "task",
+            [self._info(name, shard) for name, shard in inputs],
+            [self._info(name, shard) for name, shard in outputs],
+            tensors,
+        )
+        imports = [helper.make_opsetid(d, v) for d, v in self.graph.model.opset_imports.items()]
+        return helper.make_model(
+            body, opset_imports=imports, ir_version=min(self.graph.model.ir_version, 10)
+        )
+
+    def _info(self, name: str, shard: Shard) -> onnx.ValueInfoProto:
+        dtype = self.graph.dtype(shard.value)
+        assert dtype is not None, f"{shard.value} is no tensor and cannot be cut"
+        static = self.graph.shape(shard.value) is not None
+        return helper.make_tensor_value_info(
+            name, dtype.value, list(shard.box.shape) if static else None
+        )
+
+    def _external(self, name: str, box: Box) -> TensorProto:
+        dtype = self.graph.dtype(name)
+        assert dtype is not None
+        tensor = TensorProto(name=name, data_type=dtype.value, dims=box.shape)
+        tensor.data_location = TensorProto.EXTERNAL
+        weight = self._weight(name)
+        entries = {"location": weight.digest, "offset": "0", "length": str(weight.nbytes)}
+        for key, value in entries.items():
+            tensor.external_data.add(key=key, value=value)
+        return tensor
+
+    def _weight(self, name: str) -> Weight:
+        box = self.field.needs[name]
+        return Weight(
+            Shard(name, box), self.graph.weight_digest(name, box), self.graph.nbytes(name, box)
+        )

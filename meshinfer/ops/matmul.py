@@ -1,0 +1,81 @@
+"""Rules of Gemm and MatMul: boxes of rows and columns of the product, partial sums over K.
+
+Sources: the ONNX operators Gemm and MatMul (numpy's matmul with batch broadcasting). A column slice
+takes just those columns of the weights, so no device needs all of a fully connected layer.
+"""
+
+from __future__ import annotations
+
+from meshinfer.geometry import Box, Interval
+from meshinfer.graph import Op
+from meshinfer.ops.pointwise import broadcast_box
+from meshinfer.ops.rule import Boxes, Emission, Emitter, Rule, only
+
+
+def _gemm_k(op: Op) -> int:
+    return op.shape(0)[0 if op.attributes.get("transA", 0) else 1]
+
+
+def _gemm_footprint(op: Op, outs: Boxes, over: Box | None) -> Boxes:
+    rows, cols = only(outs)
+    inner = Interval(0, _gemm_k(op)) if over is None else over[0]
+    a = Box((inner, rows) if op.attributes.get("transA", 0) else (rows, inner))
+    b = Box((cols, inner) if op.attributes.get("transB", 0) else (inner, cols))
+    if not op.has(2):
+        return (a, b)
+    return (a, b, broadcast_box(op.shape(2), only(outs)) if inner.start == 0 else None)
+
+
+def _gemm_emit(op: Op, job: Emission, e: Emitter) -> None:
+    inputs = job.inputs if job.inputs[-1] else job.inputs[:-1]
+    e.copy(op, inputs, job.outputs)
+
+
+def _gemm_reduction(op: Op) -> Box | None:
+    return Box.of((0, _gemm_k(op)))
+
+
+def _gemm_flops(op: Op, outs: Boxes) -> int:
+    return 2 * only(outs).volume * _gemm_k(op)
+
+
+def _gemm_applies(op: Op) -> bool:
+    return op.graph.opset >= 7  # before, broadcasting of C was an attribute
+
+
+GEMM = Rule(
+    footprint=_gemm_footprint,
+    emit=_gemm_emit,
+    applies=_gemm_applies,
+    reduction=_gemm_reduction,
+    flops=_gemm_flops,
+)
+
+
+def _matmul_applies(op: Op) -> bool:
+    return len(op.shape(0)) >= 2 and len(op.shape(1)) >= 2
+
+
+def _matmul_footprint(op: Op, outs: Boxes, over: Box | None) -> Boxes:
+    box = only(outs)
+    inner = Interval(0, op.shape(0)[-1]) if over is None else over[0]
+    batch = Box(box.axes[:-2])
+    a = broadcast_box(op.shape(0)[:-2], batch)
+    b = broadcast_box(op.shape(1)[:-2], batch)
+    return (Box((*a, box[-2], inner)), Box((*b, inner, box[-1])))
+
+
+def _matmul_reduction(op: Op) -> Box | None:
+    return Box.of((0, op.shape(0)[-1]))
+
+
+def _matmul_flops(op: Op, outs: Boxes) -> int:
+    return 2 * only(outs).volume * op.shape(0)[-1]
+
+
+MATMUL = Rule(
+    footprint=_matmul_footprint,
+    applies=_matmul_applies,
+    reduction=_matmul_reduction,
+    flops=_matmul_flops,
+)

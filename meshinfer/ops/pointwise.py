@@ -1,0 +1,110 @@
+"""Rules of elementwise operators with ONNX's multidirectional broadcasting, and of channel affines.
+
+Source: ONNX "Broadcasting in ONNX"; BatchNormalization (inference); Softmax, whose axis is whole.
+"""
+
+from __future__ import annotations
+
+from meshinfer.geometry import Box, Interval
+from meshinfer.graph import Op
+from meshinfer.ops.rule import Boxes, Emission, Emitter, Rule, only
+
+UNARY = (
+    "Abs Acos Acosh Asin Asinh Atan Atanh BitwiseNot Cast Ceil Celu Cos Cosh Elu Erf Exp Floor "
+    "Gelu HardSigmoid HardSwish Identity IsInf IsNaN LeakyRelu Log Mish Neg Not Reciprocal Relu "
+    "Round Selu Shrink Sigmoid Sign Sin Sinh Softplus Softsign Sqrt Tan Tanh ThresholdedRelu"
+).split()
+BROADCASTING = (
+    "Add And BitShift BitwiseAnd BitwiseOr BitwiseXor Clip Div Equal Greater GreaterOrEqual Less "
+    "LessOrEqual Max Mean Min Mod Mul Or Pow PRelu Sub Sum Where Xor"
+).split()
+
+
+def broadcast_box(shape: tuple[int, ...], out: Box) -> Box:
+    """The box of an input of this shape that a box of the broadcast output reads."""
+    tail = out.axes[len(out) - len(shape) :]
+    return Box(
+        tuple(Interval(0, 1) if size == 1 else axis for size, axis in zip(shape, tail, strict=True))
+    )
+
+
+def _modern(op: Op) -> bool:
+    # Before opset 7 broadcasting was an attribute, and one-sided.
+    return op.graph.opset >= 7
+
+
+def _broadcast(op: Op, outs: Boxes, over: Box | None) -> Boxes:
+    box = only(outs)
+    return tuple(
+        broadcast_box(op.shape(i), box) if op.has(i) else None for i in range(len(op.inputs))
+    )
+
+
+ELEMENTWISE = Rule(footprint=_broadcast, applies=_modern)
+
+
+def _dropout_at_inference(op: Op) -> bool:
+    training = op.constant(2)
+    quiet = not op.has(2) or (training is not None and not bool(training))
+    return quiet and len([o for o in op.outputs if o]) == 1 and op.graph.opset >= 7
+
+
+def _dropout_footprint(op: Op, outs: Boxes, over: Box | None) -> Boxes:
+    return (only(outs), *(None for _ in op.inputs[1:]))
+
+
+def _dropout_emit(op: Op, job: Emission, e: Emitter) -> None:
+    e.node("Identity", job.inputs[:1], job.outputs[:1])
+
+
+DROPOUT = Rule(footprint=_dropout_footprint, emit=_dropout_emit, applies=_dropout_at_inference)
+
+
+def _norm_applies(op: Op) -> bool:
+    training = op.attributes.get("training_mode", 0)
+    return not training and len([o for o in op.outputs if o]) == 1 and op.graph.opset >= 9
+
+
+def _norm_footprint(op: Op, outs: Boxes, over: Box | None) -> Boxes:
+    box = only(outs)
+    channel = Box((box[1] if len(box) > 1 else Interval(0, 1),))
+    return (box, channel, channel, channel, channel)
+
+
+def _norm_emit(op: Op, job: Emission, e: Emitter) -> None:
+    e.copy(op, job.inputs, job.outputs[:1])
+
+
+BATCH_NORMALIZATION = Rule(footprint=_norm_footprint, emit=_norm_emit, applies=_norm_applies)
+
+
+def _softmax_axes(op: Op) -> tuple[int, ...]:
+    rank = len(op.out_shape())
+    default = -1 if op.graph.opset >= 13 else 1
+    axis = int(op.attributes.get("axis", default)) % rank
+    # Before opset 13 the value was flattened to two axes at ``axis``.
+    return (axis,) if op.graph.opset >= 13 else tuple(range(axis, rank))
+
+
+def _softmax_align(op: Op, outs: Boxes) -> Boxes:
+    box = only(outs)
+    for axis in _softmax_axes(op):
+        box = box.replace(axis, Interval(0, op.out_shape()[axis]))
+    return (box,)
+
+
+def _softmax_split(op: Op) -> tuple[int, ...]:
+    whole = _softmax_axes(op)
+    return tuple(i for i in range(len(op.out_shape())) if i not in whole)
+
+
+SOFTMAX = Rule(footprint=_broadcast, align=_softmax_align, split=_softmax_split)
+
+ROWS: dict[str, Rule] = {
+    **dict.fromkeys(UNARY, ELEMENTWISE),
+    **dict.fromkeys(BROADCASTING, ELEMENTWISE),
+    "Dropout": DROPOUT,
+    "BatchNormalization": BATCH_NORMALIZATION,
+    "Softmax": SOFTMAX,
+    "LogSoftmax": SOFTMAX,
+}

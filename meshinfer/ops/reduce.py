@@ -1,0 +1,121 @@
+"""Rules of means and sums over axes: whole, or as partial sums that are added at the merge.
+
+Sources: the ONNX operators GlobalAveragePool, ReduceMean, ReduceSum. The box ``over`` spans the
+reduced axes of the input, in order. A part of a mean is its sum divided by the *whole* count, so
+that merging is adding. Maxima have no partial form here: their axes stay whole.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+from meshinfer.geometry import Box, Interval
+from meshinfer.graph import Op
+from meshinfer.ops.rule import Boxes, Emission, Emitter, Rule, only
+
+_SUMS = ("GlobalAveragePool", "ReduceMean", "ReduceSum")
+_FLOATS = ("FLOAT", "DOUBLE")
+
+
+def _axes(op: Op) -> tuple[int, ...]:
+    """The reduced axes of the input, ascending."""
+    rank = len(op.shape(0))
+    if op.type.startswith("Global"):
+        return tuple(range(2, rank))
+    axes = op.attributes.get("axes")
+    if axes is None and op.has(1):
+        constant = op.constant(1)
+        assert constant is not None
+        axes = constant.reshape(-1).tolist()
+    if not axes:
+        return () if op.attributes.get("noop_with_empty_axes", 0) else tuple(range(rank))
+    return tuple(sorted(int(a) % rank for a in axes))
+
+
+def _keeps(op: Op) -> bool:
+    return op.type.startswith("Global") or bool(op.attributes.get("keepdims", 1))
+
+
+def _applies(op: Op) -> bool:
+    return not op.has(1) or op.constant(1) is not None
+
+
+def _footprint(op: Op, outs: Boxes, over: Box | None) -> Boxes:
+    box, axes, keeps = only(outs), _axes(op), _keeps(op)
+    kept = iter(box.axes)
+    ranges = []
+    for axis, size in enumerate(op.shape(0)):
+        if axis in axes:
+            if keeps:
+                next(kept)
+            ranges.append(Interval(0, size) if over is None else over[axes.index(axis)])
+        else:
+            ranges.append(next(kept))
+    return (Box(tuple(ranges)), *(None for _ in op.inputs[1:]))
+
+
+def _emit(op: Op, job: Emission, e: Emitter) -> None:
+    if job.over is None:
+        names = [job.inputs[0]]
+        if op.has(1):
+            names.append(e.ints(_axes(op)))
+        e.copy(op, names, job.outputs)
+        return
+    axes, keeps = _axes(op), int(_keeps(op))
+    divide = op.type != "ReduceSum"
+    target = e.fresh("sum") if divide else job.outputs[0]
+    if e.opset >= 13:
+        names = [job.inputs[0], e.ints(axes)]
+        e.node("ReduceSum", names, [target], keepdims=keeps)
+    else:
+        e.node("ReduceSum", job.inputs[:1], [target], keepdims=keeps, axes=list(axes))
+    if divide:
+        count = prod(op.shape(0)[a] for a in axes)
+        e.node("Div", [target, e.scalar(float(count), op)], job.outputs)
+
+
+def _reduction(op: Op) -> Box | None:
+    dtype = op.graph.dtype(op.inputs[0])
+    axes = _axes(op)
+    # Partial sums need a floating type wide enough that their order hardly shows.
+    if op.type not in _SUMS or not axes or dtype is None or dtype.name not in _FLOATS:
+        return None
+    return Box.whole([op.shape(0)[a] for a in axes])
+
+
+def _split(op: Op) -> tuple[int, ...]:
+    axes = _axes(op)
+    if _keeps(op):
+        return tuple(i for i in range(len(op.shape(0))) if i not in axes)
+    return tuple(range(len(op.out_shape())))
+
+
+def _flops(op: Op, outs: Boxes) -> int:
+    read = _footprint(op, outs, None)[0]
+    return read.volume if read is not None else 0
+
+
+REDUCE = Rule(
+    footprint=_footprint,
+    emit=_emit,
+    applies=_applies,
+    split=_split,
+    reduction=_reduction,
+    flops=_flops,
+)
+
+ROWS: dict[str, Rule] = dict.fromkeys(
+    (
+        *_SUMS,
+        "GlobalMaxPool",
+        "ReduceMax",
+        "ReduceMin",
+        "ReduceProd",
+        "ReduceL1",
+        "ReduceL2",
+        "ReduceSumSquare",
+        "ReduceLogSum",
+        "ReduceLogSumExp",
+    ),
+    REDUCE,
+)

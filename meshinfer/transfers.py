@@ -1,0 +1,102 @@
+"""All communication of a plan, derived: which box of which value moves from which task to which.
+
+Scatter, halo, hand-over and gather are the same thing: a box that one task holds and another needs.
+Boxes are looked up by value, so skip connections cross stages by themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from meshinfer.geometry import Box
+from meshinfer.graph import Graph
+from meshinfer.halo import Field, receptive_field
+from meshinfer.identity import DeviceId
+from meshinfer.plan import Plan, Shard
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class TaskRef:
+    """A task by its place in the plan. The source is stage -1, the sink stage ``len(stages)``."""
+
+    stage: int
+    task: int
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """``piece`` moves from the task that made it to one that reads it."""
+
+    piece: Shard
+    producer: TaskRef
+    consumer: TaskRef
+    sender: DeviceId
+    receiver: DeviceId
+
+    @property
+    def local(self) -> bool:
+        """Whether it stays on its device: no bytes on any wire."""
+        return self.sender == self.receiver
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """A plan with everything derived: fields of the tasks and all transfers, in plan order."""
+
+    plan: Plan
+    fields: Mapping[TaskRef, Field]
+    transfers: tuple[Transfer, ...]
+    source: TaskRef
+    sink: TaskRef
+
+    def device(self, ref: TaskRef) -> DeviceId:
+        if ref == self.source:
+            return self.plan.source
+        if ref == self.sink:
+            return self.plan.sink
+        return self.plan.stages[ref.stage].tasks[ref.task].devices[0]
+
+    def into(self, ref: TaskRef) -> tuple[Transfer, ...]:
+        return tuple(t for t in self.transfers if t.consumer == ref)
+
+    def bytes_between(self, graph: Graph) -> dict[tuple[DeviceId, DeviceId], int]:
+        """Bytes that cross each pair of devices for one request."""
+        total: dict[tuple[DeviceId, DeviceId], int] = {}
+        for t in self.transfers:
+            if not t.local:
+                key = (t.sender, t.receiver)
+                total[key] = total.get(key, 0) + graph.nbytes(t.piece.value, t.piece.box)
+        return total
+
+
+def derive(graph: Graph, plan: Plan) -> Flow:
+    """Intersect what each task needs with what earlier tasks (or the source) hold."""
+    source, sink = TaskRef(-1, 0), TaskRef(len(plan.stages), 0)
+    holders: dict[str, list[tuple[Shard, TaskRef, DeviceId]]] = {
+        name: [(Shard(name, graph.whole(name)), source, plan.source)] for name in graph.inputs
+    }
+    fields: dict[TaskRef, Field] = {}
+    transfers: list[Transfer] = []
+
+    def fetch(value: str, box: Box, consumer: TaskRef, receiver: DeviceId) -> None:
+        for held, producer, sender in holders[value]:
+            common = held.box.intersect(box)
+            if common.empty and held.box != box:
+                continue
+            piece = Shard(value, common, held.over)
+            transfers.append(Transfer(piece, producer, consumer, sender, receiver))
+
+    for s, stage in enumerate(plan.stages):
+        refs = [TaskRef(s, t) for t in range(len(stage.tasks))]
+        for ref, task in zip(refs, stage.tasks, strict=True):
+            fields[ref] = receptive_field(graph, stage, task)
+            for value in fields[ref].fetches:
+                fetch(value, fields[ref].needs[value], ref, task.devices[0])
+        for ref, task in zip(refs, stage.tasks, strict=True):
+            for shard in task.outputs:
+                holders.setdefault(shard.value, []).append((shard, ref, task.devices[0]))
+    for value in dict.fromkeys(graph.outputs):
+        if value in holders:
+            fetch(value, graph.whole(value), sink, plan.sink)
+    return Flow(plan, fields, tuple(transfers), source, sink)

@@ -1,0 +1,105 @@
+"""The suite's own rules: small files first, two Hypothesis profiles, what may be skipped where.
+
+A `root` test without root is skipped with its reason, but fails in CI (CI=true): what CI must run
+is never skipped there. A `slow` test runs only with --full.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+ORDER = (
+    "test_style",
+    "test_limits",
+    "test_errors",
+    "test_geometry",
+    "test_graph",
+    "test_plan",
+    "test_ops",
+    "test_halo",
+    "test_transfers",
+    "test_lower",
+    "test_mapreduce",
+    "test_engine",
+    "test_importers",
+    "test_cost",
+    "test_protocol",
+    "test_scheduler",
+    "test_draw",
+    "test_planner",
+    "test_executor",
+    "test_exact",
+    "test_simulator",
+    "test_config",
+    "test_telemetry",
+    "test_security",
+    "test_transport",
+    "test_discovery",
+    "test_loop",
+    "",  # every other file
+    "test_worker",
+    "test_coordinator",
+    "test_local",
+    "test_cluster",
+    "test_client",
+    "test_cli",
+    "test_demo",
+    "test_attack",
+    "test_chaos",
+    "test_ray",
+    "test_lab",
+    "test_zoo",
+)
+"""File name prefixes, smallest first: pure values, then whole cores, then sockets and processes."""
+
+settings.register_profile("ci", derandomize=True, deadline=None, max_examples=50, print_blob=True)
+settings.register_profile(
+    "full",
+    deadline=None,
+    max_examples=1000,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add --full, the only option of the suite."""
+    parser.addoption(
+        "--full", action="store_true", help="also the slow suites, and many more random examples"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Choose the Hypothesis profile; its own --hypothesis-profile still wins."""
+    if not config.getoption("--hypothesis-profile", default=None):
+        settings.load_profile("full" if config.getoption("--full") else "ci")
+
+
+def rank(path: Path) -> int:
+    """Place of a test file in ORDER: the longest prefix that its name starts with."""
+    return max(
+        (i for i, prefix in enumerate(ORDER) if path.name.startswith(prefix)),
+        key=lambda i: len(ORDER[i]),
+    )
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sort by file; the sort is stable, so that a file keeps its own order."""
+    items.sort(key=lambda item: (rank(item.path), str(item.path)))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what cannot or should not run here, saying why; in CI, lacking root is a failure."""
+    if item.get_closest_marker("slow") and not item.config.getoption("--full"):
+        pytest.skip("slow: runs only with --full")
+    if item.get_closest_marker("root") and os.geteuid() != 0:
+        reason = "needs root (network namespaces)"
+        if os.environ.get("CI") == "true":
+            pytest.fail(f"{reason}, and CI must run it", pytrace=False)
+        pytest.skip(f"{reason}: sudo scripts/test")

@@ -1,0 +1,283 @@
+"""Keys on disk are private and checked; the gate admits the right key and fails closed."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import threading
+from pathlib import Path
+
+import pytest
+import zmq
+from zmq.utils import z85
+
+from cluster.security import (
+    Gatekeeper,
+    KeyPair,
+    check_cluster_name,
+    generate_keypair,
+    is_key,
+    load_or_create_coordinator,
+    new_keyring,
+    read_keyring,
+    write_keyring,
+)
+from meshinfer import limits
+from meshinfer.errors import AuthError, ConfigurationError, MeshInferError
+
+
+def test_a_key_pair_does_not_show_its_secret() -> None:
+    pair = generate_keypair()
+    assert is_key(pair.public) and is_key(pair.secret)
+    assert pair.public in repr(pair)
+    ring, own = new_keyring("home")
+    assert pair.secret not in repr(pair)
+    assert ring.member.secret not in repr(ring)
+    assert own.secret not in repr(own)
+
+
+@pytest.mark.parametrize("text", ["", "x" * 39, "x" * 41, "~" * 40, "é" * 40, "#" * 40, None, 7])
+def test_what_is_no_key_is_told_apart(text: object) -> None:
+    assert not is_key(text)
+
+
+@pytest.mark.parametrize("name", ["", "-a", "a b", "a.b", "a/b", "ä", "a\n", "a" * 33])
+def test_a_cluster_name_must_fit_an_mdns_label(name: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        check_cluster_name(name)
+    assert str(limits.CLUSTER_NAME_CHARS) in caught.value.hint
+
+
+def test_a_keyring_survives_the_disk_and_only_its_owner_reads_it(tmp_path: Path) -> None:
+    ring, _ = new_keyring("home")
+    path = tmp_path / "keyring.json"
+    old_umask = os.umask(0)
+    try:
+        write_keyring(path, ring)
+        write_keyring(path, ring)  # again, over the old one
+    finally:
+        os.umask(old_umask)
+    assert read_keyring(path) == ring
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert os.listdir(tmp_path) == ["keyring.json"], "no temporary file may stay behind"
+
+
+def test_a_keyring_that_cannot_be_written_says_where(tmp_path: Path) -> None:
+    ring, _ = new_keyring("home")
+    with pytest.raises(ConfigurationError, match="nowhere"):
+        write_keyring(tmp_path / "nowhere" / "keyring.json", ring)
+
+
+def _damage(fields: dict[str, object], how: str) -> str:
+    member = fields["member"]
+    assert isinstance(member, dict)
+    match how:
+        case "not JSON":
+            return "{"
+        case "deep JSON":
+            return "[" * 4000
+        case "not text":
+            return "\udcff"
+        case "not an object":
+            return "[]"
+        case "field missing":
+            del fields["member"]
+        case "field more":
+            fields["more"] = 1
+        case "short key":
+            fields["coordinator_public"] = "abc"
+        case "key of another type":
+            member["secret"] = 5
+        case "member is no pair":
+            fields["member"] = "abc"
+        case "halves of two pairs":
+            member["secret"] = generate_keypair().secret
+        case "cluster is no text":
+            fields["cluster"] = 5
+        case "too large":
+            fields["cluster"] = "x" * limits.KEY_FILE_BYTES
+        case "empty":
+            return ""
+    return json.dumps(fields)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "not JSON",
+        "deep JSON",
+        "not text",
+        "not an object",
+        "field missing",
+        "field more",
+        "short key",
+        "empty",
+        "key of another type",
+        "member is no pair",
+        "halves of two pairs",
+        "cluster is no text",
+        "too large",
+    ],
+)
+def test_a_damaged_keyring_is_refused_with_a_hint_and_without_its_secret(
+    tmp_path: Path, how: str
+) -> None:
+    ring, _ = new_keyring("home")
+    path = tmp_path / "keyring.json"
+    write_keyring(path, ring)
+    text = _damage(json.loads(path.read_text()), how)
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(AuthError) as caught:
+        read_keyring(path)
+    assert str(path) in caught.value.message and caught.value.hint
+    assert ring.member.secret not in str(caught.value)
+
+
+def test_a_missing_keyring_says_where_to_get_it(tmp_path: Path) -> None:
+    with pytest.raises(AuthError) as caught:
+        read_keyring(tmp_path / "keyring.json")
+    assert "coordinator" in caught.value.hint
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o666])
+def test_a_keyring_that_others_can_read_is_refused(tmp_path: Path, mode: int) -> None:
+    ring, _ = new_keyring("home")
+    path = tmp_path / "keyring.json"
+    write_keyring(path, ring)
+    path.chmod(mode)
+    with pytest.raises(AuthError) as caught:
+        read_keyring(path)
+    assert caught.value.hint == f"chmod 600 {path}"
+
+
+def test_a_keyring_that_cannot_be_opened_is_a_configuration_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="cannot read"):
+        read_keyring(tmp_path)  # a folder
+
+
+def test_the_coordinator_keeps_its_identity_over_restarts(tmp_path: Path) -> None:
+    state = tmp_path / "a" / "state"
+    ring, own = load_or_create_coordinator(state, "home")
+    assert ring.coordinator_public == own.public
+    assert load_or_create_coordinator(state, "home") == (ring, own)
+    assert read_keyring(state / "keyring.json") == ring
+    assert own.secret not in (state / "keyring.json").read_text()
+    for file in state.iterdir():
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert stat.S_IMODE(state.stat().st_mode) == 0o700
+
+
+def test_a_lost_or_damaged_keyring_is_written_anew_from_the_coordinators_own_file(
+    tmp_path: Path,
+) -> None:
+    ring, own = load_or_create_coordinator(tmp_path, "home")
+    shared = tmp_path / "keyring.json"
+    shared.unlink()
+    assert load_or_create_coordinator(tmp_path, "home") == (ring, own)
+    shared.write_text("{")
+    assert load_or_create_coordinator(tmp_path, "home") == (ring, own)
+    assert read_keyring(shared) == ring
+
+
+def test_a_lost_coordinator_key_is_not_replaced_behind_the_devices_backs(tmp_path: Path) -> None:
+    load_or_create_coordinator(tmp_path, "home")
+    before = (tmp_path / "keyring.json").read_bytes()
+    (tmp_path / "coordinator.json").unlink()
+    with pytest.raises(AuthError, match="is not"):
+        load_or_create_coordinator(tmp_path, "home")
+    assert (tmp_path / "keyring.json").read_bytes() == before
+
+
+def test_a_state_folder_of_another_cluster_is_refused(tmp_path: Path) -> None:
+    load_or_create_coordinator(tmp_path, "home")
+    with pytest.raises(ConfigurationError) as caught:
+        load_or_create_coordinator(tmp_path, "away")
+    assert "--cluster home" in caught.value.hint
+
+
+def test_a_state_folder_that_cannot_be_made_is_a_configuration_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigurationError):
+        load_or_create_coordinator(tmp_path / "file" / "state", "home")
+
+
+# --- the gate: judged as libzmq would ask it -------------------------------------------------
+
+
+def _ask(context: zmq.Context[zmq.Socket[bytes]], *request: bytes) -> list[bytes] | None:
+    with context.socket(zmq.REQ) as asker:
+        asker.linger = 0
+        asker.connect("inproc://zeromq.zap.01")
+        asker.send_multipart(request)
+        return asker.recv_multipart() if asker.poll(200) else None
+
+
+def _request(pair: KeyPair, **other: bytes) -> list[bytes]:
+    parts = {
+        "version": b"1.0",
+        "id": b"7",
+        "domain": Gatekeeper.DOMAIN.encode(),
+        "address": b"127.0.0.1",
+        "identity": b"",
+        "mechanism": b"CURVE",
+        "key": z85.decode(pair.public),
+    }
+    return list((parts | other).values())
+
+
+def test_the_gate_admits_the_allowed_key_in_the_exact_domain_only() -> None:
+    pair, stranger = generate_keypair(), generate_keypair()
+    with zmq.Context() as context:
+        gate = Gatekeeper(context, [pair.public])
+        try:
+            answer = _ask(context, *_request(pair))
+            assert answer is not None
+            assert answer[:3] == [b"1.0", b"7", b"200"] and answer[4] == pair.public.encode()
+            refused = [
+                _request(stranger),
+                _request(pair, domain=b""),
+                _request(pair, domain=b"*"),
+                _request(pair, domain=b"meshinfer2"),
+                _request(pair, mechanism=b"NULL"),
+                _request(pair, mechanism=b"PLAIN"),
+                _request(pair, version=b"2.0"),
+                _request(pair, key=b""),
+                _request(pair, key=pair.public.encode()),
+                [*_request(pair), b"one more"],
+            ]
+            for request in refused:
+                answer = _ask(context, *request)
+                assert answer is not None and answer[2] == b"400", request
+                assert answer[4] == b"", "no user id for a refused key"
+            assert _ask(context, b"nonsense") is None
+            gate.allow(stranger.public)
+            gate.revoke(pair.public)
+            answers = [_ask(context, *_request(who)) for who in (stranger, pair)]
+            assert [answer and answer[2] for answer in answers] == [b"200", b"400"]
+        finally:
+            gate.stop()
+        gate.stop()
+        assert _ask(context, *_request(pair)) is None
+
+
+def test_a_bug_while_judging_refuses_and_the_gate_lives_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pair = generate_keypair()
+    with zmq.Context() as context:
+        gate = Gatekeeper(context, [pair.public])
+        try:
+            with monkeypatch.context() as patch:
+                patch.setattr(Gatekeeper, "_judge", lambda *_: 1 / 0)
+                answer = _ask(context, *_request(pair))
+                assert answer is not None and answer[2] == b"400"
+            answer = _ask(context, *_request(pair))
+            assert answer is not None and answer[2] == b"200"
+        finally:
+            gate.stop()
+    assert not [t for t in threading.enumerate() if t.name == "gatekeeper"]
+
+
+def test_every_error_is_one_of_ours() -> None:
+    assert issubclass(AuthError, MeshInferError) and issubclass(ConfigurationError, MeshInferError)

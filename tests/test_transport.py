@@ -1,0 +1,595 @@
+"""Real sockets on 127.0.0.1: what arrives, what is refused, and how a loss is noticed."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import pytest
+import zmq
+
+from cluster import transport
+from cluster.security import KeyPair, Keyring, generate_keypair, new_keyring
+from cluster.transport import Endpoint, Incoming, Lost, Plane, Received, Transport
+from meshinfer import limits
+from meshinfer.errors import AuthError, ConfigurationError
+
+HOST = "127.0.0.1"
+MIB = 1 << 20
+PLANES = list(Plane)
+
+
+@dataclass
+class Net:
+    """A cluster's keys, and transports that are closed at the end of the test."""
+
+    ring: Keyring
+    own: KeyPair
+    transports: list[Transport] = field(default_factory=list)
+
+    def transport(self, identity: str, member: KeyPair | None = None) -> Transport:
+        made = Transport(identity, member or self.ring.member)
+        self.transports.append(made)
+        return made
+
+    def server(self, identity: str = "hub") -> tuple[Transport, dict[Plane, Endpoint]]:
+        made = Transport(identity, self.ring.member, self.own)
+        self.transports.append(made)
+        ports = {plane: made.bind(plane, HOST) for plane in Plane}
+        return made, {p: Endpoint(HOST, port, self.own.public) for p, port in ports.items()}
+
+    def client(self, identity: str, endpoints: dict[Plane, Endpoint]) -> Transport:
+        made = self.transport(identity)
+        for plane, endpoint in endpoints.items():
+            made.connect(plane, "hub", endpoint)
+        return made
+
+
+@pytest.fixture
+def net() -> Iterator[Net]:
+    made = Net(*new_keyring("test"))
+    yield made
+    for one in made.transports:
+        one.close()
+
+
+def pump(
+    *transports: Transport,
+    until: Callable[[list[Incoming]], bool] = lambda heard: bool(heard),
+    within_s: float = 5.0,
+) -> list[Incoming]:
+    """What the first transport hears until it is enough; the others are served meanwhile."""
+    heard: list[Incoming] = []
+    end = time.monotonic() + within_s
+    while not until(heard) and time.monotonic() < end:
+        heard += transports[0].receive(0.02)
+        for other in transports[1:]:
+            other.receive(0)
+    return heard
+
+
+def received(heard: list[Incoming]) -> list[tuple[Plane, str, list[bytes]]]:
+    return [
+        (one.plane, one.peer, [bytes(frame) for frame in one.frames])
+        for one in heard
+        if isinstance(one, Received)
+    ]
+
+
+def lost(heard: list[Incoming]) -> list[Lost]:
+    return [one for one in heard if isinstance(one, Lost)]
+
+
+def counted(count: int) -> Callable[[list[Incoming]], bool]:
+    return lambda heard: len(received(heard)) >= count
+
+
+def greet(hub: Transport, *clients: Transport, planes: list[Plane] = PLANES) -> None:
+    """Each client speaks first, so that the hub knows a way to it."""
+    for client in clients:
+        for plane in planes:
+            assert client.send(plane, "hub", [b"hello"])
+    heard = pump(hub, *clients, until=counted(len(clients) * len(planes)))
+    assert len(received(heard)) == len(clients) * len(planes), heard
+
+
+@dataclass
+class RawClient:
+    """A CURVE client that keeps none of our limits."""
+
+    net: Net
+    endpoint: Endpoint
+    plain: bool = False
+
+    def __enter__(self) -> zmq.Socket[bytes]:
+        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.socket = self.context.socket(zmq.DEALER)
+        self.socket.linger = 0
+        self.socket.routing_id = b"raw"
+        if not self.plain:
+            member = self.net.ring.member
+            self.socket.curve_publickey = member.public.encode()
+            self.socket.curve_secretkey = member.secret.encode()
+            self.socket.curve_serverkey = self.endpoint.key.encode()
+        self.socket.connect(str(self.endpoint))
+        return self.socket
+
+    def __exit__(self, *_: object) -> None:
+        self.socket.close()
+        self.context.term()
+
+
+# --- what arrives -----------------------------------------------------------------------------
+
+
+def test_both_planes_carry_messages_both_ways(net: Net) -> None:
+    hub, endpoints = net.server()
+    first, second = net.client("pi-1#1", endpoints), net.client("pi-2#1", endpoints)
+    greet(hub, first, second)
+    for plane in Plane:
+        for client in (first, second):
+            text = f"{plane} to {client.identity}".encode()
+            assert hub.send(plane, client.identity, [text, b"", memoryview(b"end")])
+            heard = pump(client, hub)
+            assert received(heard) == [(plane, "hub", [text, b"", b"end"])]
+
+
+def test_eight_mib_travel_in_frames_of_one_mib_and_arrive_read_only(net: Net) -> None:
+    hub, endpoints = net.server()
+    client = net.client("pi-1#1", endpoints)
+    frames = [random.Random(i).randbytes(MIB) for i in range(8)]
+    assert client.send(Plane.BULK, "hub", [b"header", *(memoryview(frame) for frame in frames)])
+    heard = pump(hub, client)
+    assert received(heard) == [(Plane.BULK, "pi-1#1", [b"header", *frames])]
+    message = heard[0]
+    assert isinstance(message, Received) and all(frame.readonly for frame in message.frames)
+    assert hub.send(Plane.BULK, "pi-1#1", message.frames), "what came in can be sent on as it is"
+    assert received(pump(client, hub)) == [(Plane.BULK, "hub", [b"header", *frames])]
+
+
+def test_a_frame_of_exactly_the_limit_passes_although_encryption_makes_it_longer(net: Net) -> None:
+    hub, endpoints = net.server()
+    client = net.client("pi-1#1", endpoints)
+    full = {Plane.CONTROL: limits.CONTROL_FRAME_BYTES, Plane.BULK: limits.FRAME_BYTES}
+    for plane, size in full.items():
+        assert client.send(plane, "hub", [bytes(size)])
+        assert received(pump(hub, client)) == [(plane, "pi-1#1", [bytes(size)])]
+        with pytest.raises(AssertionError, match="cut above"):
+            client.send(plane, "hub", [bytes(size + 1)])
+    for frames in ([], [b""] * (limits.FRAMES_PER_MESSAGE + 1)):
+        with pytest.raises(AssertionError, match="cut above"):
+            client.send(Plane.CONTROL, "hub", frames)
+
+
+def test_control_comes_before_bulk_and_each_peer_has_its_turn(
+    net: Net, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "DRAIN_MESSAGES", 4)
+    first, first_endpoints = net.server("hub")
+    second, second_endpoints = net.server("other")
+    reader = net.client("pi-1#1", first_endpoints)
+    for plane, endpoint in second_endpoints.items():
+        reader.connect(plane, "other", endpoint)
+    for plane in Plane:
+        assert reader.send(plane, "hub", [b"hello"]) and reader.send(plane, "other", [b"hello"])
+    for server in (first, second):
+        assert len(received(pump(server, reader, until=counted(2)))) == 2
+    for number in range(8):
+        assert first.send(Plane.BULK, "pi-1#1", [b"%d" % number])
+        assert second.send(Plane.BULK, "pi-1#1", [b"%d" % number])
+    assert first.send(Plane.CONTROL, "pi-1#1", [b"now"])
+    time.sleep(0.3)  # all of it is there
+    drained = [received(reader.receive(1.0)) for _ in range(4)]
+    assert [len(messages) for messages in drained] == [5, 4, 4, 4]
+    assert drained[0][0] == (Plane.CONTROL, "hub", [b"now"])
+    for messages in drained:
+        peers = [peer for plane, peer, _ in messages if plane is Plane.BULK]
+        assert sorted(peers) == ["hub", "hub", "other", "other"]
+
+
+def test_the_threads_stay_apart_and_wake_ends_a_wait_early(net: Net) -> None:
+    one = net.transport("pi-1#1")
+    one.wake()
+    one.wake()
+    started = time.monotonic()
+    assert one.receive(5.0) == []
+    waker = threading.Timer(0.1, one.wake)
+    waker.start()
+    assert one.receive(5.0) == []
+    waker.join()
+    assert 0.09 < time.monotonic() - started < 2.0
+    assert one.receive(0.0) == []
+    failures: list[str] = []
+
+    def intrude() -> None:
+        try:
+            one.receive(0.0)
+        except AssertionError as error:
+            failures.append(str(error))
+
+    intruder = threading.Thread(target=intrude)
+    intruder.start()
+    intruder.join()
+    assert failures == ["not this transport's thread"]
+    for _ in range(100_000):  # far more than the descriptor's buffer: never blocks
+        one.wake()
+    one.close()
+    one.close()
+    one.wake()
+
+
+# --- what is refused --------------------------------------------------------------------------
+
+
+def test_another_member_key_is_refused_and_says_so_until_it_is_allowed(net: Net) -> None:
+    hub, endpoints = net.server()
+    stranger = generate_keypair()
+    client = net.transport("pi-1#1", stranger)
+    control = endpoints[Plane.CONTROL]
+    client.connect(Plane.CONTROL, "hub", control)
+    assert client.send(Plane.CONTROL, "hub", [b"let me in"])
+    assert pump(client, hub) == [Lost(Plane.CONTROL, "hub", transport.REFUSED)]
+    assert not client.send(Plane.CONTROL, "hub", [b"let me in"])
+    assert pump(hub, client, within_s=0.2) == []
+    hub.gatekeeper.allow(stranger.public)
+    client.connect(Plane.CONTROL, "hub", control)  # after a refusal the caller tries again
+    greet(hub, client, planes=[Plane.CONTROL])
+
+
+def test_a_key_revoked_while_connected_is_heard_no_more(net: Net) -> None:
+    hub, endpoints = net.server()
+    client = net.client("pi-1#1", endpoints)
+    greet(hub, client)
+    hub.gatekeeper.revoke(net.ring.member.public)
+    for plane in Plane:
+        assert client.send(plane, "hub", [b"still there"])
+    assert pump(hub, client, within_s=0.3) == []
+    assert hub.counters["key revoked"] == 2
+
+
+def test_a_plaintext_client_is_refused(net: Net) -> None:
+    hub, endpoints = net.server()
+    for plane in Plane:
+        with RawClient(net, endpoints[plane], plain=True) as raw:
+            raw.send(b"hello")
+            assert pump(hub, within_s=0.3) == []
+    greet(hub, net.client("pi-1#1", endpoints))
+
+
+def test_a_server_without_encryption_gets_nothing_and_is_named(net: Net) -> None:
+    client = net.transport("pi-1#1")
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as plain:
+        plain.linger = 0
+        port = plain.bind_to_random_port(f"tcp://{HOST}")
+        client.connect(Plane.CONTROL, "hub", Endpoint(HOST, port, net.own.public))
+        assert client.send(Plane.CONTROL, "hub", [b"hello"])
+        assert pump(client) == [Lost(Plane.CONTROL, "hub", transport.NOT_OURS)]
+        assert not plain.poll(200)
+
+
+def test_a_server_with_another_key_gets_nothing_and_is_told_apart(net: Net) -> None:
+    hub, endpoints = net.server()
+    client = net.transport("pi-1#1")
+    wrong = Endpoint(HOST, endpoints[Plane.CONTROL].port, generate_keypair().public)
+    client.connect(Plane.CONTROL, "hub", wrong)
+    assert client.send(Plane.CONTROL, "hub", [b"hello"])
+    assert pump(client, hub) == [Lost(Plane.CONTROL, "hub", transport.NOT_OURS)]
+    assert "key" in transport.NOT_OURS and transport.REFUSED not in transport.NOT_OURS
+    assert pump(client, hub, within_s=0.6) == [], "one loss for one outage, however often tried"
+    client.connect(Plane.CONTROL, "hub", endpoints[Plane.CONTROL])  # another endpoint: replaced
+    greet(hub, client, planes=[Plane.CONTROL])
+
+
+def test_a_dead_gatekeeper_admits_nobody(net: Net) -> None:
+    hub, endpoints = net.server()
+    hub.gatekeeper.stop()
+    client = net.client("pi-1#1", endpoints)
+    for plane in Plane:
+        assert client.send(plane, "hub", [b"hello"])
+    heard = pump(client, hub, until=lambda heard: len(heard) >= 2)
+    assert {(one.plane, one.reason) for one in lost(heard)} == {
+        (plane, transport.NOT_OURS) for plane in Plane
+    }
+    assert pump(hub, client, within_s=0.3) == []
+
+
+def test_nobody_at_the_address_is_told_once(net: Net) -> None:
+    with socket.create_server((HOST, 0)) as free:
+        port = free.getsockname()[1]
+    client = net.transport("pi-1#1")
+    client.connect(Plane.BULK, "hub", Endpoint(HOST, port, net.own.public))
+    assert pump(client) == [Lost(Plane.BULK, "hub", transport.CANNOT_CONNECT)]
+    assert pump(client, within_s=0.4) == []
+
+
+def test_a_message_to_an_unknown_peer_is_not_sent_and_a_hint_comes(net: Net) -> None:
+    hub, _ = net.server()
+    unbound = net.transport("pi-1#1")
+    for one in (hub, unbound):
+        for plane in Plane:
+            assert not one.send(plane, "nobody", [b"hello"])
+            assert not one.send(plane, "nobody", [b"hello"])
+            assert one.receive(0.0) == [Lost(plane, "nobody", transport.NO_ROUTE)]
+        assert one.receive(0.0) == []
+
+
+def test_garbage_on_the_port_does_no_harm(net: Net) -> None:
+    hub, endpoints = net.server()
+    client = net.client("pi-1#1", endpoints)
+    greet(hub, client)
+    chance = random.Random(7)
+    greeting = b"\xff" + bytes(8) + b"\x7f\x03\x01CURVE".ljust(54, b"\0")
+    strangers: list[socket.socket] = []
+    try:
+        for number in range(60):
+            stranger = socket.create_connection((HOST, endpoints[PLANES[number % 2]].port), 2.0)
+            strangers.append(stranger)
+            match number % 5:
+                case 0:
+                    stranger.sendall(chance.randbytes(chance.randrange(1, 4096)))
+                case 1:
+                    stranger.sendall(b"GET / HTTP/1.1\r\nHost: pi\r\n\r\n")
+                case 2:  # a frame of 4 GiB before the handshake
+                    stranger.sendall(greeting + b"\x02\0\0\0\x01\0\0\0\0")
+                case 3:
+                    stranger.sendall(greeting + chance.randbytes(300))
+                case _:
+                    pass  # stays silent
+        for number in range(10):
+            text = b"%d" % number
+            assert client.send(Plane.CONTROL, "hub", [text])
+            assert received(pump(hub, client)) == [(Plane.CONTROL, "pi-1#1", [text])]
+        greet(hub, net.client("pi-2#1", endpoints))
+    finally:
+        for stranger in strangers:
+            stranger.close()
+    assert pump(hub, client, within_s=0.3) == [], "strangers that come and go are no losses"
+
+
+def test_an_oversized_frame_is_rejected_and_the_others_are_served(net: Net) -> None:
+    hub, endpoints = net.server()
+    client = net.client("pi-1#1", endpoints)
+    greet(hub, client)
+    too_much = {Plane.CONTROL: limits.CONTROL_FRAME_BYTES, Plane.BULK: limits.FRAME_BYTES}
+    for plane, size in too_much.items():
+        with RawClient(net, endpoints[plane]) as raw:
+            raw.send(b"ok")
+            assert received(pump(hub)) == [(plane, "raw", [b"ok"])]
+            raw.send(bytes(size + 1))
+            assert received(pump(hub, client, within_s=0.3)) == []
+    greet(hub, client)
+
+
+def test_messages_of_no_or_too_many_frames_and_of_nameless_peers_are_dropped(net: Net) -> None:
+    hub, endpoints = net.server()
+    with RawClient(net, endpoints[Plane.CONTROL]) as raw:
+        raw.send_multipart([b"x"] * (limits.FRAMES_PER_MESSAGE + 1))
+        raw.send_multipart([b"y"] * limits.FRAMES_PER_MESSAGE)
+        heard = received(pump(hub))
+        assert [len(frames) for _, _, frames in heard] == [limits.FRAMES_PER_MESSAGE]
+    assert hub.counters["frames per message"] == 1
+    for routing_id in (b"", b"\xff\xfe"):
+        nameless = RawClient(net, endpoints[Plane.BULK])
+        with nameless as raw:
+            raw.disconnect(str(nameless.endpoint))
+            raw.routing_id = routing_id or b"\xfe"
+            raw.connect(str(nameless.endpoint))
+            raw.send(b"who am I")
+            assert received(pump(hub, within_s=0.3)) == []
+    assert hub.counters["peer without a name"] >= 1
+
+
+# --- losing and coming back --------------------------------------------------------------------
+
+
+def test_a_peer_that_comes_back_under_its_name_takes_it_over(net: Net) -> None:
+    hub, endpoints = net.server()
+    before = net.client("pi-1#1", endpoints)
+    greet(hub, before)
+    after = net.client("pi-1#1", endpoints)
+    greet(hub, after)
+    for plane in Plane:
+        assert hub.send(plane, "pi-1#1", [b"to the new one"])
+        assert received(pump(after, hub)) == [(plane, "hub", [b"to the new one"])]
+    before.close()
+    assert pump(hub, after, within_s=0.3) == [], "the name lives on by its new connection"
+    after.close()
+    assert pump(hub) == [Lost(Plane.CONTROL, "pi-1#1", transport.LOST)]
+
+
+CHILD = """
+import sys, time
+from cluster.security import KeyPair
+from cluster.transport import Endpoint, Plane, Transport
+control, bulk, hub_key, public, secret = sys.argv[1:]
+me = Transport("pi-1#1", KeyPair(public, secret))
+me.connect(Plane.CONTROL, "hub", Endpoint("127.0.0.1", int(control), hub_key))
+me.connect(Plane.BULK, "hub", Endpoint("127.0.0.1", int(bulk), hub_key))
+port = me.bind(Plane.CONTROL, "127.0.0.1")
+me.send(Plane.BULK, "hub", [b"hello"])
+me.send(Plane.CONTROL, "hub", [b"hello", str(port).encode(), me.public_key.encode()])
+end = time.monotonic() + 20
+while time.monotonic() < end:
+    me.receive(0.1)
+"""
+
+
+def test_a_killed_process_is_noticed_within_a_second_by_both_sides_of_the_link(net: Net) -> None:
+    hub, endpoints = net.server()
+    member = net.ring.member
+    ports = [str(endpoints[plane].port) for plane in (Plane.CONTROL, Plane.BULK)]
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD, *ports, net.own.public, member.public, member.secret]
+    )
+    try:
+        heard = received(pump(hub, until=counted(2), within_s=10.0))
+        _, port, key = next(frames for plane, _, frames in heard if plane is Plane.CONTROL)
+        caller = net.transport("pi-2#1")
+        caller.connect(Plane.CONTROL, "pi-1#1", Endpoint(HOST, int(port), key.decode()))
+        assert caller.send(Plane.CONTROL, "pi-1#1", [b"hello"])
+        pump(caller, hub, within_s=0.3)
+        os.kill(child.pid, signal.SIGKILL)
+        killed = time.monotonic()
+        assert pump(hub) == [Lost(Plane.CONTROL, "pi-1#1", transport.LOST)]
+        assert lost(pump(caller))[0] == Lost(Plane.CONTROL, "pi-1#1", transport.LOST)
+        assert time.monotonic() - killed < 1.0
+    finally:
+        child.kill()
+        child.wait(10)
+    assert not hub.send(Plane.BULK, "pi-1#1", [b"hello"])
+    assert hub.receive(0.0) == [Lost(Plane.BULK, "pi-1#1", transport.NO_ROUTE)]
+
+
+def test_a_link_reconnects_by_itself_when_its_server_is_back(net: Net) -> None:
+    hub, endpoints = net.server()
+    client = net.client("pi-1#1", endpoints)
+    greet(hub, client)
+    hub.close()
+    heard = pump(client, until=lambda heard: len(heard) >= 4)
+    assert [one.reason for one in lost(heard) if one.plane is Plane.BULK] == [
+        transport.LOST,
+        transport.CANNOT_CONNECT,
+    ]
+    again = Transport("hub", net.ring.member, net.own)
+    net.transports.append(again)
+    for plane, endpoint in endpoints.items():
+        assert again.bind(plane, HOST, endpoint.port) == endpoint.port
+    greet(again, client)
+
+
+def test_connecting_twice_changes_nothing_and_disconnecting_forgets(net: Net) -> None:
+    hub, endpoints = net.server()
+    client = net.client("pi-1#1", endpoints)
+    greet(hub, client)
+    for plane, endpoint in endpoints.items():
+        client.connect(plane, "hub", endpoint)
+    greet(hub, client)
+    client.disconnect("hub")
+    client.disconnect("hub")
+    assert not client.send(Plane.CONTROL, "hub", [b"hello"])
+    assert client.receive(0.0) == [Lost(Plane.CONTROL, "hub", transport.NO_ROUTE)]
+    assert pump(hub) == [Lost(Plane.CONTROL, "pi-1#1", transport.LOST)]
+
+
+# --- full pipes --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("who", ["dealer", "router"])
+def test_a_backlog_is_bounded_and_arrives_in_order_once_there_is_room(
+    net: Net, monkeypatch: pytest.MonkeyPatch, who: str
+) -> None:
+    monkeypatch.setattr(limits, "BACKLOG_BYTES", 4 * MIB)
+    hub, endpoints = net.server()
+    client = net.client("pi-1#1", endpoints)
+    greet(hub, client)
+    sender, peer, reader = (client, "hub", hub) if who == "dealer" else (hub, "pi-1#1", client)
+    payload = bytes(MIB - 1024)
+    taken = 0
+    started = time.monotonic()
+    for _ in range(400):
+        if not sender.send(Plane.BULK, peer, [b"%d" % taken, payload]):
+            break
+        taken += 1
+        sender.receive(0)  # what cannot be sent now must not keep it busy, or block it
+    assert time.monotonic() - started < 3.0, "send never blocks"
+    assert limits.HIGH_WATER_MARK < taken < 400, "the pipe and the backlog"
+    assert sender.counters["backlog full"] == 1
+    assert sender.send(Plane.CONTROL, peer, [b"control passes"])
+    heard = received(pump(reader, sender, until=counted(taken + 1), within_s=10.0))
+    numbers = [int(frames[0]) for plane, _, frames in heard if plane is Plane.BULK]
+    assert numbers == list(range(taken))
+    assert sender.send(Plane.BULK, peer, [b"again"])
+    assert [frames for _, _, frames in received(pump(reader, sender))] == [[b"again"]]
+
+
+def test_a_backlog_for_a_peer_that_dies_is_dropped_with_a_hint(net: Net) -> None:
+    hub, endpoints = net.server()
+    client = net.client("pi-1#1", endpoints)
+    greet(hub, client)
+    while not hub.counters["backlog full"]:
+        hub.send(Plane.BULK, "pi-1#1", [bytes(MIB)] * 8)
+    client.close()
+    heard = pump(hub, until=lambda heard: len(heard) >= 2)
+    assert set(lost(heard)) == {
+        Lost(Plane.CONTROL, "pi-1#1", transport.LOST),
+        Lost(Plane.BULK, "pi-1#1", transport.NO_ROUTE),
+    }
+    assert hub.counters["dropped with its peer"] > 0
+
+
+def test_a_full_pipe_to_one_peer_does_not_spin(net: Net) -> None:
+    hub, endpoints = net.server()
+    stuck, fine = net.client("pi-1#1", endpoints), net.client("pi-2#1", endpoints)
+    greet(hub, stuck, fine)
+    while not hub.counters["backlog full"]:
+        hub.send(Plane.BULK, "pi-1#1", [bytes(MIB)] * 8)
+    before = time.thread_time()
+    assert hub.receive(0.5) == []
+    assert time.thread_time() - before < 0.25, "POLLOUT of a ROUTER is true for the other peer"
+    assert hub.send(Plane.BULK, "pi-2#1", [b"unhindered"])
+    assert received(pump(fine, hub)) == [(Plane.BULK, "hub", [b"unhindered"])]
+
+
+def test_closing_with_linger_sends_what_is_queued(net: Net) -> None:
+    hub, endpoints = net.server()
+    client = net.client("pi-1#1", endpoints)
+    for number in range(20):
+        assert client.send(Plane.CONTROL, "hub", [b"%d" % number])
+    client.close(linger_s=limits.LINGER_DRAIN_MS / 1000)  # before the handshake was over
+    heard = received(pump(hub, until=counted(20)))
+    assert [frames for _, _, frames in heard] == [[b"%d" % number] for number in range(20)]
+
+
+# --- settings ----------------------------------------------------------------------------------
+
+
+def test_a_port_in_use_says_which_and_how_to_choose_another(net: Net) -> None:
+    _hub, endpoints = net.server()
+    port = endpoints[Plane.CONTROL].port
+    other = net.transport("hub-2")
+    with pytest.raises(ConfigurationError, match=str(port)) as caught:
+        other.bind(Plane.CONTROL, HOST, port)
+    assert "--port" in caught.value.hint
+    assert other.bind(Plane.CONTROL, HOST) != port, "and the transport can go on"
+
+
+@pytest.mark.parametrize("host", ["192.0.2.250", "no such host", ""])
+def test_an_address_that_is_not_ours_cannot_be_bound(net: Net, host: str) -> None:
+    with pytest.raises(ConfigurationError, match="cannot listen"):
+        net.transport("hub").bind(Plane.CONTROL, host)
+
+
+def test_a_bad_endpoint_is_refused_before_anything_is_sent(net: Net) -> None:
+    client = net.transport("pi-1#1")
+    with pytest.raises(AuthError):
+        client.connect(Plane.CONTROL, "hub", Endpoint(HOST, 5555, "not a key"))
+    with pytest.raises(ConfigurationError):
+        client.connect(Plane.CONTROL, "hub", Endpoint("a b", 5555, net.own.public))
+    with pytest.raises(ConfigurationError):
+        client.connect(Plane.CONTROL, "hub", Endpoint(HOST, 99999, net.own.public))
+    assert client.receive(0.0) == []
+
+
+def test_nothing_of_a_transport_stays_behind() -> None:
+    ring, own = new_keyring("test")
+
+    def cycle() -> None:
+        made = Net(ring, own)
+        hub, endpoints = made.server()
+        greet(hub, made.client("pi-1#1", endpoints))
+        for one in made.transports:
+            one.close()
+
+    cycle()
+    before = (threading.active_count(), len(os.listdir("/proc/self/fd")))
+    for _ in range(5):
+        cycle()
+    assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == before
