@@ -14,7 +14,7 @@ import queue
 import re
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -81,36 +81,62 @@ def interface_addresses() -> list[str]:
 class Announcement:
     """A running announcement, until ``close``; inert where mDNS does not work."""
 
-    def __init__(self, zeroconf: Zeroconf | None = None, info: ServiceInfo | None = None) -> None:
-        self._zeroconf = zeroconf
+    def __init__(self, info: Callable[[list[str]], ServiceInfo], fixed: list[str] | None) -> None:
+        self._info = info
+        self._fixed = fixed  # the caller's addresses; None: whatever the machine has
+        self._addresses: list[str] = []
+        self._zeroconf: Zeroconf | None = None
         self._registration: Future[None] | None = None
-        if zeroconf is not None and info is not None:
-            assert zeroconf.loop is not None
-            # Probing for a name conflict and announcing take about a second: not on our time.
-            self._registration = asyncio.run_coroutine_threadsafe(
-                _register(zeroconf, info), zeroconf.loop
-            )
-            self._registration.add_done_callback(_log_failure)
+        self._closed = False
+        self._start(self._now())
 
     @property
     def active(self) -> bool:
         """Whether anybody can find us by mDNS."""
         return self._zeroconf is not None
 
+    def refresh(self) -> None:
+        """Follow the machine's addresses; call it now and then.
+
+        A Pi's network often comes up after its daemons, and addresses change. Costs a
+        millisecond, and a quarter of a second when something did change.
+        """
+        addresses = self._now()
+        if not self._closed and addresses != self._addresses:
+            self._stop()
+            self._start(addresses)
+
     def close(self) -> None:
         """Say goodbye, so that browsers forget us at once, and stop."""
+        self._closed = True
+        self._stop()
+
+    def _now(self) -> list[str]:
+        return interface_addresses() if self._fixed is None else self._fixed
+
+    def _start(self, addresses: list[str]) -> None:
+        self._addresses = addresses
+        self._zeroconf = _open(addresses)
+        if self._zeroconf is not None:
+            assert self._zeroconf.loop is not None
+            # Probing for a name conflict and announcing take about a second: not on our time.
+            self._registration = asyncio.run_coroutine_threadsafe(
+                _register(self._zeroconf, self._info(addresses)), self._zeroconf.loop
+            )
+            self._registration.add_done_callback(_log_failure)
+
+    def _stop(self) -> None:
         zeroconf, self._zeroconf = self._zeroconf, None
         if zeroconf is None:
             return
-        if self._registration is not None and not self._registration.done():
-            # Else its last packets could follow the goodbye.
+        if self._registration is not None:  # else its last packets could follow the goodbye
             self._registration.cancel()
         try:
-            # This one waits for its packets; the synchronous unregister_service does not
-            # (it returns with the sending task), and a close() right after it cancels them.
+            # This one waits for its packets; the synchronous unregister_service does not (it
+            # returns with the task that sends them), and close() would cancel that.
             zeroconf.unregister_all_services()
         except (OSError, ZeroconfError, RuntimeError) as error:
-            log.warning("no goodbye on mDNS", error=str(error))
+            log.warning("no goodbye on mDNS", error=repr(error))
         finally:
             zeroconf.close()
 
@@ -139,23 +165,23 @@ def announce(
     Where that is impossible (port 5353 taken, no interface), it says so and goes on without.
     """
     check_cluster_name(cluster)
-    addresses = list(interfaces) if interfaces is not None else interface_addresses()
-    zeroconf = _open(addresses)
-    if zeroconf is None:
-        return Announcement()
     host = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:_HOST_CHARS]
-    info = ServiceInfo(
-        SERVICE,
-        f"{cluster}@{host}.{SERVICE}",
-        port=port,
-        properties={
-            "cluster": cluster,
-            "protocol": f"{protocol[0]}-{protocol[1]}",
-            "key": fingerprint(key),
-        },
-        parsed_addresses=addresses,
-    )
-    return Announcement(zeroconf, info)
+    properties = {
+        "cluster": cluster,
+        "protocol": f"{protocol[0]}-{protocol[1]}",
+        "key": fingerprint(key),
+    }
+
+    def info(addresses: list[str]) -> ServiceInfo:
+        return ServiceInfo(
+            SERVICE,
+            f"{cluster}@{host}.{SERVICE}",
+            port=port,
+            properties=properties,
+            parsed_addresses=addresses,
+        )
+
+    return Announcement(info, None if interfaces is None else list(interfaces))
 
 
 def browse(
@@ -267,14 +293,14 @@ def _nearest(hosts: list[str]) -> str:
 
 def _open(addresses: list[str]) -> Zeroconf | None:
     """Zeroconf on exactly these addresses (its own choice fails without a default route)."""
-    if not addresses:
-        log.warning("no network interface for mDNS", hint=STATIC_HINT)
+    # Others are sorted out here: zeroconf would leave a socket open when it fails on them.
+    here = {address.address for found in psutil.net_if_addrs().values() for address in found}
+    if not addresses or not here.issuperset(addresses):
+        log.warning("no such network interface for mDNS", addresses=addresses, hint=STATIC_HINT)
         return None
     try:
         # In a thread of its own even if the caller has an event loop.
         return Zeroconf(interfaces=addresses, ip_version=IPVersion.V4Only, use_asyncio=False)
     except (OSError, ValueError, RuntimeError) as error:
-        log.warning(
-            "mDNS does not work here", error=str(error), addresses=addresses, hint=STATIC_HINT
-        )
+        log.warning("mDNS does not work here", error=str(error), hint=STATIC_HINT)
         return None

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from meshinfer.image import ImageSpec as ImageSpec
     from meshinfer.importers import load as load
     from meshinfer.plan import Plan as Plan
-    from meshinfer.validate import validate as validate
+    from meshinfer.legality import validate as validate
 
 __version__ = "0.1.0"
 
@@ -30,7 +30,7 @@ _HOMES = {
     "ImageSpec": "meshinfer.image",
     "load": "meshinfer.importers",
     "Plan": "meshinfer.plan",
-    "validate": "meshinfer.validate",
+    "validate": "meshinfer.legality",
     **dict.fromkeys(
         (
             "MeshInferError InvalidInput ModelNotFound QueueFull DeadlineExceeded NotEnoughMemory "
@@ -46,10 +46,6 @@ __all__ = ["__version__", *_HOMES]  # noqa: PLE0604
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'meshinfer' has no attribute {name!r}")
-    if name == "validate":  # also the name of the module that holds it
-        from meshinfer.validate import validate
-
-        return validate
     return getattr(import_module(_HOMES[name]), name)
 
 

@@ -16,7 +16,7 @@ from meshinfer.lower import lower
 from meshinfer.mapreduce import reduce, scatter
 from meshinfer.plan import Plan, Shard
 from meshinfer.transfers import Flow, TaskRef, derive
-from meshinfer.validate import validate
+from meshinfer.legality import validate
 
 
 def run_plan(

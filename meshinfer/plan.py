@@ -1,6 +1,6 @@
 """The plan: who produces what. Everything else (inputs, halos, transfers, merges) is derived.
 
-``str(plan)`` is readable and ``Plan.parse`` reads it back; ``meshinfer.validate`` holds a plan against
+``str(plan)`` is readable and ``Plan.parse`` reads it back; ``meshinfer.legality`` holds a plan against
 its graph. Cutting fused blocks is DeepThings' idea (Zhao et al. 2018), a stage a layer is MoDNN's (Mao
 et al. 2017). Workers use these types, so nothing here imports onnx.
 """

@@ -117,6 +117,24 @@ def test_closing_at_once_leaves_nothing_behind(cluster: str) -> None:
     assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == before
 
 
+def test_an_announcement_follows_the_addresses_of_its_machine(
+    cluster: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(discovery, "interface_addresses", list)
+    made = announce(cluster, 5000, key=KEY, protocol=(1, 2))
+    try:
+        assert not made.active
+        monkeypatch.setattr(discovery, "interface_addresses", lambda: LO)
+        made.refresh()
+        made.refresh()
+        assert made.active
+        assert [one.host for one in browse(cluster, timeout_s=5.0, until=1)] == LO
+    finally:
+        made.close()
+    made.refresh()
+    assert not made.active
+
+
 def test_a_name_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ConfigurationError):
         announce("no good name", 5000, key=KEY, protocol=(1, 1), interfaces=LO)
@@ -164,12 +182,9 @@ def _goes_on_with_a_hint(cluster: str, interfaces: list[str] | None) -> None:
 
 def _stranger(cluster: str, number: int, **fields: str | bytes) -> ServiceInfo:
     properties = {"cluster": cluster, "protocol": "1-2", "key": "0" * 16} | fields
+    name = f"{cluster}@s{number}.{SERVICE}"
     return ServiceInfo(
-        SERVICE,
-        f"{cluster}@s{number}.{SERVICE}",
-        port=6000 + number,
-        properties=properties,
-        parsed_addresses=LO,
+        SERVICE, name, 6000 + number, properties=properties, parsed_addresses=LO, server=name
     )
 
 
@@ -302,6 +317,11 @@ def two_hosts() -> Iterator[tuple[str, str]]:
             _run("ip", "-n", name, "addr", "add", f"10.77.0.{number}/24", "dev", "eth0")
             _run("ip", "-n", name, "link", "set", "eth0", "up")
             _run("ip", "-n", name, "link", "set", "lo", "up")
+        for name in names:  # the kernel tells of the carrier up to a second late
+            for _ in range(100):
+                if "state UP" in _run("ip", "-n", name, "link", "show", "eth0"):
+                    break
+                time.sleep(0.05)
         yield names
     finally:
         for name in made:  # the cable goes with them

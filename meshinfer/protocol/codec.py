@@ -1,0 +1,126 @@
+"""Messages to frames and back: one msgpack header, then the raw bytes in frames of at most 1 MiB.
+
+The header holds the payload's length and its xxh3-64, both checked before the payload is used, and a
+tensor's shape is checked against the length before an array is made of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+import xxhash
+
+from meshinfer import limits
+from meshinfer.errors import BY_NAME, MeshInferError
+from meshinfer.protocol.messages import AnyMessage, Failure, Message, Tensor
+
+Array = np.ndarray[Any, Any]
+Buffer = bytes | memoryview
+
+DTYPES = frozenset(
+    ("|b1", "|i1", "|u1", "<i2", "<u2", "<i4", "<u4", "<i8", "<u8", "<f2", "<f4", "<f8")
+)
+"""Element types that may travel, as numpy type strings: all little-endian."""
+
+
+class ProtocolError(Exception):
+    """Frames that are no message of ours; they are counted and dropped."""
+
+
+class _Envelope(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
+    message: AnyMessage
+    nbytes: int = 0
+    checksum: int = 0
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(_Envelope)
+
+
+def encode(message: Message, payload: Buffer | None = None) -> list[Buffer]:
+    """Frames of a message. The payload is not copied and must not change until it is sent."""
+    if payload is None:
+        return [_encoder.encode(_Envelope(message))]  # type: ignore[arg-type]
+    view = memoryview(payload).cast("B") if len(payload) else memoryview(b"")
+    digest = xxhash.xxh3_64_intdigest(view)
+    header = _encoder.encode(_Envelope(message, len(view), digest))  # type: ignore[arg-type]
+    size = limits.FRAME_BYTES
+    return [header, *(view[i : i + size] for i in range(0, len(view), size))]
+
+
+def decode(frames: Sequence[Buffer]) -> tuple[AnyMessage, memoryview]:
+    """The message and its payload (empty if it has none). Raises ``ProtocolError``.
+
+    A payload of one frame is not copied; several frames are joined, which copies them once.
+    """
+    if not frames or len(frames) > limits.FRAMES_PER_MESSAGE:
+        raise ProtocolError(f"{len(frames)} frames")
+    if len(frames[0]) > limits.CONTROL_FRAME_BYTES:
+        raise ProtocolError(f"a header of {len(frames[0])} bytes")
+    try:
+        envelope = _decoder.decode(frames[0])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ProtocolError(f"no message: {error}") from error
+    if sum(len(frame) for frame in frames[1:]) != envelope.nbytes:
+        raise ProtocolError("the payload's length is not the one announced")
+    if len(frames) == 1:
+        return envelope.message, memoryview(b"")
+    payload = memoryview(frames[1] if len(frames) == 2 else b"".join(frames[1:])).toreadonly()
+    if xxhash.xxh3_64_intdigest(payload) != envelope.checksum:
+        raise ProtocolError("the payload's checksum is wrong")
+    return envelope.message, payload
+
+
+def describe(name: str, array: Array) -> Tensor:
+    """The header of an array. Raises ``ValueError`` for types that cannot travel."""
+    dtype = array.dtype.newbyteorder("<").str if array.dtype.byteorder == "=" else array.dtype.str
+    if dtype not in DTYPES:
+        raise ValueError(f"arrays of {array.dtype} cannot travel")
+    return Tensor(name=name, dtype=dtype, shape=array.shape)
+
+
+def payload_of(array: Array) -> memoryview:
+    """The raw bytes of an array in C order; copied only where a slice is not contiguous."""
+    flat = np.ascontiguousarray(array).reshape(-1)
+    return memoryview(flat.view(np.uint8)) if flat.size else memoryview(b"")  # type: ignore[arg-type]
+
+
+def array_of(tensor: Tensor, payload: memoryview) -> Array:
+    """The read-only array over a payload. Raises ``ProtocolError`` when the header does not fit."""
+    if tensor.dtype not in DTYPES:
+        raise ProtocolError(f"elements of type {tensor.dtype!r}")
+    dtype = np.dtype(tensor.dtype)
+    count = 1
+    for size in tensor.shape:
+        count *= size
+    if count * dtype.itemsize != len(payload):
+        raise ProtocolError(f"{tensor.shape} of {dtype} is not {len(payload)} bytes")
+    return np.frombuffer(payload, dtype=dtype, count=count).reshape(tensor.shape)
+
+
+def failure_of(error: BaseException) -> Failure:
+    """An exception as it travels; what is not ours becomes a plain ``MeshInferError``."""
+    if isinstance(error, MeshInferError):
+        return Failure(
+            error=type(error).__name__,
+            message=error.message,
+            hint=error.hint,
+            retry_after_s=getattr(error, "retry_after_s", None),
+        )
+    return Failure(
+        error="MeshInferError",
+        message=f"{type(error).__name__}: {error}",
+        hint="this is a defect of MeshInfer: please report it with the log",
+    )
+
+
+def error_of(failure: Failure) -> MeshInferError:
+    """The exception behind a failure."""
+    kind = BY_NAME.get(failure.error, MeshInferError)
+    error = kind(failure.message, hint=failure.hint)
+    if failure.retry_after_s is not None:
+        error.retry_after_s = failure.retry_after_s  # type: ignore[attr-defined]
+    return error
