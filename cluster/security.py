@@ -314,8 +314,8 @@ class Gatekeeper:
                     self._answer_one()
         except zmq.ContextTerminated:
             pass
-        except Exception:
-            log.exception("the gatekeeper died; every new connection is refused from now on")
+        except Exception as error:
+            log.error("the gatekeeper died; every connection is refused now", error=repr(error))
         finally:
             self._socket.close()
 
@@ -323,8 +323,9 @@ class Gatekeeper:
         request = self._socket.recv_multipart()
         try:
             public = self._judge(request)
-        except Exception:  # a bug here must refuse this one, not stop the gate
-            log.exception("a connection was refused because judging it failed")
+        except Exception as error:  # a bug here must refuse this one, not stop the gate
+            # No traceback: console renderers add local variables, slowly, and the peer waits.
+            log.error("a connection was refused because judging it failed", error=repr(error))
             public = None
         if len(request) < 4:
             return  # nothing to answer to; the handshake times out, which is a refusal

@@ -119,7 +119,12 @@ def hull(boxes: Iterable[Box]) -> Box:
 
 
 def tiles_exactly(whole: Box, parts: Sequence[Box]) -> bool:
-    """Whether the parts cover ``whole`` once: inside, pairwise disjoint, volumes adding up."""
+    """Whether the parts cover ``whole`` once: inside, pairwise disjoint, volumes adding up.
+
+    An empty whole is one part: itself.
+    """
+    if whole.empty:
+        return list(parts) == [whole]
     if any(part.empty or not whole.contains(part) for part in parts):
         return False
     if sum(part.volume for part in parts) != whole.volume:

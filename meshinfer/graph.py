@@ -84,6 +84,7 @@ class Graph:
 
     @cached_property
     def outputs(self) -> tuple[str, ...]:
+        """Names of the answers: values that ops make, or inputs as they are (from source to sink)."""
         return tuple(_name(v) for v in self.model.graph.outputs)
 
     @cached_property

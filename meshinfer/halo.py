@@ -16,12 +16,16 @@ from meshinfer.plan import Shard, Stage, Task
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One op computed for one task: aligned output boxes, what it reads, which part of its sum."""
+    """One op computed for one task: aligned output boxes, what it reads, which part of its sum.
+
+    ``partial`` is the shard that a partial sum is computed for; None when ``over`` is.
+    """
 
     op: Op
     outs: Boxes
     ins: Boxes
     over: Box | None
+    partial: Shard | None = None
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -54,10 +58,11 @@ def receptive_field(graph: Graph, stage: Stage, task: Task) -> Field:
             _need(needs, shard.value, shard.box)
     jobs: list[Job] = []
     for op in reversed(graph.ops[stage.start : stage.stop]):
-        for outs, over in reversed(_asked(op, needs, partial)):
+        for outs, shard in reversed(_asked(op, needs, partial)):
             rule = rule_of(op)
             aligned = rule.align(op, outs)
-            job = Job(op, aligned, rule.footprint(op, aligned, over), over)
+            over = shard.over if shard is not None else None
+            job = Job(op, aligned, rule.footprint(op, aligned, over), over, shard)
             for name, box in zip(job.reads, job.ins, strict=True):
                 if name and box is not None:
                     _need(needs, name, box)
@@ -77,10 +82,12 @@ def _need(needs: dict[str, Box], value: str, box: Box) -> None:
 
 def _asked(
     op: Op, needs: dict[str, Box], partial: dict[str, list[Shard]]
-) -> list[tuple[Boxes, Box | None]]:
-    """What is asked of an op: its needed outputs at once, or each partial sum by itself."""
-    shards = [s for name in op.outputs if name for s in partial.get(name, ())]
-    if shards:
-        return [((s.box,), s.over) for s in shards]
+) -> list[tuple[Boxes, Shard | None]]:
+    """What is asked of an op: its needed outputs at once, and each partial sum by itself."""
+    asked: list[tuple[Boxes, Shard | None]] = [
+        ((shard.box,), shard) for name in op.outputs if name for shard in partial.get(name, ())
+    ]
     outs: Boxes = tuple(needs.get(name) if name else None for name in op.outputs)
-    return [(outs, None)] if any(box is not None for box in outs) else []
+    if any(box is not None for box in outs):
+        asked.append((outs, None))
+    return asked

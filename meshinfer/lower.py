@@ -89,6 +89,7 @@ class _Lowering:
     ) -> None:
         node = onnx.NodeProto()
         node.CopyFrom(op.proto)
+        node.ClearField("name")  # a task may compute an op several times, for several partial sums
         replaced = {*drop, *attributes}
         kept = [a for a in op.proto.attribute if a.name not in replaced]
         del node.attribute[:], node.input[:], node.output[:]
@@ -144,24 +145,17 @@ class _Lowering:
             if box is None or not name:
                 names.append("")
                 continue
-            shard = Shard(name, box, job.over)
-            wanted = self.field.needs.get(name, box) if job.over is None else box
-            if job.over is not None:
-                target = self.fresh(name)
-                outputs.append((target, self._partial(shard)))
+            if job.partial is not None:
+                wanted, target = job.partial.box, self.fresh(name)
+                outputs.append((target, job.partial))
             else:
-                target = name if wanted == box else self.fresh(name)
-            names.append(target)
+                wanted, target = self.field.needs.get(name, box), name
+            names.append(target if wanted == box else self.fresh(name))
             if wanted != box:
-                crops.append((target, box, wanted, name))
+                crops.append((names[-1], box, wanted, target))
         rule.emit(op, Emission(job.outs, job.ins, job.over, inputs, tuple(names)), self)
         for source, held, wanted, target in crops:
             crop(self, source, held, wanted, target)
-
-    def _partial(self, shard: Shard) -> Shard:
-        """The task's own shard behind a partial job: alignment may not have grown it."""
-        assert shard in self.task.outputs, f"{shard} was grown; a partial sum must be aligned"
-        return shard
 
     def _read(self, name: str, box: Box) -> str:
         held = self.field.needs[name]

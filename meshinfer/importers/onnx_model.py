@@ -196,26 +196,20 @@ def _optimise(proto: onnx.ModelProto, folder: Path | None, target: Path) -> None
 
 
 def _tidy(model: ir.Model) -> None:
-    """Name everything; give every output a node of its own; drop imports that nothing uses."""
+    """Name every node; copy weights that are outputs, so that a task makes them; drop idle imports."""
     graph = model.graph
     for i, node in enumerate(graph):
         node.name = node.name or f"{node.op_type}_{i}"
-    seen: set[str] = set()
     for i, value in enumerate(graph.outputs):
-        assert value.name
-        if value.producer() is not None and value.name not in seen:
-            seen.add(value.name)
-            continue
-        # An initializer or an input that is an output as it is: copy it, so that a task makes it.
-        inner = value
+        if not value.is_initializer():
+            continue  # an input that is an output as it is goes from the source to the sink
         name = value.name
-        inner.name = f"{name}/source"
-        copy = ir.Node("", "Identity", [inner], num_outputs=1, name=f"{name}/copy")
+        value.name = f"{name}/source"
+        copy = ir.Node("", "Identity", [value], num_outputs=1, name=f"{name}/copy")
         copy.outputs[0].name = name
-        copy.outputs[0].type, copy.outputs[0].shape = inner.type, inner.shape
+        copy.outputs[0].type, copy.outputs[0].shape = value.type, value.shape
         graph.append(copy)
         graph.outputs[i] = copy.outputs[0]
-        seen.add(name)
     used = {"", *(node.domain for node in graph.all_nodes())}
     for domain in [d for d in model.opset_imports if d not in used]:
         del model.opset_imports[domain]

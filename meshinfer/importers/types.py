@@ -13,6 +13,8 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, TypeProto, helper
 
+from meshinfer.importers.pools import trim_pools
+
 _TENSOR = re.compile(r"tensor\((\w+)\)")
 _ELEMENTS = {
     "float": TensorProto.FLOAT,
@@ -31,16 +33,31 @@ _ELEMENTS = {
 
 def infer_types(path: Path) -> None:
     """Write the types of all values into the model file at ``path`` (its weights stay beside it)."""
-    model = onnx.load(path, load_external_data=False)
-    try:
-        model = onnx.shape_inference.infer_shapes(model, data_prop=True)
-    except Exception:  # onnx refuses some models that onnxruntime runs; its word does not count
-        pass
+    plain = onnx.load(path, load_external_data=False)
+    model = _inferred(plain)
+    while trim_pools(plain, _shapes(model)):  # ends: each pass settles at least one pool
+        for output in plain.graph.output:
+            if output.type.HasField("tensor_type"):
+                output.type.tensor_type.ClearField("shape")
+        del plain.graph.value_info[:]
+        model = _inferred(plain)
     known = {v.name for v in (*model.graph.value_info, *model.graph.output) if _complete(v)}
     missing = [n for node in model.graph.node for n in node.output if n and n not in known]
     if missing:
         _ask_onnxruntime(model, missing, path)
     onnx.save(model, path)
+
+
+def _inferred(model: onnx.ModelProto) -> onnx.ModelProto:
+    try:
+        return onnx.shape_inference.infer_shapes(model, data_prop=True)
+    except Exception:  # onnx refuses some models that onnxruntime runs; its word does not count
+        return model
+
+
+def _shapes(model: onnx.ModelProto) -> dict[str, list[int]]:
+    values = (*model.graph.input, *model.graph.value_info, *model.graph.output)
+    return {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in values if _complete(v)}
 
 
 def _complete(value: onnx.ValueInfoProto) -> bool:

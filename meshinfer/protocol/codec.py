@@ -1,7 +1,7 @@
 """Messages to frames and back: one msgpack header, then the raw bytes in frames of at most 1 MiB.
 
-The header holds the payload's length and its xxh3-64, both checked before the payload is used, and a
-tensor's shape is checked against the length before an array is made of it.
+The header holds the payload's length and its xxh3-64, both checked before the payload is used, and
+a tensor's shape is checked against the length before an array is made of it.
 """
 
 from __future__ import annotations

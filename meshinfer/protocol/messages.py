@@ -34,10 +34,10 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """Base of what messages are made of."""
 
 
-# --- Records ---------------------------------------------------------------------------------------
+# --- Records ------------------------------------------------------------------------------------
 
 
-class Peer(Record):
+class Peer(Record, frozen=True):
     """Where a peer's bulk socket is bound, and the CURVE public key (Z85) that it serves with."""
 
     device: Name
@@ -51,8 +51,11 @@ class Peer(Record):
         return f"{self.device}#{self.incarnation}"
 
 
-class Facts(Record):
-    """What a device says of itself. ``flops_per_s`` is measured on its engine."""
+class Facts(Record, frozen=True):
+    """What a device says of itself. ``flops_per_s`` is measured on its engine.
+
+    ``last_exit`` is why its worker process ended the last time, as its supervisor saw it.
+    """
 
     host: str = ""
     cores: Count = 0
@@ -62,12 +65,13 @@ class Facts(Record):
     engine: str = ""
     version: str = ""
     threads: Count = 1
+    last_exit: str = ""
     flops_per_s: float = 0.0
     computes: bool = True
     head: bool = False
 
 
-class Failure(Record):
+class Failure(Record, frozen=True):
     """An error of ``meshinfer.errors`` by its name."""
 
     error: Name
@@ -76,7 +80,7 @@ class Failure(Record):
     retry_after_s: float | None = None
 
 
-class Tensor(Record):
+class Tensor(Record, frozen=True):
     """Name, numpy type string and shape of a tensor."""
 
     name: Name
@@ -84,14 +88,14 @@ class Tensor(Record):
     shape: Shape
 
 
-class Piece(Record):
+class Piece(Record, frozen=True):
     """One awaited part of an input value."""
 
     shard: Shard
     producer: Place
 
 
-class Value(Record):
+class Value(Record, frozen=True):
     """An input value of a task: its box, and the pieces that it is merged from."""
 
     name: Name
@@ -99,7 +103,7 @@ class Value(Record):
     pieces: tuple[Piece, ...]
 
 
-class Send(Record):
+class Send(Record, frozen=True):
     """A piece of what a task made, for a task on ``device``."""
 
     piece: Shard
@@ -107,14 +111,14 @@ class Send(Record):
     consumer: Place
 
 
-class Output(Record):
+class Output(Record, frozen=True):
     """An output of a submodel: tensor name and what it holds."""
 
     name: Name
     shard: Shard
 
 
-class Program(Record):
+class Program(Record, frozen=True):
     """A task, lowered for its device. ``model`` and ``weights`` are blobs by SHA-256.
 
     The source and the sink are programs too, without a model.
@@ -128,7 +132,7 @@ class Program(Record):
     sends: tuple[Send, ...] = ()
 
 
-class TaskTime(Record):
+class TaskTime(Record, frozen=True):
     """What one task took on its device. ``sent_bytes`` left the device for others."""
 
     device: Name
@@ -137,7 +141,7 @@ class TaskTime(Record):
     sent_bytes: Count
 
 
-class DeviceInfo(Record):
+class DeviceInfo(Record, frozen=True):
     """A device as ``meshinfer devices`` shows it."""
 
     device: Name
@@ -148,20 +152,21 @@ class DeviceInfo(Record):
     tasks_done: Count = 0
 
 
-class ModelInfo(Record):
+class ModelInfo(Record, frozen=True):
     """A deployed model version."""
 
     name: Name
     version: Count
     digest: Hex
     current: bool
+    image: Text | None = None
     plans: tuple[Text, ...] = ()
 
 
-# --- Joining and staying ----------------------------------------------------------------------------
+# --- Joining and staying ------------------------------------------------------------------------
 
 
-class Hello(Message):
+class Hello(Message, frozen=True):
     """First message of a worker or client. ``protocol``: the versions it speaks."""
 
     role: str
@@ -174,7 +179,7 @@ class Hello(Message):
     facts: Facts = Facts()
 
 
-class Welcome(Message):
+class Welcome(Message, frozen=True):
     """The coordinator admits the peer. ``bulk``: the coordinator's; ``head``: the head device's."""
 
     coordinator: Name
@@ -183,47 +188,47 @@ class Welcome(Message):
     head: Peer | None = None
 
 
-class Refused(Message):
+class Refused(Message, frozen=True):
     """The coordinator does not admit the peer; both sides print the text."""
 
     failure: Failure
 
 
-class Heartbeat(Message):
+class Heartbeat(Message, frozen=True):
     """Every 500 ms. ``computing``: what the compute thread does, for ``since_s`` seconds."""
 
     computing: str = ""
     since_s: float = 0.0
 
 
-class Alive(Message):
+class Alive(Message, frozen=True):
     """The coordinator's answer to a client's heartbeat."""
 
 
-class Who(Message):
+class Who(Message, frozen=True):
     """The coordinator does not know this peer: say hello again."""
 
 
-class Probe(Message):
+class Probe(Message, frozen=True):
     """Sent to see whether a connection still stands; needs no answer."""
 
 
-class Goodbye(Message):
+class Goodbye(Message, frozen=True):
     """A worker wants to leave: plan without it, then dismiss it."""
 
 
-class Dismiss(Message):
+class Dismiss(Message, frozen=True):
     """The coordinator needs the worker no more."""
 
 
-class Closing(Message):
+class Closing(Message, frozen=True):
     """The coordinator stops; workers look for it again, clients fail what is open."""
 
 
-# --- Blobs -------------------------------------------------------------------------------------------
+# --- Blobs --------------------------------------------------------------------------------------
 
 
-class Want(Message):
+class Want(Message, frozen=True):
     """Send me these bytes of a blob."""
 
     digest: Hex
@@ -231,7 +236,7 @@ class Want(Message):
     length: Annotated[int, Meta(gt=0, le=limits.BLOB_CHUNK_BYTES)]
 
 
-class Chunk(Message):
+class Chunk(Message, frozen=True):
     """Bytes of a blob, behind the header. ``total`` is the blob's size."""
 
     digest: Hex
@@ -239,16 +244,16 @@ class Chunk(Message):
     total: Count
 
 
-class Gone(Message):
+class Gone(Message, frozen=True):
     """The wanted blob is not here."""
 
     digest: Hex
 
 
-# --- Deploying ---------------------------------------------------------------------------------------
+# --- Deploying ----------------------------------------------------------------------------------
 
 
-class Deploy(Message):
+class Deploy(Message, frozen=True):
     """Deploy a model whose bytes the client serves as a blob. ``shapes`` fixes dynamic inputs."""
 
     call: Name
@@ -261,7 +266,7 @@ class Deploy(Message):
     spread: bool = False
 
 
-class Deployed(Message):
+class Deployed(Message, frozen=True):
     """Answer to ``Deploy``."""
 
     call: Name
@@ -273,7 +278,7 @@ class Deployed(Message):
     failure: Failure | None = None
 
 
-class Install(Message):
+class Install(Message, frozen=True):
     """Prepare these programs. ``peers``: where their sends go."""
 
     deployment: Count
@@ -281,23 +286,23 @@ class Install(Message):
     peers: tuple[Peer, ...]
 
 
-class Installed(Message):
+class Installed(Message, frozen=True):
     """The programs of a deployment are prepared, or why not."""
 
     deployment: Count
     failure: Failure | None = None
 
 
-class Forget(Message):
+class Forget(Message, frozen=True):
     """The programs of a deployment are needed no more."""
 
     deployment: Count
 
 
-# --- Requests ----------------------------------------------------------------------------------------
+# --- Requests -----------------------------------------------------------------------------------
 
 
-class Submit(Message):
+class Submit(Message, frozen=True):
     """Header of a request; its tensors go to the source device. ``deadline_s`` is what remains."""
 
     request: Name
@@ -308,7 +313,7 @@ class Submit(Message):
     deadline_s: float
 
 
-class Start(Message):
+class Start(Message, frozen=True):
     """To the source and the sink: run this attempt; the answer goes to ``client``."""
 
     request: Name
@@ -317,7 +322,7 @@ class Start(Message):
     client: Name
 
 
-class TaskDone(Message):
+class TaskDone(Message, frozen=True):
     request: Name
     attempt: Count
     place: Place
@@ -325,7 +330,7 @@ class TaskDone(Message):
     sent_bytes: Count
 
 
-class TaskFailed(Message):
+class TaskFailed(Message, frozen=True):
     """A kernel failed; ``text`` is the engine's own."""
 
     request: Name
@@ -334,26 +339,26 @@ class TaskFailed(Message):
     text: Text
 
 
-class Merged(Message):
+class Merged(Message, frozen=True):
     """The sink has merged and sent all outputs."""
 
     request: Name
     attempt: Count
 
 
-class Release(Message):
+class Release(Message, frozen=True):
     """The request is over: drop all that is held for it."""
 
     request: Name
 
 
-class Cancel(Message):
+class Cancel(Message, frozen=True):
     """The client does not want the answer any more."""
 
     request: Name
 
 
-class Reply(Message):
+class Reply(Message, frozen=True):
     """The outcome of a request; its tensors come from the sink."""
 
     request: Name
@@ -367,10 +372,10 @@ class Reply(Message):
     failure: Failure | None = None
 
 
-# --- Tensors (bulk) ----------------------------------------------------------------------------------
+# --- Tensors (bulk) -----------------------------------------------------------------------------
 
 
-class Deliver(Message):
+class Deliver(Message, frozen=True):
     """A piece of a value for a task; raw bytes behind. ``id`` is acknowledged."""
 
     id: Count
@@ -382,7 +387,7 @@ class Deliver(Message):
     tensor: Tensor
 
 
-class Feed(Message):
+class Feed(Message, frozen=True):
     """An input of a request, from the client to the source."""
 
     id: Count
@@ -390,7 +395,7 @@ class Feed(Message):
     tensor: Tensor
 
 
-class Answer(Message):
+class Answer(Message, frozen=True):
     """An output of a request, from the sink to the client. ``last``: how many there are."""
 
     id: Count
@@ -400,29 +405,29 @@ class Answer(Message):
     count: Count
 
 
-class Ack(Message):
+class Ack(Message, frozen=True):
     """``Deliver``, ``Feed`` or ``Answer`` with this id has arrived."""
 
     id: Count
 
 
-# --- Questions ---------------------------------------------------------------------------------------
+# --- Questions ----------------------------------------------------------------------------------
 
 
-class ListDevices(Message):
+class ListDevices(Message, frozen=True):
     call: Name
 
 
-class Devices(Message):
+class Devices(Message, frozen=True):
     call: Name
     devices: tuple[DeviceInfo, ...]
 
 
-class ListModels(Message):
+class ListModels(Message, frozen=True):
     call: Name
 
 
-class Models(Message):
+class Models(Message, frozen=True):
     call: Name
     models: tuple[ModelInfo, ...]
 
@@ -433,4 +438,3 @@ AnyMessage = (
     | Submit | Start | TaskDone | TaskFailed | Merged | Release | Cancel | Reply
     | Deliver | Feed | Answer | Ack | ListDevices | Devices | ListModels | Models
 )  # fmt: skip
-

@@ -1,0 +1,1 @@
+"""What carries: sockets, processes, files and threads around the cores of ``meshinfer``."""

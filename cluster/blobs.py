@@ -1,0 +1,97 @@
+"""A folder of blobs named by their SHA-256: written by rename, verified before they count.
+
+Models, submodels and weights are blobs. One thread of one process writes to a store at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+from meshinfer.errors import ConfigurationError
+
+_READ_BYTES = 1 << 20
+
+
+class BlobStore:
+    """Content-addressed files under ``folder``, which is made if need be."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._verified: set[str] = set()
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise ConfigurationError(
+                f"cannot make the folder {folder}: {error.strerror}",
+                hint="choose another state folder with --state-dir",
+            ) from error
+
+    def path(self, digest: str) -> Path:
+        return self.folder / digest
+
+    def missing(self, digests: tuple[str, ...]) -> tuple[str, ...]:
+        """Those that are not here; a damaged file is removed and counts as missing."""
+        return tuple(digest for digest in digests if not self._whole(digest))
+
+    def put(self, digest: str, data: bytes | memoryview) -> None:
+        """Store a whole blob. Raises ``OSError`` when the disk does not take it."""
+        if self._whole(digest):
+            return
+        part = self._part(digest)
+        part.write_bytes(data)
+        self._admit(digest, part)
+
+    def write(self, digest: str, offset: int, total: int, data: memoryview) -> bool:
+        """Add a chunk; True when the blob is whole.
+
+        Raises ``ValueError`` when the whole is not what its name says, ``OSError`` for the disk.
+        """
+        part = self._part(digest)
+        with part.open("r+b" if offset else "wb") as file:
+            file.seek(offset)
+            file.write(data)
+        if offset + len(data) < total:
+            return False
+        self._admit(digest, part)
+        return True
+
+    def read(self, digest: str, offset: int, length: int) -> tuple[bytes, int] | None:
+        """Bytes of a blob and its whole size; None when it is not here."""
+        try:
+            with self.path(digest).open("rb") as file:
+                file.seek(offset)
+                return file.read(length), os.fstat(file.fileno()).st_size
+        except OSError:
+            return None
+
+    def _part(self, digest: str) -> Path:
+        return self.folder / f"{digest}.part"
+
+    def _admit(self, digest: str, part: Path) -> None:
+        if _digest(part) != digest:
+            part.unlink(missing_ok=True)
+            raise ValueError("its bytes are not those of its SHA-256")
+        os.replace(part, self.path(digest))
+        self._verified.add(digest)
+
+    def _whole(self, digest: str) -> bool:
+        if digest in self._verified and self.path(digest).exists():
+            return True
+        path = self.path(digest)
+        if not path.exists():
+            return False
+        if _digest(path) != digest:
+            path.unlink(missing_ok=True)
+            return False
+        self._verified.add(digest)
+        return True
+
+
+def _digest(path: Path) -> str:
+    total = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_READ_BYTES):
+            total.update(block)
+    return total.hexdigest()

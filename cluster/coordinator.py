@@ -1,0 +1,204 @@
+"""The coordinator process: the coordinator's loop, a planning thread, and the head device's loop.
+
+The head is a worker core without an engine, so tensors never pass through the coordinator's core. On
+the same host a worker of its own computes, unless ``--no-compute``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import msgspec
+import structlog
+
+import meshinfer
+from cluster import processes, profiler, telemetry
+from cluster.blobs import BlobStore
+from cluster.discovery import announce, browse, fingerprint, interface_addresses
+from cluster.locate import DEFAULT_PORT
+from cluster.loop import Loop
+from cluster.planning import PlanningThread
+from cluster.security import Keyring, KeyPair, generate_keypair, load_or_create_coordinator
+from cluster.transport import Endpoint, Plane, Transport
+from cluster.worker import StoreThread
+from meshinfer.errors import ConfigurationError, MeshInferError
+from meshinfer.protocol import messages as m
+from meshinfer.protocol.codec import error_of, failure_of
+from meshinfer.scheduler.coordinator import CoordinatorCore
+from meshinfer.scheduler.events import StopRequested
+from meshinfer.scheduler.worker import COORDINATOR, WorkerCore
+
+HEAD = "head"
+"""Name of the coordinator's own device, the source and the sink of requests."""
+
+_LOOK_S = 1.0
+_JOIN_S = 5.0
+
+
+class CoordinatorOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Settings of a coordinator. ``host``: address to listen at; empty: all of this machine's.
+
+    ``interfaces``: addresses for mDNS; None chooses, empty does without.
+    """
+
+    cluster: str = "default"
+    state_dir: str
+    host: str = ""
+    port: int = DEFAULT_PORT
+    interfaces: tuple[str, ...] | None = None
+    log_level: str = "info"
+    log_form: str = "text"
+    die_with_parent: bool = False
+
+
+class Address(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a running coordinator listens; ``address.json`` in its state folder."""
+
+    host: str
+    port: int
+    pid: int
+
+
+def run_coordinator(options: CoordinatorOptions) -> m.Failure | None:
+    """Serve until stopped. Raises typed errors for a port in use and for a second coordinator."""
+    state = Path(options.state_dir)
+    keyring, own = load_or_create_coordinator(state, options.cluster)
+    _refuse_second(options, keyring)
+    listen = options.host or "0.0.0.0"
+    reachable = options.host or next(iter(interface_addresses()), "127.0.0.1")
+    incarnation = secrets.token_hex(4)
+    transport = Transport(f"{COORDINATOR}#{incarnation}", keyring.member, own)
+    try:
+        port = transport.bind(Plane.CONTROL, listen, options.port)
+        bulk_port = transport.bind(Plane.BULK, listen)
+    except MeshInferError:
+        transport.close()
+        raise
+    bulk = m.Peer(
+        device=COORDINATOR, incarnation=incarnation, host=reachable, port=bulk_port, key=own.public
+    )
+    store = BlobStore(state / "blobs")
+    core = CoordinatorCore(options.cluster, meshinfer.__version__, bulk)
+    planning: PlanningThread
+    loop = Loop(core, lambda: transport, lambda effect: planning.put(effect))
+    planning = PlanningThread(store, loop.post)
+    head = Head(keyring, options.cluster, reachable, listen, port, store)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: loop.post(StopRequested()))
+    announcement = announce(
+        options.cluster, port, key=own.public, protocol=m.PROTOCOL, interfaces=options.interfaces
+    )
+    address = state / "address.json"
+    _write_address(address, Address(host=reachable, port=port, pid=os.getpid()))
+    log = structlog.get_logger()
+    log.info("listening", host=reachable, port=port, cluster=options.cluster)
+    log.info("share with the devices", keyring=str(state / "keyring.json"))
+    head.start()
+    try:
+        return loop.run()
+    finally:
+        announcement.close()
+        address.unlink(missing_ok=True)
+        head.close()
+        planning.close()
+
+
+def _write_address(path: Path, address: Address) -> None:
+    part = path.with_suffix(".part")
+    part.write_bytes(msgspec.json.encode(address))
+    os.replace(part, path)
+
+
+def _refuse_second(options: CoordinatorOptions, keyring: Keyring) -> None:
+    """Two coordinators of one name on a network are an error; mDNS tells of the other."""
+    if options.interfaces == ():
+        return
+    others = browse(options.cluster, timeout_s=_LOOK_S, interfaces=options.interfaces, until=1)
+    for other in others:
+        mine = other.fingerprint == fingerprint(keyring.coordinator_public)
+        raise ConfigurationError(
+            f"cluster {options.cluster!r} has a coordinator at {other.host}:{other.port} already"
+            + (" (with this very key)" if mine else ""),
+            hint="stop that one, or choose another name with --cluster",
+        )
+
+
+class Head:
+    """The coordinator's own device: holds inputs, merges answers, computes nothing."""
+
+    def __init__(
+        self,
+        keyring: Keyring,
+        cluster: str,
+        host: str,
+        listen: str,
+        control_port: int,
+        store: BlobStore,
+    ) -> None:
+        self._keyring, self._cluster, self._host, self._listen = keyring, cluster, host, listen
+        self._control_port = control_port
+        self._store = store
+        self._loop: Loop | None = None
+        self._thread = threading.Thread(target=self._run, name="head", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        if self._loop is not None:
+            self._loop.post(StopRequested())
+            self._loop.post(StopRequested())  # nothing to drain: the coordinator is gone
+        self._thread.join(timeout=_JOIN_S)
+
+    def _run(self) -> None:
+        server: KeyPair = generate_keypair()
+        incarnation = secrets.token_hex(4)
+        transport = Transport(f"{HEAD}#{incarnation}", self._keyring.member, server)
+        port = transport.bind(Plane.BULK, self._listen)
+        control = Endpoint(self._host, self._control_port, self._keyring.coordinator_public)
+        facts = profiler.facts(threads=0, flops_per_s=0.0, engine="none", computes=False)
+        hello = m.Hello(
+            role="worker",
+            device=HEAD,
+            incarnation=incarnation,
+            cluster=self._cluster,
+            protocol=m.PROTOCOL,
+            version=meshinfer.__version__,
+            bulk=m.Peer(
+                device=HEAD, incarnation=incarnation, host=self._host, port=port, key=server.public
+            ),
+            facts=msgspec.structs.replace(facts, head=True),
+        )
+        storing: StoreThread
+        core = WorkerCore(hello)
+        loop = Loop(core, lambda: transport, lambda effect: storing.put(effect), control)
+        storing = StoreThread(self._store, None, loop.post)
+        self._loop = loop
+        loop.run()
+        storing.close()
+
+
+def main(arguments: list[str]) -> int:
+    """``python -m cluster.coordinator OPTIONS`` with the options as JSON."""
+    options = msgspec.convert(json.loads(arguments[0]), CoordinatorOptions)
+    telemetry.configure(options.log_level, options.log_form, name=COORDINATOR)
+    if options.die_with_parent:
+        processes.watch_parent(lambda: os._exit(0))
+    try:
+        failure = run_coordinator(options)
+    except MeshInferError as error:
+        failure = failure_of(error)
+    if failure is None:
+        return 0
+    structlog.get_logger().error(failure.message, hint=failure.hint)
+    return error_of(failure).exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,257 @@
+"""A cluster of worker processes on this machine, on loopback, with keys and a name of its own.
+
+The same daemons as on real devices: coordinator, supervisors, workers, CURVE, sockets. ``kill``,
+``pause`` and ``resume`` let people try what happens to their application.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psutil
+
+from cluster.client import Client
+from cluster.coordinator import HEAD, Address, CoordinatorOptions
+from cluster.worker import WorkerOptions
+from meshinfer.errors import ClusterUnavailable, InvalidInput
+
+LOOPBACK = "127.0.0.1"
+_START_S = 60.0
+_STOP_S = 15.0
+_POLL_S = 0.02
+
+
+@dataclass(slots=True)
+class _Worker:
+    name: str
+    supervisor: subprocess.Popen[bytes]
+    paused: bool = False
+
+    def processes(self) -> list[psutil.Process]:
+        """The supervisor, then its worker process."""
+        try:
+            top = psutil.Process(self.supervisor.pid)
+            return [top, *top.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
+
+
+class LocalCluster:
+    """``count`` workers as processes of this machine; ``speeds`` below 1 emulate slower devices.
+
+    ``discovery``: let them find the coordinator over mDNS on loopback instead of being told.
+    ``log_level``: of the daemons, on this process's stderr. Use it as a context manager.
+    """
+
+    def __init__(
+        self,
+        count: int = 4,
+        *,
+        speeds: Sequence[float] | None = None,
+        threads: int = 1,
+        discovery: bool = False,
+        log_level: str = "error",
+    ) -> None:
+        if count < 0 or (speeds is not None and len(speeds) != count):
+            raise InvalidInput(f"{count} workers with speeds {speeds}", hint="one speed a worker")
+        if any(not 0 < speed <= 1 for speed in speeds or ()):
+            raise InvalidInput(f"speeds {speeds}", hint="speeds are above 0 and at most 1")
+        self.cluster = f"local-{secrets.token_hex(4)}"
+        self._speeds = list(speeds or [1.0] * count)
+        self._threads, self._discovery, self._log_level = threads, discovery, log_level
+        self._folder = Path(tempfile.mkdtemp(prefix="meshinfer-local-"))
+        self._workers: list[_Worker] = []
+        self._made = 0
+        self._flops = 0.0
+        self._coordinator: subprocess.Popen[bytes] | None = None
+        self._address: Address | None = None
+        try:
+            self._start_coordinator()
+            for speed in self._speeds:
+                self._start_worker(speed)
+            self._wait_for_workers()
+        except BaseException:
+            self.close()
+            raise
+
+    # --- use
+
+    @property
+    def address(self) -> str:
+        """HOST:PORT of the coordinator."""
+        assert self._address is not None
+        return f"{self._address.host}:{self._address.port}"
+
+    @property
+    def keyring(self) -> Path:
+        return self._folder / "coordinator" / "keyring.json"
+
+    def client(self, **options: Any) -> Client:
+        return Client(self.address, keyring=self.keyring, cluster=self.cluster, **options)
+
+    def names(self) -> list[str]:
+        """Names of the living workers, oldest first; ``i`` below counts in this list."""
+        return [w.name for w in self._living()]
+
+    def add(self, speed: float = 1.0, *, wait: bool = True) -> str:
+        """Start one more worker; its name. ``wait``: until it has joined."""
+        name = self._start_worker(speed)
+        if wait:
+            self._wait_for_workers()
+        return name
+
+    def kill(self, i: int) -> str:
+        """SIGKILL the i-th living worker and its supervisor, as if its power went; its name."""
+        worker = self._worker(i)
+        for process in worker.processes():  # the supervisor first, or it would start another
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        worker.supervisor.wait(timeout=_STOP_S)
+        self._workers.remove(worker)
+        return worker.name
+
+    def crash(self, i: int) -> str:
+        """SIGKILL the i-th worker's process only: its supervisor starts it again; its name."""
+        worker = self._worker(i)
+        for process in worker.processes()[1:]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        return worker.name
+
+    def pause(self, i: int) -> str:
+        """SIGSTOP the i-th living worker; its name."""
+        return self._signal(i, signal.SIGSTOP, paused=True)
+
+    def resume(self, i: int) -> str:
+        """SIGCONT the i-th living worker; its name."""
+        return self._signal(i, signal.SIGCONT, paused=False)
+
+    def close(self) -> None:
+        """Stop everything that was started here and remove its folder."""
+        for worker in self._workers:
+            for process in worker.processes():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+        if self._coordinator is not None:
+            self._coordinator.terminate()
+            try:
+                self._coordinator.wait(timeout=_STOP_S)
+            except subprocess.TimeoutExpired:
+                self._coordinator.kill()
+                self._coordinator.wait(timeout=_STOP_S)
+        for worker in self._workers:
+            worker.supervisor.wait(timeout=_STOP_S)
+        self._workers.clear()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def __enter__(self) -> LocalCluster:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # --- inside
+
+    def _living(self) -> list[_Worker]:
+        return [w for w in self._workers if w.supervisor.poll() is None]
+
+    def _worker(self, i: int) -> _Worker:
+        living = self._living()
+        if not -len(living) <= i < len(living):
+            raise InvalidInput(f"no living worker {i}", hint=f"{len(living)} are alive")
+        return living[i]
+
+    def _signal(self, i: int, number: signal.Signals, *, paused: bool) -> str:
+        worker = self._worker(i)
+        for process in worker.processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+        worker.paused = paused
+        return worker.name
+
+    def _start_coordinator(self) -> None:
+        options = CoordinatorOptions(
+            cluster=self.cluster,
+            state_dir=str(self._folder / "coordinator"),
+            host=LOOPBACK,
+            port=0,
+            interfaces=(LOOPBACK,) if self._discovery else (),
+            log_level=self._log_level,
+            die_with_parent=True,
+        )
+        self._coordinator = _spawn("cluster.coordinator", msgspec.to_builtins(options))
+        path = self._folder / "coordinator" / "address.json"
+        deadline = time.monotonic() + _START_S
+        while not path.exists():
+            if self._coordinator.poll() is not None or time.monotonic() > deadline:
+                raise ClusterUnavailable(
+                    "the coordinator did not start", hint="look at the log above"
+                )
+            time.sleep(_POLL_S)
+        self._address = msgspec.json.decode(path.read_bytes(), type=Address)
+
+    def _start_worker(self, speed: float) -> str:
+        if not self._flops:
+            from cluster.profiler import measure_flops
+
+            # All run on this machine: measured once, since together they would disturb each other.
+            self._flops = measure_flops(self._threads)
+        name = f"worker-{self._made}"
+        self._made += 1
+        options = WorkerOptions(
+            name=name,
+            cluster=self.cluster,
+            state_dir=str(self._folder / name),
+            keyring=str(self.keyring),
+            coordinator=None if self._discovery else self.address,
+            interfaces=(LOOPBACK,),
+            threads=self._threads,
+            flops_per_s=self._flops,
+            speed=speed,
+            log_level=self._log_level,
+            die_with_parent=True,
+        )
+        self._workers.append(
+            _Worker(name, _spawn("cluster.supervisor", msgspec.to_builtins(options)))
+        )
+        return name
+
+    def _wait_for_workers(self) -> None:
+        """Until every living worker that is not paused has joined."""
+        deadline = time.monotonic() + _START_S
+        with self.client(timeout_s=_START_S) as client:
+            while True:
+                joined = {d.device for d in client.devices()}
+                wanted = {w.name for w in self._living() if not w.paused} | {HEAD}
+                if wanted <= joined:
+                    return
+                if time.monotonic() > deadline:
+                    raise ClusterUnavailable(
+                        f"workers {sorted(wanted - joined)} did not join",
+                        hint="use log_level='info' to see why",
+                    )
+                time.sleep(_POLL_S)
+
+
+def _spawn(module: str, options: Any) -> subprocess.Popen[bytes]:
+    environment = {k: v for k, v in os.environ.items() if k != "MESHINFER_COORDINATOR"}
+    return subprocess.Popen(
+        [sys.executable, "-m", module, json.dumps(options)],
+        stdin=subprocess.DEVNULL,
+        env=environment,
+        start_new_session=True,  # Ctrl-C goes to the user's program, which closes us
+    )

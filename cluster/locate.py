@@ -1,0 +1,46 @@
+"""Where the coordinator is: the given address, else $MESHINFER_COORDINATOR, else mDNS."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from cluster.discovery import browse, fingerprint
+from meshinfer.errors import InvalidInput
+
+DEFAULT_PORT = 7433
+VARIABLE = "MESHINFER_COORDINATOR"
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """``HOST`` or ``HOST:PORT``. Raises ``InvalidInput``."""
+    host, _, port = text.rpartition(":")
+    if not host:
+        host, port = text, str(DEFAULT_PORT)
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise InvalidInput(f"{text!r} is no address", hint="give HOST or HOST:PORT")
+    return host, int(port)
+
+
+def find_coordinator(
+    address: str | None,
+    cluster: str,
+    *,
+    timeout_s: float,
+    key: str | None = None,
+    interfaces: Sequence[str] | None = None,
+) -> tuple[str, int] | None:
+    """Host and port of the cluster's coordinator; None when nobody announced one in time.
+
+    ``key``: the coordinator's public key; whoever announces another is passed over. mDNS is a hint
+    only: that the right one answers is proven by CURVE.
+    """
+    address = address or os.environ.get(VARIABLE)
+    if address:
+        return parse_address(address)
+    wanted = None if key is None else fingerprint(key)
+    found = browse(cluster, timeout_s=timeout_s, interfaces=interfaces, until=1)
+    for each in found:
+        if wanted is None or each.fingerprint == wanted:
+            return each.host, each.port
+    return None

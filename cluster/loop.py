@@ -1,0 +1,143 @@
+"""Feeds events to a core, performs its effects, arms one timer. The only thread that has sockets.
+
+Other threads hand in events, or messages to send, with ``post``; nothing else is shared.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from typing import Protocol
+
+import structlog
+
+from cluster.transport import NOT_OURS, REFUSED, Endpoint, Lost, Transport
+from cluster.transport import Plane as Wire
+from meshinfer.protocol.codec import ProtocolError, decode, encode
+from meshinfer.protocol.messages import Failure, Hello
+from meshinfer.scheduler.events import (
+    Arrived,
+    Connect,
+    Disconnect,
+    Effect,
+    Event,
+    Note,
+    PeerLost,
+    Plane,
+    Send,
+    Stop,
+    Ticked,
+)
+
+_LONGEST_WAIT_S = 1.0
+_PLANES = {Plane.CONTROL: Wire.CONTROL, Plane.BULK: Wire.BULK}
+
+
+class Core(Protocol):
+    """A core of ``meshinfer.scheduler``."""
+
+    def handle(self, event: Event, now: float) -> list[Effect]: ...
+
+    def next_deadline(self) -> float | None: ...
+
+
+class Loop:
+    """``make_transport`` runs in the loop's thread; ``perform`` gets the effects that are not I/O
+    of sockets, and must not block. ``coordinator``: where workers and clients say hello.
+    """
+
+    def __init__(
+        self,
+        core: Core,
+        make_transport: Callable[[], Transport],
+        perform: Callable[[Effect], None],
+        coordinator: Endpoint | None = None,
+    ) -> None:
+        self._core = core
+        self._make_transport = make_transport
+        self._perform = perform
+        self._coordinator = coordinator
+        self._inbox: deque[Event | Send] = deque()
+        self._transport: Transport | None = None
+        self._log = structlog.get_logger()
+        self.dropped: Counter[str] = Counter()
+        self.failure: Failure | None = None
+        self.stopped = threading.Event()
+
+    def post(self, item: Event | Send) -> None:
+        """Hand in an event or a message, from any thread."""
+        self._inbox.append(item)
+        transport = self._transport
+        if transport is not None:
+            transport.wake()
+
+    def run(self) -> Failure | None:
+        """Until the core asks to stop; returns the failure that it stopped with."""
+        transport = self._make_transport()
+        self._transport = transport
+        try:
+            self._handle(Ticked())
+            while not self.stopped.is_set():
+                self._step(transport)
+            return self.failure
+        finally:
+            self._transport = None
+            self.stopped.set()
+            transport.close(linger_s=0.5)
+
+    def _step(self, transport: Transport) -> None:
+        due = self._core.next_deadline()
+        wait = _LONGEST_WAIT_S if due is None else due - time.monotonic()
+        if self._inbox:
+            wait = 0.0
+        for incoming in transport.receive(max(0.0, min(wait, _LONGEST_WAIT_S))):
+            if isinstance(incoming, Lost):
+                refused = incoming.reason in (REFUSED, NOT_OURS)
+                self._handle(PeerLost(incoming.peer, incoming.reason, refused))
+                continue
+            try:
+                message, payload = decode(incoming.frames)
+            except ProtocolError as error:
+                self.dropped[str(error)[:60]] += 1
+                self._log.warning("dropped", peer=incoming.peer, why=str(error))
+                continue
+            self._handle(Arrived(incoming.peer, message, payload))
+        for _ in range(len(self._inbox)):
+            item = self._inbox.popleft()
+            if isinstance(item, Send):
+                self._send(item)
+            else:
+                self._handle(item)
+        due = self._core.next_deadline()
+        if due is not None and due <= time.monotonic():
+            self._handle(Ticked())
+
+    def _handle(self, event: Event) -> None:
+        for effect in self._core.handle(event, time.monotonic()):
+            match effect:
+                case Send():
+                    self._send(effect)
+                case Connect(peer):
+                    assert self._transport is not None
+                    endpoint = Endpoint(peer.host, peer.port, peer.key)
+                    self._transport.connect(Wire.BULK, peer.id, endpoint)
+                case Disconnect(peer_id):
+                    assert self._transport is not None
+                    self._transport.disconnect(peer_id)
+                case Note(level, text, fields):
+                    getattr(self._log, level)(text, **fields)
+                case Stop(failure):
+                    self.failure = failure
+                    self.stopped.set()
+                case _:
+                    self._perform(effect)
+
+    def _send(self, effect: Send) -> None:
+        assert self._transport is not None
+        if self._coordinator is not None and isinstance(effect.message, Hello):
+            # libzmq gives up on a socket that was refused: a hello may need a new one.
+            self._transport.connect(Wire.CONTROL, effect.peer, self._coordinator)
+        frames = encode(effect.message, effect.payload)
+        self._transport.send(_PLANES[effect.plane], effect.peer, frames)

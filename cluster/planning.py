@@ -1,0 +1,197 @@
+"""Performs what the coordinator's core asks of models: open, import, plan, lower, store the blobs.
+
+One thread, so that the loop never waits. What a plan looks like is decided in ``meshinfer.planner``.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+
+import onnx
+from onnx import helper
+
+from cluster.blobs import BlobStore
+from cluster.worker import serve
+from meshinfer import limits
+from meshinfer.cost import DeviceProfile
+from meshinfer.errors import InvalidInput
+from meshinfer.graph import Graph
+from meshinfer.identity import DeviceId
+from meshinfer.image import ImageSpec
+from meshinfer.importers import load, open_model
+from meshinfer.legality import validate
+from meshinfer.plan import Plan
+from meshinfer.planner import make_plan
+from meshinfer.programs import make_programs
+from meshinfer.protocol.codec import DTYPES, failure_of
+from meshinfer.scheduler.events import (
+    BlobsFound,
+    BlobWritten,
+    Effect,
+    Event,
+    FindBlobs,
+    MakePlan,
+    ModelOpened,
+    OpenModel,
+    PlanReady,
+    Send,
+    ServeBlob,
+    WriteBlob,
+)
+
+
+class PlanningThread:
+    """``post`` hands events and messages to the coordinator's loop."""
+
+    def __init__(self, store: BlobStore, post: Callable[[Event | Send], None]) -> None:
+        self._store, self._post = store, post
+        self._graphs: OrderedDict[object, Graph] = OrderedDict()
+        self._served: set[str] = set()
+        self._jobs: queue.SimpleQueue[Effect | None] = queue.SimpleQueue()
+        self._files: queue.SimpleQueue[Effect | None] = queue.SimpleQueue()
+        # Planning may take seconds; workers that fetch blobs meanwhile must not wait for it.
+        self._threads = [
+            threading.Thread(target=self._run, args=(jobs,), name=name, daemon=True)
+            for jobs, name in ((self._jobs, "planning"), (self._files, "files"))
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def put(self, effect: Effect) -> None:
+        heavy = isinstance(effect, OpenModel | MakePlan)
+        (self._jobs if heavy else self._files).put(effect)
+
+    def close(self) -> None:
+        self._jobs.put(None)
+        self._files.put(None)
+        for thread in self._threads:
+            thread.join(timeout=2.0)
+
+    def _run(self, jobs: queue.SimpleQueue[Effect | None]) -> None:
+        while (effect := jobs.get()) is not None:
+            match effect:
+                case OpenModel():
+                    self._post(self._open(effect))
+                case MakePlan():
+                    self._post(self._plan(effect))
+                case FindBlobs(purpose, digests):
+                    self._post(BlobsFound(purpose, self._store.missing(digests)))
+                case WriteBlob():
+                    self._write(effect)
+                case ServeBlob():
+                    self._post(serve(self._store, effect))
+                case _:
+                    raise AssertionError(f"a coordinator cannot perform {effect}")
+
+    def _write(self, effect: WriteBlob) -> None:
+        try:
+            if self._store.write(effect.digest, effect.offset, effect.total, effect.data):
+                self._post(BlobWritten(effect.digest))
+        except (OSError, ValueError) as error:
+            self._post(BlobWritten(effect.digest, failure_of(error)))
+
+    def _open(self, effect: OpenModel) -> ModelOpened:
+        try:
+            source = open_model(self._store.path(effect.digest).read_bytes())
+            image = effect.image
+            if image is None and source.image is not None:
+                image = source.image.to_json()
+            inputs = {v.name: _input(v) for v in source.inputs}
+            shapes = source.static_shapes()
+            if shapes is not None:  # refused models are refused now, not at the first request
+                self._graph(effect.digest, None, tuple(sorted(shapes.items())))
+            return ModelOpened(effect.key, inputs, image)
+        except Exception as error:
+            return ModelOpened(effect.key, {}, None, failure_of(error))
+
+    def _plan(self, effect: MakePlan) -> PlanReady:
+        try:
+            spec = effect.image if effect.signature.picture else None
+            graph = self._graph(effect.digest, spec, effect.signature.shapes)
+            _refuse_untransportable(graph)
+            plan, notes = self._given_plan(graph, effect), ("the plan was given",)
+            if plan is None:
+                head = DeviceId(effect.head)
+                planned = make_plan(graph, _profiles(effect), head, head, spread=effect.spread)
+                plan, notes = planned.plan, planned.notes
+            validate(graph, plan)
+            programs = make_programs(graph, plan)
+            for digest, data in programs.blobs.items():
+                if self._store.missing((digest,)):
+                    self._store.put(digest, data())
+            return PlanReady(effect.deployment, str(plan), programs.by_device, notes)
+        except Exception as error:
+            return PlanReady(effect.deployment, failure=failure_of(error))
+
+    def _given_plan(self, graph: Graph, effect: MakePlan) -> Plan | None:
+        """The user's plan; None when there is none, or when it ran before and lost its devices."""
+        if effect.plan is None or effect.signature.picture:
+            return None
+        plan = Plan.parse(effect.plan)
+        known = {effect.head, *(c.device for c in effect.candidates)}
+        unknown = sorted({*plan.devices(), plan.source, plan.sink} - known)
+        if unknown and effect.plan in self._served:
+            return None
+        if unknown:
+            raise InvalidInput(
+                f"the plan names the device {unknown[0]!r}, which is not in the cluster",
+                hint=f"devices are {sorted(known)}; the coordinator's own is {effect.head!r}",
+            )
+        self._served.add(effect.plan)
+        return plan
+
+    def _graph(
+        self, digest: str, image: str | None, shapes: tuple[tuple[str, tuple[int, ...]], ...]
+    ) -> Graph:
+        key = (digest, image, shapes)
+        graph = self._graphs.get(key)
+        if graph is None:
+            source = open_model(self._store.path(digest).read_bytes())
+            spec = None if image is None else ImageSpec.from_json(image)
+            graph = load(source, shapes=dict(shapes), image=spec)
+            self._graphs[key] = graph
+        self._graphs.move_to_end(key)
+        while len(self._graphs) > limits.SHAPES_PER_MODEL:
+            self._graphs.popitem(last=False)
+        return graph
+
+
+def _profiles(effect: MakePlan) -> list[DeviceProfile]:
+    return [
+        DeviceProfile(
+            id=DeviceId(c.device),
+            flops_per_s=c.flops_per_s,
+            memory_bytes=c.memory_bytes,
+            numeric_class=c.engine,
+        )
+        for c in effect.candidates
+    ]
+
+
+def _input(value: onnx.ValueInfoProto) -> tuple[str, tuple[int | None, ...] | None]:
+    tensor = value.type.tensor_type
+    try:
+        dtype = helper.tensor_dtype_to_np_dtype(tensor.elem_type).newbyteorder("<").str
+    except (KeyError, TypeError):
+        dtype = "?"
+    if not tensor.HasField("shape"):
+        return dtype, None
+    return dtype, tuple(d.dim_value if d.HasField("dim_value") else None for d in tensor.shape.dim)
+
+
+def _refuse_untransportable(graph: Graph) -> None:
+    for name in (*graph.inputs, *graph.outputs):
+        dtype = graph.dtype(name)
+        text = "no tensor" if dtype is None else dtype.name
+        try:
+            if dtype is not None and graph.numpy_dtype(name).newbyteorder("<").str in DTYPES:
+                continue
+        except TypeError:
+            pass
+        raise InvalidInput(
+            f"value {name!r} ({text}) cannot travel between devices",
+            hint="inputs and outputs of a deployed model are tensors of numbers",
+        )

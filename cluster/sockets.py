@@ -1,0 +1,296 @@
+"""What the transport's sockets are and how each is set up, read and written: no state of its own.
+
+Options stand here with their reasons, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Final
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from cluster.security import Gatekeeper, KeyPair, is_key
+from meshinfer import limits
+from meshinfer.errors import AuthError, ConfigurationError
+
+Frames = Sequence[bytes | memoryview]
+Socket = zmq.Socket[bytes]
+
+LOST: Final = "the connection was lost"
+NO_ROUTE: Final = "no connection to this peer"
+REFUSED: Final = "refused: key not admitted"
+NOT_OURS: Final = (
+    "the other side is not a MeshInfer socket (no CURVE), has another coordinator's key, "
+    "or admits nobody now"
+)
+CANNOT_CONNECT: Final = "nobody answers at this address"
+
+_ZERO_COPY_BYTES: Final = 64 * 1024  # below, the bookkeeping costs more than the copy
+_CURVE_BYTES: Final = 33  # what CURVE adds to a frame (RFC 26: name, nonce, flags, MAC)
+UNKNOWN: Final = -1
+
+
+class Plane(StrEnum):
+    """Which of the two kinds of socket."""
+
+    CONTROL = "control"
+    BULK = "bulk"
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where a peer listens, and the public key (Z85) it must prove to have."""
+
+    host: str
+    port: int
+    key: str
+
+    def __str__(self) -> str:
+        return f"tcp://{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """One whole message. ``peer`` is the sender's routing id; the frames are read-only views."""
+
+    plane: Plane
+    peer: str
+    frames: list[memoryview]
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """A hint that the peer is gone or refuses us. ``peer`` is empty if it cannot be named."""
+
+    plane: Plane
+    peer: str
+    reason: str
+
+
+Incoming = Received | Lost
+
+
+def frame_limit(plane: Plane) -> int:
+    return limits.FRAME_BYTES if plane is Plane.BULK else limits.CONTROL_FRAME_BYTES
+
+
+def _options(plane: Plane, *, server: bool) -> dict[int, int]:
+    """Every socket option with its reason (see RELIABILITY.md); the keys are in ``configure``."""
+    bulk = plane is Plane.BULK
+    options: dict[int, int] = {
+        # Per frame, and before any allocation: a stranger cannot claim gigabytes. libzmq counts
+        # the encrypted frame: without the extra bytes a full one silently cuts the connection.
+        zmq.MAXMSGSIZE: frame_limit(plane) + _CURVE_BYTES,
+        # Idle strangers hold a connection 1 s instead of 30 s.
+        zmq.HANDSHAKE_IVL: limits.HANDSHAKE_MS,
+        # Never wait for a dead peer at the end; close() sets another when draining.
+        zmq.LINGER: 0,
+        # The device network is IPv4; a second family doubles what can be misconfigured.
+        zmq.IPV6: 0,
+        # HWM counts messages, so it must be small where messages are large. Control messages are
+        # small and already bounded by the cores; a low mark there would delay heartbeats.
+        zmq.SNDHWM: limits.HIGH_WATER_MARK if bulk else 1000,
+        zmq.RCVHWM: limits.HIGH_WATER_MARK if bulk else 1000,
+    }
+    if bulk:
+        # The only detector of a dead link here: give up on unacknowledged bytes after this time.
+        options[zmq.TCP_MAXRT] = limits.TCP_MAX_RETRANSMIT_MS
+        # And on an idle link there are none: the kernel asks, or a Pi that lost its power would
+        # leave a descriptor behind for ever. (Asked and answered below ZeroMQ, whatever is queued.)
+        options[zmq.TCP_KEEPALIVE] = 1
+        options[zmq.TCP_KEEPALIVE_IDLE] = limits.KEEPALIVE_IDLE_S
+        options[zmq.TCP_KEEPALIVE_INTVL] = limits.TCP_MAX_RETRANSMIT_MS // 1000
+        options[zmq.TCP_KEEPALIVE_CNT] = 3
+    else:
+        # Finds a dead link or host that TCP does not tell of. It proves nothing about the
+        # program (PONG comes from libzmq's thread): that is what our own heartbeat is for.
+        options[zmq.HEARTBEAT_IVL] = int(limits.HEARTBEAT_S * 1000)
+        options[zmq.HEARTBEAT_TIMEOUT] = int(limits.HEARTBEAT_S * 3000)
+    if server:
+        # An unknown peer is an error that we see, not a silent drop.
+        options[zmq.ROUTER_MANDATORY] = 1
+        # A peer that reconnects takes over its routing id; else it would be ignored for ever.
+        options[zmq.ROUTER_HANDOVER] = 1
+        # A dead gatekeeper refuses everybody instead of admitting everybody.
+        options[zmq.ZAP_ENFORCE_DOMAIN] = 1
+    else:
+        # Queue from the first moment: a hello may be sent before the handshake is over.
+        options[zmq.IMMEDIATE] = 0
+        # Come back soon after a cut, but do not hammer a host that stays away.
+        options[zmq.RECONNECT_IVL] = limits.RECONNECT_MS
+        options[zmq.RECONNECT_IVL_MAX] = limits.RECONNECT_MAX_MS
+        # A lost SYN is tried again instead of waiting minutes for the kernel to give up.
+        options[zmq.CONNECT_TIMEOUT] = limits.RECONNECT_MAX_MS
+    return options
+
+
+def configure(
+    new: Socket,
+    plane: Plane,
+    *,
+    server: KeyPair | None = None,
+    member: KeyPair | None = None,
+    server_key: str = "",
+) -> None:
+    """Set up every socket that carries messages: a CURVE server, or a client of ``server_key``."""
+    for option, value in _options(plane, server=server is not None).items():
+        new.setsockopt(option, value)
+    if server is not None:
+        new.curve_server = 1
+        new.curve_secretkey = server.secret.encode()
+        new.zap_domain = Gatekeeper.DOMAIN.encode()
+    if member is not None:
+        new.curve_publickey = member.public.encode()
+        new.curve_secretkey = member.secret.encode()
+        new.curve_serverkey = server_key.encode()
+
+
+DEALER_EVENTS: Final = (
+    zmq.EVENT_HANDSHAKE_SUCCEEDED
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.EVENT_DISCONNECTED
+    | zmq.EVENT_CLOSED
+)
+
+
+def frame_size(frame: bytes | memoryview) -> int:
+    return frame.nbytes if isinstance(frame, memoryview) else len(frame)
+
+
+def send_whole(to: Socket, frames: Frames) -> bool:
+    """Send one message or, if the pipe is full, nothing."""
+    taken = True
+    last = len(frames) - 1
+    for index, frame in enumerate(frames):
+        flags = zmq.DONTWAIT | (zmq.SNDMORE if index < last else 0)
+        try:
+            to.send(frame, flags, copy=frame_size(frame) < _ZERO_COPY_BYTES)
+        except zmq.Again:
+            if index == 0:
+                return False
+            # The connection went away within the message. libzmq takes its first frames back and
+            # swallows the others, so they must still be given, or it would swallow the next one's.
+            taken = False
+    return taken
+
+
+def receive_whole(source: Socket) -> list[zmq.Frame] | None:
+    """One whole message, None if there is none; of too many frames only as many as show that."""
+    frames: list[zmq.Frame] = []
+    while True:
+        try:
+            frame = source.recv(zmq.DONTWAIT, copy=False)
+        except zmq.Again:  # libzmq shows a message only when all of it is there
+            return None
+        if len(frames) < limits.FRAMES_PER_MESSAGE + 2:  # routing id, and one too many
+            frames.append(frame)
+        if not frame.more:
+            return frames
+
+
+def connection_of(frame: zmq.Frame) -> int:
+    """The descriptor of the TCP connection that a message came by, where libzmq still tells it.
+
+    Deprecated for want of a use; ours is to name the peer of a DISCONNECTED event, at once.
+    """
+    try:
+        return int(frame.get(zmq.SRCFD))
+    except (zmq.ZMQError, ValueError, AttributeError):
+        return UNKNOWN
+
+
+def admitted_as(frame: zmq.Frame) -> str:
+    """The public key that the gatekeeper admitted a message's connection with (ZAP's user id)."""
+    try:
+        return str(frame.get("User-Id"))
+    except (zmq.ZMQError, ValueError):
+        return ""
+
+
+def monitor_events(monitor: Socket | None) -> list[tuple[int, int]]:
+    """What a monitor has to say now: (event, value), a bounded number."""
+    found: list[tuple[int, int]] = []
+    while monitor is not None and len(found) < limits.DRAIN_MESSAGES:
+        try:
+            message = recv_monitor_message(monitor, zmq.DONTWAIT)
+        except zmq.Again:
+            break
+        found.append((message["event"], message["value"]))
+    return found
+
+
+def close_socket(data: Socket, monitor: Socket | None, linger_ms: int = 0) -> None:
+    if monitor is not None:
+        data.disable_monitor()
+        monitor.close(linger=0)
+    data.close(linger=linger_ms)
+
+
+def address_error(host: str, port: int) -> ConfigurationError:
+    return ConfigurationError(
+        f"{host}:{port} is not an address", hint="give HOST:PORT, with a name or an IPv4 address"
+    )
+
+
+def check_endpoint(peer: str, endpoint: Endpoint) -> None:
+    if not is_key(endpoint.key):
+        raise AuthError(
+            f"the key of {peer} at {endpoint.host}:{endpoint.port} is damaged",
+            hint="check the keyring, or the coordinator's key",
+        )
+    if not 0 < endpoint.port < 65536:  # libzmq takes it modulo 65536
+        raise address_error(endpoint.host, endpoint.port)
+
+
+def bind_error(error: zmq.ZMQError, host: str, port: int) -> ConfigurationError:
+    if error.errno == errno.EADDRINUSE:
+        return ConfigurationError(
+            f"port {port} on {host} is in use",
+            hint="stop what listens there, or choose another port with --port (0: any free one)",
+        )
+    return ConfigurationError(
+        f"cannot listen at {host}:{port}: {error.strerror}",
+        hint="the host must be an IPv4 address of this machine (0.0.0.0: all of them); "
+        "ports below 1024 need more rights",
+    )
+
+
+@dataclass(slots=True, eq=False)
+class Ends:
+    plane: Plane
+    socket: Socket
+    monitor: Socket | None
+
+
+@dataclass(slots=True, eq=False)
+class Port(Ends):
+    """A bound ROUTER. ``connection_of``: by which TCP connection each peer last spoke."""
+
+    connection_of: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(slots=True, eq=False)
+class Link(Ends):
+    """A DEALER to one peer. ``said`` is the last reason reported: one Lost for each outage."""
+
+    peer: str
+    endpoint: Endpoint
+    up: bool = False
+    refused: bool = False  # libzmq gave up on it: only a new socket can try again
+    said: str = ""
+
+
+@dataclass(slots=True, eq=False)
+class Backlog:
+    """What a full pipe to one peer could not take yet, oldest first."""
+
+    messages: deque[tuple[Frames, int]] = field(default_factory=deque)
+    size: int = 0

@@ -1,0 +1,60 @@
+"""The small process over a worker: starts it, says why it died, starts it again. No engine here.
+
+Standard library only, so that it costs a Pi little. Exit codes that a restart cannot mend (usage, a
+refusal, a protocol or configuration error) end the supervisor with the same code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+
+from cluster.processes import cause_of, oom_kills, watch_parent
+
+FINAL_CODES = frozenset((0, 2, 76, 77, 78))
+_FIRST_WAIT_S, _LONGEST_WAIT_S, _HEALTHY_S = 0.2, 5.0, 30.0
+
+
+def supervise(options: dict[str, Any]) -> int:
+    """Run ``cluster.worker`` until it ends for good; the exit code to leave with.
+
+    SIGTERM and SIGINT go on to the worker, which drains; a second one stops it.
+    """
+    stopping = False
+    child: subprocess.Popen[bytes] | None = None
+
+    def forward(number: int, _: object) -> None:
+        nonlocal stopping
+        stopping = True
+        if child is not None and child.poll() is None:
+            child.send_signal(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, forward)
+    if options.get("die_with_parent"):
+        watch_parent(lambda: os._exit(0))  # the worker sees our end and follows
+    wait, last_exit = _FIRST_WAIT_S, ""
+    while not stopping:
+        text = json.dumps({**options, "last_exit": last_exit, "die_with_parent": True})
+        before, started = oom_kills(), time.monotonic()
+        child = subprocess.Popen([sys.executable, "-m", "cluster.worker", text])
+        code = child.wait()
+        if stopping or code in FINAL_CODES:
+            return code if code >= 0 else 0
+        last_exit = cause_of(code, before)
+        if time.monotonic() - started > _HEALTHY_S:
+            wait = _FIRST_WAIT_S
+        sys.stderr.write(f"worker {options['name']} died: {last_exit}; again in {wait:g} s\n")
+        sys.stderr.flush()
+        time.sleep(wait)
+        wait = min(_LONGEST_WAIT_S, wait * 2)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(supervise(json.loads(sys.argv[1])))

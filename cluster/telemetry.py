@@ -1,0 +1,49 @@
+"""Logs: structured, to stderr, one line an event; ``text`` for people, ``json`` for machines."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import structlog
+
+LEVELS = ("debug", "info", "warning", "error")
+
+
+def configure(level: str = "info", form: str = "text", *, name: str = "") -> None:
+    """Set up structlog for this process. ``name`` (a device) is bound to every line."""
+    chosen = getattr(logging, level.upper())
+    renderer: structlog.typing.Processor = (
+        structlog.processors.JSONRenderer()
+        if form == "json"
+        else structlog.dev.ConsoleRenderer(
+            colors=sys.stderr.isatty(),
+            pad_event_to=0,
+            # Local variables may be secrets, and printing them takes long.
+            exception_formatter=structlog.dev.plain_traceback,
+        )
+    )
+    structlog.contextvars.clear_contextvars()
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            _naming(name),
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="%H:%M:%S.%f" if form == "text" else "iso"),
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(chosen),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=False,
+    )
+
+
+def _naming(name: str) -> structlog.typing.Processor:
+    def add(
+        logger: object, method: str, event: structlog.typing.EventDict
+    ) -> structlog.typing.EventDict:
+        if name:
+            event.setdefault("who", name)
+        return event
+
+    return add

@@ -1,0 +1,294 @@
+"""The worker process: one I/O thread (core and sockets), one compute thread, one store thread.
+
+Started by ``cluster.supervisor``, which knows why it died. Never imports onnx or torch.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import secrets
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from weakref import WeakValueDictionary
+
+import msgspec
+import structlog
+
+import meshinfer
+from cluster import processes, profiler, telemetry
+from cluster.blobs import BlobStore
+from cluster.locate import find_coordinator
+from cluster.loop import Loop
+from cluster.security import generate_keypair, read_keyring
+from cluster.transport import Endpoint, Plane, Transport
+from meshinfer.engine import EngineError
+from meshinfer.engine.ort import OrtEngine, OrtPrepared
+from meshinfer.errors import ConfigurationError, MeshInferError
+from meshinfer.protocol import messages as m
+from meshinfer.protocol.codec import error_of, failure_of
+from meshinfer.scheduler.events import (
+    BlobsFound,
+    BlobWritten,
+    Compute,
+    Computed,
+    Discard,
+    Effect,
+    Event,
+    FindBlobs,
+    Prepare,
+    Prepared,
+    Send,
+    ServeBlob,
+    StopRequested,
+    WriteBlob,
+)
+from meshinfer.scheduler.events import Plane as MessagePlane
+from meshinfer.scheduler.worker import WorkerCore
+
+LOOK_S = 3.0
+"""How long one look for the coordinator over mDNS takes; it is repeated until one is found."""
+
+
+class WorkerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Settings of one worker, as ``meshinfer worker`` and LocalCluster hand them over.
+
+    ``speed`` below 1 emulates a slower device: after each task the compute thread sleeps in
+    proportion to the CPU time it took. ``flops_per_s``: 0 measures. ``interfaces``: addresses for
+    mDNS; None chooses. ``last_exit`` comes from the supervisor.
+    """
+
+    name: str
+    cluster: str = "default"
+    state_dir: str
+    keyring: str
+    coordinator: str | None = None
+    interfaces: tuple[str, ...] | None = None
+    threads: int = 1
+    flops_per_s: float = 0.0
+    speed: float = 1.0
+    log_level: str = "info"
+    log_form: str = "text"
+    last_exit: str = ""
+    die_with_parent: bool = False
+
+
+class StoreThread:
+    """Performs what touches the disk or loads models, one after another."""
+
+    def __init__(self, store: BlobStore, engine: OrtEngine | None, post: Post) -> None:
+        self._store, self._engine, self._post = store, engine, post
+        self._queue: queue.SimpleQueue[Effect | None] = queue.SimpleQueue()
+        self._sessions: WeakValueDictionary[str, OrtPrepared] = WeakValueDictionary()
+        self.prepared: dict[int, dict[m.Place, OrtPrepared]] = {}
+        self._thread = threading.Thread(target=self._run, name="store", daemon=True)
+        self._thread.start()
+
+    def put(self, effect: Effect) -> None:
+        self._queue.put(effect)
+
+    def close(self) -> None:
+        self._queue.put(None)
+        self._thread.join(timeout=5.0)
+
+    def _run(self) -> None:
+        while (effect := self._queue.get()) is not None:
+            match effect:
+                case FindBlobs(purpose, digests):
+                    self._post(BlobsFound(purpose, self._store.missing(digests)))
+                case WriteBlob(digest, offset, total, data):
+                    self._write(digest, offset, total, data)
+                case ServeBlob():
+                    self._post(serve(self._store, effect))
+                case Prepare(deployment, programs):
+                    self._post(Prepared(deployment, self._prepare(deployment, programs)))
+                case Discard(deployment):
+                    self.prepared.pop(deployment, None)
+                case _:
+                    raise AssertionError(f"a worker cannot perform {effect}")
+
+    def _write(self, digest: str, offset: int, total: int, data: memoryview) -> None:
+        try:
+            if self._store.write(digest, offset, total, data):
+                self._post(BlobWritten(digest))
+        except (OSError, ValueError) as error:
+            self._post(BlobWritten(digest, failure_of(error)))
+
+    def _prepare(self, deployment: int, programs: tuple[m.Program, ...]) -> m.Failure | None:
+        try:
+            self.prepared[deployment] = {p.place: self._session(p) for p in programs}
+            return None
+        except (EngineError, OSError) as error:
+            return m.Failure(
+                error="ConfigurationError",
+                message=f"cannot prepare a task: {error}",
+                hint="look at this device's log, disk and memory",
+            )
+
+    def _session(self, program: m.Program) -> OrtPrepared:
+        assert program.model is not None and self._engine is not None
+        session = self._sessions.get(program.model)
+        if session is None:
+            session = self._engine.prepare(self._store.path(program.model).read_bytes())
+            self._sessions[program.model] = session
+        return session
+
+
+Post = Callable[[Event | Send], None]
+
+
+def serve(store: BlobStore, effect: ServeBlob) -> Send:
+    """The chunk that was asked for, or word that it is gone."""
+    found = store.read(effect.digest, effect.offset, effect.length)
+    if found is None:
+        return Send(MessagePlane.BULK, effect.peer, m.Gone(digest=effect.digest))
+    data, total = found
+    chunk = m.Chunk(digest=effect.digest, offset=effect.offset, total=total)
+    return Send(MessagePlane.BULK, effect.peer, chunk, data)
+
+
+class ComputeThread:
+    """Runs one task after another; onnxruntime releases the GIL meanwhile."""
+
+    def __init__(self, store: StoreThread, post: Post, speed: float) -> None:
+        self._store, self._post, self._speed = store, post, speed
+        self._queue: queue.SimpleQueue[Compute | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
+        self._thread.start()
+
+    def put(self, job: Compute) -> None:
+        self._queue.put(job)
+
+    def close(self) -> None:
+        self._queue.put(None)
+
+    def _run(self) -> None:
+        while (job := self._queue.get()) is not None:
+            self._post(self._compute(job))
+
+    def _compute(self, job: Compute) -> Computed:
+        started, cpu = time.perf_counter(), time.thread_time()
+        try:
+            session = self._store.prepared[job.deployment][job.place]
+            outputs = tuple(session.run(job.inputs))
+        except (EngineError, KeyError) as error:
+            text = str(error) if isinstance(error, EngineError) else "its program is gone"
+            return Computed(job.request, job.attempt, job.place, (), 0.0, text)
+        if self._speed < 1.0:
+            time.sleep((time.thread_time() - cpu) * (1.0 / self._speed - 1.0))
+        took = time.perf_counter() - started
+        return Computed(job.request, job.attempt, job.place, outputs, took)
+
+
+def run_worker(options: WorkerOptions) -> m.Failure | None:
+    """Join the cluster and work until dismissed, stopped or refused."""
+    keyring = read_keyring(options.keyring)
+    _wait_for_stop_signals()
+    host, port = _locate(options, keyring.coordinator_public)
+    server = generate_keypair()
+    identity = f"{options.name}#{secrets.token_hex(4)}"
+    transport = Transport(identity, keyring.member, server)
+    address = local_address(host)
+    bulk_port = transport.bind(Plane.BULK, address)
+    coordinator = Endpoint(host, port, keyring.coordinator_public)
+    store = BlobStore(Path(options.state_dir) / "blobs")
+    engine = OrtEngine(store.folder, options.threads)
+    core = WorkerCore(_hello(options, identity, address, bulk_port, server.public, engine))
+
+    def perform(effect: Effect) -> None:
+        if isinstance(effect, Compute):
+            compute.put(effect)
+        else:
+            storing.put(effect)
+
+    loop = Loop(core, lambda: transport, perform, coordinator)
+    storing = StoreThread(store, engine, loop.post)
+    compute = ComputeThread(storing, loop.post, options.speed)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: loop.post(StopRequested()))
+    try:
+        return loop.run()
+    finally:
+        compute.close()
+        storing.close()
+
+
+def _hello(
+    options: WorkerOptions, identity: str, host: str, port: int, key: str, engine: OrtEngine
+) -> m.Hello:
+    device, _, incarnation = identity.rpartition("#")
+    flops = options.flops_per_s or profiler.measure_flops(options.threads)
+    facts = profiler.facts(
+        threads=options.threads, flops_per_s=flops * options.speed, engine=engine.name
+    )
+    return m.Hello(
+        role="worker",
+        device=device,
+        incarnation=incarnation,
+        cluster=options.cluster,
+        protocol=m.PROTOCOL,
+        version=meshinfer.__version__,
+        bulk=m.Peer(device=device, incarnation=incarnation, host=host, port=port, key=key),
+        facts=msgspec.structs.replace(facts, last_exit=options.last_exit),
+    )
+
+
+def _locate(options: WorkerOptions, key: str) -> tuple[str, int]:
+    """The coordinator's address: as given, else over mDNS, asking until one answers."""
+    log = structlog.get_logger()
+    while True:
+        found = find_coordinator(
+            options.coordinator,
+            options.cluster,
+            timeout_s=LOOK_S,
+            key=key,
+            interfaces=options.interfaces,
+        )
+        if found is not None:
+            return found
+        log.info("no coordinator yet", cluster=options.cluster)
+
+
+def _wait_for_stop_signals() -> None:
+    """Until the loop runs there is nothing to drain: a stop signal ends the process."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: os._exit(0))
+
+
+def local_address(towards: str) -> str:
+    """The address of ours that a peer at ``towards`` can reach (nothing is sent)."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((towards, 9))
+            return str(probe.getsockname()[0])
+        except OSError as error:
+            raise ConfigurationError(
+                f"no route to the coordinator at {towards}: {error.strerror}",
+                hint="check the address and the network",
+            ) from error
+
+
+def main(arguments: list[str]) -> int:
+    """``python -m cluster.worker OPTIONS`` with the options as JSON."""
+    options = msgspec.json.decode(arguments[0], type=WorkerOptions)
+    telemetry.configure(options.log_level, options.log_form, name=options.name)
+    log = structlog.get_logger()
+    if options.die_with_parent:
+        processes.watch_parent(lambda: os._exit(0))
+    try:
+        failure = run_worker(options)
+    except MeshInferError as error:
+        failure = failure_of(error)
+    if failure is None:
+        return 0
+    log.error(failure.message, hint=failure.hint)
+    return error_of(failure).exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

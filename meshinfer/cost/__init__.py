@@ -1,0 +1,20 @@
+"""What a plan costs: device profiles, the cost of a task, the timeline of a plan. All predicted."""
+
+from __future__ import annotations
+
+from meshinfer.cost.model import Work, field_work, glued_to, seconds
+from meshinfer.cost.profile import DeviceProfile
+from meshinfer.cost.timeline import DeviceUse, TaskSpan, Timeline, TransferSpan, timeline
+
+__all__ = [
+    "DeviceProfile",
+    "DeviceUse",
+    "TaskSpan",
+    "Timeline",
+    "TransferSpan",
+    "Work",
+    "field_work",
+    "glued_to",
+    "seconds",
+    "timeline",
+]

@@ -1,0 +1,46 @@
+"""What is known of a device: measured speeds in SI units, nothing derived from a plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from meshinfer.identity import DeviceId
+
+BYTES_PER_FLOP = 0.2
+"""Memory bandwidth that goes with a speed, where none was measured.
+
+A Raspberry Pi 4 copies about 4 GB/s and computes convolutions at about 20 GFLOP/s; a quota on its
+processor slows both alike, so a ratio says more than a constant.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceProfile:
+    """One device as measured. ``cluster.profiler`` makes these; tests write them by hand.
+
+    ``flops_per_s``: sustained speed of convolutions, counting a multiply-add as 2. ``overhead_s``:
+    fixed cost of a task. ``bandwidth_bytes_per_s``, ``latency_s``: of its link, each way at once.
+    ``memory_bytes``: what MeshInfer may use, 0 where unknown. ``numeric_class``: devices of one
+    class give equal bits. ``computes``: False for one that only holds data.
+    ``memory_bytes_per_s``: of its memory, 0 to derive it from ``flops_per_s``.
+    """
+
+    id: DeviceId
+    flops_per_s: float
+    overhead_s: float = 0.002
+    bandwidth_bytes_per_s: float = 100e6 / 8
+    latency_s: float = 0.001
+    memory_bytes: int = 0
+    numeric_class: str = ""
+    computes: bool = True
+    memory_bytes_per_s: float = 0.0
+
+    @property
+    def able(self) -> bool:
+        """Whether it can be given a task at all."""
+        return self.computes and self.flops_per_s > 0
+
+    @property
+    def copy_bytes_per_s(self) -> float:
+        """Memory bandwidth, measured or derived."""
+        return self.memory_bytes_per_s or self.flops_per_s * BYTES_PER_FLOP

@@ -1,0 +1,255 @@
+"""When everything of a plan happens: each device runs its tasks in order, each link one thing a way.
+
+A list schedule over the derived transfers (Graham 1969): a task starts when its inputs are there and
+its device is free; a message when it is ready and both links are. Links are full duplex (switched
+Ethernet): a device may send one message and receive another at the same time.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from meshinfer.cost.model import Work, field_work, seconds
+from meshinfer.cost.profile import DeviceProfile
+from meshinfer.geometry import Box
+from meshinfer.graph import Graph
+from meshinfer.identity import DeviceId
+from meshinfer.plan import Plan
+from meshinfer.transfers import Flow, TaskRef, derive
+
+MESSAGE_BYTES = 256
+"""Header of a message beside its tensors."""
+
+
+@dataclass(frozen=True, slots=True)
+class TaskSpan:
+    """One task on its device, in seconds from the arrival of the request."""
+
+    ref: TaskRef
+    device: DeviceId
+    start_s: float
+    end_s: float
+    work: Work
+
+
+@dataclass(frozen=True, slots=True)
+class TransferSpan:
+    """All that one task gives another, as one message; ``end_s`` is its arrival, latency included."""
+
+    producer: TaskRef
+    consumer: TaskRef
+    sender: DeviceId
+    receiver: DeviceId
+    nbytes: int
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceUse:
+    """What one device does for one request.
+
+    ``peak_bytes``: its weights for the whole plan and the values of its largest task.
+    """
+
+    id: DeviceId
+    busy_s: float
+    bytes_sent: int
+    bytes_received: int
+    weight_bytes: int
+    peak_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """A plan's predicted course. ``bound``: what takes most of its critical path, in words."""
+
+    total_s: float
+    tasks: tuple[TaskSpan, ...]
+    transfers: tuple[TransferSpan, ...]
+    devices: tuple[DeviceUse, ...]
+    bound: str
+    bottleneck_s: float
+
+    def use(self, device: DeviceId) -> DeviceUse:
+        """What this device does; nothing, if it is not in the plan."""
+        for found in self.devices:
+            if found.id == device:
+                return found
+        return DeviceUse(device, 0.0, 0, 0, 0, 0)
+
+
+def timeline(
+    graph: Graph, plan: Plan, profiles: Sequence[DeviceProfile], *, flow: Flow | None = None
+) -> Timeline:
+    """Predict a plan's course. A device without a profile holds data over a default link.
+
+    A task with backups runs on its first device. A task on a device that cannot compute never ends:
+    the total is infinite. ``flow``: what ``derive`` made of this plan, if it is at hand.
+    """
+    flow = flow if flow is not None else derive(graph, plan)
+    run = _Run(flow, {p.id: p for p in profiles}, _messages(graph, flow))
+    run.works = {ref: field_work(graph, f) for ref, f in flow.fields.items()}
+    run.go()
+    use = _uses(graph, flow, run)
+    links = [
+        max(u.bytes_sent, u.bytes_received) / run.profile(u.id).bandwidth_bytes_per_s for u in use
+    ]
+    return Timeline(
+        total_s=run.ready.get(flow.sink, 0.0),
+        tasks=tuple(run.tasks),
+        transfers=tuple(run.sent),
+        devices=use,
+        bound=run.bound(),
+        bottleneck_s=max([*(u.busy_s for u in use), *links], default=0.0),
+    )
+
+
+_Message = tuple[TaskRef, TaskRef, int]
+
+
+def _messages(graph: Graph, flow: Flow) -> list[_Message]:
+    """(producer, consumer, bytes), one for each pair of tasks, in plan order."""
+    total: dict[tuple[TaskRef, TaskRef], int] = {}
+    for t in flow.transfers:
+        key = (t.producer, t.consumer)
+        total[key] = total.get(key, 0) + (0 if t.local else graph.nbytes(t.piece.value, t.piece.box))
+    return [(a, b, n) for (a, b), n in total.items()]
+
+
+_Cause = tuple[str, float, "TaskRef | int | None"]
+"""What is waited for: its name, its seconds, and what it waited for (a task, or a message)."""
+
+
+@dataclass
+class _Run:
+    """The schedule while it is made; times in seconds."""
+
+    flow: Flow
+    profiles: Mapping[DeviceId, DeviceProfile]
+    messages: list[_Message]
+    works: dict[TaskRef, Work] = field(default_factory=dict)
+    tasks: list[TaskSpan] = field(default_factory=list)
+    sent: list[TransferSpan] = field(default_factory=list)
+    ready: dict[TaskRef, float] = field(default_factory=dict)
+    cause: dict[TaskRef | int, _Cause] = field(default_factory=dict)
+    late: dict[TaskRef, TaskRef | int | None] = field(default_factory=dict)
+
+    def profile(self, device: DeviceId) -> DeviceProfile:
+        return self.profiles.get(device) or DeviceProfile(device, 0.0, computes=False)
+
+    def go(self) -> None:
+        self.outgoing: dict[TaskRef, list[int]] = {}
+        self.missing: dict[TaskRef, int] = {}
+        for i, (producer, consumer, _) in enumerate(self.messages):
+            self.outgoing.setdefault(producer, []).append(i)
+            self.missing[consumer] = self.missing.get(consumer, 0) + 1
+        self.queues: dict[DeviceId, list[TaskRef]] = {}
+        for ref in self.flow.fields:
+            self.queues.setdefault(self.flow.device(ref), []).append(ref)
+        self.place = dict.fromkeys(self.queues, 0)
+        self.free: dict[DeviceId, tuple[float, TaskRef | None]] = {}
+        self.heap: list[tuple[float, int]] = []
+        links: dict[tuple[DeviceId, str], tuple[float, int | None]] = {}
+        self._finish(self.flow.source, 0.0)
+        for device in self.queues:
+            self._advance(device)
+        while self.heap:
+            ready, i = heapq.heappop(self.heap)
+            self._send(i, ready, links)
+
+    def _finish(self, ref: TaskRef, now: float) -> None:
+        for i in self.outgoing.get(ref, ()):
+            heapq.heappush(self.heap, (now, i))
+
+    def _advance(self, device: DeviceId) -> None:
+        """Run the tasks of a device, in order, whose inputs are all there."""
+        queue = self.queues[device]
+        while self.place[device] < len(queue):
+            ref = queue[self.place[device]]
+            if self.missing.get(ref, 0):
+                return
+            free, before = self.free.get(device, (0.0, None))
+            there = self.ready.get(ref, 0.0)
+            start = max(free, there)
+            took = seconds(self.works[ref], self.profile(device))
+            waited = before if free > there else self.late.get(ref)
+            self.cause[ref] = (f"compute of {device}", took, waited)
+            self.tasks.append(TaskSpan(ref, device, start, start + took, self.works[ref]))
+            self.free[device] = (start + took, ref)
+            self.place[device] += 1
+            self._finish(ref, start + took)
+
+    def _send(
+        self, i: int, ready: float, links: dict[tuple[DeviceId, str], tuple[float, int | None]]
+    ) -> None:
+        producer, consumer, nbytes = self.messages[i]
+        sender, receiver = self.flow.device(producer), self.flow.device(consumer)
+        end = ready
+        if sender != receiver:
+            a, b = self.profile(sender), self.profile(receiver)
+            out, into = (sender, "out"), (receiver, "in")
+            (t_out, m_out), (t_in, m_in) = links.get(out, (0.0, None)), links.get(into, (0.0, None))
+            start = max(ready, t_out, t_in)
+            slow = a if a.bandwidth_bytes_per_s <= b.bandwidth_bytes_per_s else b
+            busy = (nbytes + MESSAGE_BYTES) / max(slow.bandwidth_bytes_per_s, 1e-9)
+            end = start + busy + max(a.latency_s, b.latency_s)
+            waited: TaskRef | int | None = producer
+            if start > ready:
+                waited, slow = (m_out, a) if t_out >= t_in else (m_in, b)
+            links[out] = links[into] = (start + busy, i)
+            self.cause[i] = (f"link of {slow.id}", end - start, waited)
+            self.sent.append(TransferSpan(producer, consumer, sender, receiver, nbytes, start, end))
+        if end >= self.ready.get(consumer, 0.0):
+            self.ready[consumer] = end
+            self.late[consumer] = i if sender != receiver else producer
+        self.missing[consumer] -= 1
+        if not self.missing[consumer] and consumer != self.flow.sink:
+            self._advance(receiver)
+
+    def bound(self) -> str:
+        """The largest share of the critical path, walked back from the sink."""
+        shares: dict[str, float] = {}
+        at: TaskRef | int | None = self.late.get(self.flow.sink)
+        while at is not None and at in self.cause:
+            name, took, at = self.cause[at]
+            shares[name] = shares.get(name, 0.0) + took
+        if not shares:
+            return "nothing"
+        return min(shares, key=lambda name: (-shares[name], name))
+
+
+def _uses(graph: Graph, flow: Flow, run: _Run) -> tuple[DeviceUse, ...]:
+    weights: dict[DeviceId, dict[tuple[str, Box], int]] = {}
+    largest: dict[DeviceId, int] = {}
+    for ref, found in flow.fields.items():
+        held = weights.setdefault(flow.device(ref), {})
+        for name in found.weights:
+            held[name, found.needs[name]] = graph.nbytes(name, found.needs[name])
+        device = flow.device(ref)
+        largest[device] = max(largest.get(device, 0), run.works[ref].peak_bytes)
+    busy: dict[DeviceId, float] = {}
+    for span in run.tasks:
+        busy[span.device] = busy.get(span.device, 0.0) + span.end_s - span.start_s
+    out: dict[DeviceId, int] = {}
+    into: dict[DeviceId, int] = {}
+    for message in run.sent:
+        out[message.sender] = out.get(message.sender, 0) + message.nbytes
+        into[message.receiver] = into.get(message.receiver, 0) + message.nbytes
+    names = dict.fromkeys((flow.plan.source, *flow.plan.devices(), flow.plan.sink))
+    uses = []
+    for device in names:
+        total = sum(weights.get(device, {}).values())
+        uses.append(
+            DeviceUse(
+                device,
+                busy.get(device, 0.0),
+                out.get(device, 0),
+                into.get(device, 0),
+                total,
+                total + largest.get(device, 0),
+            )
+        )
+    return tuple(uses)

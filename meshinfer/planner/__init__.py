@@ -1,0 +1,12 @@
+"""From a graph and the devices' profiles to the plan that is expected to be best, with the reasons.
+
+Coarse searches propose, the timeline decides: the plan on the best single device is always among the
+finalists, so a plan is never expected to be slower than it. Nothing here is random.
+"""
+
+from __future__ import annotations
+
+from meshinfer.planner.bands import Axes, Block, axes_of, build
+from meshinfer.planner.choose import OBJECTIVES, Planned, make_plan
+
+__all__ = ["OBJECTIVES", "Axes", "Block", "Planned", "axes_of", "build", "make_plan"]

@@ -1,0 +1,178 @@
+"""Coarse costs of candidate blocks: one band walked backwards stands for all bands of a split.
+
+A walk from a cut towards the front meets every block that ends there, so a table of all blocks costs
+one walk a cut. What the sampled band computes beyond its share is the overlap of every band.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from meshinfer.cost.model import GLUED, glued_to, whole_flops
+from meshinfer.geometry import Box
+from meshinfer.graph import Graph, Op
+from meshinfer.ops import BARRIER, is_random, rule_of
+from meshinfer.planner.bands import KINDS, Axes, Kind, band
+
+HEAVY = frozenset(
+    (
+        "Conv ConvTranspose ConvInteger QLinearConv Gemm MatMul MatMulInteger QLinearMatMul "
+        "MaxPool AveragePool GlobalAveragePool GlobalMaxPool LpPool Resize Upsample"
+    ).split()
+)
+"""Operators before which a cut is cheap: nothing is fused across it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """A value that a block reads: bytes of all of it, of the sampled band's part, and of what that
+    lacks if the value lies in bands of each kind."""
+
+    value: str
+    total: int
+    need: int
+    missing: Mapping[Kind, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One band of a block: its work, recomputation included, and what it reads.
+
+    ``size``: length of the axis along which the main output is cut; ``share``: the band's of it.
+    """
+
+    size: int
+    share: float
+    flops: float
+    nbytes: float
+    reads: tuple[Read, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """Work of ops ``[0, i)`` computed whole, for every ``i``."""
+
+    flops: tuple[float, ...]
+    nbytes: tuple[float, ...]
+    heavy: tuple[int, ...]
+
+
+def sums_of(graph: Graph) -> Sums:
+    """Prefix sums over the graph."""
+    flops, nbytes, heavy = [0.0], [0.0], [0]
+    for op in graph.ops:
+        outs = tuple(graph.whole(n) if n else None for n in op.outputs)
+        ins = tuple(graph.whole(n) if n else None for n in (*op.inputs, *op.captured))
+        flops.append(flops[-1] + whole_flops(graph, op))
+        nbytes.append(nbytes[-1] + _bytes(graph, op, outs, ins))
+        heavy.append(heavy[-1] + (op.type in HEAVY))
+    return Sums(tuple(flops), tuple(nbytes), tuple(heavy))
+
+
+def _bytes(
+    graph: Graph, op: Op, outs: Sequence[Box | None], ins: Sequence[Box | None]
+) -> int:
+    """Bytes that an op touches inside a block: a glued one only its other inputs."""
+    glue = glued_to(graph, op)
+    names = (*op.inputs, *op.captured)
+    total = 0
+    for name, box in zip(names, ins, strict=False):
+        if name and box is not None and (glue < 0 or graph.producer.get(name) != glue):
+            total += graph.nbytes(name, box)
+    if glue < 0:
+        for name, box in zip(op.outputs, outs, strict=False):
+            if name and box is not None:
+                total += graph.nbytes(name, box)
+    return total
+
+
+def clean_cuts(graph: Graph, axes: Axes) -> tuple[int, ...]:
+    """Cut points that part no operator from one that onnxruntime fuses with it.
+
+    Kept are those before a heavy operator, around a barrier and where bands stop being bands. In a
+    long graph that offers none of these nearby, others are kept too.
+    """
+    glued: set[int] = set()
+    for op in graph.ops:
+        last = glued_to(graph, op)
+        if last >= 0 and not _apart(graph, op, graph.ops[last]):
+            glued.update(range(last + 1, op.index + 1))
+    barrier = [rule_of(op) is BARRIER for op in graph.ops]
+    kept = []
+    for cut in graph.cut_points:
+        if cut in glued:
+            continue
+        op = graph.ops[cut]
+        wanted = op.type in HEAVY or op.type == "DequantizeLinear"
+        if wanted or barrier[cut] or barrier[cut - 1] or cut not in axes.follows:
+            kept.append(cut)
+    return tuple(kept)
+
+
+def _apart(graph: Graph, op: Op, last: Op) -> bool:
+    """Whether glue does not hold: far apart, so that it would forbid every cut between."""
+    return op.type in GLUED and op.index - last.index > 12
+
+
+def samples(
+    graph: Graph, axes: Axes, stop: int, starts: Sequence[int], kind: Kind, parts: int
+) -> dict[int, Sample]:
+    """A sample for each block ``[start, stop)`` that can be cut this way into ``parts``.
+
+    ``starts`` descend from ``stop``.
+    """
+    low, high = (0.5, 1.0) if parts == 2 else (0.5 - 0.5 / parts, 0.5 + 0.5 / parts)
+    needs: dict[str, Box] = {}
+    found: dict[int, Sample] = {}
+    flops = nbytes = 0.0
+    size, share, largest = 0, 1.0, -1
+    wanted = set(starts)
+    for op in reversed(graph.ops[min(starts, default=stop) : stop]):
+        for name in op.outputs:
+            if not name or graph.last_use.get(name, -1) < stop:
+                continue
+            axis = axes.of(name, kind)
+            if axis is None:
+                return found
+            box = band(graph, name, axis, low, high)
+            needs[name] = needs[name].hull(box) if name in needs else box
+            if graph.nbytes(name) > largest:
+                largest = graph.nbytes(name)
+                size = graph.whole(name)[axis].size
+                share = box[axis].size / size
+        if is_random(op):
+            return found
+        asked = tuple(needs.get(n) if n else None for n in op.outputs)
+        if any(box is not None for box in asked):
+            rule = rule_of(op)
+            outs = rule.align(op, asked)
+            ins = rule.footprint(op, outs, None)
+            flops += whole_flops(graph, op) if rule is BARRIER else rule.flops(op, outs)
+            nbytes += _bytes(graph, op, outs, ins)
+            for name, read in zip((*op.inputs, *op.captured), ins, strict=False):
+                if name and read is not None:
+                    needs[name] = needs[name].hull(read) if name in needs else read
+        if op.index in wanted and size:
+            reads = _reads(graph, axes, needs, op.index, (low, high))
+            found[op.index] = Sample(size, share, flops, nbytes, reads)
+    return found
+
+
+def _reads(
+    graph: Graph, axes: Axes, needs: Mapping[str, Box], start: int, at: tuple[float, float]
+) -> tuple[Read, ...]:
+    reads = []
+    for value, box in needs.items():
+        if graph.is_initializer(value) or graph.producer.get(value, -1) >= start:
+            continue
+        need = graph.nbytes(value, box)
+        missing: dict[Kind, int] = {}
+        for kind in KINDS:
+            axis = axes.of(value, kind)
+            missing[kind] = need
+            if axis is not None:
+                own = band(graph, value, axis, *at).intersect(box)
+                missing[kind] -= graph.nbytes(value, own)
+        reads.append(Read(value, graph.nbytes(value), need, missing))
+    return tuple(reads)

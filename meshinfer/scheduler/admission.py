@@ -1,0 +1,82 @@
+"""Whether a request can be served: the model is there, the tensors fit, the queue has room."""
+
+from __future__ import annotations
+
+import json
+
+from meshinfer import limits
+from meshinfer.protocol import messages as m
+from meshinfer.protocol.codec import DTYPES
+from meshinfer.scheduler.catalogue import Catalogue, Model
+from meshinfer.scheduler.events import Signature
+
+
+def refuse(catalogue: Catalogue, message: m.Submit, open_requests: int) -> m.Failure | None:
+    """Why the request is refused at once; None when it is accepted."""
+    if open_requests >= limits.QUEUE_REQUESTS:
+        return m.Failure(
+            error="QueueFull",
+            message=f"{open_requests} requests are open already",
+            hint="wait for answers before submitting more: client.map does it",
+            retry_after_s=1.0,
+        )
+    model = catalogue.find(message.model, message.version)
+    if model is None:
+        known = sorted(catalogue.models)
+        what = message.model if message.version is None else f"{message.model} v{message.version}"
+        return m.Failure(
+            error="ModelNotFound",
+            message=f"no model {what!r} is deployed",
+            hint=f"deployed are {known}" if known else "deploy it with client.deploy",
+        )
+    return _tensors(model, message)
+
+
+def signature_of(message: m.Submit) -> Signature:
+    shapes = tuple(sorted((t.name, t.shape) for t in message.inputs))
+    return Signature(message.picture, shapes)
+
+
+def _tensors(model: Model, message: m.Submit) -> m.Failure | None:
+    inputs = dict(model.inputs)
+    if message.picture:
+        if model.image is None:
+            return _invalid(
+                f"{model.name} takes arrays, not pictures", "deploy it with image=ImageSpec(...)"
+            )
+        spec = json.loads(model.image)
+        channels = 1 if spec.get("colour") == "GRAY" else 3
+        inputs[spec["input"]] = ("|u1", (1, None, None, channels))
+    given = {t.name for t in message.inputs}
+    if given != set(inputs):
+        return _invalid(
+            f"{model.name} was given the inputs {sorted(given)}",
+            f"its inputs are {sorted(inputs)}",
+        )
+    for tensor in message.inputs:
+        dtype, dims = inputs[tensor.name]
+        if tensor.dtype != dtype:
+            return _invalid(
+                f"input {tensor.name!r} has type {tensor.dtype}, {model.name} wants {dtype}",
+                f"convert it with array.astype('{dtype}')"
+                if dtype in DTYPES
+                else "tensors of this type cannot travel",
+            )
+        if dims is not None and not _fits(tensor.shape, dims):
+            wanted = [d if d is not None else "any" for d in dims]
+            return _invalid(
+                f"input {tensor.name!r} has shape {list(tensor.shape)}, "
+                f"{model.name} wants {wanted}",
+                "resize the array to the model's shape",
+            )
+    return None
+
+
+def _fits(shape: tuple[int, ...], dims: tuple[int | None, ...]) -> bool:
+    return len(shape) == len(dims) and all(
+        d is None or d == s for s, d in zip(shape, dims, strict=True)
+    )
+
+
+def _invalid(message: str, hint: str) -> m.Failure:
+    return m.Failure(error="InvalidInput", message=message, hint=hint)

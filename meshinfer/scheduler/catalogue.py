@@ -1,0 +1,170 @@
+"""What is deployed: model versions, and for each input signature the plan that serves it.
+
+A deployment is planned, installed on its devices, ready, and at last retired; a new one is made
+beside the old and takes over when it is ready, so no request meets half a plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+from meshinfer.protocol import messages as m
+from meshinfer.scheduler.events import Signature
+
+Inputs = Mapping[str, tuple[str, tuple[int | None, ...] | None]]
+
+
+@dataclass(slots=True)
+class Call:
+    """A client that awaits the answer to its ``Deploy``."""
+
+    peer: str
+    name: str
+    since: float
+
+
+@dataclass(slots=True)
+class Model:
+    """One version of a model. ``call`` is open until its first plan is ready."""
+
+    key: int
+    name: str
+    digest: str
+    image: str | None
+    plan: str | None
+    spread: bool
+    shapes: Mapping[str, tuple[int, ...]]
+    call: Call | None
+    version: int = 0
+    inputs: Inputs = field(default_factory=dict)
+    opened: bool = False
+    signatures: list[Signature] = field(default_factory=list)
+
+    def default_signature(self) -> Signature | None:
+        """The signature of the fixed shapes; None while an input is dynamic."""
+        shapes = []
+        for name, (_, dims) in self.inputs.items():
+            fixed = self.shapes.get(name)
+            if fixed is None and (dims is None or None in dims):
+                return None
+            shapes.append((name, fixed or tuple(d for d in dims or () if d is not None)))
+        return Signature(False, tuple(sorted(shapes)))
+
+
+class Phase(Enum):
+    """Of a deployment."""
+
+    PLANNING = "planning"
+    INSTALLING = "installing"
+    READY = "ready"
+    RETIRED = "retired"
+
+
+@dataclass(slots=True)
+class Deployment:
+    """A plan for a (model, signature), on the devices named by their incarnation."""
+
+    number: int
+    model: Model
+    signature: Signature
+    members: dict[str, str]
+    candidates: tuple[str, ...]
+    phase: Phase = Phase.PLANNING
+    plan: str = ""
+    report: tuple[str, ...] = ()
+    programs: Mapping[str, tuple[m.Program, ...]] = field(default_factory=dict)
+    waiting: set[str] = field(default_factory=set)
+
+    @property
+    def tasks(self) -> int:
+        """How many tasks a request computes."""
+        return sum(p.model is not None for each in self.programs.values() for p in each)
+
+
+@dataclass(slots=True)
+class Catalogue:
+    """Mutable: owned by the coordinator's core."""
+
+    models: dict[str, list[Model]] = field(default_factory=dict)
+    opening: dict[int, Model] = field(default_factory=dict)
+    deployments: dict[int, Deployment] = field(default_factory=dict)
+    _last_model: int = 0
+    _last_deployment: int = 0
+
+    def open(self, message: m.Deploy, peer: str, now: float) -> Model:
+        self._last_model += 1
+        model = Model(
+            key=self._last_model,
+            name=message.name,
+            digest=message.digest,
+            image=message.image,
+            plan=message.plan,
+            spread=message.spread,
+            shapes=dict(message.shapes or {}),
+            call=Call(peer, message.call, now),
+        )
+        self.opening[model.key] = model
+        return model
+
+    def publish(self, model: Model) -> None:
+        """The model becomes the current version of its name."""
+        self.opening.pop(model.key, None)
+        versions = self.models.setdefault(model.name, [])
+        if model not in versions:
+            model.version = versions[-1].version + 1 if versions else 1
+            versions.append(model)
+
+    def find(self, name: str, version: int | None) -> Model | None:
+        versions = self.models.get(name, [])
+        if version is None:
+            return versions[-1] if versions else None
+        return next((v for v in versions if v.version == version), None)
+
+    def all_models(self) -> list[Model]:
+        return [*self.opening.values(), *(v for vs in self.models.values() for v in vs)]
+
+    def new_deployment(
+        self, model: Model, signature: Signature, members: dict[str, str], names: tuple[str, ...]
+    ) -> Deployment:
+        self._last_deployment += 1
+        made = Deployment(self._last_deployment, model, signature, members, names)
+        self.deployments[made.number] = made
+        return made
+
+    def serving(self, model: Model, signature: Signature) -> Deployment | None:
+        """The newest ready deployment."""
+        return self._newest(model, signature, (Phase.READY,))
+
+    def coming(self, model: Model, signature: Signature) -> Deployment | None:
+        """The one that is being planned or installed."""
+        return self._newest(model, signature, (Phase.PLANNING, Phase.INSTALLING))
+
+    def _newest(
+        self, model: Model, signature: Signature, phases: tuple[Phase, ...]
+    ) -> Deployment | None:
+        found = [
+            d
+            for d in self.deployments.values()
+            if d.model is model and d.signature == signature and d.phase in phases
+        ]
+        return found[-1] if found else None
+
+    def infos(self) -> tuple[m.ModelInfo, ...]:
+        return tuple(
+            m.ModelInfo(
+                name=name,
+                version=model.version,
+                digest=model.digest,
+                current=model is versions[-1],
+                image=model.image,
+                plans=tuple(
+                    d.plan
+                    for d in self.deployments.values()
+                    if d.model is model and d.phase is Phase.READY
+                ),
+            )
+            for name, versions in sorted(self.models.items())
+            for model in versions
+        )

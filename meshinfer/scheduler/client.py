@@ -1,0 +1,277 @@
+"""The client's core: says hello, sends headers to the coordinator and tensors to the source.
+
+A request is over when its reply and all its tensors are here, or its failure. Bodies are kept until
+then, so that a broken connection costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from meshinfer import limits
+from meshinfer.protocol import messages as m
+from meshinfer.protocol.codec import ProtocolError, array_of, describe, payload_of
+from meshinfer.scheduler.events import (
+    Array,
+    Arrived,
+    Asked,
+    Cancelled,
+    Connect,
+    Effect,
+    Event,
+    Note,
+    PeerLost,
+    Plane,
+    Resolve,
+    Send,
+    ServeBlob,
+    Settle,
+    Stop,
+    StopRequested,
+    Submitted,
+    Ticked,
+)
+from meshinfer.scheduler.outbox import Outbox
+from meshinfer.scheduler.worker import COORDINATOR
+
+LATE_S = 2.0
+"""How long after its deadline a request is given up here, should the coordinator not say so."""
+
+
+@dataclass(slots=True)
+class _Request:
+    header: m.Submit
+    arrays: Mapping[str, Array]
+    deadline: float
+    sent: bool = False
+    reply: m.Reply | None = None
+    answers: dict[int, dict[str, Array]] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Question:
+    message: m.AnyMessage
+    deadline: float
+    sent: bool = False
+
+
+class ClientCore:
+    """``handle`` is the only gate; ``next_deadline`` says when to tick."""
+
+    def __init__(self, hello: m.Hello) -> None:
+        self.hello = hello
+        self._welcome: m.Welcome | None = None
+        self._requests: dict[str, _Request] = {}
+        self._questions: dict[str, _Question] = {}
+        self._outbox = Outbox()
+        self._hello_due = 0.0
+        self._beat_due = 0.0
+        self._heard = 0.0
+        self._ever_welcome = False
+
+    def handle(self, event: Event, now: float) -> list[Effect]:
+        match event:
+            case Arrived():
+                self._heard = now
+                return self._arrived(event, now)
+            case Submitted(request, message, arrays):
+                assert isinstance(message, m.Submit)
+                deadline = now + message.deadline_s
+                self._requests[request] = _Request(message, arrays, deadline)
+                return self._send_open(now)
+            case Asked(call, message, deadline_s):
+                self._questions[call] = _Question(message, now + deadline_s)
+                return self._send_open(now)
+            case Cancelled(request):
+                if self._requests.pop(request, None) is None:
+                    return []
+                self._outbox.forget_request(request)
+                return [self._tell(m.Cancel(request=request))]
+            case PeerLost():
+                return self._lost(event, now)
+            case Ticked():
+                return self._tick(now)
+            case StopRequested():
+                return [*self._fail_all("the client was closed"), Stop()]
+            case _:
+                raise AssertionError(f"a client has no use for {event}")
+
+    def next_deadline(self) -> float:
+        times = [self._beat_due if self._welcome is not None else self._hello_due]
+        times += [r.deadline + LATE_S for r in self._requests.values()]
+        times += [q.deadline for q in self._questions.values()]
+        due = self._outbox.next_deadline()
+        return min(times if due is None else [*times, due])
+
+    # --- messages
+
+    def _arrived(self, event: Arrived, now: float) -> list[Effect]:
+        message = event.message
+        match message:
+            case m.Welcome():
+                return self._welcomed(message, now)
+            case m.Reply():
+                request = self._requests.get(message.request)
+                if request is None:
+                    return []
+                request.reply = message
+                return self._try_resolve(message.request, request)
+            case m.Answer():
+                return self._answered(event.peer, message, event.payload)
+            case m.Ack():
+                self._outbox.acknowledge(message.id)
+                return []
+            case m.Want():
+                return [ServeBlob(event.peer, message.digest, message.offset, message.length)]
+            case m.Deployed() | m.Devices() | m.Models():
+                if self._questions.pop(message.call, None) is None:
+                    return []
+                failure = message.failure if isinstance(message, m.Deployed) else None
+                return [Settle(message.call, message, failure)]
+            case m.Refused():
+                return [*self._fail_all("", message.failure), Stop(message.failure)]
+            case m.Who():
+                return self._rejoin(now)
+            case m.Closing():
+                return [*self._fail_all("the coordinator has stopped"), *self._rejoin(now + 1.0)]
+            case m.Alive() | m.Probe():
+                return []
+            case _:
+                return [Note("warning", "unexpected message", {"type": type(message).__name__})]
+
+    def _welcomed(self, message: m.Welcome, now: float) -> list[Effect]:
+        if message.head is None:  # the coordinator's own device is still starting
+            self._hello_due = now + 0.05
+            return []
+        self._welcome = message
+        self._ever_welcome = True
+        self._beat_due = now
+        return [Connect(message.bulk), Connect(message.head), *self._send_open(now)]
+
+    def _rejoin(self, when: float) -> list[Effect]:
+        """The coordinator does not know us (any more): say hello and send again what is open."""
+        self._welcome = None
+        self._hello_due = when
+        for request in self._requests.values():
+            request.sent = False
+        for question in self._questions.values():
+            question.sent = False
+        return []
+
+    def _send_open(self, now: float) -> list[Effect]:
+        if self._welcome is None or self._welcome.head is None:
+            return []
+        effects: list[Effect] = []
+        head = self._welcome.head.id
+        for name, request in self._requests.items():
+            if request.sent:
+                continue
+            request.sent = True
+            self._outbox.forget_request(name)
+            effects.append(self._tell(request.header))
+            for value, array in request.arrays.items():
+                message = m.Feed(id=0, request=name, tensor=describe(value, array))
+                effects.append(self._outbox.send(head, name, message, payload_of(array), now))
+        for question in self._questions.values():
+            if not question.sent:
+                question.sent = True
+                effects.append(self._tell(question.message))
+        return effects
+
+    def _answered(self, peer: str, message: m.Answer, payload: memoryview) -> list[Effect]:
+        ack: list[Effect] = [Send(Plane.BULK, peer, m.Ack(id=message.id))]
+        request = self._requests.get(message.request)
+        if request is None:
+            return ack
+        try:
+            array = array_of(message.tensor, payload)
+        except ProtocolError as error:
+            return [*ack, Note("warning", "bad answer", {"why": str(error)})]
+        answers = request.answers.setdefault(message.attempt, {})
+        answers[message.tensor.name] = array
+        if len(answers) < message.count:
+            return ack
+        request.answers = {-1: answers}  # whole; any attempt's answer is right
+        return ack + self._try_resolve(message.request, request)
+
+    def _try_resolve(self, name: str, request: _Request) -> list[Effect]:
+        reply = request.reply
+        if reply is None or (reply.failure is None and -1 not in request.answers):
+            return []
+        del self._requests[name]
+        self._outbox.forget_request(name)
+        return [Resolve(name, reply, request.answers.get(-1, {}))]
+
+    # --- time, loss
+
+    def _tick(self, now: float) -> list[Effect]:
+        effects: list[Effect] = []
+        if self._welcome is None and now >= self._hello_due:
+            self._hello_due = now + limits.HELLO_RETRY_S
+            effects.append(self._tell(self.hello))
+        if self._welcome is not None and now >= self._beat_due:
+            self._beat_due = now + limits.HEARTBEAT_S
+            effects.append(self._tell(m.Heartbeat()))
+            if now - self._heard > limits.COORDINATOR_SILENT_S:
+                effects += self._fail_all("the coordinator is silent")
+                effects += self._rejoin(now + limits.HELLO_RETRY_S)
+        again, _ = self._outbox.resend_due(now)
+        effects += again
+        for name in [n for n, r in self._requests.items() if r.deadline + LATE_S <= now]:
+            effects += self._give_up(name)
+        for call in [c for c, q in self._questions.items() if q.deadline <= now]:
+            del self._questions[call]
+            effects.append(Settle(call, None, self._silence()))
+        return effects
+
+    def _give_up(self, name: str) -> list[Effect]:
+        request = self._requests.pop(name)
+        self._outbox.forget_request(name)
+        if self._welcome is None:
+            failure = self._silence()
+        else:
+            failure = m.Failure(
+                error="DeadlineExceeded",
+                message=f"no answer within {request.header.deadline_s:.3g} s",
+                hint="give a longer deadline_s, or look at meshinfer devices",
+            )
+        return [
+            self._tell(m.Cancel(request=name)),
+            Resolve(name, m.Reply(request=name, failure=failure), {}),
+        ]
+
+    def _lost(self, event: PeerLost, now: float) -> list[Effect]:
+        if event.peer == COORDINATOR:
+            if event.refused and not self._ever_welcome:
+                failure = m.Failure(
+                    error="AuthError",
+                    message=f"the coordinator refuses this client: {event.reason}",
+                    hint="give the keyring.json that this coordinator wrote",
+                )
+                return [*self._fail_all("", failure), Stop(failure)]
+            return self._rejoin(now) if self._welcome is not None else []
+        return self._outbox.resend_to(event.peer, now) if event.peer else []
+
+    def _fail_all(self, why: str, failure: m.Failure | None = None) -> list[Effect]:
+        failure = failure or self._silence(why)
+        effects: list[Effect] = [
+            Resolve(name, m.Reply(request=name, failure=failure), {}) for name in self._requests
+        ]
+        effects += [Settle(call, None, failure) for call in self._questions]
+        for name in self._requests:
+            self._outbox.forget_request(name)
+        self._requests.clear()
+        self._questions.clear()
+        return effects
+
+    def _silence(self, why: str = "no coordinator answers") -> m.Failure:
+        return m.Failure(
+            error="ClusterUnavailable",
+            message=why,
+            hint="start one with meshinfer coordinator, or give its address",
+            retry_after_s=5.0,
+        )
+
+    def _tell(self, message: m.AnyMessage) -> Send:
+        return Send(Plane.CONTROL, COORDINATOR, message)

@@ -1,0 +1,307 @@
+"""Events (past tense) that the shells feed to a core, and effects (imperative) that it asks for.
+
+One list for all three cores; each shell performs those that its core emits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+
+from meshinfer.protocol.codec import Buffer
+from meshinfer.protocol.messages import AnyMessage, Failure, Peer, Place, Program
+
+Array = np.ndarray[Any, Any]
+
+
+class Plane(StrEnum):
+    """Which socket a message takes: small and watched, or large."""
+
+    CONTROL = "control"
+    BULK = "bulk"
+
+
+# --- Events -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """A message came in; ``payload`` is what stood behind its header."""
+
+    peer: str
+    message: AnyMessage
+    payload: memoryview = field(default_factory=lambda: memoryview(b""))
+
+
+@dataclass(frozen=True, slots=True)
+class PeerLost:
+    """A connection broke or a peer refused us: a hint. ``peer`` is empty when it has no name."""
+
+    peer: str
+    reason: str
+    refused: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Ticked:
+    """The time of ``next_deadline()`` has come, or the core has just started."""
+
+
+@dataclass(frozen=True, slots=True)
+class StopRequested:
+    """SIGTERM or ``close()``: finish what runs, then stop."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlobsFound:
+    """Answer to ``FindBlobs``: which of them are not in the store, or damaged."""
+
+    purpose: str
+    missing: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BlobWritten:
+    """A blob is whole and verified in the store, or why not."""
+
+    digest: str
+    failure: Failure | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Answer to ``Prepare``."""
+
+    deployment: int
+    failure: Failure | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """Answer to ``Compute``: the outputs in the program's order, or the engine's words."""
+
+    request: str
+    attempt: int
+    place: Place
+    outputs: tuple[Array, ...]
+    compute_s: float
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOpened:
+    """Answer to ``OpenModel``: what the model takes, or why it is refused.
+
+    ``inputs``: name -> (numpy type string, dims with None where dynamic).
+    """
+
+    key: int
+    inputs: Mapping[str, tuple[str, tuple[int | None, ...] | None]]
+    image: str | None = None
+    failure: Failure | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PlanReady:
+    """Answer to ``MakePlan``: the plan's text and each device's programs, or why there is none."""
+
+    deployment: int
+    plan: str = ""
+    programs: Mapping[str, tuple[Program, ...]] = field(default_factory=dict)
+    report: tuple[str, ...] = ()
+    failure: Failure | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    """The client's user asks for an answer: header and arrays."""
+
+    request: str
+    message: AnyMessage
+    arrays: Mapping[str, Array]
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """The client's user asks something of the coordinator; the answer has the same ``call``."""
+
+    call: str
+    message: AnyMessage
+    deadline_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    """The client's user gave a request up."""
+
+    request: str
+
+
+Event = (
+    Arrived | PeerLost | Ticked | StopRequested | BlobsFound | BlobWritten | Prepared | Computed
+    | ModelOpened | PlanReady | Submitted | Asked | Cancelled
+)  # fmt: skip
+
+
+# --- Effects ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Hand a message to a peer. It may be lost: cores resend what matters."""
+
+    plane: Plane
+    peer: str
+    message: AnyMessage
+    payload: Buffer | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Connect:
+    """Be connected to a peer's bulk socket."""
+
+    peer: Peer
+
+
+@dataclass(frozen=True, slots=True)
+class Disconnect:
+    peer: str
+
+
+@dataclass(frozen=True, slots=True)
+class FindBlobs:
+    """Look which blobs are in the store -> ``BlobsFound``."""
+
+    purpose: str
+    digests: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class WriteBlob:
+    """Write bytes of a blob; when it is whole, verify it -> ``BlobWritten``."""
+
+    digest: str
+    offset: int
+    total: int
+    data: memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class ServeBlob:
+    """Send a ``Chunk`` (or ``Gone``) from the store to a peer."""
+
+    peer: str
+    digest: str
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prepare:
+    """Load the programs' submodels into the engine -> ``Prepared``."""
+
+    deployment: int
+    programs: tuple[Program, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Discard:
+    """Free the prepared programs of a deployment."""
+
+    deployment: int
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """Run a prepared program in the compute thread -> ``Computed``."""
+
+    request: str
+    attempt: int
+    deployment: int
+    place: Place
+    inputs: Mapping[str, Array]
+
+
+@dataclass(frozen=True, slots=True)
+class OpenModel:
+    """Check that the stored model loads -> ``ModelOpened``."""
+
+    key: int
+    digest: str
+    image: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """What a plan is made for: pixels or tensors in, and the shapes of all inputs."""
+
+    picture: bool
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A device that may get work."""
+
+    device: str
+    flops_per_s: float
+    memory_bytes: int
+    engine: str
+
+
+@dataclass(frozen=True, slots=True)
+class MakePlan:
+    """Import for a signature, plan (or take ``plan``), lower, store the blobs -> ``PlanReady``."""
+
+    deployment: int
+    digest: str
+    image: str | None
+    signature: Signature
+    candidates: tuple[Candidate, ...]
+    head: str
+    plan: str | None
+    spread: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Resolve:
+    """Give the user of a client the outcome of a request."""
+
+    request: str
+    reply: AnyMessage
+    arrays: Mapping[str, Array]
+
+
+@dataclass(frozen=True, slots=True)
+class Settle:
+    """Give the user of a client the answer to a question, or a failure."""
+
+    call: str
+    answer: AnyMessage | None
+    failure: Failure | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Log an event with its fields; ``level`` is debug, info, warning or error."""
+
+    level: str
+    text: str
+    fields: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """End the process; a failure is printed and sets the exit code."""
+
+    failure: Failure | None = None
+
+
+Effect = (
+    Send | Connect | Disconnect | FindBlobs | WriteBlob | ServeBlob | Prepare | Discard | Compute
+    | OpenModel | MakePlan | Resolve | Settle | Note | Stop
+)  # fmt: skip

@@ -1,0 +1,99 @@
+"""Fetches blobs chunk by chunk from the peer that has them; asks again when a chunk stays away.
+
+Pulling bounds what is under way without any state at the sender.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from meshinfer import limits
+from meshinfer.protocol.messages import Chunk, Want
+from meshinfer.scheduler.events import Effect, Plane, Send, WriteBlob
+
+
+@dataclass(slots=True)
+class _Pull:
+    peer: str
+    offset: int = 0
+    due: float = 0.0
+    tries: int = 0
+    complete: bool = False
+
+
+class Puller:
+    """Blobs that are wanted, a few at a time. Mutable: owned by one core."""
+
+    def __init__(self) -> None:
+        self._pulls: dict[str, _Pull] = {}
+        self._active: dict[str, None] = {}
+
+    def want(self, digest: str, peer: str, now: float) -> list[Effect]:
+        if digest in self._pulls:
+            self._pulls[digest].peer = peer
+            return []
+        self._pulls[digest] = _Pull(peer)
+        return self._fill(now)
+
+    def arrived(self, peer: str, chunk: Chunk, data: memoryview, now: float) -> list[Effect]:
+        """Write the chunk that was asked for and ask for the next; anything else is dropped."""
+        pull = self._pulls.get(chunk.digest)
+        if pull is None or pull.peer != peer or pull.complete or chunk.offset != pull.offset:
+            return []
+        if not data and chunk.total:
+            return []
+        pull.offset += len(data)
+        pull.tries = 0
+        effects: list[Effect] = [WriteBlob(chunk.digest, chunk.offset, chunk.total, data)]
+        if pull.offset >= chunk.total:
+            pull.complete = True
+            self._active.pop(chunk.digest, None)
+            return effects + self._fill(now)
+        return [*effects, self._ask(chunk.digest, now)]
+
+    def done(self, digest: str) -> None:
+        """The blob is stored, has failed, or is not wanted any more."""
+        self._pulls.pop(digest, None)
+        self._active.pop(digest, None)
+
+    def forget_peer(self, peer: str) -> list[str]:
+        """Give up what only this peer has; the digests that are lost."""
+        gone = [d for d, p in self._pulls.items() if p.peer == peer and not p.complete]
+        for digest in gone:
+            self.done(digest)
+        return gone
+
+    def due(self, now: float) -> tuple[list[Effect], list[str]]:
+        """Ask again for what is late; and the digests that never came."""
+        effects: list[Effect] = []
+        failed = []
+        for digest in list(self._active):
+            pull = self._pulls[digest]
+            if pull.due > now:
+                continue
+            if pull.tries >= limits.ACK_TRIES:
+                failed.append(digest)
+                self.done(digest)
+            else:
+                effects.append(self._ask(digest, now))
+        return effects + self._fill(now), failed
+
+    def next_deadline(self) -> float | None:
+        return min((self._pulls[d].due for d in self._active), default=None)
+
+    def _fill(self, now: float) -> list[Effect]:
+        effects: list[Effect] = []
+        for digest, pull in self._pulls.items():
+            if len(self._active) >= limits.PULLS_AT_ONCE:
+                break
+            if digest not in self._active and not pull.complete:
+                self._active[digest] = None
+                effects.append(self._ask(digest, now))
+        return effects
+
+    def _ask(self, digest: str, now: float) -> Send:
+        pull = self._pulls[digest]
+        pull.tries += 1
+        chunk = limits.BLOB_CHUNK_BYTES
+        pull.due = now + limits.ACK_TIMEOUT_S + chunk * 4 / limits.SLOWEST_LINK_BYTES_PER_S
+        return Send(Plane.BULK, pull.peer, Want(digest=digest, offset=pull.offset, length=chunk))

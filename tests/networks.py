@@ -1,0 +1,490 @@
+"""Random small networks as ONNX: every case of every rule can be drawn, on maps small enough to tile.
+
+A network is a chain of drawn blocks over [batch, channels, rows, columns] maps, with taps for
+residuals and extra outputs, and a drawn head. No block ends in a ReLU of its own accord: zeros hide
+wrong padding. Blocks keep values of order 1 and away from jumps, so that errors mean mistakes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+import onnx
+from architectures import Builder
+from hypothesis import strategies as st
+from onnx import ModelProto, TensorProto, helper
+
+OPSETS = (17, 11, 13, 21)
+MICROSOFT = "com.microsoft"
+FLOAT, DOUBLE = TensorProto.FLOAT, TensorProto.DOUBLE
+
+
+class Net(Builder):
+    """A Builder that draws its choices and knows the shape and type of every value."""
+
+    def __init__(self, draw: st.DrawFn, opset: int) -> None:
+        super().__init__(draw(st.integers(0, 2**16)), opset)
+        self.draw = draw
+        self.shape: dict[str, tuple[int, ...]] = {}
+        self.type: dict[str, int] = {}
+        self.tags: set[str] = set()
+
+    def number(self, low: int, high: int) -> int:
+        return self.draw(st.integers(low, high))
+
+    def pick(self, *options: Any) -> Any:
+        return self.draw(st.sampled_from(options))
+
+    def rarely(self) -> bool:
+        return self.pick(False, False, False, True)
+
+    def coin(self) -> bool:
+        return self.draw(st.booleans())
+
+    def know(self, name: str, shape: Sequence[int], dtype: int = FLOAT) -> str:
+        self.shape[name], self.type[name] = tuple(shape), dtype
+        return name
+
+    def input(self, name: str, shape: Sequence[Any], dtype: int = FLOAT) -> str:
+        return self.know(super().input(name, shape, dtype), shape, dtype)
+
+    def const(self, array: Any, name: str | None = None) -> str:
+        array = np.asarray(array)
+        dtype = helper.np_dtype_to_tensor_dtype(array.dtype)
+        return self.know(super().const(array, name), array.shape, dtype)
+
+    def normal(self, *shape: int, scale: float = 1.0, dtype: type = np.float32) -> str:
+        return self.const((self.rng.standard_normal(shape) * scale).astype(dtype))
+
+    def ints(self, *values: int) -> str:
+        return self.const(np.array(values, np.int64))
+
+    def op(self, op_type: str, inputs: Any, outputs: int = 1, **attrs: Any) -> Any:  # type: ignore[override]
+        made = super().op(op_type, inputs, outputs, **attrs)
+        self._infer(self.nodes[-1])
+        return made
+
+    def _infer(self, node: onnx.NodeProto) -> None:
+        """The types of a node's outputs, from onnx's inference of that node alone."""
+        names = [n for n in node.input if n]
+        consts = [self.initializers[n] for n in names if n in self.initializers]
+        graph = helper.make_graph(
+            [node],
+            "one",
+            [helper.make_tensor_value_info(n, self.type[n], self.shape[n]) for n in set(names)],
+            [onnx.ValueInfoProto(name=n) for n in node.output if n],
+            consts,
+        )
+        imports = [helper.make_opsetid("", self.opset), helper.make_opsetid(MICROSOFT, 1)]
+        model = helper.make_model(graph, opset_imports=imports)
+        for value in onnx.shape_inference.infer_shapes(model, data_prop=True).graph.output:
+            tensor = value.type.tensor_type
+            if tensor.HasField("shape"):
+                shape = [d.dim_value for d in tensor.shape.dim]
+                self.know(value.name, shape, tensor.elem_type)
+
+
+Block = Callable[[Net, str], str]
+
+
+def axes_op(n: Net, op_type: str, x: str, axes: Sequence[int], since: int, **attrs: Any) -> str:
+    """Squeeze, Unsqueeze or a reduction: axes became an input at opset ``since``."""
+    if n.opset >= since:
+        return str(n.op(op_type, [x, n.ints(*axes)], **attrs))
+    return str(n.op(op_type, x, axes=list(axes), **attrs))
+
+
+# -- windows -----------------------------------------------------------------------------------------
+
+
+def conv(n: Net, x: str) -> str:
+    _, cin, *size = n.shape[x]
+    groups = n.pick(*(g for g in range(1, cin + 1) if cin % g == 0))
+    cout = groups * n.number(1, max(1, 6 // groups))
+    k = (n.number(1, 5), n.number(1, 5))
+    stride, dilation = (n.number(1, 3), n.number(1, 3)), (n.pick(1, 1, 2, 3), n.pick(1, 1, 2, 3))
+    extents = [(a - 1) * d + 1 for a, d in zip(k, dilation, strict=True)]
+    # onnxruntime refuses SAME with dilation.
+    same = ("SAME_UPPER", "SAME_LOWER") if dilation == (1, 1) else ()
+    auto = n.pick(None, None, None, "VALID", *same)
+    if auto == "VALID" and any(e > s for e, s in zip(extents, size, strict=True)):
+        auto = None
+    most = [e - 1 if n.coin() else e + 1 for e in extents]  # beyond e - 1: windows of padding only
+    begins = [n.number(0, m) for m in most]
+    ends = [n.number(0, m) for m in most]
+    ends = [max(b, e - s - a) for a, b, e, s in zip(begins, ends, extents, size, strict=True)]
+    return n.conv(
+        x, cin, cout, k, stride, [*begins, *ends], dilation, groups, n.coin(), auto, gain=0.7
+    )
+
+
+def drops(size: int, kernel: int, stride: int, begin: int, end: int) -> bool:
+    """Whether rounding up would give a window that starts in the trailing padding."""
+    last = -(-(size + begin + end - kernel) // stride)
+    return last * stride >= size + begin
+
+
+def pool(n: Net, x: str) -> str:
+    size = n.shape[x][2:]
+    k = [n.number(1, 4), n.number(1, 4)]
+    begins, ends = ([n.number(0, a - 1) for a in k] for _ in range(2))
+    ends = [max(b, a - s - p) for a, b, s, p in zip(k, ends, size, begins, strict=True)]
+    k = [max(a, b + 1) for a, b in zip(k, ends, strict=True)]  # a pad must be below the kernel
+    attrs: dict[str, Any] = {
+        "kernel_shape": k,
+        "strides": [n.number(1, 3), n.number(1, 3)],
+        "pads": [*begins, *ends],
+        "ceil_mode": n.number(0, 1),
+    }
+    if any(drops(*v) for v in zip(size, k, attrs["strides"], begins, ends, strict=True)):
+        attrs["ceil_mode"] = 0  # onnx and onnxruntime disagree: see test_importers
+    if max(attrs["strides"]) <= min(k) and n.rarely():  # onnxruntime refuses negative SAME pads
+        attrs |= {"ceil_mode": 0, "auto_pad": n.pick("SAME_UPPER", "SAME_LOWER")}
+        del attrs["pads"]
+    if n.coin():
+        return str(n.op("AveragePool", x, count_include_pad=n.number(0, 1), **attrs))
+    extents = [2 * (a - 1) + 1 for a in k]
+    fits = all(s >= e for s, e in zip(size, extents, strict=True))
+    if fits and "pads" in attrs and n.rarely():
+        attrs["dilations"] = [2, 2]
+    return str(n.op("MaxPool", x, **attrs))
+
+
+def one_axis(n: Net, x: str) -> str:
+    """A 1-D convolution and pool over the flattened map, and back to four axes."""
+    batch, channels, *size = n.shape[x]
+    flat = n.op("Reshape", [x, n.ints(0, 0, -1)])
+    weight = n.normal(channels, channels, 3, scale=0.5)
+    flat = n.op("Conv", [flat, weight], pads=[1, 1], kernel_shape=[3])
+    flat = n.op("MaxPool", flat, pads=[1, 1], kernel_shape=[3])
+    return str(n.op("Reshape", [flat, n.ints(batch, channels, *size)]))
+
+
+def computed_weights(n: Net, x: str) -> str:
+    """A convolution whose weights are computed: their slices travel like any other value."""
+    batch, cin, *_ = n.shape[x]
+    scale = n.op("Sigmoid", axes_op(n, "ReduceMean", x, [0, 1, 2, 3], 18))
+    weight = n.op("Mul", [n.normal(4, cin, 3, 1, scale=0.5), scale])
+    return str(n.op("Conv", [x, weight], pads=[1, 0, 1, 0]))
+
+
+# -- elementwise -------------------------------------------------------------------------------------
+
+
+def activation(n: Net, x: str) -> str:
+    kinds = ["LeakyRelu", "PRelu", "Clip", "Sigmoid", "Softmax", "Relu", "Tanh", "Elu", "Erf"]
+    kind = n.pick(*kinds, *(["HardSwish"] if n.opset >= 14 else []), "HardSigmoid")
+    channels = n.shape[x][1]
+    if kind == "PRelu":
+        return str(n.op(kind, [x, n.normal(*n.pick((1,), (channels, 1, 1)))]))
+    if kind == "Clip":
+        low, high = n.const(np.float32(-0.5)), n.const(np.float32(0.8))
+        return str(n.op(kind, [x, *n.pick((low, high), ("", high), (low,))]))
+    if kind == "Softmax":
+        return str(n.op(kind, x, axis=n.pick(1, 2, 3, -1)))
+    return str(n.op(kind, x))
+
+
+def broadcast(n: Net, x: str) -> str:
+    batch, c, h, w = n.shape[x]
+    shape = n.pick((), (c, 1, 1), (1, c, 1, 1), (h, 1), (w,), (c, 1, w), (batch, c, h, w))
+    kind = n.pick("Add", "Mul", "Sub", "Div", "Max", "Min", "Where")
+    other = n.normal(*shape)
+    if kind == "Div":
+        other = n.const(self_off_zero(n, shape))
+    if kind == "Where":
+        return str(n.op(kind, [n.const(n.rng.random(shape) < 0.5), x, n.normal(c, 1, 1)]))
+    flipped = kind != "Div" and n.coin()
+    return str(n.op(kind, [other, x] if flipped else [x, other]))
+
+
+def self_off_zero(n: Net, shape: tuple[int, ...]) -> np.ndarray:
+    return (n.rng.random(shape) + 0.5).astype(np.float32)
+
+
+def normalise(n: Net, x: str) -> str:
+    """BatchNormalization; after a conv the importer fuses it, before one it stays."""
+    return n.bn(x, n.shape[x][1])
+
+
+def excite(n: Net, x: str) -> str:
+    """Squeeze and excite (Hu et al. 2018): a global mean in the middle, multiplied back."""
+    c = n.shape[x][1]
+    mean = n.gap(x) if n.coin() else axes_op(n, "ReduceMean", x, [2, 3], 18)
+    return str(n.op("Mul", [x, n.op("Sigmoid", n.conv(mean, c, c, 1))]))
+
+
+def centre(n: Net, x: str) -> str:
+    axes = n.pick([2, 3], [1], [-1], [-2, -3], [0, 2])
+    kind = n.pick("ReduceMean", "ReduceMax", "ReduceL2", "ReduceMin")
+    if n.coin():
+        return str(n.op("Sub", [x, axes_op(n, kind, x, axes, 18, keepdims=1)]))
+    reduced = axes_op(n, kind, x, axes, 18, keepdims=0)
+    return str(n.op("Sub", [x, axes_op(n, "Unsqueeze", reduced, sorted(a % 4 for a in axes), 13)]))
+
+
+# -- layout ------------------------------------------------------------------------------------------
+
+
+def last_channels(n: Net, x: str) -> str:
+    """To NHWC and back, as models from other frameworks do; a softmax over rows between."""
+    y = n.op("Transpose", x, perm=[0, 2, 3, 1])
+    y = n.op("Add", [y, n.normal(n.shape[x][1])])
+    y = n.op("Softmax", y, axis=n.pick(1, 2, 3)) if n.rarely() else y
+    return str(n.op("Transpose", y, perm=[0, 3, 1, 2]))
+
+
+def pixel_shuffle(n: Net, x: str) -> str:
+    _, c, h, w = n.shape[x]
+    if h % 2 == 0 and w % 2 == 0 and c <= 4 and n.coin():
+        return n.space_to_depth(x, 2)
+    if c % 4:
+        x = n.conv(x, c, 4, 1, gain=0.7)
+    return n.depth_to_space(x, 2, n.pick("DCR", "CRD"))
+
+
+def cut(n: Net, x: str) -> str:
+    starts, ends, axes, steps = [], [], [], []
+    for axis in sorted(n.draw(st.sets(st.sampled_from([1, 2, 3]), min_size=1))):
+        size, step = n.shape[x][axis], n.pick(1, 2, -1, -2)
+        low, high = n.number(0, (size - 1) // 2), n.number(size // 2 + 1, size)
+        starts.append(low if step > 0 else n.pick(high - 1, size + 5 if high == size else high - 1))
+        ends.append(high if step > 0 else (low - 1 if low else -size - n.number(1, 3)))
+        axes.append(n.pick(axis, axis - 4))
+        steps.append(step)
+    return str(n.op("Slice", [x, *(n.ints(*v) for v in (starts, ends, axes, steps))]))
+
+
+def shuffle(n: Net, x: str) -> str:
+    """ShuffleNet's channel shuffle: reshape, transpose, reshape."""
+    batch, c, h, w = n.shape[x]
+    g = n.pick(*(g for g in range(1, c + 1) if c % g == 0))
+    y = n.op("Reshape", [x, n.ints(batch, g, c // g, h, w)])
+    y = n.op("Transpose", y, perm=[0, 2, 1, 3, 4])
+    return str(n.op("Reshape", [y, n.ints(0, -1, h, w)]))
+
+
+def reshape(n: Net, x: str) -> str:
+    batch, c, h, w = n.shape[x]
+    target = n.pick((batch, c, w, h), (batch, c * h, 1, w), (batch, h, w, c), (1, batch * c, h, w))
+    y = n.op("Reshape", [x, n.ints(*target)])
+    if n.coin():
+        y = axes_op(n, "Squeeze", axes_op(n, "Unsqueeze", y, [2], 13), [2], 13)
+    return str(n.op("Tanh", y)) if n.coin() else str(y)
+
+
+def split(n: Net, x: str) -> str:
+    axis = n.pick(1, 2, 3, -3)
+    size = n.shape[x][axis]
+    if size < 2:
+        return activation(n, x)
+    first = n.number(1, size - 1)
+    if n.opset >= 13:
+        parts = n.op("Split", [x, n.ints(first, size - first)], 2, axis=axis)
+    else:
+        parts = n.op("Split", x, 2, axis=axis, split=[first, size - first])
+    changed = n.op(n.pick("Tanh", "Neg", "Abs"), parts[1])
+    return n.concat(changed, parts[0], axis=axis)
+
+
+def concat(n: Net, x: str) -> str:
+    c = n.shape[x][1]
+    return n.concat(x, n.conv(x, c, n.number(1, 3), n.pick(1, 3), gain=0.7), *n.pick((), (x,)))
+
+
+def residual(n: Net, x: str) -> str:
+    c = n.shape[x][1]
+    return n.add(x, n.op("LeakyRelu", n.conv(x, c, c, 3, gain=0.7), alpha=0.2))
+
+
+# -- barriers ----------------------------------------------------------------------------------------
+
+
+def resize(n: Net, x: str) -> str:
+    scales = n.const(np.array([1, 1, *n.pick((2, 2), (1.5, 2), (0.6, 1))], np.float32))
+    roi = n.const(np.zeros(0, np.float32))
+    mode = n.pick("nearest", "linear")
+    if any(int(s * f) < 1 for s, f in zip(n.shape[x][2:], (0.6, 1), strict=True)):
+        scales = n.const(np.array([1, 1, 2, 2], np.float32))
+    return str(n.op("Resize", [x, roi, scales], mode=mode))
+
+
+def conv_transpose(n: Net, x: str) -> str:
+    weight = n.normal(n.shape[x][1], 3, 2, 2, scale=0.5)
+    return str(n.op("ConvTranspose", [x, weight], strides=[2, 1], kernel_shape=[2, 2]))
+
+
+def top(n: Net, x: str) -> str:
+    axis = n.pick(1, 2, 3)
+    values, _ = n.op("TopK", [x, n.ints(n.number(1, n.shape[x][axis]))], 2, axis=axis)
+    return str(values)
+
+
+def found(n: Net, x: str) -> str:
+    """The sum of the elements above 0.1, gathered at places that depend on the data, added to all."""
+    above = n.op("Greater", [x, n.const(np.float32(0.1))])
+    places = n.op("Transpose", n.op("NonZero", above), perm=[1, 0])
+    n.know(places, (1, 4), TensorProto.INT64)
+    values = n.op("GatherND", [x, places])
+    mean = n.op("Tanh", axes_op(n, "ReduceSum", values, [0], 13, keepdims=1))
+    return n.add(x, n.know(mean, (1,)))
+
+
+def branch(n: Net, x: str) -> str:
+    """An If whose two subgraphs capture a value and an initializer of the outer graph."""
+    shape = n.shape[x]
+    mean = axes_op(n, "ReduceMean", x, [0, 1, 2, 3], 18, keepdims=0)
+    above = n.op("Greater", [mean, n.const(np.float32(0.0))])
+    by = n.normal(shape[1], 1, 1)
+    graphs = []
+    for name, kind in (("then", "Add"), ("else", "Mul")):
+        out = f"{name}_{by}"
+        value = helper.make_tensor_value_info(out, FLOAT, shape)
+        node = helper.make_node(kind, [x, by], [out])
+        graphs.append(helper.make_graph([node], name, [], [value]))
+    result = Builder.op(n, "If", above, then_branch=graphs[0], else_branch=graphs[1])
+    return n.know(result, shape)
+
+
+def foreign(n: Net, x: str) -> str:
+    """An operator of another domain, whose type only onnxruntime knows."""
+    kind = n.pick("QuickGelu", "Gelu")
+    n.tags.add("foreign")
+    return n.know(Builder.op(n, kind, x, domain=MICROSOFT), n.shape[x])
+
+
+def whole_map(n: Net, x: str) -> str:
+    c = n.shape[x][1]
+    if n.coin():
+        return str(n.op("LRN", x, size=3))
+    return str(n.op("InstanceNormalization", [x, n.normal(c), n.normal(c)]))
+
+
+TILED: tuple[Block, ...] = (
+    conv, conv, conv, pool, pool, activation, activation, broadcast, normalise, excite, centre,
+    last_channels, pixel_shuffle, cut, shuffle, reshape, split, concat, residual, one_axis,
+    computed_weights,
+)  # fmt: skip
+BARRIERS: tuple[Block, ...] = (
+    resize, conv_transpose, top, found, branch, foreign, whole_map,
+)  # fmt: skip
+
+
+# -- heads -------------------------------------------------------------------------------------------
+
+
+def gemm(n: Net, x: str, dtype: type = np.float32) -> str:
+    """Every form of Gemm, on a matrix value [rows, k]."""
+    rows, k = n.shape[x]
+    cols, trans_a, trans_b = n.number(1, 7), n.number(0, 1), n.number(0, 1)
+    if trans_a:
+        x = n.op("Transpose", x, perm=[1, 0])
+    weight = n.normal(*((cols, k) if trans_b else (k, cols)), scale=k**-0.5, dtype=dtype)
+    bias = n.pick(None, (), (cols,), (1, cols), (rows, 1), (rows, cols))
+    inputs = [x, weight] if bias is None else [x, weight, n.normal(*bias, dtype=dtype)]
+    alpha, beta = n.pick(1.0, 0.5), n.pick(1.0, -0.3)
+    return str(n.op("Gemm", inputs, transA=trans_a, transB=trans_b, alpha=alpha, beta=beta))
+
+
+def classifier(n: Net, x: str) -> list[str]:
+    if n.coin():
+        return [gemm(n, n.op("Flatten", x, axis=n.pick(1, 1, 2)))]
+    return [gemm(n, gemm(n, n.flatten(n.gap(x))))]
+
+
+def products(n: Net, x: str) -> list[str]:
+    batch, c, _, w = n.shape[x]
+    shape = n.pick((w, 3), (c, w, 3), (batch, 1, w, 3), (1, 1, w, 2))
+    y = n.op("MatMul", [x, n.normal(*shape, scale=w**-0.5)])
+    if n.coin():
+        y = n.op("MatMul", [y, n.op("Transpose", y, perm=[0, 1, 3, 2])])
+    return [y]
+
+
+def whole_numbers(n: Net, x: str) -> list[str]:
+    classes = n.op("ArgMax", x, axis=n.pick(1, 2), keepdims=n.number(0, 1))
+    return [classes, n.op("Greater", [x, n.const(np.float32(0.05))])]
+
+
+def wide(n: Net, x: str) -> list[str]:
+    y = n.op("Cast", x, to=DOUBLE)
+    matrix = gemm(n, n.op("Flatten", y, axis=1), np.float64)
+    return [matrix, axes_op(n, "ReduceSum", y, n.pick([2, 3], [1], [0, 3]), 13, keepdims=0)]
+
+
+def means(n: Net, x: str) -> list[str]:
+    axes = n.pick([2, 3], [-1], [1, 2], [0])
+    y = axes_op(n, "ReduceMean", x, axes, 18, keepdims=n.number(0, 1))
+    return [n.op("GlobalMaxPool", x), y]
+
+
+HEADS: tuple[Callable[[Net, str], list[str]], ...] = (
+    lambda n, x: [x],
+    classifier,
+    products,
+    whole_numbers,
+    wide,
+    means,
+)
+
+
+# -- networks ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Network:
+    """A model with arrays for its inputs."""
+
+    model: ModelProto
+    inputs: dict[str, np.ndarray]
+
+
+def first_values(n: Net) -> tuple[str, dict[str, np.ndarray]]:
+    """The network's input as a float map, and the arrays to give: uint8 pixels or floats."""
+    shape = (n.pick(1, 1, 2, 3), n.number(1, 5), n.number(1, 11), n.number(1, 11))
+    if n.rarely():
+        x = n.input("image", shape, TensorProto.UINT8)
+        x = n.op("Mul", [n.op("Cast", x, to=FLOAT), n.const(np.float32(1 / 128))])
+        return x, {"image": n.rng.integers(0, 256, shape, np.uint8)}
+    x = n.input("image", shape)
+    arrays = {"image": n.rng.standard_normal(shape, np.float32)}
+    if n.rarely():
+        other = n.pick(shape, (1, shape[1], 1, 1), ())
+        arrays["other"] = np.asarray(n.rng.standard_normal(other, np.float32))
+        x = n.op("Add", [x, n.input("other", other)])
+    return x, arrays
+
+
+def outputs_of(n: Net, taps: Sequence[str], heads: Sequence[str]) -> list[Any]:
+    """The heads, at times with an intermediate value, an initializer or an input as it is."""
+    names = list(heads)
+    if n.rarely():
+        names.append(n.pick(*taps))
+    if n.rarely():
+        names.append(n.pick(n.normal(2, 3), "image"))
+    return [
+        helper.make_tensor_value_info(name, n.type[name], n.shape[name])
+        for name in dict.fromkeys(names)
+    ]
+
+
+@st.composite
+def networks(draw: st.DrawFn, barriers: bool = True) -> Network:
+    """Networks of one to five blocks and a head."""
+    n = Net(draw, draw(st.sampled_from(OPSETS)))
+    x, arrays = first_values(n)
+    taps = [x]
+    for _ in range(n.number(1, 5)):
+        pool_of = BARRIERS if barriers and n.pick(*[False] * 6, True) else TILED
+        x = n.pick(*pool_of)(n, x)
+        if prod(n.shape[x]) > 3000:  # keep it small: take every third row and column
+            x = n.op("MaxPool", x, kernel_shape=[1, 1], strides=[3, 3])
+        same = [t for t in taps if n.shape[t] == n.shape[x]]
+        if same and n.rarely():
+            x = n.add(x, n.pick(*same))
+        taps.append(x)
+    return Network(n.model(outputs_of(n, taps, n.pick(*HEADS)(n, x))), arrays)

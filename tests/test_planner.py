@@ -1,0 +1,314 @@
+"""Plans are legal and exact, use devices by their worth, and say why; the same inputs, the same plan."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import oracle
+import pytest
+from architectures import ALL, Builder
+from onnx import ModelProto, TensorProto
+
+import meshinfer as mi
+from meshinfer.cost import DeviceProfile, glued_to, timeline
+from meshinfer.graph import Graph
+from meshinfer.identity import DeviceId
+from meshinfer.ops import BARRIER, rule_of
+from meshinfer.planner import axes_of, make_plan
+from meshinfer.transfers import derive
+
+SMALL: dict[str, dict[str, float]] = {
+    "vgg16": {"width": 0.125, "classifier_width": 64},
+    "resnet50": {"width": 0.125},
+    "mobilenet_v2": {"width": 0.5},
+    "squeezenet1_1": {"width": 0.25},
+    "yolov2": {"width": 0.125},
+    "unet": {"width": 8},
+    "sppf": {"width": 8},
+}
+PI0 = DeviceId("pi-0")
+
+
+@cache
+def model(name: str) -> ModelProto:
+    return ALL[name](**SMALL[name])
+
+
+@cache
+def graph(name: str) -> Graph:
+    return mi.load(model(name))
+
+
+def devices(count: int, speed: float = 2e8, **changes: float) -> list[DeviceProfile]:
+    """Uneven ones: each is slower than the one before, the slowest has about a third of the speed.
+
+    Slow processors and quick links, so that tiling pays even for small models.
+    """
+    return [
+        DeviceProfile(
+            DeviceId(f"pi-{i}"),
+            speed / (1 + 0.35 * i),
+            **{"bandwidth_bytes_per_s": 125e6, "latency_s": 1e-4, "overhead_s": 2e-4, **changes},
+        )
+        for i in range(count)
+    ]
+
+
+def picture(proto: ModelProto) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(1)
+    return {
+        value.name: rng.standard_normal(
+            [d.dim_value for d in value.type.tensor_type.shape.dim], dtype=np.float32
+        )
+        for value in proto.graph.input
+    }
+
+
+def between_workers(g: Graph, plan: mi.Plan) -> int:
+    """Bytes from a task on one device to a task on another: neither scatter nor gather."""
+    flow = derive(g, plan)
+    return sum(
+        g.nbytes(t.piece.value, t.piece.box)
+        for t in flow.transfers
+        if not t.local and flow.source != t.producer and flow.sink != t.consumer
+    )
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 7])
+def test_plans_of_uneven_devices_are_legal_and_no_slower_than_the_best_one(
+    name: str, count: int
+) -> None:
+    g, profiles = graph(name), devices(count)
+    planned = make_plan(g, profiles, PI0, PI0)
+    mi.validate(g, planned.plan)
+    alone = make_plan(g, profiles[:1], PI0, PI0)
+    assert planned.timeline.total_s <= alone.timeline.total_s
+    assert len(planned.plan.devices()) <= count
+    assert timeline(g, planned.plan, profiles) == planned.timeline
+    assert mi.Plan.parse(str(planned.plan)) == planned.plan
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(("count", "spread"), [(1, False), (3, False), (5, False), (4, True)])
+def test_plans_give_what_onnxruntime_gives(name: str, count: int, spread: bool) -> None:
+    x = picture(model(name))
+    planned = make_plan(graph(name), devices(count), PI0, PI0, spread=spread)
+    assert (len(planned.plan.devices()) > 1) == (count > 1)
+    oracle.assert_exact(model(name), x, mi.run_plan(graph(name), planned.plan, x))
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("count", [2, 3, 5, 7])
+def test_spread_uses_every_device_in_several_stages_that_talk_to_each_other(
+    name: str, count: int
+) -> None:
+    g = graph(name)
+    # So fast that one alone is always quicker: the devices are used because that was asked.
+    planned = make_plan(g, devices(count, speed=1e12), PI0, PI0, spread=True)
+    mi.validate(g, planned.plan)
+    assert set(planned.plan.devices()) == {p.id for p in devices(count)}
+    assert len(planned.plan.stages) > 1
+    assert between_workers(g, planned.plan) > 0
+    assert make_plan(g, devices(count, speed=1e12), PI0, PI0).plan.devices() == (PI0,)
+
+
+def test_spread_over_one_device_is_that_device() -> None:
+    assert make_plan(graph("sppf"), devices(1), PI0, PI0, spread=True).plan.devices() == (PI0,)
+
+
+def test_multi_stage_plans_send_halos_from_worker_to_worker() -> None:
+    g = graph("vgg16")
+    planned = make_plan(g, devices(4), PI0, PI0)
+    assert len(planned.plan.stages) > 2
+    assert between_workers(g, planned.plan) > 0
+
+
+def test_a_slow_device_gets_less() -> None:
+    g = graph("unet")
+    fast = devices(2)[0]
+    slow = DeviceProfile(DeviceId("slow"), fast.flops_per_s / 4, 2e-4, 125e6, 1e-4)
+    planned = make_plan(g, [fast, slow], PI0, PI0)
+    assert set(planned.plan.devices()) == {"pi-0", "slow"}
+    flops = {"pi-0": 0, "slow": 0}
+    for span in planned.timeline.tasks:
+        flops[span.device] += span.work.flops
+    assert flops["slow"] < 0.5 * flops["pi-0"]
+
+
+def test_a_device_that_cannot_compute_gets_nothing_and_is_named() -> None:
+    g = graph("unet")
+    silent = DeviceProfile(DeviceId("head"), 1e12, computes=False)
+    broken = DeviceProfile(DeviceId("broken"), 0.0)
+    planned = make_plan(g, [*devices(3), silent, broken], DeviceId("head"), DeviceId("far"))
+    assert not {"head", "broken", "far"} & set(planned.plan.devices())
+    assert (planned.plan.source, planned.plan.sink) == ("head", "far")
+    assert "head idle: it does not compute" in planned.notes
+    assert "broken idle: it does not compute" in planned.notes
+
+
+def test_awful_links_leave_everything_on_one_device_and_the_notes_say_what_others_cost() -> None:
+    g = graph("vgg16")
+    planned = make_plan(g, devices(4, bandwidth_bytes_per_s=2e3, latency_s=0.2), PI0, PI0)
+    assert planned.plan.devices() == (PI0,)
+    assert planned.plan.mode == "on-device"
+    assert any("idle: would add" in note for note in planned.notes), planned.notes
+
+
+def test_one_awful_link_among_good_ones_idles_just_that_device() -> None:
+    g = graph("vgg16")
+    profiles = devices(4)
+    profiles[1] = DeviceProfile(DeviceId("pi-1"), 2e8, bandwidth_bytes_per_s=2e3, latency_s=0.5)
+    planned = make_plan(g, profiles, PI0, PI0)
+    assert set(planned.plan.devices()) == {"pi-0", "pi-2", "pi-3"}
+    assert any(note.startswith("pi-1 idle: would add") for note in planned.notes)
+
+
+def test_a_much_faster_device_far_away_takes_it_all() -> None:
+    g = graph("vgg16")
+    server = DeviceProfile(DeviceId("server"), 1e12, bandwidth_bytes_per_s=125e6)
+    planned = make_plan(g, [*devices(2, speed=1e7), server], PI0, PI0)
+    assert planned.plan.devices() == ("server",)
+    assert planned.plan.mode == "full offload"
+
+
+@pytest.mark.parametrize("objective", ["latency", "throughput", "memory"])
+def test_the_same_inputs_give_the_same_plan_in_any_order(objective: str) -> None:
+    g = graph("squeezenet1_1")
+    profiles = devices(4)
+    one = make_plan(g, profiles, PI0, PI0, objective=objective)
+    again = make_plan(mi.load(model("squeezenet1_1")), profiles[::-1], PI0, PI0, objective=objective)
+    assert one == again
+    mi.validate(g, one.plan)
+
+
+def test_objectives_win_at_what_they_ask() -> None:
+    g = graph("vgg16")
+    plans = {
+        o: make_plan(g, devices(4), PI0, PI0, objective=o).timeline
+        for o in ("latency", "throughput", "memory")
+    }
+    peak = {o: max(u.peak_bytes for u in t.devices) for o, t in plans.items()}
+    assert plans["latency"].total_s == min(t.total_s for t in plans.values())
+    assert plans["throughput"].bottleneck_s == min(t.bottleneck_s for t in plans.values())
+    assert peak["memory"] == min(peak.values())
+
+
+def test_no_cut_parts_a_convolution_from_what_is_fused_with_it() -> None:
+    for name in ALL:
+        g = graph(name)
+        for spread in (False, True):
+            plan = make_plan(g, devices(5), PI0, PI0, spread=spread).plan
+            starts = {stage.start for stage in plan.stages}
+            for op in g.ops:
+                last = glued_to(g, op)
+                if last >= 0:
+                    assert not starts & set(range(last + 1, op.index + 1)), (name, str(op))
+
+
+def test_fixed_cuts_are_kept() -> None:
+    g = graph("unet")
+    cuts = g.cut_points[5:30:6]
+    planned = make_plan(g, devices(3), PI0, PI0, fixed_cuts=cuts, spread=True)
+    assert tuple(stage.start for stage in planned.plan.stages) == (0, *cuts)
+    whole = make_plan(g, devices(3), PI0, PI0, fixed_cuts=(), spread=True)
+    assert len(whole.plan.stages) == 1
+
+
+# -- errors --------------------------------------------------------------------------------------
+
+
+def test_no_computing_device_is_an_error_with_a_hint() -> None:
+    for profiles in ([], [DeviceProfile(PI0, 1e9, computes=False)]):
+        with pytest.raises(mi.ClusterUnavailable) as caught:
+            make_plan(graph("sppf"), profiles, PI0, PI0)
+        assert caught.value.hint
+
+
+def test_a_model_too_large_for_one_device_runs_on_several() -> None:
+    g = graph("vgg16")
+    alone = make_plan(g, devices(1), PI0, PI0)
+    need = max(u.peak_bytes for u in alone.timeline.devices)
+    granted = devices(4, speed=1e12, memory_bytes=int(need * 0.8))
+    planned = make_plan(g, granted, PI0, PI0)
+    assert len(planned.plan.devices()) > 1
+    assert all(u.peak_bytes <= need * 0.8 for u in planned.timeline.devices)
+
+
+def test_a_model_too_large_for_all_is_an_error_with_numbers() -> None:
+    with pytest.raises(mi.NotEnoughMemory, match=r"would need .* MB of 0\.0 MB") as caught:
+        make_plan(graph("vgg16"), devices(3, memory_bytes=10_000), PI0, PI0)
+    assert caught.value.hint
+
+
+def test_wrong_options_are_refused() -> None:
+    g = graph("sppf")
+    with pytest.raises(mi.InvalidInput, match="objective"):
+        make_plan(g, devices(2), PI0, PI0, objective="beauty")
+    with pytest.raises(mi.InvalidInput, match="cut points"):
+        make_plan(g, devices(2), PI0, PI0, fixed_cuts=[len(g.ops) + 1])
+    with pytest.raises(mi.InvalidInput, match="twice"):
+        make_plan(g, devices(2) * 2, PI0, PI0)
+
+
+# -- graphs that are no chain of convolutions ----------------------------------------------------
+
+
+def test_a_barrier_runs_whole_and_the_rest_is_tiled() -> None:
+    b = Builder(0)
+    x = b.input("image", [1, 3, 32, 32])
+    x = b.relu(b.conv(x, 3, 8, 3))
+    x = b.op("CumSum", [x, b.const(np.array(2, np.int64))])
+    proto = b.model([b.rename(b.conv(b.relu(b.conv(x, 8, 8, 3)), 8, 4, 3), "y")])
+    g = mi.load(proto)
+    barriers = [op.index for op in g.ops if rule_of(op) is BARRIER]
+    assert barriers
+    planned = make_plan(g, devices(3, speed=1e8), PI0, PI0, spread=True)
+    for stage in planned.plan.stages:
+        if stage.start <= barriers[0] < stage.stop:
+            assert len(stage.tasks) == 1
+    assert any(len(stage.tasks) == 3 for stage in planned.plan.stages)
+    oracle.assert_exact(proto, picture(proto), mi.run_plan(g, planned.plan, picture(proto)))
+
+
+def test_a_graph_of_barriers_alone_runs_on_one_device() -> None:
+    b = Builder(0)
+    x = b.op("CumSum", [b.input("x", [4, 4]), b.const(np.array(0, np.int64))])
+    g = mi.load(b.model([b.rename(b.op("NonZero", x), "where")]))
+    for spread in (False, True):
+        assert len(make_plan(g, devices(3), PI0, PI0, spread=spread).plan.devices()) == 1
+
+
+def test_rows_are_followed_through_transposes() -> None:
+    b = Builder(0)
+    x = b.op("Transpose", b.input("image", [1, 24, 16, 3]), perm=[0, 3, 1, 2])
+    x = b.relu(b.conv(x, 3, 40, 3))
+    proto = b.model([b.rename(b.op("Transpose", x, perm=[0, 2, 3, 1]), "y")])
+    g = mi.load(proto)
+    axes = axes_of(g)
+    assert axes.of("y", "rows") == 1
+    assert {axes.of(op.outputs[0], "rows") for op in g.ops[:-1]} == {2}
+    planned = make_plan(g, devices(3, speed=1e7), PI0, PI0)
+    assert len(planned.plan.devices()) == 3
+    oracle.assert_exact(proto, picture(proto), mi.run_plan(g, planned.plan, picture(proto)))
+
+
+def test_a_batch_of_vectors_and_integers_is_planned() -> None:
+    b = Builder(0)
+    x = b.gemm(b.input("x", [6, 32]), 32, 40)
+    proto = b.model(
+        [b.rename(b.op("Softmax", x, axis=1), "p"), b.rename(b.op("ArgMax", x, axis=1), "best")]
+    )
+    g = mi.load(proto)
+    planned = make_plan(g, devices(3, speed=1e6), PI0, PI0, spread=True)
+    oracle.assert_exact(proto, picture(proto), mi.run_plan(g, planned.plan, picture(proto)))
+
+
+def test_more_devices_than_rows() -> None:
+    proto = ALL["sppf"](16, width=4)
+    g = mi.load(proto)
+    x = picture(proto)
+    planned = make_plan(g, devices(20, speed=1e6), PI0, PI0, spread=True)
+    oracle.assert_exact(proto, x, mi.run_plan(g, planned.plan, x))
+    assert TensorProto.FLOAT == proto.graph.input[0].type.tensor_type.elem_type
