@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import colorsys
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -23,12 +24,14 @@ from meshinfer.planner.bands import axes_of
 from meshinfer.transfers import Flow, TaskRef, derive
 
 # Okabe and Ito 2008, "Color Universal Design": told apart by colour-blind readers.
-PALETTE = (
-    "#0072B2 #E69F00 #009E73 #CC79A7 #56B4E9 #D55E00 #F0E442 #8C8C8C".split()
-)
+PALETTE = "#0072B2 #E69F00 #009E73 #CC79A7 #56B4E9 #D55E00 #F0E442 #8C8C8C".split()
 WIDEST = {1: 520, 2: 400, 3: 340, 4: 272}
 PANEL, GAP, MARGIN, COLUMNS = 216, 16, 28, 5
-LEGEND_ROW, LEGEND_COLUMN = 22, 290
+LEGEND_ROW, LEGEND_COLUMN = 22, 340
+FOOTER = (
+    "Tile: what a device computes. Hatching in its colour: the halo that it reads beyond its tile.",
+    "Bar: bytes that reach each device from others, on one scale for all stages.",
+)
 INK, FAINT, LINE = "#1c2330", "#667085", "#d6dae1"
 
 
@@ -62,7 +65,7 @@ def draw(graph: Graph, plan: Plan, *, picture: bytes | None = None) -> str:
     stage's tiles. Raises ``InvalidInput`` for another kind of picture."""
     flow = derive(graph, plan)
     names = tuple(dict.fromkeys((plan.source, *plan.devices(), plan.sink)))
-    colours = {d: _colour(i) for i, d in enumerate(sorted(names))}
+    colours = {d: _colour(i) for i, d in enumerate(sorted(names, key=_natural))}
     panels = _panels(graph, flow)
     columns = max(1, min(COLUMNS, len(panels)))
     width_each = WIDEST.get(columns, PANEL)
@@ -71,7 +74,7 @@ def draw(graph: Graph, plan: Plan, *, picture: bytes | None = None) -> str:
     legend_columns = max(1, (width - 2 * MARGIN) // LEGEND_COLUMN)
     top = 88 + LEGEND_ROW * -(-len(colours) // legend_columns) + 14
     rows = -(-len(panels) // columns)
-    height = top + rows * (height_each + GAP) + 44
+    height = top + rows * (height_each + GAP) + 12 + 16 * len(FOOTER)
     largest = max((sum(p.moved.values()) for p in panels), default=0)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
@@ -90,7 +93,9 @@ def draw(graph: Graph, plan: Plan, *, picture: bytes | None = None) -> str:
         behind = picture if i == 0 else None
         parts.extend(_draw_panel(panel, colours, width_each, height_each, largest, behind))
         parts.append("</g>")
-    parts.extend(_footer(height - 22))
+    for i, line in enumerate(FOOTER):
+        y = top + rows * (height_each + GAP) + 10 + 16 * i
+        parts.append(f'<text x="{MARGIN}" y="{y}" font-size="10.5" fill="{FAINT}">{line}</text>')
     parts.append("</svg>")
     return "\n".join(parts) + "\n"
 
@@ -117,7 +122,7 @@ def _panels(graph: Graph, flow: Flow) -> list[_Panel]:
         kinds = Counter(op.type for op in graph.ops[stage.start : stage.stop])
         panels.append(
             _Panel(
-                title=f"Stage {s + 1} · ops {stage.start}–{stage.stop - 1}",
+                title=f"Stage {s + 1} · {_span(stage.start, stage.stop, 'op')}",
                 ops=", ".join(f"{n}× {k}" if n > 1 else k for k, n in kinds.most_common()),
                 shape=" × ".join(str(n) for n in whole.shape) or "scalar",
                 how=_how(flow, s, main, whole),
@@ -129,6 +134,10 @@ def _panels(graph: Graph, flow: Flow) -> list[_Panel]:
             )
         )
     return panels
+
+
+def _span(start: int, stop: int, what: str) -> str:
+    return f"{what} {start}" if stop == start + 1 else f"{what}s {start}–{stop - 1}"
 
 
 def _main(graph: Graph, flow: Flow, s: int) -> str:
@@ -191,7 +200,7 @@ def _tile(
         reads = _fractions(found.needs[value], graph.whole(value), axes.get(value))
     down, side = _across(whole, axes.get(main))
     span = box[down] if down is not None else box[side] if side is not None else None
-    rows = f"{span.start}–{span.stop - 1}" if span is not None else ""
+    rows = _span(span.start, span.stop, "element") if span is not None else "all"
     return _Tile(task.devices[0], own, reads, rows)
 
 
@@ -213,6 +222,12 @@ def _fractions(box: Box, whole: Box, row: int | None) -> tuple[float, float, flo
 
 
 # -- picture --------------------------------------------------------------------------------------
+
+
+def _natural(name: str) -> tuple[tuple[int, str], ...]:
+    """Sorts pi-2 before pi-10."""
+    parts = re.split(r"([0-9]+)", name)
+    return tuple((int(p), "") if i % 2 else (0, p) for i, p in enumerate(parts))
 
 
 def _colour(i: int) -> str:
@@ -279,7 +294,9 @@ def _legend(
     for i, (device, colour) in enumerate(colours.items()):
         x = MARGIN + i % columns * LEGEND_COLUMN
         y = 80 + i // columns * LEGEND_ROW
-        ends = [n for n, d in (("source", flow.plan.source), ("sink", flow.plan.sink)) if d == device]
+        ends = [
+            n for n, d in (("source", flow.plan.source), ("sink", flow.plan.sink)) if d == device
+        ]
         work = f"{100 * flops[device] / total:.0f}% of work" if flops[device] else "no work"
         facts = " · ".join((work, f"sends {_bytes(sent[device])}", *ends))
         yield (
@@ -355,7 +372,7 @@ def _draw_tiles(
                 f'fill="{fill}"><title>halo of {_text(tile.device)}</title></rect>'
             )
     for tile, tx, ty, tw, th in places:
-        if th >= 12 and tw >= 6 * min(len(tile.device), 8) + 4:
+        if th >= 14 and tw >= 6 * min(len(tile.device), 8) + 4:
             name = _text(tile.device, max(3, int((tw - 4) / 6.2)))
             cx, cy = tx + tw / 2, ty + th / 2 + 3.5
             wide = 6.2 * min(len(tile.device), max(3, int((tw - 4) / 6.2))) + 6
@@ -386,9 +403,7 @@ def _draw_bytes(
 ) -> Iterator[str]:
     """A bar of what moves in from other devices, by receiver, on one scale for all stages."""
     total = sum(panel.moved.values())
-    yield (
-        f'<rect x="12" y="{y - 2:.1f}" width="{width}" height="7" rx="2" fill="#eceef2"/>'
-    )
+    yield (f'<rect x="12" y="{y - 2:.1f}" width="{width}" height="7" rx="2" fill="#eceef2"/>')
     x = 12.0
     for device, n in panel.moved.items():
         w = width * n / largest if largest else 0.0
@@ -399,14 +414,6 @@ def _draw_bytes(
         x += w
     words = f"{_bytes(total)} moved in" if total else "nothing moves in"
     yield f'<text x="12" y="{y + 18:.1f}" font-size="10.5" fill="{FAINT}">{words}</text>'
-
-
-def _footer(y: int) -> Iterator[str]:
-    yield (
-        f'<text x="{MARGIN}" y="{y}" font-size="10.5" fill="{FAINT}">Tile: what a device computes. '
-        "Hatching in its colour: the halo that it reads beyond. "
-        "Bar: bytes that reach each device, one scale for all stages.</text>"
-    )
 
 
 def _data(picture: bytes) -> str:

@@ -178,7 +178,9 @@ def test_the_same_inputs_give_the_same_plan_in_any_order(objective: str) -> None
     g = graph("squeezenet1_1")
     profiles = devices(4)
     one = make_plan(g, profiles, PI0, PI0, objective=objective)
-    again = make_plan(mi.load(model("squeezenet1_1")), profiles[::-1], PI0, PI0, objective=objective)
+    again = make_plan(
+        mi.load(model("squeezenet1_1")), profiles[::-1], PI0, PI0, objective=objective
+    )
     assert one == again
     mi.validate(g, one.plan)
 

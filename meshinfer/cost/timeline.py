@@ -115,7 +115,9 @@ def _messages(graph: Graph, flow: Flow) -> list[_Message]:
     total: dict[tuple[TaskRef, TaskRef], int] = {}
     for t in flow.transfers:
         key = (t.producer, t.consumer)
-        total[key] = total.get(key, 0) + (0 if t.local else graph.nbytes(t.piece.value, t.piece.box))
+        total[key] = total.get(key, 0) + (
+            0 if t.local else graph.nbytes(t.piece.value, t.piece.box)
+        )
     return [(a, b, n) for (a, b), n in total.items()]
 
 

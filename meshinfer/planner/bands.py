@@ -95,20 +95,22 @@ def _following(op: Op, able: Sequence[int], rows: Mapping[str, int | None]) -> i
     for position, name in enumerate(op.inputs):
         if not name or op.graph.is_initializer(name):
             continue
-        shape = op.graph.shape(name) or ()
         row = rows[name] if name in rows else _input_row(op.graph, name)
-        if row is None or shape[row] < 2:
+        # Some operators read less than all even for their whole output (a 1x1 kernel, stride 2).
+        all_of_it = rule.footprint(op, rule.align(op, outs), None)[position]
+        if row is None or all_of_it is None or all_of_it[row].size < 2:
             continue
         for axis in able:
             size = op.out_shape()[axis]
             part = Interval(0, -(-size // 2))
             asked = tuple(
-                b.replace(axis, part) if b is not None and len(b) > axis and b[axis].size == size
+                b.replace(axis, part)
+                if b is not None and len(b) > axis and b[axis].size == size
                 else b
                 for b in outs
             )
             read = rule.footprint(op, rule.align(op, asked), None)[position]
-            if read is not None and read[row].size < shape[row]:
+            if read is not None and read[row].size < all_of_it[row].size:
                 return axis
     return None
 
@@ -151,9 +153,7 @@ def _joined(blocks: Sequence[Block]) -> list[Block]:
     return result
 
 
-def _stage(
-    graph: Graph, axes: Axes, block: Block, shares: Mapping[DeviceId, float]
-) -> Stage:
+def _stage(graph: Graph, axes: Axes, block: Block, shares: Mapping[DeviceId, float]) -> Stage:
     live = graph.live_outputs(block.start, block.stop)
     whole_on = block.whole_on
     if whole_on is None and len(shares) == 1:

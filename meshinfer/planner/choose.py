@@ -158,9 +158,7 @@ class _Choice:
         return min(candidates, key=self.key)
 
     def team(self, members: Sequence[DeviceProfile], shares: Mapping[DeviceId, float]) -> Team:
-        ends = [
-            self.by_id.get(d) or DeviceProfile(d, 0.0, computes=False) for d in self.ends
-        ]
+        ends = [self.by_id.get(d) or DeviceProfile(d, 0.0, computes=False) for d in self.ends]
         return Team(tuple(members), tuple(shares[p.id] for p in members), ends[0], ends[1])
 
     def finalists(self, order: Sequence[DeviceProfile]) -> Iterator[_Candidate]:

@@ -70,9 +70,7 @@ def sums_of(graph: Graph) -> Sums:
     return Sums(tuple(flops), tuple(nbytes), tuple(heavy))
 
 
-def _bytes(
-    graph: Graph, op: Op, outs: Sequence[Box | None], ins: Sequence[Box | None]
-) -> int:
+def _bytes(graph: Graph, op: Op, outs: Sequence[Box | None], ins: Sequence[Box | None]) -> int:
     """Bytes that an op touches inside a block: a glued one only its other inputs."""
     glue = glued_to(graph, op)
     names = (*op.inputs, *op.captured)

@@ -65,9 +65,7 @@ class Space:
         key = (i, kind, parts, most)
         if key not in self._samples:
             starts = self.starts(i, min(most, CHANNEL_HEAVY) if kind == "channels" else most)
-            self._samples[key] = samples(
-                self.graph, self.axes, self.cuts[i], starts, kind, parts
-            )
+            self._samples[key] = samples(self.graph, self.axes, self.cuts[i], starts, kind, parts)
         return self._samples[key]
 
 

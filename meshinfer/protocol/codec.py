@@ -60,6 +60,8 @@ def decode(frames: Sequence[Buffer]) -> tuple[AnyMessage, memoryview]:
         raise ProtocolError(f"{len(frames)} frames")
     if len(frames[0]) > limits.CONTROL_FRAME_BYTES:
         raise ProtocolError(f"a header of {len(frames[0])} bytes")
+    if any(len(frame) > limits.FRAME_BYTES for frame in frames[1:]):
+        raise ProtocolError("a frame is too long")
     try:
         envelope = _decoder.decode(frames[0])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -98,7 +100,16 @@ def array_of(tensor: Tensor, payload: memoryview) -> Array:
         count *= size
     if count * dtype.itemsize != len(payload):
         raise ProtocolError(f"{tensor.shape} of {dtype} is not {len(payload)} bytes")
-    return np.frombuffer(payload, dtype=dtype, count=count).reshape(tensor.shape)
+    try:
+        array = np.frombuffer(payload, dtype=dtype, count=count).reshape(tensor.shape)
+    except ValueError as error:  # an empty tensor of absurd dimensions
+        raise ProtocolError(f"{tensor.shape}: {error}") from error
+    return array if array.flags.aligned else array.copy()
+
+
+def header_bytes(message: Message) -> int:
+    """How long a message's header is; more than ``limits.CONTROL_FRAME_BYTES`` cannot travel."""
+    return len(_encoder.encode(_Envelope(message)))  # type: ignore[arg-type]
 
 
 def failure_of(error: BaseException) -> Failure:

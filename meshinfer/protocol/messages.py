@@ -1,5 +1,8 @@
 """Every message of the protocol, on one screen each way. Unknown fields and types are refused.
 
+Only ``Hello`` and ``Refused`` (and what they hold) may carry fields of a later release: they are how
+two releases find out that they cannot work together.
+
 Messages carry no pickle and no code. Times are seconds; remaining time, never a wall clock.
 ``device#incarnation`` is a peer; ids of requests are chosen by clients.
 """
@@ -17,10 +20,14 @@ from meshinfer.plan import Shard
 PROTOCOL = (1, 1)
 """Protocol versions that this release speaks, first and last (RELIABILITY: N-1 to N)."""
 
-Name = Annotated[str, Meta(min_length=1, max_length=512)]
+Name = Annotated[str, Meta(min_length=1, max_length=limits.NAME_CHARS)]
 Text = Annotated[str, Meta(max_length=limits.PLAN_TEXT_BYTES)]
 Count = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Hex = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+Seconds = Annotated[float, Meta(ge=0, le=1e9)]
+"""No NaN and no infinity: a deadline that never comes would hold a request for ever."""
+
+Rate = Annotated[float, Meta(ge=0, le=1e24)]
 Shape = Annotated[tuple[Count, ...], Meta(max_length=limits.TENSOR_RANK)]
 Place = tuple[int, int]
 """A task as (stage, task); the source is (-1, 0), the sink (number of stages, 0)."""
@@ -37,7 +44,7 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 # --- Records ------------------------------------------------------------------------------------
 
 
-class Peer(Record, frozen=True):
+class Peer(Record, frozen=True, forbid_unknown_fields=False):
     """Where a peer's bulk socket is bound, and the CURVE public key (Z85) that it serves with."""
 
     device: Name
@@ -51,7 +58,7 @@ class Peer(Record, frozen=True):
         return f"{self.device}#{self.incarnation}"
 
 
-class Facts(Record, frozen=True):
+class Facts(Record, frozen=True, forbid_unknown_fields=False):
     """What a device says of itself. ``flops_per_s`` is measured on its engine.
 
     ``last_exit`` is why its worker process ended the last time, as its supervisor saw it.
@@ -66,18 +73,18 @@ class Facts(Record, frozen=True):
     version: str = ""
     threads: Count = 1
     last_exit: str = ""
-    flops_per_s: float = 0.0
+    flops_per_s: Rate = 0.0
     computes: bool = True
     head: bool = False
 
 
-class Failure(Record, frozen=True):
+class Failure(Record, frozen=True, forbid_unknown_fields=False):
     """An error of ``meshinfer.errors`` by its name."""
 
     error: Name
     message: Text
     hint: Text = ""
-    retry_after_s: float | None = None
+    retry_after_s: Seconds | None = None
 
 
 class Tensor(Record, frozen=True):
@@ -137,7 +144,7 @@ class TaskTime(Record, frozen=True):
 
     device: Name
     place: Place
-    compute_s: float
+    compute_s: Seconds
     sent_bytes: Count
 
 
@@ -147,7 +154,7 @@ class DeviceInfo(Record, frozen=True):
     device: Name
     state: str
     facts: Facts
-    heard_s: float
+    heard_s: Seconds
     computing: str = ""
     tasks_done: Count = 0
 
@@ -166,7 +173,7 @@ class ModelInfo(Record, frozen=True):
 # --- Joining and staying ------------------------------------------------------------------------
 
 
-class Hello(Message, frozen=True):
+class Hello(Message, frozen=True, forbid_unknown_fields=False):
     """First message of a worker or client. ``protocol``: the versions it speaks."""
 
     role: str
@@ -188,7 +195,7 @@ class Welcome(Message, frozen=True):
     head: Peer | None = None
 
 
-class Refused(Message, frozen=True):
+class Refused(Message, frozen=True, forbid_unknown_fields=False):
     """The coordinator does not admit the peer; both sides print the text."""
 
     failure: Failure
@@ -198,7 +205,7 @@ class Heartbeat(Message, frozen=True):
     """Every 500 ms. ``computing``: what the compute thread does, for ``since_s`` seconds."""
 
     computing: str = ""
-    since_s: float = 0.0
+    since_s: Seconds = 0.0
 
 
 class Alive(Message, frozen=True):
@@ -303,18 +310,25 @@ class Forget(Message, frozen=True):
 
 
 class Submit(Message, frozen=True):
-    """Header of a request; its tensors go to the source device. ``deadline_s`` is what remains."""
+    """Header of a request; its tensors go to the source device. ``deadline_s`` is what remains.
+
+    ``turn`` counts how often the client has sent this request; its ``Feed`` has the same.
+    """
 
     request: Name
     model: Name
     version: Count | None
     inputs: tuple[Tensor, ...]
     picture: bool
-    deadline_s: float
+    deadline_s: Seconds
+    turn: Count = 0
 
 
 class Start(Message, frozen=True):
-    """To the source and the sink: run this attempt; the answer goes to ``client``."""
+    """To the source and the sink: run this attempt; the answer goes to ``client``.
+
+    The coordinator numbers attempts upwards over all requests, so that none comes twice for an id.
+    """
 
     request: Name
     attempt: Count
@@ -326,7 +340,7 @@ class TaskDone(Message, frozen=True):
     request: Name
     attempt: Count
     place: Place
-    compute_s: float
+    compute_s: Seconds
     sent_bytes: Count
 
 
@@ -339,6 +353,14 @@ class TaskFailed(Message, frozen=True):
     text: Text
 
 
+class Unreachable(Message, frozen=True):
+    """``peer`` does not acknowledge the pieces of this attempt."""
+
+    request: Name
+    attempt: Count
+    peer: str
+
+
 class Merged(Message, frozen=True):
     """The sink has merged and sent all outputs."""
 
@@ -347,9 +369,14 @@ class Merged(Message, frozen=True):
 
 
 class Release(Message, frozen=True):
-    """The request is over: drop all that is held for it."""
+    """The request is over: drop all that is held for it, up to this attempt and this turn.
+
+    What comes later for a later attempt or turn is the same id, submitted again.
+    """
 
     request: Name
+    attempt: Count = 0
+    turn: Count = 0
 
 
 class Cancel(Message, frozen=True):
@@ -365,8 +392,8 @@ class Reply(Message, frozen=True):
     version: Count = 0
     plan: Text = ""
     attempts: Count = 0
-    total_s: float = 0.0
-    queue_s: float = 0.0
+    total_s: Seconds = 0.0
+    queue_s: Seconds = 0.0
     degraded: bool = False
     tasks: tuple[TaskTime, ...] = ()
     failure: Failure | None = None
@@ -393,6 +420,7 @@ class Feed(Message, frozen=True):
     id: Count
     request: Name
     tensor: Tensor
+    turn: Count = 0
 
 
 class Answer(Message, frozen=True):
@@ -435,6 +463,6 @@ class Models(Message, frozen=True):
 AnyMessage = (
     Hello | Welcome | Refused | Heartbeat | Alive | Who | Probe | Goodbye | Dismiss | Closing
     | Want | Chunk | Gone | Deploy | Deployed | Install | Installed | Forget
-    | Submit | Start | TaskDone | TaskFailed | Merged | Release | Cancel | Reply
+    | Submit | Start | TaskDone | TaskFailed | Unreachable | Merged | Release | Cancel | Reply
     | Deliver | Feed | Answer | Ack | ListDevices | Devices | ListModels | Models
 )  # fmt: skip

@@ -39,11 +39,15 @@ class Arrived:
 
 @dataclass(frozen=True, slots=True)
 class PeerLost:
-    """A connection broke or a peer refused us: a hint. ``peer`` is empty when it has no name."""
+    """A connection broke or a peer refused us: a hint. ``peer`` is empty when it has no name.
+
+    Only a broken control connection can mean a death; a bulk one is repaired by sending again.
+    """
 
     peer: str
     reason: str
     refused: bool = False
+    plane: Plane = Plane.CONTROL
 
 
 @dataclass(frozen=True, slots=True)
