@@ -1,24 +1,31 @@
 """A folder of blobs named by their SHA-256: written by rename, verified before they count.
 
-Models, submodels and weights are blobs. One thread of one process writes to a store at a time.
+Models, submodels and weights are blobs. One thread of one process writes to a store at a time. What
+was not used for a while makes room when the folder grows beyond its bound.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import time
+from collections.abc import Collection
 from pathlib import Path
 
+from meshinfer import limits
 from meshinfer.errors import ConfigurationError
 
 _READ_BYTES = 1 << 20
+_KEEP_S = 1200.0
+"""Whoever found a blob here may rely on it for so long; longer than any deployment may take."""
 
 
 class BlobStore:
     """Content-addressed files under ``folder``, which is made if need be."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, max_bytes: int = limits.BLOB_STORE_BYTES) -> None:
         self.folder = folder
+        self.max_bytes = max_bytes
         self._verified: set[str] = set()
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -27,12 +34,14 @@ class BlobStore:
                 f"cannot make the folder {folder}: {error.strerror}",
                 hint="choose another state folder with --state-dir",
             ) from error
+        for part in folder.glob("*.part"):  # of a process that was killed
+            part.unlink(missing_ok=True)
 
     def path(self, digest: str) -> Path:
         return self.folder / digest
 
     def missing(self, digests: tuple[str, ...]) -> tuple[str, ...]:
-        """Those that are not here; a damaged file is removed and counts as missing."""
+        """Those that are not here; a damaged file counts as missing and is written anew."""
         return tuple(digest for digest in digests if not self._whole(digest))
 
     def put(self, digest: str, data: bytes | memoryview) -> None:
@@ -57,6 +66,10 @@ class BlobStore:
         self._admit(digest, part)
         return True
 
+    def remove(self, digest: str) -> None:
+        self.path(digest).unlink(missing_ok=True)
+        self._verified.discard(digest)
+
     def read(self, digest: str, offset: int, length: int) -> tuple[bytes, int] | None:
         """Bytes of a blob and its whole size; None when it is not here."""
         try:
@@ -77,16 +90,36 @@ class BlobStore:
         self._verified.add(digest)
 
     def _whole(self, digest: str) -> bool:
-        if digest in self._verified and self.path(digest).exists():
-            return True
         path = self.path(digest)
-        if not path.exists():
-            return False
-        if _digest(path) != digest:
-            path.unlink(missing_ok=True)
+        try:
+            if digest not in self._verified and _digest(path) != digest:
+                return False
+            os.utime(path)  # used now
+        except OSError:
+            self._verified.discard(digest)
             return False
         self._verified.add(digest)
         return True
+
+    def trim(self, keep: Collection[str] = ()) -> None:
+        """Remove what was used longest ago until the folder fits; never what was used just now."""
+        found = []
+        for path in self.folder.iterdir():
+            try:
+                status = path.stat()
+            except OSError:
+                continue
+            if path.is_file():
+                found.append((status.st_mtime, status.st_size, path))
+        size = sum(each[1] for each in found)
+        newest = time.time() - _KEEP_S  # beside the files' own times, which are wall clock as well
+        for used, nbytes, path in sorted(found):
+            if size <= self.max_bytes or used > newest:
+                return
+            if path.name not in keep:
+                path.unlink(missing_ok=True)
+                self._verified.discard(path.name)
+                size -= nbytes
 
 
 def _digest(path: Path) -> str:

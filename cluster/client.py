@@ -1,40 +1,41 @@
 """The public client: submit images or arrays, get results. One I/O thread; results are futures.
 
-``Client`` blocks, ``AsyncClient`` awaits; both are thin over ``meshinfer.scheduler.client``.
+``Client`` blocks, ``AsyncClient`` awaits; both are thin over ``meshinfer.scheduler.client``. A
+future's callbacks run in the I/O thread: they must not block.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import os
 import secrets
 import tempfile
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import meshinfer
+from cluster import results
 from cluster.blobs import BlobStore
 from cluster.config import default_keyring
 from cluster.locate import find_coordinator
 from cluster.loop import Loop
-from cluster.pictures import Picture, read_picture
+from cluster.results import Deployment, Result, closed_error
 from cluster.security import read_keyring
-from cluster.transport import Endpoint, Transport
+from cluster.sockets import Endpoint
+from cluster.transport import Transport
 from cluster.worker import serve
-from meshinfer import limits
-from meshinfer.errors import ClusterUnavailable, InvalidInput, MeshInferError
+from meshinfer.errors import ClusterUnavailable, MeshInferError
 from meshinfer.image import ImageSpec
 from meshinfer.plan import Plan
 from meshinfer.protocol import messages as m
-from meshinfer.protocol.codec import Array, describe, error_of
+from meshinfer.protocol.codec import Array, error_of
 from meshinfer.scheduler.client import ClientCore
 from meshinfer.scheduler.events import (
     Asked,
@@ -53,83 +54,19 @@ _JOIN_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class Timing:
-    """Seconds. ``total_s`` on the coordinator, of it ``queue_s`` before the first task started.
-
-    ``tasks``: for each task its device, place (stage, task), seconds computing and bytes sent.
-    """
-
-    total_s: float
-    queue_s: float
-    tasks: tuple[m.TaskTime, ...]
-
-    @property
-    def compute_s(self) -> dict[str, float]:
-        """Seconds of computing by device."""
-        total: dict[str, float] = {}
-        for task in self.tasks:
-            total[task.device] = total.get(task.device, 0.0) + task.compute_s
-        return total
-
-    @property
-    def sent_bytes(self) -> dict[str, int]:
-        """Bytes that left each device for others."""
-        total: dict[str, int] = {}
-        for task in self.tasks:
-            total[task.device] = total.get(task.device, 0) + task.sent_bytes
-        return total
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """The answer to one request. ``attempts`` above 1: devices were lost on the way."""
-
-    request_id: str
-    outputs: Mapping[str, Array]
-    model: str
-    model_version: int
-    plan: str
-    timing: Timing
-    degraded: bool
-    attempts: int
-    image: ImageSpec | None = field(default=None, repr=False)
-
-    def picture(self) -> Picture:
-        """The output that is a picture (``ImageSpec.output``). Raises ``InvalidInput``."""
-        if self.image is None or self.image.output is None:
-            raise InvalidInput(
-                f"{self.model} has no output that is a picture",
-                hint="say which with ImageSpec(output=...)",
-            )
-        return Picture.from_tensor(self.outputs[self.image.output], self.image)
-
-
-@dataclass(frozen=True, slots=True)
-class Deployment:
-    """A model version as it was deployed. ``plan`` is None until the first shape is known."""
-
-    name: str
-    version: int
-    plan: str | None
-    report: tuple[str, ...]
-    image: ImageSpec | None
-
-
-@dataclass(frozen=True, slots=True)
 class _Open:
     """A request whose future is not done."""
 
     future: Future[Result]
     model: str
-    image: ImageSpec | None
     wanted: tuple[str, ...] | None
 
 
 class Client:
     """A connection to a coordinator.
 
-    ``address``: HOST:PORT; else $MESHINFER_COORDINATOR; else mDNS for ``cluster``. ``keyring``: the
-    file that the coordinator wrote; else $MESHINFER_KEYRING; else the coordinator's of this machine.
+    ``address``: HOST:PORT; else $MESHINFER_COORDINATOR; else mDNS for ``cluster``. ``keyring``:
+    the file that the coordinator wrote; else $MESHINFER_KEYRING; else that of this machine's.
     Raises ``ClusterUnavailable`` when none answers within ``timeout_s``, ``AuthError``.
     """
 
@@ -142,7 +79,7 @@ class Client:
         timeout_s: float = 10.0,
         interfaces: Sequence[str] | None = None,
     ) -> None:
-        ring = read_keyring(keyring or default_keyring(cluster))
+        ring = read_keyring(Path(keyring or default_keyring(cluster)))
         found = find_coordinator(
             address,
             ring.cluster,
@@ -158,8 +95,9 @@ class Client:
         self._lock = threading.Lock()
         self._results: dict[str, _Open] = {}
         self._calls: dict[str, Future[m.AnyMessage]] = {}
-        self._images: dict[str, ImageSpec | None] = {}
+        self._images: dict[tuple[str, int], ImageSpec | None] = {}  # by model and version
         self._closed = False
+        self._offers: Counter[str] = Counter()
         self._folder = tempfile.TemporaryDirectory(prefix="meshinfer-client-")
         self._store = BlobStore(Path(self._folder.name))
         name = f"client-{secrets.token_hex(6)}"
@@ -180,7 +118,7 @@ class Client:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
         try:
-            self._ask(m.ListModels(call=_id()), timeout_s)
+            self._ask(m.ListModels(call=secrets.token_hex(12)), timeout_s)
         except BaseException:
             self.close()
             raise
@@ -208,9 +146,8 @@ class Client:
 
         data = model_bytes(model)
         digest = hashlib.sha256(data).hexdigest()
-        self._store.put(digest, data)
         message = m.Deploy(
-            call=_id(),
+            call=secrets.token_hex(12),
             name=name,
             digest=digest,
             nbytes=len(data),
@@ -219,21 +156,22 @@ class Client:
             shapes=None if shapes is None else {k: tuple(v) for k, v in shapes.items()},
             spread=spread,
         )
-        answer = self._ask(message, timeout_s)
+        with self._offer(digest, data):
+            answer = self._ask(message, timeout_s)
         assert isinstance(answer, m.Deployed)
         spec = None if answer.image is None else ImageSpec.from_json(answer.image)
-        self._images[name] = spec
+        self._images[name, answer.version] = spec
         return Deployment(name, answer.version, answer.plan, answer.report, spec)
 
     def models(self) -> tuple[m.ModelInfo, ...]:
         """Deployed models, all versions."""
-        answer = self._ask(m.ListModels(call=_id()), CALL_S)
+        answer = self._ask(m.ListModels(call=secrets.token_hex(12)), CALL_S)
         assert isinstance(answer, m.Models)
         return answer.models
 
     def devices(self) -> tuple[m.DeviceInfo, ...]:
         """Devices of the cluster, the coordinator's own (``head``) included."""
-        answer = self._ask(m.ListDevices(call=_id()), CALL_S)
+        answer = self._ask(m.ListDevices(call=secrets.token_hex(12)), CALL_S)
         assert isinstance(answer, m.Devices)
         return answer.devices
 
@@ -250,7 +188,11 @@ class Client:
     ) -> Result:
         """Submit and wait. See ``submit``."""
         future = self.submit(model, data, outputs=outputs, version=version, deadline_s=deadline_s)
-        return future.result()
+        try:
+            return future.result()
+        except BaseException:  # Ctrl-C as well: nobody waits for it any more
+            future.cancel()
+            raise
 
     def submit(
         self,
@@ -263,30 +205,26 @@ class Client:
     ) -> Future[Result]:
         """Submit a request; the future has its result, or a typed error.
 
-        ``data``: {input: array}; one array, for a model of one input; or a picture (path, bytes,
-        PIL image, uint8 array [H, W, C]) for a model with an ``ImageSpec``. ``outputs``: names to
-        return (all). ``deadline_s``: after it the request fails with ``DeadlineExceeded``.
+        ``data``: {input: array}; or a picture (path, bytes, PIL image, uint8 array [H, W, C]) for
+        a model with an ``ImageSpec``. It is copied: change it as soon as this returns. ``outputs``:
+        names to return (all). ``deadline_s``: then the request fails with ``DeadlineExceeded``.
         """
-        spec = self._image_of(model, data)
-        arrays, picture = _arrays(data, spec)
-        request = _id()
-        try:
-            inputs = tuple(describe(name, array) for name, array in arrays.items())
-        except ValueError as error:
-            raise InvalidInput(str(error), hint="use an array of numbers") from error
+        spec = None if isinstance(data, Mapping) else self._image_of(model, version)
+        arrays = results.input_arrays(data, spec)
+        request = secrets.token_hex(12)
         header = m.Submit(
             request=request,
             model=model,
             version=version,
-            inputs=inputs,
-            picture=picture,
-            deadline_s=limits.REQUEST_DEADLINE_S if deadline_s is None else deadline_s,
+            inputs=results.describe_inputs(arrays),
+            picture=not isinstance(data, Mapping),
+            deadline_s=results.deadline(deadline_s),
         )
         future: Future[Result] = Future()
         wanted = None if outputs is None else tuple(outputs)
         with self._lock:
             self._refuse_when_closed()
-            self._results[request] = _Open(future, model, spec, wanted)
+            self._results[request] = _Open(future, model, wanted)
         self._loop.post(Submitted(request, header, arrays))
         future.add_done_callback(lambda f: self._cancelled(request) if f.cancelled() else None)
         return future
@@ -321,7 +259,8 @@ class Client:
                 return
             self._closed = True
         self._loop.post(StopRequested())
-        self._thread.join(timeout=_JOIN_S)
+        if threading.current_thread() is not self._thread:  # a future's callback may close us
+            self._thread.join(timeout=_JOIN_S)
         self._folder.cleanup()
 
     def __enter__(self) -> Client:
@@ -334,15 +273,18 @@ class Client:
 
     def _run(self) -> None:
         failure = self._loop.run()
-        error = error_of(failure) if failure is not None else _closed_error()
+        error = closed_error() if failure is None else error_of(failure)
         with self._lock:
             self._closed = True
-            results, calls = list(self._results.values()), list(self._calls.values())
+            open_ = [each.future for each in self._results.values()]
+            calls = list(self._calls.values())
             self._results.clear()
             self._calls.clear()
-        for future in [*(each.future for each in results), *calls]:
-            if not future.done():
+        for future in open_:
+            if future.set_running_or_notify_cancel():
                 future.set_exception(error)
+        for call in calls:
+            call.set_exception(error)
 
     def _perform(self, effect: Effect) -> None:
         match effect:
@@ -370,9 +312,12 @@ class Client:
         if found is None or not found.future.set_running_or_notify_cancel():
             return
         try:
-            found.future.set_result(_result(request, reply, arrays, found))
+            image = self._images.get((found.model, reply.version))
+            result = results.result_of(found.model, reply, arrays, found.wanted, image)
         except MeshInferError as error:
             found.future.set_exception(error)
+        else:
+            found.future.set_result(result)
 
     def _cancelled(self, request: str) -> None:
         with self._lock:
@@ -385,63 +330,40 @@ class Client:
             self._refuse_when_closed()
             self._calls[message.call] = future
         self._loop.post(Asked(message.call, message, timeout_s))
-        return future.result(timeout=timeout_s + _JOIN_S)
+        try:
+            return future.result(timeout=timeout_s + _JOIN_S)
+        except TimeoutError:
+            raise ClusterUnavailable("the client hangs", hint="make a new Client") from None
+
+    @contextlib.contextmanager
+    def _offer(self, digest: str, data: bytes) -> Iterator[None]:
+        """Have a model's bytes ready while the coordinator fetches them; it keeps its own."""
+        with self._lock:
+            self._refuse_when_closed()
+            self._offers[digest] += 1
+        try:
+            self._store.put(digest, data)
+            yield
+        finally:
+            with self._lock:
+                self._offers[digest] -= 1
+                if not self._offers[digest]:
+                    del self._offers[digest]
+                    self._store.remove(digest)
 
     def _refuse_when_closed(self) -> None:
         if self._closed:
-            raise _closed_error()
+            raise closed_error()
 
-    def _image_of(self, model: str, data: object) -> ImageSpec | None:
-        if isinstance(data, Mapping):
-            return self._images.get(model)
-        if model not in self._images:
+    def _image_of(self, model: str, version: int | None) -> ImageSpec | None:
+        """The image spec of a version; of the current one the coordinator is asked each time."""
+        if version is None or (model, version) not in self._images:
             for info in self.models():
-                if info.current:
-                    text = info.image
-                    self._images[info.name] = None if text is None else ImageSpec.from_json(text)
-        return self._images.get(model)
-
-
-def _result(request: str, reply: m.Reply, arrays: Mapping[str, Array], found: _Open) -> Result:
-    """The result of a reply. Raises the typed error of a failure."""
-    if reply.failure is not None:
-        raise error_of(reply.failure)
-    unknown = sorted(set(found.wanted or ()) - set(arrays))
-    if unknown:
-        raise InvalidInput(
-            f"{found.model} has no output {unknown[0]!r}", hint=f"its outputs are {list(arrays)}"
-        )
-    return Result(
-        request_id=request,
-        outputs={name: arrays[name] for name in found.wanted or arrays},
-        model=found.model,
-        model_version=reply.version,
-        plan=reply.plan,
-        timing=Timing(reply.total_s, reply.queue_s, reply.tasks),
-        degraded=reply.degraded,
-        attempts=reply.attempts,
-        image=found.image,
-    )
-
-
-def _arrays(data: object, spec: ImageSpec | None) -> tuple[dict[str, Array], bool]:
-    """The input arrays of a request, and whether they are pixels for an image spec."""
-    if isinstance(data, Mapping):
-        return {str(name): np.asarray(array) for name, array in data.items()}, False
-    if spec is None:
-        raise InvalidInput(
-            f"{type(data).__name__} was given to a model without an image spec",
-            hint="give {input name: array}, or deploy the model with image=ImageSpec(...)",
-        )
-    return {spec.input: read_picture(data, spec).pixels}, True
-
-
-def _id() -> str:
-    return secrets.token_hex(12)
-
-
-def _closed_error() -> ClusterUnavailable:
-    return ClusterUnavailable("the client is closed", hint="make a new Client")
+                spec = None if info.image is None else ImageSpec.from_json(info.image)
+                self._images[info.name, info.version] = spec
+                if info.name == model and info.current and version is None:
+                    version = info.version
+        return None if version is None else self._images.get((model, version))
 
 
 class AsyncClient:
@@ -462,7 +384,7 @@ class AsyncClient:
     @property
     def _open(self) -> Client:
         if self._client is None:
-            raise _closed_error()
+            raise closed_error()
         return self._client
 
     async def deploy(self, name: str, model: object, **options: Any) -> Deployment:

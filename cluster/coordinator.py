@@ -1,7 +1,7 @@
 """The coordinator process: the coordinator's loop, a planning thread, and the head device's loop.
 
-The head is a worker core without an engine, so tensors never pass through the coordinator's core. On
-the same host a worker of its own computes, unless ``--no-compute``.
+The head is a worker core without an engine, so tensors never pass through the coordinator's core.
+On the same host a worker of its own computes, unless ``--no-compute``.
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ from cluster import processes, profiler, telemetry
 from cluster.blobs import BlobStore
 from cluster.discovery import announce, browse, fingerprint, interface_addresses
 from cluster.locate import DEFAULT_PORT
-from cluster.loop import Loop
+from cluster.loop import Loop, Post, start_thread
 from cluster.planning import PlanningThread
-from cluster.security import Keyring, KeyPair, generate_keypair, load_or_create_coordinator
-from cluster.transport import Endpoint, Plane, Transport
+from cluster.security import KeyPair, Keyring, generate_keypair, load_or_create_coordinator
+from cluster.sockets import Endpoint, Plane
+from cluster.transport import Transport
 from cluster.worker import StoreThread
 from meshinfer.errors import ConfigurationError, MeshInferError
 from meshinfer.protocol import messages as m
 from meshinfer.protocol.codec import error_of, failure_of
 from meshinfer.scheduler.coordinator import CoordinatorCore
-from meshinfer.scheduler.events import StopRequested
+from meshinfer.scheduler.events import Stop, StopRequested
 from meshinfer.scheduler.worker import COORDINATOR, WorkerCore
 
 HEAD = "head"
@@ -44,7 +45,8 @@ _JOIN_S = 5.0
 class CoordinatorOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Settings of a coordinator. ``host``: address to listen at; empty: all of this machine's.
 
-    ``interfaces``: addresses for mDNS; None chooses, empty does without.
+    ``interfaces``: addresses for mDNS; None chooses, empty does without. ``parent``: the process to
+    end with.
     """
 
     cluster: str = "default"
@@ -54,7 +56,7 @@ class CoordinatorOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True
     interfaces: tuple[str, ...] | None = None
     log_level: str = "info"
     log_form: str = "text"
-    die_with_parent: bool = False
+    parent: int = 0
 
 
 class Address(msgspec.Struct, frozen=True, kw_only=True):
@@ -68,6 +70,9 @@ class Address(msgspec.Struct, frozen=True, kw_only=True):
 def run_coordinator(options: CoordinatorOptions) -> m.Failure | None:
     """Serve until stopped. Raises typed errors for a port in use and for a second coordinator."""
     state = Path(options.state_dir)
+    processes.hold_folder(state)
+    address = state / "address.json"
+    address.unlink(missing_ok=True)  # of one that was killed
     keyring, own = load_or_create_coordinator(state, options.cluster)
     _refuse_second(options, keyring)
     listen = options.host or "0.0.0.0"
@@ -88,13 +93,12 @@ def run_coordinator(options: CoordinatorOptions) -> m.Failure | None:
     planning: PlanningThread
     loop = Loop(core, lambda: transport, lambda effect: planning.put(effect))
     planning = PlanningThread(store, loop.post)
-    head = Head(keyring, options.cluster, reachable, listen, port, store)
+    head = Head(keyring, options.cluster, reachable, listen, port, store, loop.post)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: loop.post(StopRequested()))
     announcement = announce(
         options.cluster, port, key=own.public, protocol=m.PROTOCOL, interfaces=options.interfaces
     )
-    address = state / "address.json"
     _write_address(address, Address(host=reachable, port=port, pid=os.getpid()))
     log = structlog.get_logger()
     log.info("listening", host=reachable, port=port, cluster=options.cluster)
@@ -140,21 +144,24 @@ class Head:
         listen: str,
         control_port: int,
         store: BlobStore,
+        post: Post,
     ) -> None:
         self._keyring, self._cluster, self._host, self._listen = keyring, cluster, host, listen
         self._control_port = control_port
-        self._store = store
+        self._store, self._post = store, post
         self._loop: Loop | None = None
-        self._thread = threading.Thread(target=self._run, name="head", daemon=True)
+        self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        self._thread.start()
+        """A head that ends ends the coordinator, which is of no use without it."""
+        self._thread = start_thread("head", self._run, self._post)
 
     def close(self) -> None:
         if self._loop is not None:
             self._loop.post(StopRequested())
             self._loop.post(StopRequested())  # nothing to drain: the coordinator is gone
-        self._thread.join(timeout=_JOIN_S)
+        if self._thread is not None:
+            self._thread.join(timeout=_JOIN_S)
 
     def _run(self) -> None:
         server: KeyPair = generate_keypair()
@@ -180,16 +187,18 @@ class Head:
         loop = Loop(core, lambda: transport, lambda effect: storing.put(effect), control)
         storing = StoreThread(self._store, None, loop.post)
         self._loop = loop
-        loop.run()
+        failure = loop.run()
         storing.close()
+        if failure is not None:
+            self._post(Stop(failure))
 
 
 def main(arguments: list[str]) -> int:
     """``python -m cluster.coordinator OPTIONS`` with the options as JSON."""
     options = msgspec.convert(json.loads(arguments[0]), CoordinatorOptions)
     telemetry.configure(options.log_level, options.log_form, name=COORDINATOR)
-    if options.die_with_parent:
-        processes.watch_parent(lambda: os._exit(0))
+    if options.parent:
+        processes.watch_parent(options.parent, lambda: os._exit(0))
     try:
         failure = run_coordinator(options)
     except MeshInferError as error:

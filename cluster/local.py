@@ -41,13 +41,15 @@ class _Worker:
     supervisor: subprocess.Popen[bytes]
     paused: bool = False
 
-    def processes(self) -> list[psutil.Process]:
-        """The supervisor, then its worker process."""
-        try:
-            top = psutil.Process(self.supervisor.pid)
-            return [top, *top.children(recursive=True)]
-        except psutil.NoSuchProcess:
-            return []
+    def signal(self, number: signal.Signals) -> None:
+        """To the supervisor and its worker at once: they are a process group of their own."""
+        if self.supervisor.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.supervisor.pid, number)
+
+    def kill(self) -> None:
+        self.signal(signal.SIGKILL)
+        self.supervisor.wait(timeout=_STOP_S)
 
 
 class LocalCluster:
@@ -117,18 +119,15 @@ class LocalCluster:
     def kill(self, i: int) -> str:
         """SIGKILL the i-th living worker and its supervisor, as if its power went; its name."""
         worker = self._worker(i)
-        for process in worker.processes():  # the supervisor first, or it would start another
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        worker.supervisor.wait(timeout=_STOP_S)
+        worker.kill()
         self._workers.remove(worker)
         return worker.name
 
     def crash(self, i: int) -> str:
         """SIGKILL the i-th worker's process only: its supervisor starts it again; its name."""
         worker = self._worker(i)
-        for process in worker.processes()[1:]:
-            with contextlib.suppress(psutil.NoSuchProcess):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for process in psutil.Process(worker.supervisor.pid).children():
                 process.kill()
         return worker.name
 
@@ -142,21 +141,14 @@ class LocalCluster:
 
     def close(self) -> None:
         """Stop everything that was started here and remove its folder."""
-        for worker in self._workers:
-            for process in worker.processes():
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
-        if self._coordinator is not None:
-            self._coordinator.terminate()
-            try:
-                self._coordinator.wait(timeout=_STOP_S)
-            except subprocess.TimeoutExpired:
-                self._coordinator.kill()
-                self._coordinator.wait(timeout=_STOP_S)
-        for worker in self._workers:
-            worker.supervisor.wait(timeout=_STOP_S)
-        self._workers.clear()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        try:
+            for worker in self._workers:
+                worker.kill()
+            if self._coordinator is not None:
+                _stop(self._coordinator)
+        finally:
+            self._workers.clear()
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def __enter__(self) -> LocalCluster:
         return self
@@ -177,9 +169,7 @@ class LocalCluster:
 
     def _signal(self, i: int, number: signal.Signals, *, paused: bool) -> str:
         worker = self._worker(i)
-        for process in worker.processes():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.send_signal(number)
+        worker.signal(number)
         worker.paused = paused
         return worker.name
 
@@ -191,7 +181,7 @@ class LocalCluster:
             port=0,
             interfaces=(LOOPBACK,) if self._discovery else (),
             log_level=self._log_level,
-            die_with_parent=True,
+            parent=os.getpid(),
         )
         self._coordinator = _spawn("cluster.coordinator", msgspec.to_builtins(options))
         path = self._folder / "coordinator" / "address.json"
@@ -223,7 +213,7 @@ class LocalCluster:
             flops_per_s=self._flops,
             speed=speed,
             log_level=self._log_level,
-            die_with_parent=True,
+            parent=os.getpid(),
         )
         self._workers.append(
             _Worker(name, _spawn("cluster.supervisor", msgspec.to_builtins(options)))
@@ -255,3 +245,14 @@ def _spawn(module: str, options: Any) -> subprocess.Popen[bytes]:
         env=environment,
         start_new_session=True,  # Ctrl-C goes to the user's program, which closes us
     )
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """SIGTERM drains; there is nothing left that could, so soon the second one, then SIGKILL."""
+    for number, patience_s in ((signal.SIGTERM, 0.5), (signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
+        process.send_signal(number)
+        try:
+            process.wait(timeout=patience_s)
+            return
+        except subprocess.TimeoutExpired:
+            continue

@@ -1,6 +1,7 @@
 """Feeds events to a core, performs its effects, arms one timer. The only thread that has sockets.
 
-Other threads hand in events, or messages to send, with ``post``; nothing else is shared.
+Other threads hand in events, or messages to send, with ``post``; nothing else is shared. A defect,
+in the core or in a thread beside it, is logged with its traceback and ends the loop.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from typing import Protocol
 
 import structlog
 
-from cluster.transport import NOT_OURS, REFUSED, Endpoint, Lost, Transport
-from cluster.transport import Plane as Wire
-from meshinfer.protocol.codec import ProtocolError, decode, encode
+from cluster.sockets import NOT_OURS, REFUSED, Endpoint, Lost
+from cluster.sockets import Plane as Wire
+from cluster.transport import Transport
+from meshinfer.errors import MeshInferError
+from meshinfer.protocol.codec import ProtocolError, decode, encode, failure_of
 from meshinfer.protocol.messages import Failure, Hello
 from meshinfer.scheduler.events import (
     Arrived,
@@ -32,7 +35,12 @@ from meshinfer.scheduler.events import (
 )
 
 _LONGEST_WAIT_S = 1.0
+_LINGER_S = 0.5
 _PLANES = {Plane.CONTROL: Wire.CONTROL, Plane.BULK: Wire.BULK}
+
+
+Post = Callable[[Event | Send | Stop], None]
+"""How threads beside a loop hand something in."""
 
 
 class Core(Protocol):
@@ -59,33 +67,36 @@ class Loop:
         self._make_transport = make_transport
         self._perform = perform
         self._coordinator = coordinator
-        self._inbox: deque[Event | Send] = deque()
+        self._inbox: deque[Event | Send | Stop] = deque()
         self._transport: Transport | None = None
         self._log = structlog.get_logger()
         self.dropped: Counter[str] = Counter()
         self.failure: Failure | None = None
         self.stopped = threading.Event()
 
-    def post(self, item: Event | Send) -> None:
-        """Hand in an event or a message, from any thread."""
+    def post(self, item: Event | Send | Stop) -> None:
+        """Hand in an event, a message or the end, from any thread."""
         self._inbox.append(item)
         transport = self._transport
         if transport is not None:
             transport.wake()
 
     def run(self) -> Failure | None:
-        """Until the core asks to stop; returns the failure that it stopped with."""
-        transport = self._make_transport()
-        self._transport = transport
+        """Until the core asks to stop; returns the failure that it stopped with. Never raises."""
+        transport: Transport | None = None
         try:
+            transport = self._transport = self._make_transport()
             self._handle(Ticked())
             while not self.stopped.is_set():
                 self._step(transport)
-            return self.failure
+        except Exception as error:
+            self.failure = report(error)
         finally:
             self._transport = None
             self.stopped.set()
-            transport.close(linger_s=0.5)
+            if transport is not None:
+                transport.close(linger_s=_LINGER_S)
+        return self.failure
 
     def _step(self, transport: Transport) -> None:
         due = self._core.next_deadline()
@@ -106,8 +117,8 @@ class Loop:
             self._handle(Arrived(incoming.peer, message, payload))
         for _ in range(len(self._inbox)):
             item = self._inbox.popleft()
-            if isinstance(item, Send):
-                self._send(item)
+            if isinstance(item, Send | Stop):
+                self._do(item)
             else:
                 self._handle(item)
         due = self._core.next_deadline()
@@ -116,23 +127,26 @@ class Loop:
 
     def _handle(self, event: Event) -> None:
         for effect in self._core.handle(event, time.monotonic()):
-            match effect:
-                case Send():
-                    self._send(effect)
-                case Connect(peer):
-                    assert self._transport is not None
-                    endpoint = Endpoint(peer.host, peer.port, peer.key)
-                    self._transport.connect(Wire.BULK, peer.id, endpoint)
-                case Disconnect(peer_id):
-                    assert self._transport is not None
-                    self._transport.disconnect(peer_id)
-                case Note(level, text, fields):
-                    getattr(self._log, level)(text, **fields)
-                case Stop(failure):
-                    self.failure = failure
-                    self.stopped.set()
-                case _:
-                    self._perform(effect)
+            self._do(effect)
+
+    def _do(self, effect: Effect) -> None:
+        match effect:
+            case Send():
+                self._send(effect)
+            case Connect(peer):
+                assert self._transport is not None
+                endpoint = Endpoint(peer.host, peer.port, peer.key)
+                self._transport.connect(Wire.BULK, peer.id, endpoint)
+            case Disconnect(peer_id):
+                assert self._transport is not None
+                self._transport.disconnect(peer_id)
+            case Note(level, text, fields):
+                getattr(self._log, level)(text, **fields)
+            case Stop(failure):
+                self.failure = self.failure or failure
+                self.stopped.set()
+            case _:
+                self._perform(effect)
 
     def _send(self, effect: Send) -> None:
         assert self._transport is not None
@@ -141,3 +155,24 @@ class Loop:
             self._transport.connect(Wire.CONTROL, effect.peer, self._coordinator)
         frames = encode(effect.message, effect.payload)
         self._transport.send(_PLANES[effect.plane], effect.peer, frames)
+
+
+def report(error: Exception) -> Failure:
+    """Log an exception that should not have happened; the failure that it is."""
+    if not isinstance(error, MeshInferError):
+        structlog.get_logger().error("a defect of MeshInfer", exc_info=error)
+    return failure_of(error)
+
+
+def start_thread(name: str, body: Callable[[], None], post: Post) -> threading.Thread:
+    """Run ``body`` beside a loop. If it raises, the loop stops with that failure."""
+
+    def run() -> None:
+        try:
+            body()
+        except Exception as error:
+            post(Stop(report(error)))
+
+    thread = threading.Thread(target=run, name=name, daemon=True)
+    thread.start()
+    return thread

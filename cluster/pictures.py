@@ -1,4 +1,4 @@
-"""Pictures to pixels and back, with Pillow: only PNG, JPEG, WebP and BMP, bounded before decoding."""
+"""Pictures to pixels and back, with Pillow: PNG, JPEG, WebP and BMP, bounded before decoding."""
 
 from __future__ import annotations
 

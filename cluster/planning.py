@@ -1,20 +1,20 @@
 """Performs what the coordinator's core asks of models: open, import, plan, lower, store the blobs.
 
-One thread, so that the loop never waits. What a plan looks like is decided in ``meshinfer.planner``.
+Beside the loop, which never waits. What a plan looks like is decided in ``meshinfer.planner``.
 """
 
 from __future__ import annotations
 
 import queue
-import threading
 from collections import OrderedDict
-from collections.abc import Callable
 
+import msgspec
 import onnx
 from onnx import helper
 
 from cluster.blobs import BlobStore
-from cluster.worker import serve
+from cluster.loop import Post, report, start_thread
+from cluster.worker import serve, write
 from meshinfer import limits
 from meshinfer.cost import DeviceProfile
 from meshinfer.errors import InvalidInput
@@ -25,19 +25,16 @@ from meshinfer.importers import load, open_model
 from meshinfer.legality import validate
 from meshinfer.plan import Plan
 from meshinfer.planner import make_plan
-from meshinfer.programs import make_programs
-from meshinfer.protocol.codec import DTYPES, failure_of
+from meshinfer.programs import Programs, make_programs
+from meshinfer.protocol.codec import DTYPES
 from meshinfer.scheduler.events import (
     BlobsFound,
-    BlobWritten,
     Effect,
-    Event,
     FindBlobs,
     MakePlan,
     ModelOpened,
     OpenModel,
     PlanReady,
-    Send,
     ServeBlob,
     WriteBlob,
 )
@@ -46,19 +43,18 @@ from meshinfer.scheduler.events import (
 class PlanningThread:
     """``post`` hands events and messages to the coordinator's loop."""
 
-    def __init__(self, store: BlobStore, post: Callable[[Event | Send], None]) -> None:
+    def __init__(self, store: BlobStore, post: Post) -> None:
         self._store, self._post = store, post
-        self._graphs: OrderedDict[object, Graph] = OrderedDict()
+        self._graphs: OrderedDict[object, tuple[Graph, int]] = OrderedDict()
         self._served: set[str] = set()
+        self._models: set[str] = set()
         self._jobs: queue.SimpleQueue[Effect | None] = queue.SimpleQueue()
         self._files: queue.SimpleQueue[Effect | None] = queue.SimpleQueue()
         # Planning may take seconds; workers that fetch blobs meanwhile must not wait for it.
         self._threads = [
-            threading.Thread(target=self._run, args=(jobs,), name=name, daemon=True)
-            for jobs, name in ((self._jobs, "planning"), (self._files, "files"))
+            start_thread("planning", self._plan_all, post),
+            start_thread("files", self._serve_all, post),
         ]
-        for thread in self._threads:
-            thread.start()
 
     def put(self, effect: Effect) -> None:
         heavy = isinstance(effect, OpenModel | MakePlan)
@@ -70,28 +66,29 @@ class PlanningThread:
         for thread in self._threads:
             thread.join(timeout=2.0)
 
-    def _run(self, jobs: queue.SimpleQueue[Effect | None]) -> None:
-        while (effect := jobs.get()) is not None:
+    def _plan_all(self) -> None:
+        while (effect := self._jobs.get()) is not None:
             match effect:
                 case OpenModel():
                     self._post(self._open(effect))
                 case MakePlan():
                     self._post(self._plan(effect))
+                case _:
+                    raise AssertionError(f"a coordinator cannot plan {effect}")
+
+    def _serve_all(self) -> None:
+        while (effect := self._files.get()) is not None:
+            match effect:
                 case FindBlobs(purpose, digests):
                     self._post(BlobsFound(purpose, self._store.missing(digests)))
                 case WriteBlob():
-                    self._write(effect)
+                    written = write(self._store, effect)
+                    if written is not None:
+                        self._post(written)
                 case ServeBlob():
                     self._post(serve(self._store, effect))
                 case _:
                     raise AssertionError(f"a coordinator cannot perform {effect}")
-
-    def _write(self, effect: WriteBlob) -> None:
-        try:
-            if self._store.write(effect.digest, effect.offset, effect.total, effect.data):
-                self._post(BlobWritten(effect.digest))
-        except (OSError, ValueError) as error:
-            self._post(BlobWritten(effect.digest, failure_of(error)))
 
     def _open(self, effect: OpenModel) -> ModelOpened:
         try:
@@ -103,28 +100,32 @@ class PlanningThread:
             shapes = source.static_shapes()
             if shapes is not None:  # refused models are refused now, not at the first request
                 self._graph(effect.digest, None, tuple(sorted(shapes.items())))
+            self._models.add(effect.digest)
             return ModelOpened(effect.key, inputs, image)
         except Exception as error:
-            return ModelOpened(effect.key, {}, None, failure_of(error))
+            return ModelOpened(effect.key, {}, None, report(error))
 
     def _plan(self, effect: MakePlan) -> PlanReady:
         try:
             spec = effect.image if effect.signature.picture else None
             graph = self._graph(effect.digest, spec, effect.signature.shapes)
             _refuse_untransportable(graph)
-            plan, notes = self._given_plan(graph, effect), ("the plan was given",)
+            notes: tuple[str, ...] = ("the plan was given",)
+            plan = self._given_plan(graph, effect)
             if plan is None:
                 head = DeviceId(effect.head)
                 planned = make_plan(graph, _profiles(effect), head, head, spread=effect.spread)
                 plan, notes = planned.plan, planned.notes
             validate(graph, plan)
             programs = make_programs(graph, plan)
+            _refuse_too_long(str(plan), programs)
             for digest, data in programs.blobs.items():
                 if self._store.missing((digest,)):
                     self._store.put(digest, data())
+            self._store.trim(keep=self._models)
             return PlanReady(effect.deployment, str(plan), programs.by_device, notes)
         except Exception as error:
-            return PlanReady(effect.deployment, failure=failure_of(error))
+            return PlanReady(effect.deployment, failure=report(error))
 
     def _given_plan(self, graph: Graph, effect: MakePlan) -> Plan | None:
         """The user's plan; None when there is none, or when it ran before and lost its devices."""
@@ -147,16 +148,19 @@ class PlanningThread:
         self, digest: str, image: str | None, shapes: tuple[tuple[str, tuple[int, ...]], ...]
     ) -> Graph:
         key = (digest, image, shapes)
-        graph = self._graphs.get(key)
-        if graph is None:
-            source = open_model(self._store.path(digest).read_bytes())
+        found = self._graphs.pop(key, None)
+        if found is None:
+            data = self._store.path(digest).read_bytes()
             spec = None if image is None else ImageSpec.from_json(image)
-            graph = load(source, shapes=dict(shapes), image=spec)
-            self._graphs[key] = graph
-        self._graphs.move_to_end(key)
-        while len(self._graphs) > limits.SHAPES_PER_MODEL:
+            graph = load(open_model(data), shapes=dict(shapes), image=spec)
+            found = (graph, len(data))
+        self._graphs[key] = found  # the last ones stay, as many as memory allows
+        while (
+            len(self._graphs) > limits.SHAPES_PER_MODEL
+            or sum(nbytes for _, nbytes in self._graphs.values()) > limits.GRAPH_CACHE_BYTES
+        ) and len(self._graphs) > 1:
             self._graphs.popitem(last=False)
-        return graph
+        return found[0]
 
 
 def _profiles(effect: MakePlan) -> list[DeviceProfile]:
@@ -180,6 +184,18 @@ def _input(value: onnx.ValueInfoProto) -> tuple[str, tuple[int | None, ...] | No
     if not tensor.HasField("shape"):
         return dtype, None
     return dtype, tuple(d.dim_value if d.HasField("dim_value") else None for d in tensor.shape.dim)
+
+
+def _refuse_too_long(plan: str, programs: Programs) -> None:
+    """A plan's text and each device's programs travel as one message each."""
+    longest = max(
+        (len(msgspec.msgpack.encode(each)) for each in programs.by_device.values()), default=0
+    )
+    if len(plan) > limits.PLAN_TEXT_BYTES or longest > limits.INSTALL_BYTES:
+        raise InvalidInput(
+            f"the plan is too long: {len(plan)} bytes, and {longest} for one device",
+            hint="cut the model into fewer stages or tasks",
+        )
 
 
 def _refuse_untransportable(graph: Graph) -> None:

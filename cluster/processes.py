@@ -1,7 +1,8 @@
-"""Small facts about processes: why one ended, and not outliving the one that started us."""
+"""Small facts about processes: why one ended, not outliving its starter, one a state folder."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import threading
@@ -9,7 +10,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-_POLL_S = 0.5
+from meshinfer.errors import ConfigurationError
+
+_POLL_S = 0.2
 
 
 def cause_of(returncode: int, oom_before: int) -> str:
@@ -36,9 +39,11 @@ def oom_kills() -> int:
     return 0
 
 
-def watch_parent(on_orphaned: Callable[[], None]) -> None:
-    """Call back when the process that started us is gone (we have another parent)."""
-    parent = os.getppid()
+def watch_parent(parent: int, on_orphaned: Callable[[], None]) -> None:
+    """Call back when the process that started us is gone: we have another parent than ``parent``.
+
+    Its id is given, since it may be gone before we ask.
+    """
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -46,3 +51,27 @@ def watch_parent(on_orphaned: Callable[[], None]) -> None:
         on_orphaned()
 
     threading.Thread(target=watch, name="watch-parent", daemon=True).start()
+
+
+def hold_folder(folder: Path) -> int:
+    """Make a state folder ours until this process ends; the lock's descriptor.
+
+    Raises ``ConfigurationError`` when another process has it, or when it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise ConfigurationError(
+            f"cannot use the folder {folder}: {error.strerror}",
+            hint="choose another state folder with --state-dir",
+        ) from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(lock)
+        raise ConfigurationError(
+            f"another process works in {folder}",
+            hint="stop it, or give this one another name or --state-dir",
+        ) from error
+    return lock

@@ -1,7 +1,7 @@
 """Measures this device on its own engine: floating-point operations a second of a convolution.
 
-The probe is a 3x3 convolution of 32 channels (``data/probe.onnx``, weights as an input), a size that
-fits small caches; the best of a few runs, because a shared machine only ever makes it slower.
+The probe is a 3x3 convolution of 32 channels (``data/probe.onnx``, weights as an input), a size
+that fits small caches; the best of a few runs, because a shared machine only ever makes it slower.
 """
 
 from __future__ import annotations

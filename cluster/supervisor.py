@@ -18,6 +18,7 @@ from cluster.processes import cause_of, oom_kills, watch_parent
 
 FINAL_CODES = frozenset((0, 2, 76, 77, 78))
 _FIRST_WAIT_S, _LONGEST_WAIT_S, _HEALTHY_S = 0.2, 5.0, 30.0
+_LOOK_S = 0.05
 
 
 def supervise(options: dict[str, Any]) -> int:
@@ -36,13 +37,15 @@ def supervise(options: dict[str, Any]) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, forward)
-    if options.get("die_with_parent"):
-        watch_parent(lambda: os._exit(0))  # the worker sees our end and follows
+    if options.get("parent"):
+        watch_parent(options["parent"], lambda: os._exit(0))  # the worker sees it and follows
     wait, last_exit = _FIRST_WAIT_S, ""
     while not stopping:
-        text = json.dumps({**options, "last_exit": last_exit, "die_with_parent": True})
+        text = json.dumps({**options, "last_exit": last_exit, "parent": os.getpid()})
         before, started = oom_kills(), time.monotonic()
         child = subprocess.Popen([sys.executable, "-m", "cluster.worker", text])
+        if stopping:  # the signal came before there was a child to send it on to
+            child.terminate()
         code = child.wait()
         if stopping or code in FINAL_CODES:
             return code if code >= 0 else 0
@@ -51,7 +54,9 @@ def supervise(options: dict[str, Any]) -> int:
             wait = _FIRST_WAIT_S
         sys.stderr.write(f"worker {options['name']} died: {last_exit}; again in {wait:g} s\n")
         sys.stderr.flush()
-        time.sleep(wait)
+        until = time.monotonic() + wait
+        while not stopping and time.monotonic() < until:  # a signal does not end a sleep
+            time.sleep(_LOOK_S)
         wait = min(_LONGEST_WAIT_S, wait * 2)
     return 0
 

@@ -11,9 +11,7 @@ import secrets
 import signal
 import socket
 import sys
-import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from weakref import WeakValueDictionary
 
@@ -24,9 +22,10 @@ import meshinfer
 from cluster import processes, profiler, telemetry
 from cluster.blobs import BlobStore
 from cluster.locate import find_coordinator
-from cluster.loop import Loop
+from cluster.loop import Loop, Post, report, start_thread
 from cluster.security import generate_keypair, read_keyring
-from cluster.transport import Endpoint, Plane, Transport
+from cluster.sockets import Endpoint, Plane
+from cluster.transport import Transport
 from meshinfer.engine import EngineError
 from meshinfer.engine.ort import OrtEngine, OrtPrepared
 from meshinfer.errors import ConfigurationError, MeshInferError
@@ -39,7 +38,6 @@ from meshinfer.scheduler.events import (
     Computed,
     Discard,
     Effect,
-    Event,
     FindBlobs,
     Prepare,
     Prepared,
@@ -60,7 +58,8 @@ class WorkerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 
     ``speed`` below 1 emulates a slower device: after each task the compute thread sleeps in
     proportion to the CPU time it took. ``flops_per_s``: 0 measures. ``interfaces``: addresses for
-    mDNS; None chooses. ``last_exit`` comes from the supervisor.
+    mDNS; None chooses. ``last_exit`` comes from the supervisor. ``parent``: the process
+    to end with.
     """
 
     name: str
@@ -75,7 +74,7 @@ class WorkerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     log_level: str = "info"
     log_form: str = "text"
     last_exit: str = ""
-    die_with_parent: bool = False
+    parent: int = 0
 
 
 class StoreThread:
@@ -86,8 +85,7 @@ class StoreThread:
         self._queue: queue.SimpleQueue[Effect | None] = queue.SimpleQueue()
         self._sessions: WeakValueDictionary[str, OrtPrepared] = WeakValueDictionary()
         self.prepared: dict[int, dict[m.Place, OrtPrepared]] = {}
-        self._thread = threading.Thread(target=self._run, name="store", daemon=True)
-        self._thread.start()
+        self._thread = start_thread("store", self._run, post)
 
     def put(self, effect: Effect) -> None:
         self._queue.put(effect)
@@ -101,8 +99,10 @@ class StoreThread:
             match effect:
                 case FindBlobs(purpose, digests):
                     self._post(BlobsFound(purpose, self._store.missing(digests)))
-                case WriteBlob(digest, offset, total, data):
-                    self._write(digest, offset, total, data)
+                case WriteBlob():
+                    written = write(self._store, effect)
+                    if written is not None:
+                        self._post(written)
                 case ServeBlob():
                     self._post(serve(self._store, effect))
                 case Prepare(deployment, programs):
@@ -112,23 +112,19 @@ class StoreThread:
                 case _:
                     raise AssertionError(f"a worker cannot perform {effect}")
 
-    def _write(self, digest: str, offset: int, total: int, data: memoryview) -> None:
-        try:
-            if self._store.write(digest, offset, total, data):
-                self._post(BlobWritten(digest))
-        except (OSError, ValueError) as error:
-            self._post(BlobWritten(digest, failure_of(error)))
-
     def _prepare(self, deployment: int, programs: tuple[m.Program, ...]) -> m.Failure | None:
         try:
             self.prepared[deployment] = {p.place: self._session(p) for p in programs}
+            self._store.trim()
             return None
-        except (EngineError, OSError) as error:
+        except (EngineError, OSError, MemoryError) as error:
             return m.Failure(
                 error="ConfigurationError",
                 message=f"cannot prepare a task: {error}",
                 hint="look at this device's log, disk and memory",
             )
+        except Exception as error:
+            return report(error)
 
     def _session(self, program: m.Program) -> OrtPrepared:
         assert program.model is not None and self._engine is not None
@@ -139,7 +135,14 @@ class StoreThread:
         return session
 
 
-Post = Callable[[Event | Send], None]
+def write(store: BlobStore, effect: WriteBlob) -> BlobWritten | None:
+    """Write a chunk; the event when the blob is whole, or could not be stored."""
+    try:
+        if store.write(effect.digest, effect.offset, effect.total, effect.data):
+            return BlobWritten(effect.digest)
+    except (OSError, ValueError) as error:
+        return BlobWritten(effect.digest, failure_of(error))
+    return None
 
 
 def serve(store: BlobStore, effect: ServeBlob) -> Send:
@@ -158,18 +161,18 @@ class ComputeThread:
     def __init__(self, store: StoreThread, post: Post, speed: float) -> None:
         self._store, self._post, self._speed = store, post, speed
         self._queue: queue.SimpleQueue[Compute | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
-        self._thread.start()
+        start_thread("compute", self._run, post)
 
     def put(self, job: Compute) -> None:
         self._queue.put(job)
 
     def close(self) -> None:
-        self._queue.put(None)
+        self._queue.put(None)  # not awaited: a kernel cannot be interrupted
 
     def _run(self) -> None:
         while (job := self._queue.get()) is not None:
             self._post(self._compute(job))
+            del job  # or the last inputs live until the next task
 
     def _compute(self, job: Compute) -> Computed:
         started, cpu = time.perf_counter(), time.thread_time()
@@ -187,8 +190,10 @@ class ComputeThread:
 
 def run_worker(options: WorkerOptions) -> m.Failure | None:
     """Join the cluster and work until dismissed, stopped or refused."""
-    keyring = read_keyring(options.keyring)
     _wait_for_stop_signals()
+    state = Path(options.state_dir)
+    processes.hold_folder(state)
+    keyring = read_keyring(options.keyring)
     host, port = _locate(options, keyring.coordinator_public)
     server = generate_keypair()
     identity = f"{options.name}#{secrets.token_hex(4)}"
@@ -196,7 +201,7 @@ def run_worker(options: WorkerOptions) -> m.Failure | None:
     address = local_address(host)
     bulk_port = transport.bind(Plane.BULK, address)
     coordinator = Endpoint(host, port, keyring.coordinator_public)
-    store = BlobStore(Path(options.state_dir) / "blobs")
+    store = BlobStore(state / "blobs")
     engine = OrtEngine(store.folder, options.threads)
     core = WorkerCore(_hello(options, identity, address, bulk_port, server.public, engine))
 
@@ -278,8 +283,8 @@ def main(arguments: list[str]) -> int:
     options = msgspec.json.decode(arguments[0], type=WorkerOptions)
     telemetry.configure(options.log_level, options.log_form, name=options.name)
     log = structlog.get_logger()
-    if options.die_with_parent:
-        processes.watch_parent(lambda: os._exit(0))
+    if options.parent:
+        processes.watch_parent(options.parent, lambda: os._exit(0))
     try:
         failure = run_worker(options)
     except MeshInferError as error:

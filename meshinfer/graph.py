@@ -210,8 +210,8 @@ class Graph:
 
     @cached_property
     def digest(self) -> Digest:
-        """SHA-256 over nodes, attributes, types and weights: what makes indices comparable."""
-        total = hashlib.sha256()
+        """SHA-256 over opsets, nodes, types and weights: what makes indices comparable."""
+        total = hashlib.sha256(repr(sorted(self.model.opset_imports.items())).encode())
         for op in self.ops:
             total.update(op.proto.SerializeToString(deterministic=True))
         for name in (*self.inputs, *self.outputs):

@@ -63,7 +63,7 @@ def _validate_value(graph: Graph, stage: Stage, name: str, parts: Sequence[Shard
         reduction = rule_of(op).reduction(op)
         if reduction is None:
             raise _wrong(f"{where}: {op} has no partial sums")
-        if graph.last_use.get(name, -1) < len(graph.ops) and any(
+        if any(
             name in (*other.inputs, *other.captured)
             for other in graph.ops[stage.start : stage.stop]
         ):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -76,7 +77,7 @@ class _Lowering:
         **attributes: object,
     ) -> None:
         self.nodes.append(
-            helper.make_node(op_type, list(inputs), list(outputs), domain=domain, **attributes)
+            helper.make_node(op_type, list(inputs), list(outputs), domain=domain, **cast(dict[str, Any], attributes))
         )
 
     def copy(

@@ -75,7 +75,7 @@ class Plan:
 
     def __str__(self) -> str:
         lines = [
-            f"plan graph={self.graph} source={_quoted(self.source)} sink={_quoted(self.sink)} "
+            f"plan graph={_quoted(self.graph)} source={_quoted(self.source)} sink={_quoted(self.sink)} "
             f"window={self.window}"
         ]
         for stage in self.stages:
@@ -93,7 +93,9 @@ class Plan:
 
 _PLAIN = re.compile(r"[A-Za-z0-9_./#@+\-]+")
 _TOKEN = re.compile(r'\s*("(?:[^"\\]|\\.)*"|\[[^\]]*\]|,|=|[A-Za-z0-9_./#@+\-:]+)')
-_BOX = re.compile(r"\[(?:-?\d+:-?\d+(?:,-?\d+:-?\d+)*)?\]")
+_DIGITS = 18
+_RANGE = rf"-?\d{{1,{_DIGITS}}}:-?\d{{1,{_DIGITS}}}"
+_BOX = re.compile(rf"\[(?:{_RANGE}(?:,{_RANGE})*)?\]")
 
 
 def _quoted(name: str) -> str:
@@ -140,14 +142,14 @@ class _Parser:
             raise self.fail(f"{token} is no quoted name") from None
 
     def integer(self, token: str) -> int:
-        if not token.isdecimal():
-            raise self.fail(f"{token!r} is no number")
+        if not token.isdecimal() or len(token) > _DIGITS:
+            raise self.fail(f"{token[:_DIGITS]!r} is no number")
         return int(token)
 
     def box(self, token: str) -> Box:
         token = token.replace(" ", "")
         if not _BOX.fullmatch(token):
-            raise self.fail(f"{token!r} is no box")
+            raise self.fail(f"{token[:200]!r} is no box")
         pairs = [pair.split(":") for pair in token[1:-1].split(",") if pair]
         return Box(tuple(Interval(int(a), int(b)) for a, b in pairs))
 

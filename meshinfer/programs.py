@@ -1,4 +1,4 @@
-"""A plan becomes the programs of its devices: submodels, what they await, and what they send where.
+"""A plan becomes the programs of its devices: submodels, what they await, what they send where.
 
 The blobs (submodels and weights, by SHA-256) go with it, each weight made only when asked for.
 """
@@ -6,14 +6,18 @@ The blobs (submodels and weights, by SHA-256) go with it, each weight made only 
 from __future__ import annotations
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from meshinfer import limits
+from meshinfer.errors import InvalidInput
 from meshinfer.graph import Graph
 from meshinfer.lower import Submodel, lower
 from meshinfer.plan import Plan, Shard
 from meshinfer.protocol import messages as m
-from meshinfer.transfers import Flow, TaskRef, derive
+from meshinfer.protocol.codec import DTYPES
+from meshinfer.transfers import Flow, TaskRef, Transfer, derive
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +30,15 @@ class Programs:
 
 
 def make_programs(graph: Graph, plan: Plan) -> Programs:
-    """Lower every task of a valid plan."""
+    """Lower every task of a valid plan. Raises ``InvalidInput`` for values that cannot travel."""
     flow = derive(graph, plan)
+    ends = _Ends(flow)
+    for transfer in flow.transfers:
+        _check(graph, transfer.piece)
     made: dict[str, list[m.Program]] = {}
     blobs: dict[str, Callable[[], bytes | memoryview]] = {}
     flops: dict[str, int] = {}
-    made.setdefault(plan.source, []).append(_source(graph, flow))
+    made.setdefault(plan.source, []).append(_source(graph, flow, ends))
     for s, stage in enumerate(plan.stages):
         for t, task in enumerate(stage.tasks):
             submodel = lower(graph, stage, task)
@@ -42,59 +49,86 @@ def make_programs(graph: Graph, plan: Plan) -> Programs:
             device = task.devices[0]
             flops[device] = flops.get(device, 0) + submodel.flops
             ref = TaskRef(s, t)
-            made.setdefault(device, []).append(_task(flow, ref, submodel, digest))
-    made.setdefault(plan.sink, []).append(_sink(graph, flow))
+            made.setdefault(device, []).append(_task(ends, ref, submodel, digest))
+    made.setdefault(plan.sink, []).append(_sink(graph, flow, ends))
     return Programs({name: tuple(each) for name, each in made.items()}, blobs, flops)
 
 
-def _source(graph: Graph, flow: Flow) -> m.Program:
+class _Ends:
+    """The transfers by the task that they leave and by the one that they reach."""
+
+    def __init__(self, flow: Flow) -> None:
+        self._out: defaultdict[TaskRef, list[Transfer]] = defaultdict(list)
+        self._into: defaultdict[tuple[TaskRef, str], list[Transfer]] = defaultdict(list)
+        for transfer in flow.transfers:
+            self._out[transfer.producer].append(transfer)
+            self._into[transfer.consumer, transfer.piece.value].append(transfer)
+
+    def sends(self, ref: TaskRef) -> tuple[m.Send, ...]:
+        return tuple(
+            m.Send(piece=t.piece, device=t.receiver, consumer=_place(t.consumer))
+            for t in self._out[ref]
+        )
+
+    def value(self, ref: TaskRef, name: str, shard: Shard) -> m.Value:
+        pieces = tuple(
+            m.Piece(shard=t.piece, producer=_place(t.producer))
+            for t in self._into[ref, shard.value]
+        )
+        return m.Value(name=name, box=shard, pieces=pieces)
+
+
+def _source(graph: Graph, flow: Flow, ends: _Ends) -> m.Program:
     return m.Program(
         place=_place(flow.source),
         outputs=tuple(
             m.Output(name=name, shard=Shard(name, graph.whole(name))) for name in graph.inputs
         ),
-        sends=_sends(flow, flow.source),
+        sends=ends.sends(flow.source),
     )
 
 
-def _task(flow: Flow, ref: TaskRef, submodel: Submodel, digest: str) -> m.Program:
+def _task(ends: _Ends, ref: TaskRef, submodel: Submodel, digest: str) -> m.Program:
     return m.Program(
         place=_place(ref),
         model=digest,
         weights=tuple(sorted({w.digest for w in submodel.weights})),
-        inputs=tuple(_value(flow, ref, name, shard) for name, shard in submodel.inputs),
+        inputs=tuple(ends.value(ref, name, shard) for name, shard in submodel.inputs),
         outputs=tuple(m.Output(name=name, shard=shard) for name, shard in submodel.outputs),
-        sends=_sends(flow, ref),
+        sends=ends.sends(ref),
     )
 
 
-def _sink(graph: Graph, flow: Flow) -> m.Program:
+def _sink(graph: Graph, flow: Flow, ends: _Ends) -> m.Program:
     return m.Program(
         place=_place(flow.sink),
         inputs=tuple(
-            _value(flow, flow.sink, name, Shard(name, graph.whole(name)))
+            ends.value(flow.sink, name, Shard(name, graph.whole(name)))
             for name in dict.fromkeys(graph.outputs)
         ),
     )
 
 
-def _value(flow: Flow, ref: TaskRef, name: str, shard: Shard) -> m.Value:
-    return m.Value(
-        name=name,
-        box=shard,
-        pieces=tuple(
-            m.Piece(shard=t.piece, producer=_place(t.producer))
-            for t in flow.into(ref)
-            if t.piece.value == shard.value
-        ),
-    )
-
-
-def _sends(flow: Flow, ref: TaskRef) -> tuple[m.Send, ...]:
-    return tuple(
-        m.Send(piece=t.piece, device=t.receiver, consumer=_place(t.consumer))
-        for t in flow.out_of(ref)
-    )
+def _check(graph: Graph, piece: Shard) -> None:
+    """Raises ``InvalidInput`` for a piece that no message can carry."""
+    dtype = graph.dtype(piece.value)
+    try:
+        known = dtype is not None and graph.numpy_dtype(piece.value).newbyteorder("<").str in DTYPES
+    except TypeError:
+        known = False
+    why = ""
+    if not known:
+        why = f"its type is {'no tensor' if dtype is None else dtype.name}"
+    elif not 0 < len(piece.value) <= limits.NAME_CHARS:
+        why = f"its name has {len(piece.value)} characters, more than {limits.NAME_CHARS}"
+    elif graph.nbytes(piece.value, piece.box) > limits.MESSAGE_BYTES:
+        why = f"a piece of it has more than {limits.MESSAGE_BYTES} bytes"
+    if why:
+        raise InvalidInput(
+            f"value {piece.value[:80]!r} cannot travel between devices: {why}",
+            hint="inputs and outputs of a deployed model, and what devices exchange, are tensors "
+            "of numbers of moderate size",
+        )
 
 
 def _place(ref: TaskRef) -> m.Place:

@@ -57,6 +57,9 @@ class Net(Builder):
         dtype = helper.np_dtype_to_tensor_dtype(array.dtype)
         return self.know(super().const(array, name), array.shape, dtype)
 
+    def typed(self, name: str) -> onnx.ValueInfoProto:
+        return helper.make_tensor_value_info(name, self.type[name], self.shape[name])
+
     def normal(self, *shape: int, scale: float = 1.0, dtype: type = np.float32) -> str:
         return self.const((self.rng.standard_normal(shape) * scale).astype(dtype))
 
@@ -240,7 +243,9 @@ def last_channels(n: Net, x: str) -> str:
 
 def pixel_shuffle(n: Net, x: str) -> str:
     _, c, h, w = n.shape[x]
-    if h % 2 == 0 and w % 2 == 0 and c <= 4 and n.coin():
+    if n.coin():
+        if h % 2 or w % 2 or c > 4:
+            x = n.conv(x, c, 3, (h % 2 + 1, w % 2 + 1), pads=[h % 2, w % 2, h % 2, w % 2], gain=0.7)
         return n.space_to_depth(x, 2)
     if c % 4:
         x = n.conv(x, c, 4, 1, gain=0.7)
@@ -466,10 +471,7 @@ def outputs_of(n: Net, taps: Sequence[str], heads: Sequence[str]) -> list[Any]:
         names.append(n.pick(*taps))
     if n.rarely():
         names.append(n.pick(n.normal(2, 3), "image"))
-    return [
-        helper.make_tensor_value_info(name, n.type[name], n.shape[name])
-        for name in dict.fromkeys(names)
-    ]
+    return [n.typed(name) for name in dict.fromkeys(names)]
 
 
 @st.composite

@@ -22,7 +22,7 @@ from meshinfer.ops import is_random, rule_of
 from meshinfer.plan import Plan, Shard, Stage, Task
 from meshinfer.transfers import Flow, TaskRef, Transfer, derive
 
-DEVICES = tuple(DeviceId(name) for name in ("pi-1", "pi-2", "pi-3", "pi 4, \"quoted\""))
+DEVICES = tuple(DeviceId(name) for name in ("pi-1", "pi-2", "pi-3", 'pi 4, "quoted"'))
 SHARDS = 8
 """At most so many of one value: more cost time and show nothing new."""
 
@@ -41,9 +41,7 @@ def tilings(draw: st.DrawFn, whole: Box) -> list[Box]:
     for axis in sorted(draw(st.sets(st.sampled_from(axes), max_size=2))):
         start, stop = whole[axis]
         cuts = sorted(draw(st.sets(st.integers(start + 1, stop - 1), max_size=3)))
-        parts = [
-            Interval(a, b) for a, b in zip([start, *cuts], [*cuts, stop], strict=True)
-        ]
+        parts = [Interval(a, b) for a, b in zip([start, *cuts], [*cuts, stop], strict=True)]
         if len(boxes) * len(parts) <= SHARDS:
             boxes = [box.replace(axis, part) for box in boxes for part in parts]
     return boxes
@@ -69,8 +67,10 @@ def stages(draw: st.DrawFn, graph: Graph, start: int, stop: int) -> Stage:
     dealt: dict[int, list[Shard]] = {}
     random = any(is_random(op) for op in graph.ops[start:stop])
     for value in graph.live_outputs(start, stop):
-        for shard in [Shard(value, graph.whole(value))] if random else draw(
-            shards(graph, start, stop, value)
+        for shard in (
+            [Shard(value, graph.whole(value))]
+            if random
+            else draw(shards(graph, start, stop, value))
         ):
             task = 0 if random else draw(st.integers(0, 5))
             dealt.setdefault(task, []).append(shard)
@@ -140,7 +140,9 @@ def check_need(graph: Graph, flow: Flow, ref: TaskRef, value: str, box: Box) -> 
         part = transfer.piece.over if transfer.piece.over is not None else Box.whole(domain)
         paint[tuple(slice(a, b) for a, b in (*transfer.piece.box, *part))] += 1
     inside = paint[tuple(slice(a, b) for a, b in box)]
-    assert (inside == 1).all(), f"{value} {box} reaches {ref} {inside.min()} to {inside.max()} times"
+    assert (inside == 1).all(), (
+        f"{value} {box} reaches {ref} {inside.min()} to {inside.max()} times"
+    )
     assert paint.sum() == inside.sum(), f"{ref} is sent more of {value} than it needs"
 
 

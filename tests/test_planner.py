@@ -1,4 +1,4 @@
-"""Plans are legal and exact, use devices by their worth, and say why; the same inputs, the same plan."""
+"""Plans are legal and exact, use devices by their worth, say why, and are the same every time."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ import numpy as np
 import oracle
 import pytest
 from architectures import ALL, Builder
-from onnx import ModelProto, TensorProto
+from hypothesis import given
+from hypothesis import strategies as st
+from networks import Network, networks
+from onnx import ModelProto
 
 import meshinfer as mi
 from meshinfer.cost import DeviceProfile, glued_to, timeline
 from meshinfer.graph import Graph
 from meshinfer.identity import DeviceId
 from meshinfer.ops import BARRIER, rule_of
-from meshinfer.planner import axes_of, make_plan
+from meshinfer.planner import OBJECTIVES, Planned, axes_of, make_plan
 from meshinfer.transfers import derive
 
 SMALL: dict[str, dict[str, float]] = {
@@ -55,6 +58,12 @@ def devices(count: int, speed: float = 2e8, **changes: float) -> list[DeviceProf
     ]
 
 
+@cache
+def planned_for(name: str, count: int, spread: bool = False, speed: float = 2e8) -> Planned:
+    """The plan of a small model on uneven devices; several tests look at the same one."""
+    return make_plan(graph(name), devices(count, speed), PI0, PI0, spread=spread)
+
+
 def picture(proto: ModelProto) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(1)
     return {
@@ -81,9 +90,8 @@ def test_plans_of_uneven_devices_are_legal_and_no_slower_than_the_best_one(
     name: str, count: int
 ) -> None:
     g, profiles = graph(name), devices(count)
-    planned = make_plan(g, profiles, PI0, PI0)
+    planned, alone = planned_for(name, count), planned_for(name, 1)
     mi.validate(g, planned.plan)
-    alone = make_plan(g, profiles[:1], PI0, PI0)
     assert planned.timeline.total_s <= alone.timeline.total_s
     assert len(planned.plan.devices()) <= count
     assert timeline(g, planned.plan, profiles) == planned.timeline
@@ -94,7 +102,7 @@ def test_plans_of_uneven_devices_are_legal_and_no_slower_than_the_best_one(
 @pytest.mark.parametrize(("count", "spread"), [(1, False), (3, False), (5, False), (4, True)])
 def test_plans_give_what_onnxruntime_gives(name: str, count: int, spread: bool) -> None:
     x = picture(model(name))
-    planned = make_plan(graph(name), devices(count), PI0, PI0, spread=spread)
+    planned = planned_for(name, count, spread)
     assert (len(planned.plan.devices()) > 1) == (count > 1)
     oracle.assert_exact(model(name), x, mi.run_plan(graph(name), planned.plan, x))
 
@@ -201,7 +209,7 @@ def test_no_cut_parts_a_convolution_from_what_is_fused_with_it() -> None:
     for name in ALL:
         g = graph(name)
         for spread in (False, True):
-            plan = make_plan(g, devices(5), PI0, PI0, spread=spread).plan
+            plan = planned_for(name, 5 if not spread else 4, spread).plan
             starts = {stage.start for stage in plan.stages}
             for op in g.ops:
                 last = glued_to(g, op)
@@ -307,10 +315,21 @@ def test_a_batch_of_vectors_and_integers_is_planned() -> None:
     oracle.assert_exact(proto, picture(proto), mi.run_plan(g, planned.plan, picture(proto)))
 
 
+@given(networks(), st.integers(1, 5), st.booleans(), st.sampled_from(OBJECTIVES))
+def test_any_network_is_planned_exactly(
+    network: Network, count: int, spread: bool, objective: str
+) -> None:
+    g = mi.load(network.model)
+    profiles = devices(count, speed=1e6)
+    planned = make_plan(g, profiles, PI0, PI0, objective=objective, spread=spread)
+    assert planned == make_plan(g, profiles, PI0, PI0, objective=objective, spread=spread)
+    found = mi.run_plan(g, planned.plan, network.inputs)
+    oracle.assert_exact(network.model, network.inputs, found)
+
+
 def test_more_devices_than_rows() -> None:
     proto = ALL["sppf"](16, width=4)
     g = mi.load(proto)
     x = picture(proto)
     planned = make_plan(g, devices(20, speed=1e6), PI0, PI0, spread=True)
     oracle.assert_exact(proto, x, mi.run_plan(g, planned.plan, x))
-    assert TensorProto.FLOAT == proto.graph.input[0].type.tensor_type.elem_type

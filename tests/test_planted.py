@@ -1,4 +1,4 @@
-"""The exactness check can fail: each planted mistake is caught by it on one small model, unplanted none.
+"""The exactness check can fail: it catches each mistake planted on one small model, and finds no other.
 
 Each mistake patches one thing, as a slip in the code would, and nothing else.
 """
@@ -170,7 +170,7 @@ def swapped_tiles(patch: pytest.MonkeyPatch) -> None:
     """Two tiles of one shape change places at the merge."""
 
     def swap(pieces: Sequence[tuple[Shard, Array]]) -> list[tuple[Shard, Array]]:
-        first, second, *rest = [*pieces, None, None]
+        first, second, *_ = [*pieces, None, None]
         if over(pieces) or first is None or second is None or first[1].shape != second[1].shape:
             return list(pieces)
         return [(first[0], second[1]), (second[0], first[1]), *pieces[2:]]

@@ -1,7 +1,7 @@
 """The cost of one task on one device: its operations, the bytes it touches, a fixed overhead.
 
-The roofline's two terms are added, not maximised (Williams et al. 2009): onnxruntime overlaps them
-little on small cores. Pointwise operators that onnxruntime fuses into their producer move no bytes.
+The roofline's two terms (Williams et al. 2009) are added, not maximised: the cautious choice, not
+yet held against measurements. Pointwise operators fused into their producer move no bytes.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ from meshinfer.identity import DeviceId
 BYTES_PER_FLOP = 0.2
 """Memory bandwidth that goes with a speed, where none was measured.
 
-A Raspberry Pi 4 copies about 4 GB/s and computes convolutions at about 20 GFLOP/s; a quota on its
-processor slows both alike, so a ratio says more than a constant.
+An assumption, not measured here: about 4 GB/s beside 20 GFLOP/s, the order of a Raspberry Pi 4. A
+ratio and not a constant, since a quota on the processor slows both alike.
 """
 
 

@@ -1,8 +1,8 @@
-"""When everything of a plan happens: each device runs its tasks in order, each link one thing a way.
+"""When everything of a plan happens: a device runs its tasks in order, a link one thing each way.
 
-A list schedule over the derived transfers (Graham 1969): a task starts when its inputs are there and
-its device is free; a message when it is ready and both links are. Links are full duplex (switched
-Ethernet): a device may send one message and receive another at the same time.
+A list schedule over the derived transfers (Graham 1969): a task starts when its inputs are there
+and its device is free; a message when it is ready and both links are. Links are full duplex
+(switched Ethernet): a device may send one message and receive another at the same time.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class TaskSpan:
 
 @dataclass(frozen=True, slots=True)
 class TransferSpan:
-    """All that one task gives another, as one message; ``end_s`` is its arrival, latency included."""
+    """All that one task gives another, in one message; ``end_s``: its arrival, latency included."""
 
     producer: TaskRef
     consumer: TaskRef

@@ -2,7 +2,8 @@
 
 A model is optimised once at full level with its weights written beside it, then loaded again as it is
 with those weights shared between sessions by content. Measured on VGG-16 against sessions that
-each keep their own: 0-1 MB instead of 122 MB for each further one, same bits, same speed.
+each keep their own: 0-1 MB instead of 122 MB for each further one, same bits, same speed. Only a
+Gemm's or MatMul's kernel packs a copy of its weights in every session (64 of 64 MiB measured).
 """
 
 from __future__ import annotations
@@ -84,6 +85,8 @@ class OrtEngine:
         options = self._options(ort.GraphOptimizationLevel.ORT_DISABLE_ALL)
         held = []
         for tensor in external_tensors(memoryview(model)):
+            if tensor.data_type not in _NUMPY:
+                continue  # a type that numpy lacks: this session reads it from its own file
             data = np.fromfile(
                 folder / tensor.location, np.uint8, count=tensor.length, offset=tensor.offset
             )
@@ -99,7 +102,7 @@ class OrtEngine:
         self, data: np.ndarray[Any, Any], dtype: type[np.generic], shape: tuple[int, ...]
     ) -> ort.OrtValue:
         """The one OrtValue of this content; it shares memory with its numpy array."""
-        key = f"{dtype.__name__}{shape}{hashlib.sha256(data).hexdigest()}"
+        key = f"{dtype.__name__}{shape}{hashlib.sha256(memoryview(data)).hexdigest()}"
         value = self._shared.get(key)
         if value is None:
             value = ort.OrtValue.ortvalue_from_numpy(data.view(dtype).reshape(shape))

@@ -58,17 +58,13 @@ def _tensor(message: memoryview) -> ExternalTensor | None:
             name = bytes(value).decode()
         elif field == _EXTERNAL_DATA and not isinstance(value, int):
             pair = {k: bytes(v).decode() for k, v in _fields(value) if not isinstance(v, int)}
-            entries[pair[_ENTRY_KEY]] = pair[_ENTRY_VALUE]
+            entries[pair.get(_ENTRY_KEY, "")] = pair.get(_ENTRY_VALUE, "")
     if location != 1:
         return None
-    return ExternalTensor(
-        name,
-        data_type,
-        tuple(dims),
-        entries["location"],
-        int(entries.get("offset", "0")),
-        int(entries.get("length", "-1")),
-    )
+    offset, length = int(entries.get("offset", "0")), int(entries.get("length", "-1"))
+    if "location" not in entries or offset < 0 or length < -1:
+        raise ValueError(f"tensor {name!r} has no place: {entries}")
+    return ExternalTensor(name, data_type, tuple(dims), entries["location"], offset, length)
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:

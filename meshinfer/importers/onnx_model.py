@@ -20,6 +20,7 @@ from google.protobuf.message import DecodeError
 from meshinfer.errors import InvalidInput
 from meshinfer.graph import Graph
 from meshinfer.image import METADATA_KEY, ImageSpec
+from meshinfer.importers.external import check_external
 from meshinfer.importers.picture import with_image_input
 from meshinfer.importers.types import infer_types
 
@@ -109,6 +110,8 @@ def load(
     uint8 pixels [1, H, W, C], and ``shapes`` speak of those. Raises ``InvalidInput``.
     """
     source = open_model(model)
+    check_external(source.proto, source.folder)
+    _check_tensors(source.proto)
     proto = onnx.ModelProto()
     proto.CopyFrom(source.proto)
     if isinstance(example, Mapping):
@@ -126,6 +129,16 @@ def load(
                 value.const_value.numpy()  # maps the file now: it is unlinked below
     _tidy(imported)
     return Graph(imported)
+
+
+def _check_tensors(proto: onnx.ModelProto) -> None:
+    for value in (*proto.graph.input, *proto.graph.output):
+        kind = value.type.WhichOneof("value")
+        if kind not in (None, "tensor_type"):
+            raise InvalidInput(
+                f"{value.name!r} is of {kind}: only tensors come in and go out",
+                hint="end the model at a tensor; sequences and optionals may be inside",
+            )
 
 
 def _fix_shapes(source: Source, shapes: Shapes) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
@@ -23,10 +25,7 @@ def with_image_input(proto: onnx.ModelProto, spec: ImageSpec) -> None:
         )
     elem_type = value.type.tensor_type.elem_type
     inner = f"{spec.input}/tensor"
-    for node in proto.graph.node:
-        for i, name in enumerate(node.input):
-            if name == spec.input:
-                node.input[i] = inner
+    _rename(proto.graph, spec.input, inner)
     nodes = _prefix(proto, spec, inner, elem_type)
     for node in reversed(nodes):
         proto.graph.node.insert(0, node)
@@ -34,6 +33,20 @@ def with_image_input(proto: onnx.ModelProto, spec: ImageSpec) -> None:
         spec.input, TensorProto.UINT8, [1, "height", "width", spec.channels]
     )
     value.CopyFrom(picture)
+
+
+def _rename(graph: onnx.GraphProto, old: str, new: str) -> None:
+    """Let all that reads a value read another, in subgraphs as well (they may not shadow a name)."""
+    for node in graph.node:
+        for i, name in enumerate(node.input):
+            if name == old:
+                node.input[i] = new
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                _rename(inner, old, new)
+                for output in inner.output:
+                    if output.name == old:
+                        output.name = new
 
 
 def _prefix(
@@ -45,10 +58,10 @@ def _prefix(
     def then(
         op_type: str,
         *constants: np.ndarray[tuple[int, ...], np.dtype[np.generic]],
-        **attributes: object,
+        **attributes: Any,
     ) -> None:
         nonlocal current
-        names = []
+        names: list[str] = []
         for constant in constants:
             name = f"{target}/{len(nodes)}.{len(names)}"
             proto.graph.initializer.append(numpy_helper.from_array(constant, name))

@@ -57,7 +57,9 @@ def _inferred(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def _shapes(model: onnx.ModelProto) -> dict[str, list[int]]:
     values = (*model.graph.input, *model.graph.value_info, *model.graph.output)
-    return {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in values if _complete(v)}
+    return {
+        v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in values if _complete(v)
+    }
 
 
 def _complete(value: onnx.ValueInfoProto) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import onnx
 import onnx_ir as ir
 
 from meshinfer.geometry import Box
@@ -67,4 +68,10 @@ def rule_of(op: Op) -> Rule:
 
 def is_random(op: Op) -> bool:
     """Whether running a node twice may give two answers, so that it must run once."""
-    return op.type in _RANDOM and rule_of(op) is BARRIER
+    return rule_of(op) is BARRIER and _draws(op.proto)
+
+
+def _draws(node: onnx.NodeProto) -> bool:
+    """Whether a node, or one inside its subgraphs, draws random numbers."""
+    graphs = [g for a in node.attribute for g in (a.g, *a.graphs)]
+    return node.op_type in _RANDOM or any(_draws(inner) for g in graphs for inner in g.node)

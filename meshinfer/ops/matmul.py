@@ -27,7 +27,9 @@ def _gemm_footprint(op: Op, outs: Boxes, over: Box | None) -> Boxes:
 
 
 def _gemm_emit(op: Op, job: Emission, e: Emitter) -> None:
-    inputs = job.inputs if job.inputs[-1] else job.inputs[:-1]
+    inputs = job.inputs
+    if not inputs[-1]:  # C is required before opset 11
+        inputs = inputs[:-1] if e.opset >= 11 else (*inputs[:-1], e.scalar(0.0, op))
     e.copy(op, inputs, job.outputs)
 
 

@@ -1,8 +1,8 @@
 """Which axis of each value is cut, where, and the plan that a layout of blocks stands for.
 
-Every value is cut at the same fractions, so that what a device made it mostly reads next. The rows of
-a picture are followed through the graph by asking each rule which slice of its output reads a slice
-of the rows; where none does (a flatten, a mean, a fully connected layer) the largest axis is cut.
+Every value is cut at the same fractions, so that what a device made it mostly reads next. The rows
+of a picture are followed through the graph by asking each rule which slice of its output reads a
+slice of the rows; where none does (a flatten, a mean, a Gemm) the largest axis is cut.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def axes_of(graph: Graph) -> Axes:
 
 
 def _input_row(graph: Graph, name: str) -> int | None:
-    """The axis of an input picture that holds its rows: 2, or what a first Transpose makes axis 2."""
+    """The axis of an input picture with its rows: 2, or what a first Transpose makes axis 2."""
     if len(graph.shape(name) or ()) != 4 or name not in graph.inputs:
         return None
     same = {name}

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from meshinfer.cost import DeviceProfile, Timeline, timeline
 from meshinfer.errors import ClusterUnavailable, InvalidInput, NotEnoughMemory
 from meshinfer.graph import Graph
 from meshinfer.identity import DeviceId
+from meshinfer.legality import validate
 from meshinfer.plan import Plan
 from meshinfer.planner.bands import Block, build, splittable
 from meshinfer.planner.search import HEAVY_A_BLOCK, Space, Team, search
 from meshinfer.transfers import derive
-from meshinfer.legality import validate
 
 OBJECTIVES = ("latency", "throughput", "memory")
+MANY = 8
+"""Up to so many devices every number is tried; beyond, until two more numbers in turn are worse."""
 TRIED_APART = 8
 """Most devices that are tried in and out of the plan one by one."""
 
@@ -41,10 +44,11 @@ def make_plan(
 ) -> Planned:
     """The plan expected to be best on these devices; it passes ``validate``.
 
-    ``source`` holds the input and ``sink`` gets the answer; neither need compute, nor have a profile.
-    ``objective``: "latency" (seconds of one request), "throughput" (seconds of the busiest device or
-    link) or "memory" (bytes of the fullest device). ``fixed_cuts``: op indices between the stages, all
-    of them. ``spread``: use every computing device and several stages even where fewer are faster.
+    ``source`` holds the input and ``sink`` gets the answer; neither need compute, nor have a
+    profile. ``objective``: "latency" (seconds of one request), "throughput" (seconds of the busiest
+    device or link) or "memory" (bytes of the fullest device). ``fixed_cuts``: op indices between
+    the stages, all of them. ``spread``: use every computing device, and several stages, even where
+    fewer are faster.
     Raises ``ClusterUnavailable`` when no device computes, ``NotEnoughMemory`` when no plan fits,
     ``InvalidInput`` for an unknown objective, a cut that is none, or a device given twice.
     """
@@ -56,6 +60,9 @@ def make_plan(
             f"none of the {len(profiles)} devices can compute",
             hint="start a worker with `meshinfer worker`, or the coordinator without --no-compute",
         )
+    if not graph.ops:
+        nothing = Plan(graph.digest, source, sink, ())
+        return Planned(nothing, timeline(graph, nothing, profiles), ("nothing to compute",))
     choice = _Choice(graph, profiles, (source, sink), objective, Space.of(graph, fixed_cuts))
     order = choice.ordered(able)
     if spread and len(order) > 1:
@@ -111,7 +118,7 @@ class _Choice:
         self.seen: dict[Plan, _Candidate] = {}
 
     def ordered(self, able: Sequence[DeviceProfile]) -> list[DeviceProfile]:
-        """Most useful first: fast with a fast link; the ends before others, as their link is saved."""
+        """Most useful first: fast with a fast link; the ends before others, their link is saved."""
         flops = self.space.sums.flops[-1]
         largest = max((self.graph.nbytes(n) for n in self.graph.values), default=0)
 
@@ -165,16 +172,21 @@ class _Choice:
         for p in order:
             yield self.single(p)
         best: _Candidate | None = None
+        worse = 0
         for size in _sizes(len(order)):
             members = order[:size]
             shares = {p.id: p.flops_per_s for p in members}
             blocks = search(self.space, self.team(members, shares))
             found = self.candidate(f"{size} devices", blocks, shares)
             if best is None or self.key(found) < self.key(best):
-                best = found
+                best, worse = found, 0
+            else:
+                worse += 1
             yield found
+            if worse >= 2 and size > MANY and not self.excess(best):
+                break
         if best is not None and len(best.shares) > 1:
-            shares = best.shares
+            shares = dict(best.shares)
             members = [p for p in order if p.id in shares]
             for name, most in (("a stage a layer", 1), ("short blocks", 3)):
                 blocks = search(self.space, self.team(members, shares), most=most, spread=True)
@@ -188,7 +200,7 @@ class _Choice:
 
     def single(self, p: DeviceProfile) -> _Candidate:
         blocks = (
-            [Block(a, b, p.id) for a, b in zip(self.space.cuts, self.space.cuts[1:], strict=False)]
+            [Block(a, b, p.id) for a, b in pairwise(self.space.cuts)]
             if self.space.fixed
             else [Block(0, len(self.graph.ops), p.id)]
         )
@@ -201,10 +213,7 @@ class _Choice:
         picked = {min(cuts[1:-1], key=lambda c: abs(flops[c] - g)) for g in goals if cuts[1:-1]}
         picked |= {c for c in cuts[1:-1] if c not in self.space.axes.follows}
         bounds = sorted({0, len(self.graph.ops), *picked})
-        return [
-            Block(a, b, None if self.can_split(a, b) else fastest)
-            for a, b in zip(bounds, bounds[1:], strict=False)
-        ]
+        return [Block(a, b, None if self.can_split(a, b) else fastest) for a, b in pairwise(bounds)]
 
     def can_split(self, start: int, stop: int) -> bool:
         i = self.space.cuts.index(stop)
@@ -216,7 +225,7 @@ class _Choice:
         """Layers in turn on one device after another, each filled up to its memory."""
         blocks: list[Block] = []
         devices, held, most = list(order), 0, 0
-        for a, b in zip(self.space.cuts, self.space.cuts[1:], strict=False):
+        for a, b in pairwise(self.space.cuts):
             names = dict.fromkeys(n for op in self.graph.ops[a:b] for n in op.inputs if n)
             weights = sum(self.graph.nbytes(n) for n in names if self.graph.is_initializer(n))
             made = self.graph.produced(a, b)
@@ -345,4 +354,6 @@ def _variant(c: _Candidate, how: str) -> str:
 
 def _sizes(count: int) -> list[int]:
     """How many devices are tried: each number up to 8, then about every doubling, and all."""
-    return sorted({k for k in (*range(2, 9), 12, 16, 24, 32, 48, 64, count) if 2 <= k <= count})
+    return sorted(
+        {k for k in (*range(2, MANY + 1), 12, 16, 24, 32, 48, 64, count) if 2 <= k <= count}
+    )

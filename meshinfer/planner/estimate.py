@@ -1,7 +1,7 @@
 """Coarse costs of candidate blocks: one band walked backwards stands for all bands of a split.
 
-A walk from a cut towards the front meets every block that ends there, so a table of all blocks costs
-one walk a cut. What the sampled band computes beyond its share is the overlap of every band.
+A walk from a cut towards the front meets every block that ends there, so a table of all blocks
+costs one walk a cut. What the sampled band computes beyond its share is the overlap of every band.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Dynamic programming over cuts: the cheapest chain of blocks, by coarse estimates.
 
-A state is where the values at a cut lie: in row bands, in channel slices, or whole on one device. The
-estimates only rank; what is returned is chosen by ``meshinfer.cost.timeline`` among finalists. The
-idea of choosing cuts by dynamic programming is that of fused-tile grouping (DeeperThings, Stahl et
-al. 2021) and AOFL (Zhou et al. 2019).
+A state is where the values at a cut lie: in row bands, in channel slices, or whole on one device.
+The estimates only rank; ``meshinfer.cost.timeline`` chooses among finalists. Choosing cuts by
+dynamic programming is the idea of AOFL (Zhou et al. 2019, "Adaptive Parallel Execution of Deep
+Neural Networks on Heterogeneous Edge Devices").
 """
 
 from __future__ import annotations

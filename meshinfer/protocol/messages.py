@@ -1,7 +1,7 @@
 """Every message of the protocol, on one screen each way. Unknown fields and types are refused.
 
-Only ``Hello`` and ``Refused`` (and what they hold) may carry fields of a later release: they are how
-two releases find out that they cannot work together.
+Only ``Hello`` and ``Refused`` (and what they hold) may carry fields of a later release: they are
+how two releases find out that they cannot work together.
 
 Messages carry no pickle and no code. Times are seconds; remaining time, never a wall clock.
 ``device#incarnation`` is a peer; ids of requests are chosen by clients.

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from math import prod
+
+import numpy as np
 
 from meshinfer import limits
 from meshinfer.protocol import messages as m
@@ -32,6 +35,51 @@ def refuse(catalogue: Catalogue, message: m.Submit, open_requests: int) -> m.Fai
     return _tensors(model, message)
 
 
+def same_body(one: m.Submit, other: m.Submit) -> bool:
+    """Whether two headers of one id ask for the same; their tensors are not compared."""
+    return (one.model, one.version, one.picture, one.inputs) == (
+        other.model,
+        other.version,
+        other.picture,
+        other.inputs,
+    )
+
+
+def refuse_deploy(catalogue: Catalogue, message: m.Deploy) -> m.Failure | None:
+    """Why a model is not even fetched; None when it is."""
+    if message.nbytes > limits.MODEL_BYTES:
+        return _invalid(
+            f"the model has {message.nbytes} bytes, more than {limits.MODEL_BYTES}",
+            "use a smaller model",
+        )
+    names = {*catalogue.models, *(o.name for o in catalogue.opening.values())}
+    many = message.name not in names and len(names) >= limits.MODELS
+    if many or len(catalogue.opening) >= limits.OPEN_DEPLOYS:
+        return m.Failure(
+            error="QueueFull",
+            message=f"{len(names)} models are deployed, {len(catalogue.opening)} are on their way",
+            hint="deploy later, or under a name that is in use",
+            retry_after_s=10.0,
+        )
+    return None
+
+
+def refuse_model(model: Model) -> m.Failure | None:
+    """Why a model that was opened cannot be served; None when it can."""
+    unknown = sorted(set(model.shapes) - set(model.inputs))
+    if unknown:
+        return _invalid(
+            f"shapes were given for {unknown}", f"{model.name}'s inputs are {sorted(model.inputs)}"
+        )
+    long = [name for name in model.inputs if not 0 < len(name) <= limits.NAME_CHARS]
+    if long:
+        return _invalid(
+            f"the input {long[0][:60]!r}... has a name of {len(long[0])} characters",
+            f"rename it to at most {limits.NAME_CHARS}",
+        )
+    return None
+
+
 def signature_of(message: m.Submit) -> Signature:
     shapes = tuple(sorted((t.name, t.shape) for t in message.inputs))
     return Signature(message.picture, shapes)
@@ -48,14 +96,14 @@ def _tensors(model: Model, message: m.Submit) -> m.Failure | None:
         channels = 1 if spec.get("colour") == "GRAY" else 3
         inputs[spec["input"]] = ("|u1", (1, None, None, channels))
     given = {t.name for t in message.inputs}
-    if given != set(inputs):
+    if given != set(inputs) or len(given) != len(message.inputs):
         return _invalid(
-            f"{model.name} was given the inputs {sorted(given)}",
+            f"{model.name} was given the inputs {sorted(t.name for t in message.inputs)}",
             f"its inputs are {sorted(inputs)}",
         )
     for tensor in message.inputs:
         dtype, dims = inputs[tensor.name]
-        if tensor.dtype != dtype:
+        if tensor.dtype != dtype or dtype not in DTYPES:
             return _invalid(
                 f"input {tensor.name!r} has type {tensor.dtype}, {model.name} wants {dtype}",
                 f"convert it with array.astype('{dtype}')"
@@ -68,6 +116,12 @@ def _tensors(model: Model, message: m.Submit) -> m.Failure | None:
                 f"input {tensor.name!r} has shape {list(tensor.shape)}, "
                 f"{model.name} wants {wanted}",
                 "resize the array to the model's shape",
+            )
+        nbytes = prod(tensor.shape) * np.dtype(dtype).itemsize
+        if nbytes > limits.MESSAGE_BYTES:
+            return _invalid(
+                f"input {tensor.name!r} has {nbytes} bytes, more than {limits.MESSAGE_BYTES}",
+                "give a smaller array",
             )
     return None
 

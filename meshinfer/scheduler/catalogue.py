@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
+from meshinfer import limits
 from meshinfer.protocol import messages as m
 from meshinfer.scheduler.events import Signature
 
@@ -27,7 +28,10 @@ class Call:
 
 @dataclass(slots=True)
 class Model:
-    """One version of a model. ``call`` is open until its first plan is ready."""
+    """One version of a model. ``call`` is open until its first plan is ready.
+
+    ``answer`` is what was then said, should the client ask again because it did not hear it.
+    """
 
     key: int
     name: str
@@ -37,6 +41,8 @@ class Model:
     spread: bool
     shapes: Mapping[str, tuple[int, ...]]
     call: Call | None
+    asked: Call
+    answer: m.Deployed | None = None
     version: int = 0
     inputs: Inputs = field(default_factory=dict)
     opened: bool = False
@@ -71,6 +77,7 @@ class Deployment:
     signature: Signature
     members: dict[str, str]
     candidates: tuple[str, ...]
+    since: float
     phase: Phase = Phase.PLANNING
     plan: str = ""
     report: tuple[str, ...] = ()
@@ -91,10 +98,18 @@ class Catalogue:
     opening: dict[int, Model] = field(default_factory=dict)
     deployments: dict[int, Deployment] = field(default_factory=dict)
     _last_model: int = 0
-    _last_deployment: int = 0
+    first_deployment: int = 0
+    _deployments_made: int = 0
+
+    def asked(self, peer: str, call: str) -> Model | None:
+        """The model that this very call opened."""
+        return next(
+            (o for o in self.all_models() if (o.asked.peer, o.asked.name) == (peer, call)), None
+        )
 
     def open(self, message: m.Deploy, peer: str, now: float) -> Model:
         self._last_model += 1
+        call = Call(peer, message.call, now)
         model = Model(
             key=self._last_model,
             name=message.name,
@@ -103,7 +118,8 @@ class Catalogue:
             plan=message.plan,
             spread=message.spread,
             shapes=dict(message.shapes or {}),
-            call=Call(peer, message.call, now),
+            call=call,
+            asked=call,
         )
         self.opening[model.key] = model
         return model
@@ -115,6 +131,7 @@ class Catalogue:
         if model not in versions:
             model.version = versions[-1].version + 1 if versions else 1
             versions.append(model)
+            del versions[: -limits.VERSIONS_PER_MODEL]
 
     def find(self, name: str, version: int | None) -> Model | None:
         versions = self.models.get(name, [])
@@ -126,10 +143,16 @@ class Catalogue:
         return [*self.opening.values(), *(v for vs in self.models.values() for v in vs)]
 
     def new_deployment(
-        self, model: Model, signature: Signature, members: dict[str, str], names: tuple[str, ...]
+        self,
+        model: Model,
+        signature: Signature,
+        members: dict[str, str],
+        names: tuple[str, ...],
+        now: float,
     ) -> Deployment:
-        self._last_deployment += 1
-        made = Deployment(self._last_deployment, model, signature, members, names)
+        self._deployments_made += 1
+        number = self.first_deployment + self._deployments_made
+        made = Deployment(number, model, signature, members, names, now)
         self.deployments[made.number] = made
         return made
 
@@ -152,19 +175,22 @@ class Catalogue:
         return found[-1] if found else None
 
     def infos(self) -> tuple[m.ModelInfo, ...]:
-        return tuple(
-            m.ModelInfo(
-                name=name,
-                version=model.version,
-                digest=model.digest,
-                current=model is versions[-1],
-                image=model.image,
-                plans=tuple(
-                    d.plan
-                    for d in self.deployments.values()
-                    if d.model is model and d.phase is Phase.READY
-                ),
-            )
-            for name, versions in sorted(self.models.items())
-            for model in versions
-        )
+        """All versions; plan texts as long as they fit into one message."""
+        room = limits.LISTED_PLANS_BYTES
+        found = []
+        for name, versions in sorted(self.models.items()):
+            for model in versions:
+                plans = []
+                for made in self.deployments.values():
+                    if made.model is model and made.phase is Phase.READY:
+                        room -= len(made.plan)
+                        plans.append(made.plan if room >= 0 else "(too long to list)")
+                info = m.ModelInfo(
+                    name=name,
+                    version=model.version,
+                    digest=model.digest,
+                    current=model is versions[-1],
+                    plans=tuple(plans),
+                )
+                found.append(info)
+        return tuple(found)

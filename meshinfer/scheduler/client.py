@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from msgspec import structs
+
 from meshinfer import limits
 from meshinfer.protocol import messages as m
 from meshinfer.protocol.codec import ProtocolError, array_of, describe, payload_of
@@ -18,6 +20,7 @@ from meshinfer.scheduler.events import (
     Asked,
     Cancelled,
     Connect,
+    Disconnect,
     Effect,
     Event,
     Note,
@@ -32,8 +35,8 @@ from meshinfer.scheduler.events import (
     Submitted,
     Ticked,
 )
+from meshinfer.scheduler.installing import COORDINATOR
 from meshinfer.scheduler.outbox import Outbox
-from meshinfer.scheduler.worker import COORDINATOR
 
 LATE_S = 2.0
 """How long after its deadline a request is given up here, should the coordinator not say so."""
@@ -44,6 +47,7 @@ class _Request:
     header: m.Submit
     arrays: Mapping[str, Array]
     deadline: float
+    turn: int = 0
     sent: bool = False
     reply: m.Reply | None = None
     answers: dict[int, dict[str, Array]] = field(default_factory=dict)
@@ -69,14 +73,15 @@ class ClientCore:
         self._beat_due = 0.0
         self._heard = 0.0
         self._ever_welcome = False
+        self._connected: set[str] = set()
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         match event:
             case Arrived():
-                self._heard = now
                 return self._arrived(event, now)
             case Submitted(request, message, arrays):
                 assert isinstance(message, m.Submit)
+                assert request not in self._requests, f"two requests of the id {request}"
                 deadline = now + message.deadline_s
                 self._requests[request] = _Request(message, arrays, deadline)
                 return self._send_open(now)
@@ -86,14 +91,15 @@ class ClientCore:
             case Cancelled(request):
                 if self._requests.pop(request, None) is None:
                     return []
-                self._outbox.forget_request(request)
+                self._forget_feeds(request)
                 return [self._tell(m.Cancel(request=request))]
             case PeerLost():
                 return self._lost(event, now)
             case Ticked():
                 return self._tick(now)
             case StopRequested():
-                return [*self._fail_all("the client was closed"), Stop()]
+                cancels = [self._tell(m.Cancel(request=name)) for name in self._requests]
+                return [*cancels, *self._fail_all("the client was closed"), Stop()]
             case _:
                 raise AssertionError(f"a client has no use for {event}")
 
@@ -107,7 +113,25 @@ class ClientCore:
     # --- messages
 
     def _arrived(self, event: Arrived, now: float) -> list[Effect]:
+        if event.peer == COORDINATOR:
+            self._heard = now
+            return self._told(event.message, now)
         message = event.message
+        match message:
+            case m.Answer():
+                return self._answered(event.peer, message, event.payload)
+            case m.Ack():
+                self._outbox.acknowledge(message.id)
+                return []
+            case m.Want():
+                return [ServeBlob(event.peer, message.digest, message.offset, message.length)]
+            case m.Probe():
+                return []
+            case _:
+                return [Note("warning", "unexpected message", {"type": type(message).__name__})]
+
+    def _told(self, message: m.AnyMessage, now: float) -> list[Effect]:
+        """What only the coordinator may say, over its control connection."""
         match message:
             case m.Welcome():
                 return self._welcomed(message, now)
@@ -117,13 +141,6 @@ class ClientCore:
                     return []
                 request.reply = message
                 return self._try_resolve(message.request, request)
-            case m.Answer():
-                return self._answered(event.peer, message, event.payload)
-            case m.Ack():
-                self._outbox.acknowledge(message.id)
-                return []
-            case m.Want():
-                return [ServeBlob(event.peer, message.digest, message.offset, message.length)]
             case m.Deployed() | m.Devices() | m.Models():
                 if self._questions.pop(message.call, None) is None:
                     return []
@@ -132,7 +149,7 @@ class ClientCore:
             case m.Refused():
                 return [*self._fail_all("", message.failure), Stop(message.failure)]
             case m.Who():
-                return self._rejoin(now)
+                return self._rejoin(now) if self._welcome is not None else []
             case m.Closing():
                 return [*self._fail_all("the coordinator has stopped"), *self._rejoin(now + 1.0)]
             case m.Alive() | m.Probe():
@@ -144,10 +161,19 @@ class ClientCore:
         if message.head is None:  # the coordinator's own device is still starting
             self._hello_due = now + 0.05
             return []
+        if self._welcome is not None and self._welcome.head != message.head:
+            self._rejoin(now)  # what the other head was fed must be fed again
+        peers = {peer.id: peer for peer in (message.bulk, message.head)}
+        left = sorted(self._connected - set(peers))
+        self._connected = set(peers)
         self._welcome = message
         self._ever_welcome = True
         self._beat_due = now
-        return [Connect(message.bulk), Connect(message.head), *self._send_open(now)]
+        return [
+            *(Disconnect(peer) for peer in left),
+            *(Connect(peer) for peer in peers.values()),
+            *self._send_open(now),
+        ]
 
     def _rejoin(self, when: float) -> list[Effect]:
         """The coordinator does not know us (any more): say hello and send again what is open."""
@@ -168,11 +194,15 @@ class ClientCore:
             if request.sent:
                 continue
             request.sent = True
-            self._outbox.forget_request(name)
-            effects.append(self._tell(request.header))
+            request.turn += 1
+            self._forget_feeds(name)
+            left = max(0.0, request.deadline - now)
+            header = structs.replace(request.header, turn=request.turn, deadline_s=left)
+            effects.append(self._tell(header))
             for value, array in request.arrays.items():
-                message = m.Feed(id=0, request=name, tensor=describe(value, array))
-                effects.append(self._outbox.send(head, name, message, payload_of(array), now))
+                tensor = describe(value, array)
+                message = m.Feed(id=0, request=name, tensor=tensor, turn=request.turn)
+                effects.append(self._outbox.send(head, message, payload_of(array), now))
         for question in self._questions.values():
             if not question.sent:
                 question.sent = True
@@ -200,7 +230,7 @@ class ClientCore:
         if reply is None or (reply.failure is None and -1 not in request.answers):
             return []
         del self._requests[name]
-        self._outbox.forget_request(name)
+        self._forget_feeds(name)
         return [Resolve(name, reply, request.answers.get(-1, {}))]
 
     # --- time, loss
@@ -227,7 +257,7 @@ class ClientCore:
 
     def _give_up(self, name: str) -> list[Effect]:
         request = self._requests.pop(name)
-        self._outbox.forget_request(name)
+        self._forget_feeds(name)
         if self._welcome is None:
             failure = self._silence()
         else:
@@ -251,7 +281,9 @@ class ClientCore:
                 )
                 return [*self._fail_all("", failure), Stop(failure)]
             return self._rejoin(now) if self._welcome is not None else []
-        return self._outbox.resend_to(event.peer, now) if event.peer else []
+        if event.peer:
+            self._outbox.hasten(event.peer, now)
+        return []
 
     def _fail_all(self, why: str, failure: m.Failure | None = None) -> list[Effect]:
         failure = failure or self._silence(why)
@@ -260,10 +292,13 @@ class ClientCore:
         ]
         effects += [Settle(call, None, failure) for call in self._questions]
         for name in self._requests:
-            self._outbox.forget_request(name)
+            self._forget_feeds(name)
         self._requests.clear()
         self._questions.clear()
         return effects
+
+    def _forget_feeds(self, request: str) -> None:
+        self._outbox.forget(lambda message: message.request == request)
 
     def _silence(self, why: str = "no coordinator answers") -> m.Failure:
         return m.Failure(

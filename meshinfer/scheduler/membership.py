@@ -11,18 +11,22 @@ from meshinfer import limits
 from meshinfer.protocol import messages as m
 from meshinfer.scheduler.events import Candidate
 
-EXCLUDED_S = 15.0
-"""How long a device that could not prepare its programs gets no work."""
-
 
 @dataclass(slots=True)
 class Device:
-    """A joined worker. ``peer`` is its routing id, new with each incarnation."""
+    """A joined worker. ``peer`` is its routing id, new with each incarnation.
+
+    ``used``: it was told to install something. ``rival``: another process that wants its name, and
+    since when.
+    """
 
     hello: m.Hello
     peer: str
     heard: float
     draining: bool = False
+    dismissed: bool = False
+    used: bool = False
+    rival: tuple[str, float] | None = None
     excluded_until: float = 0.0
     computing: str = ""
     tasks_done: int = 0
@@ -44,13 +48,19 @@ class Device:
 
 @dataclass(slots=True)
 class Membership:
-    """Mutable: owned by the coordinator's core."""
+    """Mutable: owned by the coordinator's core.
+
+    ``absent``: clients whose connection broke, and since when; they come back or are given up.
+    ``idle_since``: since when nobody can compute, or there is no head; None while somebody can.
+    """
 
     cluster: str
     version: str
     devices: dict[str, Device] = field(default_factory=dict)
     clients: dict[str, float] = field(default_factory=dict)
+    absent: dict[str, float] = field(default_factory=dict)
     changed_at: float = 0.0
+    idle_since: float | None = 0.0
 
     def refusal(self, hello: m.Hello, now: float) -> m.Failure | None:
         """Why a hello is not admitted; None when it is."""
@@ -71,29 +81,51 @@ class Membership:
                 message=f"{hello.device} wants cluster {hello.cluster!r}, this is {self.cluster!r}",
                 hint=f"start it with --cluster {self.cluster}",
             )
-        known = self.devices.get(hello.device)
+        bulk = hello.bulk
         if (
-            hello.role == "worker"
-            and known is not None
-            and known.hello.incarnation != hello.incarnation
-            and known.hello.facts.host != hello.facts.host
-            and now - known.heard < limits.HEARTBEAT_S * 2
+            hello.role not in ("worker", "client")
+            or (hello.role == "worker") != (bulk is not None)
+            or (bulk is not None and bulk.id != f"{hello.device}#{hello.incarnation}")
+        ):
+            return m.Failure(error="InvalidInput", message=f"a hello of role {hello.role!r}")
+        known = self.devices.get(hello.device) if hello.role == "worker" else None
+        if known is None or known.hello.incarnation == hello.incarnation:
+            return None
+        elsewhere = known.hello.facts.host != hello.facts.host
+        if (elsewhere and now - known.heard < limits.HEARTBEAT_S * 2) or (
+            known.rival is not None
+            and known.rival[0] == hello.incarnation
+            and known.heard > known.rival[1] + limits.HEARTBEAT_S
         ):
             return m.Failure(
                 error="ConfigurationError",
                 message=f"a device named {hello.device!r} is alive on {known.hello.facts.host}",
                 hint="give this one another name with --name",
             )
-        if hello.role not in ("worker", "client") or (hello.role == "worker") != bool(hello.bulk):
-            return m.Failure(error="InvalidInput", message=f"a hello of role {hello.role!r}")
         return None
+
+    def contested(self, hello: m.Hello, now: float) -> Device | None:
+        """The device of this name that was heard just now: restarted, or are there two of a name?
+
+        Neither is known yet, so the newcomer waits: the old one beats again, or falls silent.
+        """
+        known = self.devices.get(hello.device) if hello.role == "worker" else None
+        if known is None or known.hello.incarnation == hello.incarnation:
+            return None
+        if known.rival is None or known.rival[0] != hello.incarnation:
+            known.rival = (hello.incarnation, now)
+        return known if now - known.heard < limits.HEARTBEAT_S * 2 else None
 
     def admit(self, hello: m.Hello, peer: str, now: float) -> None:
         if hello.role == "client":
+            self.absent.pop(peer, None)
             self.clients[peer] = now
             return
         self.devices[hello.device] = Device(hello, peer, now)
         self.changed_at = now
+
+    def knows(self, peer: str) -> bool:
+        return peer in self.clients or self.by_peer(peer) is not None
 
     def heard(self, peer: str, beat: m.Heartbeat, now: float) -> bool:
         """Note a heartbeat; False when the peer is unknown."""
@@ -117,8 +149,32 @@ class Membership:
         """Devices that are dead: no heartbeat for too long."""
         return [d for d in self.devices.values() if now - d.heard > limits.DEAD_AFTER_S]
 
-    def silent_clients(self, now: float) -> list[str]:
-        return [p for p, heard in self.clients.items() if now - heard > limits.COORDINATOR_SILENT_S]
+    def gone_clients(self, now: float) -> list[str]:
+        """Clients that were silent or absent for too long; they are forgotten here."""
+        heard = {**self.absent, **self.clients}
+        gone = [p for p, since in heard.items() if now - since > limits.COORDINATOR_SILENT_S]
+        for peer in gone:
+            self.clients.pop(peer, None)
+            self.absent.pop(peer, None)
+        return gone
+
+    def leave_open(self, peer: str, now: float) -> None:
+        """A client's connection broke: it must say hello again, since answers may be lost."""
+        if self.clients.pop(peer, None) is not None:
+            self.absent[peer] = now
+
+    def note_workers(self, now: float) -> None:
+        if self.head is not None and self.candidates(now):
+            self.idle_since = None
+        elif self.idle_since is None:
+            self.idle_since = now
+
+    def out_of_patience(self, since: float, now: float) -> bool:
+        """Whether what waits for a worker since then is to be told that there is none."""
+        return self.idle_since is not None and now >= self.patience_ends(since)
+
+    def patience_ends(self, since: float) -> float:
+        return max(since, self.idle_since or 0.0) + limits.NO_WORKER_GRACE_S
 
     @property
     def head(self) -> Device | None:
@@ -149,6 +205,7 @@ class Membership:
 
     def next_deadline(self) -> float | None:
         times = [d.heard + limits.DEAD_AFTER_S + 0.001 for d in self.devices.values()]
-        times += [h + limits.COORDINATOR_SILENT_S + 0.001 for h in self.clients.values()]
+        heard = (*self.clients.values(), *self.absent.values())
+        times += [h + limits.COORDINATOR_SILENT_S + 0.001 for h in heard]
         times += [d.excluded_until for d in self.devices.values() if d.excluded_until]
         return min(times, default=None)

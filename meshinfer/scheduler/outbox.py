@@ -21,72 +21,70 @@ Numbered = Deliver | Feed | Answer
 
 
 @dataclass(frozen=True, slots=True)
-class _Entry:
+class Unacknowledged:
+    """A message on its way to ``peer``, first sent at ``since``, due again at ``due``."""
+
     peer: str
-    request: str
     message: Numbered
     payload: Buffer
+    since: float
     due: float
-    tries: int
 
 
 class Outbox:
     """Numbers messages, keeps them until their ack. Mutable: owned by one core."""
 
     def __init__(self) -> None:
-        self._entries: dict[int, _Entry] = {}
+        self._entries: dict[int, Unacknowledged] = {}
         self._last = 0
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def send(self, peer: str, request: str, message: Numbered, payload: Buffer, now: float) -> Send:
+    def send(self, peer: str, message: Numbered, payload: Buffer, now: float) -> Send:
         """Number the message, keep it, and send it for the first time."""
         self._last += 1
         message = structs.replace(message, id=self._last)
         due = now + self._patience(peer, len(payload))
-        self._entries[self._last] = _Entry(peer, request, message, payload, due, 1)
+        self._entries[self._last] = Unacknowledged(peer, message, payload, now, due)
         return Send(Plane.BULK, peer, message, payload)
 
     def acknowledge(self, number: int) -> None:
         self._entries.pop(number, None)
 
-    def forget_request(self, request: str) -> None:
-        self._drop(lambda entry: entry.request == request)
-
-    def forget_peer(self, peer: str) -> None:
-        self._drop(lambda entry: entry.peer == peer)
-
-    def resend_to(self, peer: str, now: float) -> list[Effect]:
-        """All that is open for a peer, at once: its connection was cut and comes back."""
-        open_ = [n for n, e in self._entries.items() if e.peer == peer]
-        return self._again([n for n in open_ if self._entries[n].tries < limits.ACK_TRIES], now)
-
-    def resend_due(self, now: float) -> tuple[list[Effect], list[str]]:
-        """What is overdue; and the peers that did not acknowledge after the last try."""
-        due = [n for n, e in self._entries.items() if e.due <= now]
-        lost = [n for n in due if self._entries[n].tries >= limits.ACK_TRIES]
-        peers = sorted({self._entries[n].peer for n in lost})
-        for number in lost:
+    def forget(self, which: Callable[[Numbered], bool]) -> None:
+        """Nobody needs these any more."""
+        for number in [n for n, e in self._entries.items() if which(e.message)]:
             del self._entries[number]
-        return self._again([n for n in due if n in self._entries], now), peers
+
+    def hasten(self, peer: str, now: float) -> None:
+        """A peer's connection was cut: send again when it may be back, not when it was due.
+
+        Never at once: a send that finds no route reports the loss again.
+        """
+        soon = now + limits.RESEND_AFTER_LOSS_S
+        for number, entry in self._entries.items():
+            if entry.peer == peer and entry.due > soon:
+                self._entries[number] = replace(entry, due=soon)
+
+    def resend_due(self, now: float) -> tuple[list[Effect], list[Unacknowledged]]:
+        """Send again what is overdue; and what is given up, since it was so for too long."""
+        effects: list[Effect] = []
+        lost: list[Unacknowledged] = []
+        for number, entry in list(self._entries.items()):
+            if entry.due > now:
+                continue
+            patience = self._patience(entry.peer, 0)
+            if now - entry.since >= limits.ACK_TRIES * patience:
+                lost.append(self._entries.pop(number))
+                continue
+            self._entries[number] = replace(entry, due=now + patience)
+            effects.append(Send(Plane.BULK, entry.peer, entry.message, entry.payload))
+        return effects, lost
 
     def next_deadline(self) -> float | None:
         return min((e.due for e in self._entries.values()), default=None)
 
-    def _again(self, numbers: list[int], now: float) -> list[Effect]:
-        effects: list[Effect] = []
-        for number in numbers:
-            entry = self._entries[number]
-            due = now + self._patience(entry.peer, 0)
-            self._entries[number] = replace(entry, due=due, tries=entry.tries + 1)
-            effects.append(Send(Plane.BULK, entry.peer, entry.message, entry.payload))
-        return effects
-
     def _patience(self, peer: str, more: int) -> float:
         under_way = sum(len(e.payload) for e in self._entries.values() if e.peer == peer) + more
         return limits.ACK_TIMEOUT_S + under_way / limits.SLOWEST_LINK_BYTES_PER_S
-
-    def _drop(self, which: Callable[[_Entry], bool]) -> None:
-        for number in [n for n, e in self._entries.items() if which(e)]:
-            del self._entries[number]

@@ -11,13 +11,18 @@ from meshinfer import limits
 from meshinfer.protocol.messages import Chunk, Want
 from meshinfer.scheduler.events import Effect, Plane, Send, WriteBlob
 
+_PATIENCE_S = (
+    limits.ACK_TIMEOUT_S
+    + limits.PULLS_AT_ONCE * limits.BLOB_WANT_BYTES / limits.SLOWEST_LINK_BYTES_PER_S
+)
+
 
 @dataclass(slots=True)
 class _Pull:
     peer: str
     offset: int = 0
+    since: float = 0.0
     due: float = 0.0
-    tries: int = 0
     complete: bool = False
 
 
@@ -40,10 +45,12 @@ class Puller:
         pull = self._pulls.get(chunk.digest)
         if pull is None or pull.peer != peer or pull.complete or chunk.offset != pull.offset:
             return []
+        if chunk.total > limits.MODEL_BYTES or not 0 <= len(data) <= chunk.total - chunk.offset:
+            return []
         if not data and chunk.total:
             return []
         pull.offset += len(data)
-        pull.tries = 0
+        pull.since = now
         effects: list[Effect] = [WriteBlob(chunk.digest, chunk.offset, chunk.total, data)]
         if pull.offset >= chunk.total:
             pull.complete = True
@@ -63,6 +70,17 @@ class Puller:
             self.done(digest)
         return gone
 
+    def hasten(self, peer: str, now: float) -> None:
+        """A peer's connection was cut: what was asked of it may be lost."""
+        for digest in self._active:
+            if self._pulls[digest].peer == peer:
+                soon = now + limits.RESEND_AFTER_LOSS_S
+                self._pulls[digest].due = min(self._pulls[digest].due, soon)
+
+    def clear(self) -> None:
+        self._pulls.clear()
+        self._active.clear()
+
     def due(self, now: float) -> tuple[list[Effect], list[str]]:
         """Ask again for what is late; and the digests that never came."""
         effects: list[Effect] = []
@@ -71,14 +89,22 @@ class Puller:
             pull = self._pulls[digest]
             if pull.due > now:
                 continue
-            if pull.tries >= limits.ACK_TRIES:
+            if now - pull.since >= limits.ACK_TRIES * _PATIENCE_S:
                 failed.append(digest)
                 self.done(digest)
             else:
                 effects.append(self._ask(digest, now))
         return effects + self._fill(now), failed
 
+    def __len__(self) -> int:
+        return len(self._pulls)
+
     def next_deadline(self) -> float | None:
+        """When ``due`` has something to do; what ``done`` made room for is asked for then, too."""
+        if len(self._active) < limits.PULLS_AT_ONCE and any(
+            d not in self._active and not p.complete for d, p in self._pulls.items()
+        ):
+            return 0.0
         return min((self._pulls[d].due for d in self._active), default=None)
 
     def _fill(self, now: float) -> list[Effect]:
@@ -88,12 +114,12 @@ class Puller:
                 break
             if digest not in self._active and not pull.complete:
                 self._active[digest] = None
+                pull.since = now
                 effects.append(self._ask(digest, now))
         return effects
 
     def _ask(self, digest: str, now: float) -> Send:
         pull = self._pulls[digest]
-        pull.tries += 1
-        chunk = limits.BLOB_CHUNK_BYTES
-        pull.due = now + limits.ACK_TIMEOUT_S + chunk * 4 / limits.SLOWEST_LINK_BYTES_PER_S
-        return Send(Plane.BULK, pull.peer, Want(digest=digest, offset=pull.offset, length=chunk))
+        pull.due = now + _PATIENCE_S
+        want = Want(digest=digest, offset=pull.offset, length=limits.BLOB_WANT_BYTES)
+        return Send(Plane.BULK, pull.peer, want)

@@ -1,0 +1,156 @@
+"""What goes into a request and what comes out: arrays, pictures, timing, a model as deployed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from cluster.pictures import Picture, read_picture
+from meshinfer import limits
+from meshinfer.errors import ClusterUnavailable, InvalidInput
+from meshinfer.image import ImageSpec
+from meshinfer.protocol import messages as m
+from meshinfer.protocol.codec import Array, describe, error_of
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds. ``total_s`` on the coordinator, of it ``queue_s`` before the first task started.
+
+    ``tasks``: for each task its device, place (stage, task), seconds computing and bytes sent.
+    """
+
+    total_s: float
+    queue_s: float
+    tasks: tuple[m.TaskTime, ...]
+
+    @property
+    def compute_s(self) -> dict[str, float]:
+        """Seconds of computing by device."""
+        total: dict[str, float] = {}
+        for task in self.tasks:
+            total[task.device] = total.get(task.device, 0.0) + task.compute_s
+        return total
+
+    @property
+    def sent_bytes(self) -> dict[str, int]:
+        """Bytes that left each device for others."""
+        total: dict[str, int] = {}
+        for task in self.tasks:
+            total[task.device] = total.get(task.device, 0) + task.sent_bytes
+        return total
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """The answer to one request. ``attempts`` above 1: devices were lost on the way."""
+
+    request_id: str
+    outputs: Mapping[str, Array]
+    model: str
+    model_version: int
+    plan: str
+    timing: Timing
+    degraded: bool
+    attempts: int
+    image: ImageSpec | None = field(default=None, repr=False)
+
+    def picture(self) -> Picture:
+        """The output that is a picture (``ImageSpec.output``). Raises ``InvalidInput``."""
+        if self.image is None or self.image.output is None:
+            raise InvalidInput(
+                f"{self.model} has no output that is a picture",
+                hint="say which with ImageSpec(output=...)",
+            )
+        return Picture.from_tensor(self.outputs[self.image.output], self.image)
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """A model version as it was deployed. ``plan`` is None until the first shape is known."""
+
+    name: str
+    version: int
+    plan: str | None
+    report: tuple[str, ...]
+    image: ImageSpec | None
+
+
+def input_arrays(data: object, spec: ImageSpec | None) -> dict[str, Array]:
+    """Copies of the input arrays of a request; the pixels of a picture for an image spec.
+
+    Raises ``InvalidInput``.
+    """
+    if isinstance(data, Mapping):
+        return {str(name): _copy(array) for name, array in data.items()}
+    if spec is None:
+        raise InvalidInput(
+            f"{type(data).__name__} was given to a model without an image spec",
+            hint="give {input name: array}, or deploy the model with image=ImageSpec(...)",
+        )
+    return {spec.input: _copy(read_picture(data, spec).pixels)}
+
+
+def _copy(data: object) -> Array:
+    """A copy in this machine's byte order."""
+    array = np.asarray(data)
+    return np.array(array, dtype=array.dtype.newbyteorder("="), order="C")
+
+
+def describe_inputs(arrays: Mapping[str, Array]) -> tuple[m.Tensor, ...]:
+    """Their headers. Raises ``InvalidInput`` for what cannot travel."""
+    for name, array in arrays.items():
+        if array.nbytes > limits.TENSOR_BYTES:
+            raise InvalidInput(
+                f"input {name!r} has {array.nbytes} bytes, more than {limits.TENSOR_BYTES}",
+                hint="give it in parts",
+            )
+    try:
+        return tuple(describe(name, array) for name, array in arrays.items())
+    except ValueError as error:
+        raise InvalidInput(str(error), hint="use an array of numbers") from error
+
+
+def deadline(seconds: float | None) -> float:
+    """The deadline of a request: the longest if none is given. Raises ``InvalidInput``."""
+    if seconds is None:
+        return limits.REQUEST_DEADLINE_S
+    if not 0 < seconds < math.inf:
+        raise InvalidInput(f"deadline_s={seconds}", hint="give seconds above 0")
+    return seconds
+
+
+def result_of(
+    model: str,
+    reply: m.Reply,
+    arrays: Mapping[str, Array],
+    wanted: tuple[str, ...] | None,
+    image: ImageSpec | None,
+) -> Result:
+    """The result of a reply. Raises the typed error of a failure."""
+    if reply.failure is not None:
+        raise error_of(reply.failure)
+    unknown = sorted(set(wanted or ()) - set(arrays))
+    if unknown:
+        raise InvalidInput(
+            f"{model} has no output {unknown[0]!r}", hint=f"its outputs are {sorted(arrays)}"
+        )
+    return Result(
+        request_id=reply.request,
+        # Copies, for what came in cannot be written to.
+        outputs={name: arrays[name].copy() for name in (arrays if wanted is None else wanted)},
+        model=model,
+        model_version=reply.version,
+        plan=reply.plan,
+        timing=Timing(reply.total_s, reply.queue_s, reply.tasks),
+        degraded=reply.degraded,
+        attempts=reply.attempts,
+        image=image,
+    )
+
+
+def closed_error() -> ClusterUnavailable:
+    return ClusterUnavailable("the client is closed", hint="make a new Client")

@@ -1,0 +1,371 @@
+"""Requests on the coordinator, from header to outcome: ``_end`` is the only way out.
+
+An attempt runs under one deployment. When that is retired the request waits for the next; an answer
+that an older attempt has merged is as good, since tasks are pure.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from meshinfer import limits
+from meshinfer.protocol import messages as m
+from meshinfer.scheduler.admission import refuse, same_body, signature_of
+from meshinfer.scheduler.catalogue import Catalogue, Deployment, Model
+from meshinfer.scheduler.events import Effect, Note, Plane, Send, Signature
+from meshinfer.scheduler.membership import Membership
+
+
+@dataclass(slots=True)
+class Try:
+    """One attempt: the deployment that it runs under, and the tasks that are done."""
+
+    deployment: Deployment
+    tasks: dict[m.Place, m.TaskTime] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Request:
+    """One accepted request. ``deployment`` is None while it waits for one.
+
+    ``merged``: when the sink has sent the answer, and under which attempt.
+    """
+
+    header: m.Submit
+    client: str
+    model: Model
+    signature: Signature
+    submitted: float
+    deadline: float
+    turn: int
+    attempt: int = 0
+    deployment: Deployment | None = None
+    started: float | None = None
+    merged: tuple[float, int] | None = None
+    kernel_failures: int = 0
+    tried: dict[int, Try] = field(default_factory=dict)
+
+    @property
+    def id(self) -> str:
+        return self.header.request
+
+    @property
+    def waiting(self) -> bool:
+        return self.deployment is None and self.merged is None
+
+    def grace_ends(self) -> float | None:
+        """Until when a merged answer waits for the times of its tasks."""
+        return None if self.merged is None else self.merged[0] + limits.TIMING_GRACE_S
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """An outcome that was given. ``head`` is the device that sent the tensors."""
+
+    header: m.Submit
+    reply: m.Reply
+    head: str
+
+
+class Answering:
+    """Mutable: owned by the coordinator's core."""
+
+    def __init__(self, members: Membership, catalogue: Catalogue) -> None:
+        self.open: OrderedDict[str, Request] = OrderedDict()
+        self._members = members
+        self._catalogue = catalogue
+        self._answered: OrderedDict[str, Answered] = OrderedDict()
+        self._attempts = 0
+
+    # --- messages
+
+    def submit(self, peer: str, message: m.Submit, now: float, stopping: bool) -> list[Effect]:
+        name = message.request
+        before = self.open.get(name)
+        if before is not None:
+            return self._submitted_again(before, peer, message)
+        done = self._answered.get(name)
+        if done is not None and not same_body(done.header, message):
+            return [_to(peer, _other_body(message)), *self._release(message)]
+        if done is not None and (done.reply.failure is not None or done.head == self._head()):
+            return [_to(peer, done.reply), *self._release(message)]
+        failure = refuse(self._catalogue, message, len(self.open))
+        if stopping:
+            failure = unavailable("the coordinator is stopping", "submit to another, or later")
+        if failure is not None:
+            reply = m.Reply(request=name, failure=failure)
+            return [_to(peer, reply), *self._release(message)]
+        model = self._catalogue.find(message.model, message.version)
+        assert model is not None
+        deadline = now + min(message.deadline_s, limits.REQUEST_DEADLINE_S)
+        signature = signature_of(message)
+        self._answered.pop(name, None)  # the device that had the answer is gone: once more
+        self.open[name] = Request(message, peer, model, signature, now, deadline, message.turn)
+        if signature in model.signatures:
+            model.signatures.remove(signature)
+        model.signatures.append(signature)
+        return []
+
+    def _submitted_again(self, request: Request, peer: str, message: m.Submit) -> list[Effect]:
+        if not same_body(request.header, message):
+            return [_to(peer, _other_body(message))]
+        request.turn = max(request.turn, message.turn)
+        if peer != request.client:  # its answer would go to whom asked before
+            request.client, request.deployment, request.merged = peer, None, None
+        return []
+
+    def task_done(self, peer: str, message: m.TaskDone) -> list[Effect]:
+        device = self._members.by_peer(peer)
+        assert device is not None
+        device.tasks_done += 1
+        request = self.open.get(message.request)
+        tried = None if request is None else request.tried.get(message.attempt)
+        if tried is not None:
+            tried.tasks[message.place] = m.TaskTime(
+                device=device.name,
+                place=message.place,
+                compute_s=message.compute_s,
+                sent_bytes=message.sent_bytes,
+            )
+        return []
+
+    def merged(self, peer: str, message: m.Merged, now: float) -> list[Effect]:
+        request = self.open.get(message.request)
+        if (
+            request is not None
+            and request.merged is None
+            and message.attempt in request.tried
+            and peer == self._head()
+        ):
+            request.merged = (now, message.attempt)
+        return []
+
+    def task_failed(self, message: m.TaskFailed, now: float) -> list[Effect]:
+        request = self.open.get(message.request)
+        if request is None or request.deployment is None or request.attempt != message.attempt:
+            return []
+        request.kernel_failures += 1
+        request.deployment = None
+        note = Note("error", "a task failed", {"request": request.id, "why": message.text})
+        if request.kernel_failures < limits.KERNEL_FAILURES_PER_REQUEST:
+            return [note]
+        failure = m.Failure(
+            error="InvalidInput",
+            message=f"a kernel failed {request.kernel_failures} times: {message.text}",
+            hint="run the model on this input in plain onnxruntime; it should fail there too",
+        )
+        return [note, *self._fail(request, failure, now)]
+
+    def unreachable(self, message: m.Unreachable) -> bool:
+        """Whether this is news of an attempt that runs; it starts again."""
+        request = self.open.get(message.request)
+        if request is None or request.deployment is None or request.attempt != message.attempt:
+            return False
+        request.deployment = None
+        return True
+
+    def cancel(self, peer: str, message: m.Cancel) -> list[Effect]:
+        request = self.open.get(message.request)
+        return [] if request is None or request.client != peer else self._end(request, None)
+
+    # --- what happens to deployments, devices and clients
+
+    def retired(self, made: Deployment) -> None:
+        for request in self.open.values():
+            if request.deployment is made:
+                request.deployment = None
+
+    def head_lost(self) -> None:
+        """Merged answers may not have left it."""
+        for request in self.open.values():
+            request.merged = None
+
+    def client_gone(self, peer: str) -> list[Effect]:
+        effects: list[Effect] = []
+        for request in [r for r in self.open.values() if r.client == peer]:
+            effects += self._end(request, None)
+        return effects
+
+    def fail_waiting(
+        self, model: Model, signature: Signature, failure: m.Failure, now: float
+    ) -> list[Effect]:
+        effects: list[Effect] = []
+        for request in list(self.open.values()):
+            if request.waiting and request.model is model and request.signature == signature:
+                effects += self._fail(request, failure, now)
+        return effects
+
+    # --- the rules
+
+    def end_overdue(self, now: float) -> list[Effect]:
+        effects: list[Effect] = []
+        for request in [r for r in self.open.values() if r.deadline <= now]:
+            failure = m.Failure(
+                error="DeadlineExceeded",
+                message=f"no answer within {request.deadline - request.submitted:.3g} s",
+                hint="give a longer deadline_s, add devices, or submit less at once",
+            )
+            effects += self._fail(request, failure, now)
+        return effects
+
+    def end_merged(self, now: float) -> list[Effect]:
+        """Answer once the tasks' times are in too; they take another way than the tensors."""
+        effects: list[Effect] = []
+        for request in [r for r in self.open.values() if r.merged is not None]:
+            assert request.merged is not None
+            tried = request.tried[request.merged[1]]
+            grace = request.grace_ends()
+            assert grace is not None
+            if len(tried.tasks) >= tried.deployment.tasks or now >= grace:
+                effects += self._complete(request, request.merged[0], tried)
+        return effects
+
+    def give_up_without_workers(self, failure: m.Failure, now: float) -> list[Effect]:
+        effects: list[Effect] = []
+        for request in list(self.open.values()):
+            if request.waiting and self._members.out_of_patience(request.submitted, now):
+                effects += self._fail(request, failure, now)
+        return effects
+
+    def start_waiting(self, now: float) -> list[Effect]:
+        effects: list[Effect] = []
+        running = sum(not r.waiting for r in self.open.values())
+        for request in list(self.open.values()):
+            if running >= limits.RUNNING_REQUESTS:
+                break
+            made = self._catalogue.serving(request.model, request.signature)
+            if not request.waiting or made is None or self._is_leaving(made, now):
+                continue
+            if len(request.tried) >= limits.ATTEMPTS_PER_REQUEST:
+                failure = m.Failure(
+                    error="WorkerLost",
+                    message=f"its devices were lost {len(request.tried)} times",
+                    hint="look at meshinfer devices; the devices or their network are failing",
+                )
+                effects += self._fail(request, failure, now)
+                continue
+            effects += self._begin(request, made, now)
+            running += 1
+        return effects
+
+    def _is_leaving(self, made: Deployment, now: float) -> bool:
+        """It uses a device that drains, and no other can take over: let it go."""
+        return not self._members.candidates(now) and any(
+            self._members.devices[name].draining for name in made.members
+        )
+
+    def unused(self, made: Deployment, now: float) -> bool:
+        """Whether a ready deployment can be retired."""
+        if any(r.deployment is made for r in self.open.values()):
+            return False
+        wanted = made.signature in self.wanted_signatures(made.model)
+        newest = self._catalogue.serving(made.model, made.signature) is made
+        return not (wanted and newest) or self._is_leaving(made, now)
+
+    def wanted_signatures(self, model: Model) -> list[Signature]:
+        """What the model should be planned for: its last signatures, and those of open requests."""
+        current = self._catalogue.find(model.name, model.version) is model
+        recent = model.signatures if current or not model.version else ()
+        asked = (r.signature for r in self.open.values() if r.model is model)
+        return list(dict.fromkeys((*recent, *asked)))
+
+    def next_deadlines(self) -> list[float]:
+        times = []
+        for request in self.open.values():
+            times.append(request.deadline)
+            if request.merged is not None:
+                times.append(request.merged[0] + limits.TIMING_GRACE_S)
+            if request.waiting and self._members.idle_since is not None:
+                times.append(self._members.patience_ends(request.submitted))
+        return times
+
+    # --- one request
+
+    def _begin(self, request: Request, made: Deployment, now: float) -> list[Effect]:
+        self._attempts += 1
+        request.attempt, request.deployment, request.merged = self._attempts, made, None
+        request.tried[request.attempt] = Try(made)
+        request.started = now if request.started is None else request.started
+        start = m.Start(
+            request=request.id,
+            attempt=request.attempt,
+            deployment=made.number,
+            client=request.client,
+        )
+        return [
+            _to(made.members[name], start)
+            for name, programs in sorted(made.programs.items())
+            if any(p.model is None or not p.inputs for p in programs)
+        ]
+
+    def _complete(self, request: Request, merged: float, tried: Try) -> list[Effect]:
+        assert request.started is not None
+        reply = m.Reply(
+            request=request.id,
+            version=request.model.version,
+            plan=tried.deployment.plan,
+            attempts=len(request.tried),
+            total_s=merged - request.submitted,
+            queue_s=request.started - request.submitted,
+            tasks=tuple(sorted(tried.tasks.values(), key=lambda t: t.place)),
+        )
+        return self._end(request, reply)
+
+    def _fail(self, request: Request, failure: m.Failure, now: float) -> list[Effect]:
+        reply = m.Reply(
+            request=request.id,
+            version=request.model.version,
+            attempts=len(request.tried),
+            total_s=now - request.submitted,
+            failure=failure,
+        )
+        return self._end(request, reply)
+
+    def _end(self, request: Request, reply: m.Reply | None) -> list[Effect]:
+        """The one way out of a request: its outcome, and release everywhere."""
+        del self.open[request.id]
+        effects: list[Effect] = []
+        if reply is not None:
+            self._answered[request.id] = Answered(request.header, reply, self._head())
+            while len(self._answered) > limits.ANSWERED_IDS_KEPT:
+                self._answered.popitem(last=False)
+            effects.append(_to(request.client, reply))
+        took_part = {name for t in request.tried.values() for name in t.deployment.members}
+        return effects + self._release(request.header, took_part, request.turn)
+
+    def _release(
+        self, header: m.Submit, names: Iterable[str] = (), turn: int | None = None
+    ) -> list[Effect]:
+        """To those that took part, and to the head, which may hold the inputs."""
+        release = m.Release(
+            request=header.request,
+            attempt=self._attempts,
+            turn=header.turn if turn is None else turn,
+        )
+        head = self._members.head
+        at = {*names, *(() if head is None else (head.name,))}
+        devices = self._members.devices
+        return [_to(devices[name].peer, release) for name in sorted(at) if name in devices]
+
+    def _head(self) -> str:
+        head = self._members.head
+        return "" if head is None else head.peer
+
+
+def unavailable(message: str, hint: str) -> m.Failure:
+    return m.Failure(error="ClusterUnavailable", message=message, hint=hint, retry_after_s=5.0)
+
+
+def _other_body(message: m.Submit) -> m.Reply:
+    failure = m.Failure(
+        error="InvalidInput",
+        message=f"the id {message.request!r} belongs to another request",
+        hint="give each request an id of its own",
+    )
+    return m.Reply(request=message.request, failure=failure)
+
+
+def _to(peer: str, message: m.AnyMessage) -> Send:
+    return Send(Plane.CONTROL, peer, message)

@@ -1,0 +1,387 @@
+"""A device's requests: gather the pieces of each task, compute when the last is here, send on.
+
+Whatever belongs to an older attempt, a retired deployment or a released request is acknowledged and
+dropped: tasks are pure, and the coordinator has started, or will start, what is still wanted.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from meshinfer import limits
+from meshinfer.mapreduce import reduce, scatter
+from meshinfer.plan import Shard
+from meshinfer.protocol import messages as m
+from meshinfer.protocol.codec import ProtocolError, array_of, describe, payload_of
+from meshinfer.scheduler.events import Array, Compute, Computed, Effect, Note, Plane, Send
+from meshinfer.scheduler.installing import COORDINATOR, Deployment
+from meshinfer.scheduler.outbox import Numbered, Outbox
+
+SOURCE: m.Place = (-1, 0)
+
+
+@dataclass(slots=True)
+class _Request:
+    """One request on this device, under its newest attempt. ``turn`` is that of what was fed."""
+
+    since: float
+    attempt: int = 0
+    deployment: int = -1
+    client: str = ""
+    turn: int = -1
+    fed: dict[str, Array] = field(default_factory=dict)
+    scattered: bool = False
+    pieces: dict[m.Place, dict[Shard, Array]] = field(default_factory=dict)
+    begun: set[m.Place] = field(default_factory=set)
+
+    def renew(self, attempt: int, deployment: int) -> None:
+        """Start over under a newer attempt; what the client fed stays."""
+        self.attempt, self.deployment, self.scattered = attempt, deployment, False
+        self.pieces.clear()
+        self.begun.clear()
+
+
+class Computing:
+    """Mutable: owned by the worker's core. ``deployments`` is a view of what is installed."""
+
+    def __init__(self, device: str, deployments: Mapping[int, Deployment]) -> None:
+        self.outbox = Outbox()
+        self.running: tuple[Compute, float] | None = None
+        self._device = device
+        self._deployments = deployments
+        self._requests: dict[str, _Request] = {}
+        self._released: OrderedDict[str, tuple[int, int]] = OrderedDict()
+        self._queue: deque[Compute] = deque()
+
+    @property
+    def idle(self) -> bool:
+        return not self._requests and self.running is None and not self._queue
+
+    # --- from the client and the coordinator
+
+    def feed(self, peer: str, message: m.Feed, payload: memoryview, now: float) -> list[Effect]:
+        name = message.request
+        ack: list[Effect] = [Send(Plane.BULK, peer, m.Ack(id=message.id))]
+        if message.turn <= self._released.get(name, (-1, -1))[1]:
+            return ack
+        try:
+            array = array_of(message.tensor, payload)
+        except ProtocolError as error:
+            return [*ack, Note("warning", "bad input", {"why": str(error)})]
+        if name not in self._requests and len(self._requests) >= limits.FED_REQUESTS:
+            note = Note("warning", "too many inputs wait here", {"request": name})
+            return [note]  # not acknowledged: the client sends it again later
+        request = self._request(name, now)
+        if message.turn < request.turn:
+            return ack
+        if message.turn > request.turn:
+            request.turn = message.turn
+            request.fed.clear()
+        request.fed[message.tensor.name] = array
+        return ack + self._scatter(name, request, now)
+
+    def start(self, message: m.Start, now: float) -> list[Effect]:
+        if message.deployment not in self._deployments:
+            return []
+        request = self._current(message.request, message.attempt, message.deployment, now)
+        if request is None:
+            return []
+        request.client = message.client
+        effects = self._scatter(message.request, request, now)
+        effects += self._begin_without_inputs(message.request, request, now)
+        return effects + self._try_sink(message.request, request, now)
+
+    def release(self, message: m.Release) -> list[Effect]:
+        name = message.request
+        request = self._requests.pop(name, None)
+        self._drop_work(name)
+        before = self._released.pop(name, (-1, -1))
+        self._released[name] = (max(before[0], message.attempt), max(before[1], message.turn))
+        while len(self._released) > limits.STALE_REQUESTS_KEPT:
+            self._released.popitem(last=False)
+        if request is not None and request.turn > message.turn and request.fed:
+            # Fed again already: the client has submitted the same id once more.
+            self._requests[name] = _Request(request.since, turn=request.turn, fed=request.fed)
+        return []
+
+    def forget(self, number: int) -> None:
+        """A deployment is retired: only inputs are worth keeping, for the next attempt."""
+        self._keep_inputs([n for n, r in self._requests.items() if r.deployment == number])
+
+    def reset(self) -> None:
+        """The coordinator may have forgotten all that it had told this device."""
+        self._keep_inputs(list(self._requests))
+        self._queue.clear()
+        self.outbox.forget(lambda message: isinstance(message, m.Deliver))
+
+    def forget_other_coordinator(self) -> None:
+        """Its attempts and releases mean nothing to the next."""
+        self._released.clear()
+
+    def drop_orphans(self, now: float) -> None:
+        """Inputs whose request never started: its header was refused or lost."""
+        for name, request in list(self._requests.items()):
+            if not request.client and now - request.since > limits.ORPHAN_INPUT_S:
+                del self._requests[name]
+                self._drop_work(name)
+
+    def _keep_inputs(self, names: list[str]) -> None:
+        for name in names:
+            old = self._requests.pop(name)
+            self._drop_work(name)
+            if old.fed:
+                self._requests[name] = _Request(old.since, turn=old.turn, fed=old.fed)
+
+    def _drop_work(self, name: str) -> None:
+        """What is queued and what is under way to other tasks; answers to the client stay."""
+
+        def piece(message: Numbered) -> bool:
+            return isinstance(message, m.Deliver) and message.request == name
+
+        self._queue = deque(c for c in self._queue if c.request != name)
+        self.outbox.forget(piece)
+
+    def _request(self, name: str, now: float) -> _Request:
+        if name not in self._requests:
+            self._requests[name] = _Request(now)
+        return self._requests[name]
+
+    def _current(self, name: str, attempt: int, deployment: int, now: float) -> _Request | None:
+        """The request under this attempt; None when the attempt is stale."""
+        if attempt <= self._released.get(name, (-1, -1))[0]:
+            return None
+        request = self._request(name, now)
+        if attempt < request.attempt:
+            return None
+        if attempt > request.attempt:
+            self._drop_work(name)
+            request.renew(attempt, deployment)
+        return request
+
+    # --- pieces
+
+    def _begin_without_inputs(self, name: str, request: _Request, now: float) -> list[Effect]:
+        """Tasks that read nothing but weights have no last piece to wait for."""
+        for place, program in self._deployments[request.deployment].programs.items():
+            if program.model is not None and not program.inputs and place not in request.begun:
+                self._begin(name, request, place, {})
+        return self._compute_next(now)
+
+    def _scatter(self, name: str, request: _Request, now: float) -> list[Effect]:
+        """The source's part: cut the inputs and send them to the tasks, once all are here."""
+        deployment = self._deployments.get(request.deployment)
+        if deployment is None or request.scattered or not request.client:
+            return []
+        program = deployment.programs.get(SOURCE)
+        if program is None or any(o.name not in request.fed for o in program.outputs):
+            return []
+        for output in program.outputs:
+            array = request.fed[output.name]
+            if output.shard.box.shape != array.shape:
+                text = f"input {output.name} has shape {array.shape}, not {output.shard.box.shape}"
+                return [_failed(name, request.attempt, SOURCE, text)]
+        request.scattered = True
+        arrays = {o.shard: request.fed[o.name] for o in program.outputs}
+        effects, _ = self._send_on(name, request, deployment, program, arrays, now)
+        return effects
+
+    def deliver(
+        self, peer: str, message: m.Deliver, payload: memoryview, now: float
+    ) -> list[Effect]:
+        ack: list[Effect] = [Send(Plane.BULK, peer, m.Ack(id=message.id))]
+        # Pieces are sent when all devices have installed: an unknown deployment is a retired one.
+        if message.deployment not in self._deployments:
+            return ack
+        request = self._current(message.request, message.attempt, message.deployment, now)
+        if request is None:
+            return ack
+        try:
+            array = array_of(message.tensor, payload)
+        except ProtocolError as error:
+            return [*ack, Note("warning", "bad piece", {"why": str(error), "peer": peer})]
+        return ack + self._place(
+            message.request, request, message.consumer, message.piece, array, now
+        )
+
+    def _place(
+        self,
+        name: str,
+        request: _Request,
+        consumer: m.Place,
+        piece: Shard,
+        array: Array,
+        now: float,
+    ) -> list[Effect]:
+        """A piece has come (from a peer or from this device): compute when it was the last one."""
+        if consumer in request.begun:
+            return []  # it came twice
+        program = self._deployments[request.deployment].programs.get(consumer)
+        wanted = () if program is None else program.inputs
+        fits = piece.box.shape == array.shape or not piece.box.axes
+        if not fits or not any(p.shard == piece for value in wanted for p in value.pieces):
+            return [Note("warning", "a piece that nobody awaits", {"piece": str(piece)})]
+        assert program is not None
+        held = request.pieces.setdefault(consumer, {})
+        held[piece] = array
+        if not _complete(program, held):
+            return []
+        if program.model is None:
+            return self._try_sink(name, request, now)
+        self._begin(name, request, consumer, _merge(program, held))
+        return self._compute_next(now)
+
+    def _try_sink(self, name: str, request: _Request, now: float) -> list[Effect]:
+        """The sink's part: when all outputs are here and the client is known, merge and answer."""
+        if not request.client:
+            return []
+        for place, program in self._deployments[request.deployment].programs.items():
+            if program.model is not None or place == SOURCE or place in request.begun:
+                continue
+            held = request.pieces.get(place, {})
+            if _complete(program, held):
+                request.begun.add(place)
+                return self._answer(name, request, place, _merge(program, held), now)
+        return []
+
+    def _answer(
+        self, name: str, request: _Request, place: m.Place, outputs: dict[str, Array], now: float
+    ) -> list[Effect]:
+        effects: list[Effect] = []
+        try:
+            tensors = [describe(value, array) for value, array in outputs.items()]
+        except ValueError as error:
+            return [_failed(name, request.attempt, place, str(error))]
+        for tensor, array in zip(tensors, outputs.values(), strict=True):
+            message = m.Answer(
+                id=0, request=name, attempt=request.attempt, tensor=tensor, count=len(outputs)
+            )
+            effects.append(self.outbox.send(request.client, message, payload_of(array), now))
+        request.pieces.pop(place, None)
+        return [*effects, _tell(m.Merged(request=name, attempt=request.attempt))]
+
+    # --- computing
+
+    def _begin(
+        self, name: str, request: _Request, place: m.Place, inputs: dict[str, Array]
+    ) -> None:
+        request.begun.add(place)
+        request.pieces.pop(place, None)
+        self._queue.append(Compute(name, request.attempt, request.deployment, place, inputs))
+
+    def _compute_next(self, now: float) -> list[Effect]:
+        if self.running is not None or not self._queue:
+            return []
+        job = self._queue.popleft()
+        self.running = (job, now)
+        return [job]
+
+    def computed(self, event: Computed, now: float) -> list[Effect]:
+        assert self.running is not None, f"nothing was computing when {event.request} was done"
+        job, _ = self.running
+        self.running = None
+        effects: list[Effect] = []
+        request = self._requests.get(job.request)
+        if request is not None and (request.attempt, request.deployment) == (
+            job.attempt,
+            job.deployment,
+        ):
+            effects = self._finish(event, request, now)
+        return effects + self._compute_next(now)  # else one wasted task
+
+    def _finish(self, event: Computed, request: _Request, now: float) -> list[Effect]:
+        if event.error is not None:
+            return [_failed(event.request, request.attempt, event.place, event.error)]
+        deployment = self._deployments[request.deployment]
+        program = deployment.programs[event.place]
+        arrays = {o.shard: a for o, a in zip(program.outputs, event.outputs, strict=True)}
+        effects, sent = self._send_on(event.request, request, deployment, program, arrays, now)
+        done = m.TaskDone(
+            request=event.request,
+            attempt=event.attempt,
+            place=event.place,
+            compute_s=event.compute_s,
+            sent_bytes=sent,
+        )
+        return [*effects, _tell(done)]
+
+    def _send_on(
+        self,
+        name: str,
+        request: _Request,
+        deployment: Deployment,
+        program: m.Program,
+        arrays: dict[Shard, Array],
+        now: float,
+    ) -> tuple[list[Effect], int]:
+        """Cut what was made for each task that reads it; and how many bytes leave this device."""
+        effects: list[Effect] = []
+        local: list[tuple[m.Send, Array]] = []
+        sent = 0
+        for send in program.sends:
+            array = _cut(arrays, send.piece)
+            if send.device == self._device:
+                local.append((send, array))
+                continue
+            try:
+                tensor = describe(send.piece.value, array)
+            except ValueError as error:
+                return [_failed(name, request.attempt, program.place, str(error))], 0
+            message = m.Deliver(
+                id=0,
+                request=name,
+                attempt=request.attempt,
+                deployment=request.deployment,
+                consumer=send.consumer,
+                piece=send.piece,
+                tensor=tensor,
+            )
+            payload = payload_of(array)  # the one copy of what is sent, where rows are strided
+            sent += len(payload)
+            effects.append(self.outbox.send(deployment.peers[send.device], message, payload, now))
+        for send, array in local:
+            effects += self._place(name, request, send.consumer, send.piece, array, now)
+        return effects, sent
+
+    def due(self, now: float) -> list[Effect]:
+        effects, lost = self.outbox.resend_due(now)
+        for entry in lost:
+            effects.append(Note("warning", "no acknowledgement", {"peer": entry.peer}))
+            message = entry.message
+            if isinstance(message, m.Deliver):
+                word = m.Unreachable(
+                    request=message.request, attempt=message.attempt, peer=entry.peer
+                )
+                effects.append(_tell(word))
+        return effects
+
+
+def _complete(program: m.Program, held: Mapping[Shard, Array]) -> bool:
+    return all(p.shard in held for value in program.inputs for p in value.pieces)
+
+
+def _merge(program: m.Program, held: Mapping[Shard, Array]) -> dict[str, Array]:
+    return {
+        value.name: reduce(value.box.box, [(p.shard, held[p.shard]) for p in value.pieces])
+        for value in program.inputs
+    }
+
+
+def _cut(arrays: dict[Shard, Array], piece: Shard) -> Array:
+    for shard, array in arrays.items():
+        if (
+            shard.value == piece.value
+            and shard.over == piece.over
+            and shard.box.contains(piece.box)
+        ):
+            return scatter(array, shard.box, piece.box)
+    raise AssertionError(f"{piece} is not among {list(arrays)}")
+
+
+def _failed(name: str, attempt: int, place: m.Place, text: str) -> Send:
+    return _tell(m.TaskFailed(request=name, attempt=attempt, place=place, text=text[:4000]))
+
+
+def _tell(message: m.AnyMessage) -> Send:
+    return Send(Plane.CONTROL, COORDINATOR, message)

@@ -1,0 +1,354 @@
+"""Models and their plans: fetch and open a model, plan each signature, install, retire.
+
+A deployment is made beside the one that serves and takes over when all its devices are ready; what
+fails meanwhile never takes down what serves.
+"""
+
+from __future__ import annotations
+
+from meshinfer import limits
+from meshinfer.errors import InvalidInput
+from meshinfer.plan import Plan
+from meshinfer.protocol import messages as m
+from meshinfer.protocol.codec import header_bytes
+from meshinfer.scheduler.admission import refuse_deploy, refuse_model
+from meshinfer.scheduler.answering import Answering, unavailable
+from meshinfer.scheduler.catalogue import Catalogue, Deployment, Model, Phase
+from meshinfer.scheduler.events import (
+    BlobsFound,
+    BlobWritten,
+    Effect,
+    FindBlobs,
+    MakePlan,
+    ModelOpened,
+    Note,
+    OpenModel,
+    Plane,
+    PlanReady,
+    Send,
+    Signature,
+)
+from meshinfer.scheduler.membership import Device, Membership
+from meshinfer.scheduler.puller import Puller
+
+
+class Deploying:
+    """Mutable: owned by the coordinator's core."""
+
+    def __init__(self, members: Membership, catalogue: Catalogue, answering: Answering) -> None:
+        self._members = members
+        self._catalogue = catalogue
+        self._answering = answering
+        self._puller = Puller()
+
+    # --- models
+
+    def deploy(self, peer: str, message: m.Deploy, now: float) -> list[Effect]:
+        before = self._catalogue.asked(peer, message.call)
+        if before is not None:  # asked again, since its connection broke
+            return [] if before.answer is None else [_to(peer, before.answer)]
+        failure = refuse_deploy(self._catalogue, message)
+        if failure is not None:
+            answer = m.Deployed(call=message.call, name=message.name, failure=failure)
+            return [_to(peer, answer)]
+        model = self._catalogue.open(message, peer, now)
+        return [FindBlobs(str(model.key), (model.digest,))]
+
+    def found(self, event: BlobsFound, now: float) -> list[Effect]:
+        model = self._catalogue.opening.get(int(event.purpose))
+        if model is None or model.call is None:
+            return []
+        if event.missing:
+            return self._puller.want(model.digest, model.call.peer, now)
+        return [OpenModel(model.key, model.digest, model.image)]
+
+    def chunk(self, peer: str, chunk: m.Chunk, data: memoryview, now: float) -> list[Effect]:
+        return self._puller.arrived(peer, chunk, data, now)
+
+    def written(self, event: BlobWritten) -> list[Effect]:
+        self._puller.done(event.digest)
+        if event.failure is not None:
+            return self._blob_lost(event.digest, event.failure.message)
+        return [
+            OpenModel(model.key, model.digest, model.image)
+            for model in self._catalogue.opening.values()
+            if model.digest == event.digest and not model.opened
+        ]
+
+    def gone(self, peer: str, digest: str) -> list[Effect]:
+        """The client has not the blob that it announced."""
+        asked = any(
+            o.digest == digest and o.asked.peer == peer for o in self._catalogue.opening.values()
+        )
+        return self._blob_lost(digest, "the client has lost the model") if asked else []
+
+    def client_gone(self, peer: str) -> list[Effect]:
+        effects: list[Effect] = []
+        for digest in self._puller.forget_peer(peer):
+            effects += self._blob_lost(digest, "the client is gone")
+        return effects
+
+    def connection_cut(self, peer: str, now: float) -> None:
+        self._puller.hasten(peer, now)
+
+    def _blob_lost(self, digest: str, why: str) -> list[Effect]:
+        self._puller.done(digest)
+        failure = m.Failure(
+            error="InvalidInput", message=f"the model did not arrive: {why}", hint="deploy it again"
+        )
+        effects: list[Effect] = []
+        for model in [o for o in self._catalogue.opening.values() if o.digest == digest]:
+            effects += self._deploy_failed(model, failure)
+        return effects
+
+    def opened(self, event: ModelOpened) -> list[Effect]:
+        model = self._catalogue.opening.get(event.key)
+        if model is None:
+            return []
+        if event.failure is not None:
+            return self._deploy_failed(model, event.failure)
+        model.opened, model.inputs, model.image = True, event.inputs, event.image
+        failure = refuse_model(model)
+        if failure is not None:
+            return self._deploy_failed(model, failure)
+        signature = model.default_signature()
+        if signature is None:
+            self._catalogue.publish(model)  # planned at the first request of a shape
+            return self._answer_deploy(model, None)
+        model.signatures.append(signature)
+        return []
+
+    def _deploy_failed(self, model: Model, failure: m.Failure) -> list[Effect]:
+        """The model never came to be; what was planned for it is retired."""
+        self._catalogue.opening.pop(model.key, None)
+        effects: list[Effect] = []
+        for made in list(self._catalogue.deployments.values()):
+            if made.model is model:
+                effects += self.retire(made)
+        call, model.call = model.call, None
+        if call is None:
+            return effects
+        answer = m.Deployed(call=call.name, name=model.name, failure=failure)
+        return [*effects, _to(call.peer, answer)]
+
+    def _answer_deploy(self, model: Model, made: Deployment | None) -> list[Effect]:
+        call, model.call = model.call, None
+        if call is None:
+            return []
+        model.answer = m.Deployed(
+            call=call.name,
+            name=model.name,
+            version=model.version,
+            plan=None if made is None else made.plan,
+            report=() if made is None else made.report,
+            image=model.image,
+        )
+        return [_to(call.peer, model.answer)]
+
+    # --- plans
+
+    def _plan(self, model: Model, signature: Signature, now: float) -> Effect:
+        head, candidates = self._members.head, self._members.candidates(now)
+        assert head is not None and candidates
+        names = tuple(c.device for c in candidates)
+        members = {n: self._members.devices[n].peer for n in (*names, head.name)}
+        made = self._catalogue.new_deployment(model, signature, members, names, now)
+        return MakePlan(
+            deployment=made.number,
+            digest=model.digest,
+            image=model.image,
+            signature=signature,
+            candidates=candidates,
+            head=head.name,
+            plan=self._given_plan(model, set(members)),
+            spread=model.spread,
+        )
+
+    def _given_plan(self, model: Model, here: set[str]) -> str | None:
+        """The user's plan; once the model serves, only while the plan's devices are here."""
+        if model.plan is None or not model.version:
+            return model.plan
+        try:
+            plan = Plan.parse(model.plan)
+        except InvalidInput:
+            return model.plan
+        return model.plan if {*plan.devices(), plan.source, plan.sink} <= here else None
+
+    def planned(self, event: PlanReady, now: float) -> list[Effect]:
+        made = self._catalogue.deployments.get(event.deployment)
+        if made is None or made.phase is not Phase.PLANNING:
+            return []
+        failure = event.failure
+        unknown = sorted(set(event.programs) - set(made.members))
+        if failure is None and unknown:
+            failure = m.Failure(
+                error="InvalidInput",
+                message=f"the plan names {unknown}",
+                hint=f"devices that can compute are {sorted(made.members)}",
+            )
+        if failure is not None:
+            return self._plan_failed(made, failure, now)
+        made.plan, made.report, made.programs = event.plan, event.report, event.programs
+        made.members = {n: made.members[n] for n in event.programs}
+        made.phase, made.waiting, made.since = Phase.INSTALLING, set(event.programs), now
+        sends = [self._install(made, self._members.devices[name]) for name in sorted(made.members)]
+        largest = max(header_bytes(send.message) for send in sends)
+        if largest > limits.CONTROL_FRAME_BYTES:
+            failure = m.Failure(
+                error="InvalidInput",
+                message=f"the plan needs a message of {largest} bytes to install",
+                hint="plan fewer stages or tasks",
+            )
+            return self._plan_failed(made, failure, now)
+        for name in made.members:
+            self._members.devices[name].used = True
+        return list(sends)
+
+    def _install(self, made: Deployment, device: Device) -> Send:
+        programs = made.programs[device.name]
+        receivers = {send.device for program in programs for send in program.sends}
+        peers = tuple(self._members.devices[name].bulk for name in sorted(receivers))
+        return _to(device.peer, m.Install(deployment=made.number, programs=programs, peers=peers))
+
+    def installed(self, peer: str, message: m.Installed, now: float) -> list[Effect]:
+        made = self._catalogue.deployments.get(message.deployment)
+        device = self._members.by_peer(peer)
+        if made is None or device is None or made.phase is not Phase.INSTALLING:
+            return []
+        if message.failure is not None:
+            return self._install_failed(made, device, message.failure, now)
+        made.waiting.discard(device.name)
+        if made.waiting:
+            return []
+        made.phase = Phase.READY
+        model = made.model
+        if not model.version:
+            self._catalogue.publish(model)
+        note = Note("info", "plan ready", {"model": model.name, "deployment": made.number})
+        return [note, *self._answer_deploy(model, made)]
+
+    def _install_failed(
+        self, made: Deployment, device: Device, failure: m.Failure, now: float
+    ) -> list[Effect]:
+        fields = {"device": device.name, "why": failure.message}
+        note = Note("error", "a device could not prepare its programs", fields)
+        computes = device.name in made.candidates
+        if computes:
+            device.excluded_until = now + limits.EXCLUDED_S
+        if computes and self._members.candidates(now):
+            return [note, *self.retire(made)]
+        return [note, *self._plan_failed(made, failure, now)]
+
+    def install_overdue(self, now: float) -> list[Effect]:
+        effects: list[Effect] = []
+        for made in list(self._catalogue.deployments.values()):
+            if made.phase is Phase.INSTALLING and now >= made.since + limits.INSTALL_S:
+                failure = m.Failure(
+                    error="ClusterUnavailable",
+                    message=f"{sorted(made.waiting)} did not prepare within {limits.INSTALL_S} s",
+                    hint="look at their logs and links",
+                )
+                device = self._members.devices[min(made.waiting)]
+                effects += self._install_failed(made, device, failure, now)
+        return effects
+
+    def _plan_failed(self, made: Deployment, failure: m.Failure, now: float) -> list[Effect]:
+        effects = self.retire(made)
+        model, signature = made.model, made.signature
+        note = Note("error", "no plan", {"model": model.name, "why": failure.message})
+        serving = self._catalogue.serving(model, signature)
+        if serving is not None:
+            serving.candidates = made.candidates  # it stays; these devices were tried
+            return [note, *effects]
+        if signature in model.signatures:
+            model.signatures.remove(signature)
+        effects += self._answering.fail_waiting(model, signature, failure, now)
+        if model.call is not None:
+            effects += self._deploy_failed(model, failure)
+        return [note, *effects]
+
+    def out_of_service(self, name: str) -> list[Effect]:
+        """A device is lost, or cannot be reached: retire what uses it."""
+        effects: list[Effect] = []
+        for made in list(self._catalogue.deployments.values()):
+            if name in made.members:
+                effects += self.retire(made)
+        return effects
+
+    def retire(self, made: Deployment) -> list[Effect]:
+        """Take a deployment out of service; its requests start again under another."""
+        made.phase = Phase.RETIRED
+        self._catalogue.deployments.pop(made.number, None)
+        self._answering.retired(made)
+        devices = self._members.devices
+        return [
+            _to(peer, m.Forget(deployment=made.number))
+            for name, peer in sorted(made.members.items())
+            if name in devices and devices[name].peer == peer
+        ]
+
+    # --- the rules
+
+    def due(self, now: float) -> list[Effect]:
+        effects, failed = self._puller.due(now)
+        for digest in failed:
+            effects += self._blob_lost(digest, "the client does not send it")
+        return effects + self.install_overdue(now)
+
+    def plan_what_is_missing(self, now: float) -> list[Effect]:
+        self._members.note_workers(now)
+        if self._members.idle_since is not None:
+            return self._give_up_without_workers(now)
+        names = tuple(c.device for c in self._members.candidates(now))
+        settled = now >= self._members.changed_at + limits.REPLAN_SETTLE_S
+        phases = [made.phase for made in self._catalogue.deployments.values()]
+        room = limits.PLANS_AT_ONCE - phases.count(Phase.PLANNING)
+        effects: list[Effect] = []
+        for model in self._catalogue.all_models() if room > 0 else ():
+            del model.signatures[: -limits.SHAPES_PER_MODEL]
+            for signature in self._answering.wanted_signatures(model) if model.opened else ():
+                if self._catalogue.coming(model, signature) is not None:
+                    continue
+                serving = self._catalogue.serving(model, signature)
+                stale = serving is not None and settled and serving.candidates != names
+                if (serving is None or stale) and len(effects) < room:
+                    effects.append(self._plan(model, signature, now))
+        return effects
+
+    def _give_up_without_workers(self, now: float) -> list[Effect]:
+        failure = unavailable(
+            "no worker that can compute is in the cluster",
+            "start one with meshinfer worker, and look at meshinfer devices",
+        )
+        effects = self._answering.give_up_without_workers(failure, now)
+        for model in [o for o in self._catalogue.opening.values() if o.opened and o.call]:
+            if self._members.out_of_patience(model.asked.since, now):
+                effects += self._deploy_failed(model, failure)
+        return effects
+
+    def retire_unused(self, now: float) -> list[Effect]:
+        effects: list[Effect] = []
+        for made in list(self._catalogue.deployments.values()):
+            if made.phase is Phase.READY and self._answering.unused(made, now):
+                effects += self.retire(made)
+        return effects
+
+    def next_deadlines(self) -> list[float]:
+        times = [self._members.changed_at + limits.REPLAN_SETTLE_S]
+        times += [
+            made.since + limits.INSTALL_S
+            for made in self._catalogue.deployments.values()
+            if made.phase is Phase.INSTALLING
+        ]
+        if self._members.idle_since is not None:
+            times += [
+                self._members.patience_ends(o.asked.since)
+                for o in self._catalogue.opening.values()
+                if o.opened and o.call
+            ]
+        pull = self._puller.next_deadline()
+        return times if pull is None else [*times, pull]
+
+
+def _to(peer: str, message: m.AnyMessage) -> Send:
+    return Send(Plane.CONTROL, peer, message)

@@ -1,0 +1,159 @@
+"""A device's deployments: fetch what their programs lack, prepare them, say so, forget them.
+
+A deployment number is never used twice, so word of a forgotten one is recognised and dropped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from meshinfer.protocol import messages as m
+from meshinfer.scheduler.events import (
+    BlobsFound,
+    BlobWritten,
+    Connect,
+    Discard,
+    Disconnect,
+    Effect,
+    FindBlobs,
+    Plane,
+    Prepare,
+    Prepared,
+    Send,
+)
+from meshinfer.scheduler.puller import Puller
+
+COORDINATOR = "coordinator"
+"""Name of the control connection to the coordinator."""
+
+
+@dataclass(slots=True)
+class Deployment:
+    """``peers``: device -> peer id, for what the programs send; ``missing``: blobs to come."""
+
+    programs: dict[m.Place, m.Program]
+    peers: dict[str, str]
+    missing: set[str] = field(default_factory=set)
+
+
+class Installing:
+    """Mutable: owned by the worker's core."""
+
+    def __init__(self, device: str) -> None:
+        self.deployments: dict[int, Deployment] = {}
+        self._device = device
+        self._connected: dict[str, str] = {}
+        self._puller = Puller()
+
+    @property
+    def idle(self) -> bool:
+        return not self._puller
+
+    def install(self, message: m.Install) -> list[Effect]:
+        self.deployments[message.deployment] = Deployment(
+            {program.place: program for program in message.programs},
+            {peer.device: peer.id for peer in message.peers},
+        )
+        digests = {
+            digest
+            for program in message.programs
+            if program.model is not None
+            for digest in (program.model, *program.weights)
+        }
+        return [
+            *self._connect(message.peers),
+            FindBlobs(str(message.deployment), tuple(sorted(digests))),
+        ]
+
+    def _connect(self, peers: tuple[m.Peer, ...]) -> list[Effect]:
+        """A device that has started anew is another peer; the old one never comes back."""
+        effects: list[Effect] = []
+        for peer in peers:
+            if peer.device == self._device:
+                continue
+            old = self._connected.get(peer.device, peer.id)
+            if old != peer.id:
+                effects.append(Disconnect(old))
+            self._connected[peer.device] = peer.id
+            effects.append(Connect(peer))
+        return effects
+
+    def found(self, event: BlobsFound, coordinator: m.Peer, now: float) -> list[Effect]:
+        number = int(event.purpose)
+        deployment = self.deployments.get(number)
+        if deployment is None:
+            return []
+        deployment.missing = set(event.missing)
+        if not deployment.missing:
+            return _prepare(number, deployment)
+        effects: list[Effect] = []
+        for digest in event.missing:
+            effects += self._puller.want(digest, coordinator.id, now)
+        return effects
+
+    def chunk(self, peer: str, chunk: m.Chunk, data: memoryview, now: float) -> list[Effect]:
+        return self._puller.arrived(peer, chunk, data, now)
+
+    def written(self, event: BlobWritten) -> list[Effect]:
+        self._puller.done(event.digest)
+        if event.failure is not None:
+            return self.blob_failed(event.digest, event.failure.message)
+        effects: list[Effect] = []
+        for number, deployment in self.deployments.items():
+            if event.digest in deployment.missing:
+                deployment.missing.discard(event.digest)
+                if not deployment.missing:
+                    effects += _prepare(number, deployment)
+        return effects
+
+    def blob_failed(self, digest: str, why: str) -> list[Effect]:
+        """No deployment that needs this blob can be prepared."""
+        self._puller.done(digest)
+        failure = m.Failure(error="MeshInferError", message=f"blob {digest[:12]}: {why}")
+        return [
+            _tell(m.Installed(deployment=number, failure=failure))
+            for number, deployment in self.deployments.items()
+            if digest in deployment.missing
+        ]
+
+    def prepared(self, event: Prepared) -> list[Effect]:
+        if event.deployment not in self.deployments:
+            return [Discard(event.deployment)]
+        return [_tell(m.Installed(deployment=event.deployment, failure=event.failure))]
+
+    def forget(self, number: int) -> list[Effect]:
+        deployment = self.deployments.pop(number, None)
+        if deployment is None:
+            return []
+        others = [d.missing for d in self.deployments.values()]
+        for digest in sorted(deployment.missing.difference(*others)):
+            self._puller.done(digest)
+        return [Discard(number)]
+
+    def reset(self) -> list[Effect]:
+        """The coordinator knows nothing of what was installed."""
+        self._puller.clear()
+        effects: list[Effect] = [Discard(number) for number in self.deployments]
+        self.deployments.clear()
+        return effects
+
+    def connection_cut(self, peer: str, now: float) -> None:
+        self._puller.hasten(peer, now)
+
+    def due(self, now: float) -> list[Effect]:
+        effects, failed = self._puller.due(now)
+        for digest in failed:
+            effects += self.blob_failed(digest, "the coordinator does not send it")
+        return effects
+
+    def next_deadline(self) -> float | None:
+        return self._puller.next_deadline()
+
+
+def _prepare(number: int, deployment: Deployment) -> list[Effect]:
+    programs = tuple(p for p in deployment.programs.values() if p.model is not None)
+    return [Prepare(number, programs)]
+
+
+def _tell(message: m.AnyMessage) -> Send:
+    return Send(Plane.CONTROL, COORDINATOR, message)

@@ -1,0 +1,194 @@
+"""The timeline adds up: by hand for small plans, by its invariants for all."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import cache
+from itertools import pairwise
+
+import pytest
+from architectures import Builder, unet
+
+import meshinfer as mi
+from meshinfer.cost import DeviceProfile, Work, field_work, seconds, timeline
+from meshinfer.cost.model import whole_flops
+from meshinfer.geometry import Box, split_even
+from meshinfer.graph import Graph
+from meshinfer.halo import receptive_field
+from meshinfer.identity import DeviceId
+from meshinfer.plan import Plan, Shard, Stage, Task
+from meshinfer.transfers import derive
+
+A, B, C = DeviceId("a"), DeviceId("b"), DeviceId("c")
+MESSAGE = 256
+
+
+@cache
+def chain() -> Graph:
+    """Two 3x3 convolutions of 2 channels over 8x8, each with a Relu."""
+    b = Builder(0)
+    x = b.relu(b.conv(b.input("image", [1, 2, 8, 8]), 2, 2, 3))
+    return mi.load(b.model([b.rename(b.relu(b.conv(x, 2, 2, 3)), "y")]))
+
+
+def profile(device: DeviceId, **changes: float) -> DeviceProfile:
+    plain = {
+        "flops_per_s": 1e6,
+        "overhead_s": 0.0,
+        "bandwidth_bytes_per_s": 1e5,
+        "latency_s": 0.25,
+        "memory_bytes_per_s": 1e30,
+    }
+    return DeviceProfile(device, **{**plain, **changes})
+
+
+def bands(g: Graph, cuts: tuple[int, ...], devices: tuple[DeviceId, ...]) -> Plan:
+    """Equal row bands, all stages alike."""
+    bounds = (0, *cuts, len(g.ops))
+    stages = []
+    for start, stop in pairwise(bounds):
+        tasks = []
+        for i, device in enumerate(devices):
+            shards = []
+            for name in g.live_outputs(start, stop):
+                whole = g.whole(name)
+                part = split_even(whole[2].size, len(devices))[i]
+                shards.append(Shard(name, whole.replace(2, part)))
+            tasks.append(Task((device,), tuple(shards)))
+        stages.append(Stage(start, stop, tuple(tasks)))
+    return Plan(g.digest, devices[0], devices[0], tuple(stages))
+
+
+CONV = 2 * 2 * 64 * 18  # operations of one convolution: 2 channels of 64 elements, 18 products each
+RELU = 2 * 64
+
+
+def test_one_device_alone_takes_just_its_operations() -> None:
+    g = chain()
+    found = timeline(g, bands(g, (), (A,)), [profile(A)])
+    assert sum(whole_flops(g, op) for op in g.ops) == 2 * (CONV + RELU)
+    assert found.total_s == pytest.approx(2 * (CONV + RELU) / 1e6)
+    assert found.transfers == ()
+    assert found.bound == "compute of a"
+    assert found.use(A).busy_s == found.total_s == found.bottleneck_s
+    assert found.use(B).peak_bytes == 0
+
+
+def test_overhead_and_bytes_are_added() -> None:
+    g = chain()
+    field = receptive_field(g, *_only(bands(g, (), (A,))))
+    work = field_work(g, field)
+    weights = sum(g.nbytes(name) for name in field.weights)
+    # Each convolution reads one value and its weights and writes one; Relus are fused.
+    assert work.nbytes == 4 * g.nbytes("y") + weights
+    assert seconds(work, profile(A, overhead_s=3.0, memory_bytes_per_s=10.0)) == pytest.approx(
+        work.flops / 1e6 + work.nbytes / 10 + 3
+    )
+    assert seconds(work, profile(A, flops_per_s=0.0)) == math.inf
+
+
+def _only(plan: Plan) -> tuple[Stage, Task]:
+    return plan.stages[0], plan.stages[0].tasks[0]
+
+
+def test_peak_is_what_is_alive_at_once() -> None:
+    g = chain()
+    one = g.nbytes("y")
+    work = field_work(g, receptive_field(g, *_only(bands(g, (), (A,)))))
+    assert work.peak_bytes == 2 * one  # a reader and what it reads, never more
+    weights = sum(g.nbytes(n) for n in g.values if g.is_initializer(n))
+    use = timeline(g, bands(g, (), (A,)), [profile(A)]).use(A)
+    assert (use.weight_bytes, use.peak_bytes) == (weights, weights + 2 * one)
+
+
+def test_a_halo_costs_its_bytes_and_a_latency() -> None:
+    g = chain()
+    plan = bands(g, (2,), (A, B))
+    found = timeline(g, plan, [profile(A), profile(B)])
+    row = 2 * 8 * 4
+    half = (CONV + RELU) / 2 / 1e6
+    sent = {(t.sender, t.receiver, t.producer.stage): t for t in found.transfers}
+    assert {k: t.nbytes for k, t in sent.items()} == {
+        (A, B, -1): 5 * row,  # scatter: its four rows and one of halo
+        (A, B, 0): row,
+        (B, A, 0): row,
+        (B, A, 1): 4 * row,  # gather
+    }
+    scatter = (5 * row + MESSAGE) / 1e5 + 0.25
+    halo = (row + MESSAGE) / 1e5 + 0.25
+    gather = (4 * row + MESSAGE) / 1e5 + 0.25
+    first = scatter + half  # b's first task ends and its halo leaves for a
+    second = max(first, scatter - 0.25 + halo)  # a's halo leaves when the scatter is off its link
+    assert found.total_s == pytest.approx(max(first + halo, second + gather) + half)
+    assert found.bound.startswith("link of")
+    assert found.use(B).bytes_sent == 5 * row
+    assert found.use(B).bytes_received == 6 * row
+
+
+def test_a_device_runs_one_task_at_a_time_and_a_link_sends_one_message_at_a_time() -> None:
+    g = mi.load(unet(64, width=4))
+    cuts = tuple(op.index for op in g.ops if op.type == "Conv" and op.index)[:9]
+    found = timeline(g, bands(g, cuts, (A, B, C)), [profile(d) for d in (A, B, C)])
+    for device in (A, B, C):
+        _apart([(t.start_s, t.end_s) for t in found.tasks if t.device == device])
+        for end in ("sender", "receiver"):
+            mine = [t for t in found.transfers if getattr(t, end) == device]
+            _apart([(t.start_s, t.end_s - 0.25) for t in mine])
+
+
+def _apart(spans: list[tuple[float, float]]) -> None:
+    spans.sort()
+    for (_, end), (start, _) in pairwise(spans):
+        assert start >= end - 1e-9
+
+
+def test_nothing_starts_before_its_inputs_are_there() -> None:
+    g = mi.load(unet(64, width=4))
+    cuts = tuple(op.index for op in g.ops if op.type == "Conv" and op.index)[:9]
+    plan = bands(g, cuts, (A, B, C))
+    found = timeline(g, plan, [profile(d) for d in (A, B, C)])
+    starts = {t.ref: t.start_s for t in found.tasks}
+    ends = {t.ref: t.end_s for t in found.tasks}
+    assert len(starts) == sum(len(s.tasks) for s in plan.stages)
+    for t in found.transfers:
+        assert t.start_s >= ends.get(t.producer, 0.0)
+        assert t.end_s <= starts.get(t.consumer, found.total_s)
+    for t in derive(g, plan).transfers:
+        assert ends.get(t.producer, 0.0) <= starts.get(t.consumer, found.total_s) + 1e-9
+    assert found.total_s == max(t.end_s for t in found.transfers)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"flops_per_s": 2e6}, {"bandwidth_bytes_per_s": 1e6}, {"latency_s": 0.01}],
+)
+def test_better_devices_are_not_slower(change: dict[str, float]) -> None:
+    g = mi.load(unet(64, width=4))
+    plan = bands(g, (5, 15), (A, B))
+    slow = [profile(A), profile(B)]
+    fast = [replace(p, **change) for p in slow]
+    assert timeline(g, plan, fast).total_s < timeline(g, plan, slow).total_s
+
+
+def test_a_task_where_nothing_computes_never_ends() -> None:
+    g = chain()
+    plan = bands(g, (2,), (A, B))
+    assert timeline(g, plan, [profile(A)]).total_s == math.inf
+    assert timeline(g, plan, [profile(A), profile(B, flops_per_s=0.0)]).total_s == math.inf
+
+
+def test_source_and_sink_need_no_profile() -> None:
+    g = chain()
+    plan = replace(bands(g, (), (A,)), source=DeviceId("camera"), sink=DeviceId("screen"))
+    found = timeline(g, plan, [profile(A)])
+    assert {(t.sender, t.receiver) for t in found.transfers} == {("camera", "a"), ("a", "screen")}
+    assert math.isfinite(found.total_s)
+    assert found.use(DeviceId("camera")).bytes_sent == g.nbytes("image")
+
+
+def test_work_is_nothing_by_default_and_derived_memory_speed_follows_the_processor() -> None:
+    assert Work() == Work(0, 0, 0)
+    assert DeviceProfile(A, 2e9).copy_bytes_per_s == 2 * DeviceProfile(A, 1e9).copy_bytes_per_s
+    assert DeviceProfile(A, 1e9, computes=False).able is False
+    assert Box.whole((1, 2, 8, 8)).volume * 4 == chain().nbytes("y")

@@ -1,0 +1,262 @@
+"""What people have becomes a graph, or ``InvalidInput`` that says what to do next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from architectures import Builder
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+from plans import check_exact
+
+import meshinfer as mi
+from meshinfer.errors import InvalidInput
+from meshinfer.graph import Graph
+from meshinfer.identity import DeviceId
+from meshinfer.image import ImageSpec
+from meshinfer.plan import Plan, Shard, Stage, Task
+
+PI = DeviceId("pi-1")
+Array = np.ndarray[Any, Any]
+
+
+def on_one_device(graph: Graph) -> Plan:
+    live = graph.live_outputs(0, len(graph.ops))
+    task = Task((PI,), tuple(Shard(v, graph.whole(v)) for v in live))
+    return Plan(graph.digest, PI, PI, (Stage(0, len(graph.ops), (task,)),))
+
+
+def run(graph: Graph, **inputs: Array) -> dict[str, Array]:
+    return mi.run_plan(graph, on_one_device(graph), inputs)
+
+
+def refused(why: str, call: Callable[[], object]) -> None:
+    with pytest.raises(InvalidInput, match=why) as caught:
+        call()
+    assert caught.value.hint
+
+
+def dense(rows: int | str = 2) -> ModelProto:
+    b = Builder(0)
+    return b.model([b.rename(b.gemm(b.input("x", [rows, 300]), 300, 4), "y")])
+
+
+# -- refusals ------------------------------------------------------------------------------------
+
+
+def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "half.onnx"
+    path.write_bytes(dense().SerializeToString()[:1500])
+    refused("half.onnx is no ONNX model, or is truncated", lambda: mi.load(path))
+
+
+@pytest.mark.parametrize("data", [b"", b"\x00" * 40, b"GIF89a" * 30])
+def test_bytes_that_are_no_model_are_refused(data: bytes) -> None:
+    refused("no ONNX model|holds no graph", lambda: mi.load(data))
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    refused("cannot read .*none.onnx", lambda: mi.load(tmp_path / "none.onnx"))
+
+
+def test_a_thing_that_is_no_model_is_refused() -> None:
+    refused("int is no model", lambda: mi.load(3))  # type: ignore[arg-type]
+
+
+def test_an_unknown_operator_is_refused_in_onnxruntimes_words() -> None:
+    model = dense()
+    model.graph.node[0].op_type = "Gemmm"
+    refused("onnxruntime .* refuses the model: .*Gemmm", lambda: mi.load(model))
+
+
+def test_a_dynamic_shape_must_be_given() -> None:
+    refused(r"'x' has the dynamic shape \['n', 300\]", lambda: mi.load(dense("n")))
+    graph = mi.load(dense("n"), shapes={"x": (5, 300)})
+    assert run(graph, x=np.ones((5, 300), np.float32))["y"].shape == (5, 4)
+    assert mi.load(dense("n"), {"x": np.ones((7, 300), np.float32)}).shape("y") == (7, 4)
+
+
+@pytest.mark.parametrize("shape", [(2, 299), (2,), (2, 300, 1), (-1, 300)])
+def test_a_shape_that_the_model_does_not_have_is_refused(shape: tuple[int, ...]) -> None:
+    refused("'x' has shape .* the model wants", lambda: mi.load(dense("n"), shapes={"x": shape}))
+
+
+def test_a_shape_of_no_input_is_refused() -> None:
+    refused("no input 'z'", lambda: mi.load(dense(), shapes={"z": (1,)}))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "why"),
+    [
+        ({"x": np.ones((2, 299), np.float32)}, r"shape \(2, 299\), the model wants \(2, 300\)"),
+        ({"x": np.ones((2, 300), np.float64)}, "type float64, the model wants float32"),
+        ({}, r"\['x'\] are missing"),
+        ({"x": np.ones((2, 300), np.float32), "z": np.ones(1)}, r"\['z'\] are not of the model"),
+    ],
+)
+def test_an_array_that_does_not_fit_is_refused(inputs: dict[str, Array], why: str) -> None:
+    graph = mi.load(dense())
+    refused(why, lambda: run(graph, **inputs))
+
+
+def test_an_output_that_is_no_tensor_is_refused() -> None:
+    b = Builder(0)
+    parts = b.op("SplitToSequence", b.input("x", [1, 4]), axis=1)
+    element = helper.make_tensor_type_proto(TensorProto.FLOAT, None)
+    output = helper.make_value_info(parts, helper.make_sequence_type_proto(element))
+    refused("is of sequence_type", lambda: mi.load(b.model([output])))
+
+
+# -- external weights ----------------------------------------------------------------------------
+
+
+def with_external(folder: Path, location: str, data: bytes | None) -> Path:
+    """A model whose one weight lies at ``location``; ``data`` is written there."""
+    model = dense()
+    tensor = model.graph.initializer[0]
+    if data is not None:
+        (folder / location).write_bytes(data)
+    onnx.external_data_helper.set_external_data(tensor, location)
+    tensor.ClearField("raw_data")
+    path = folder / "model.onnx"
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def weight_bytes() -> bytes:
+    return bytes(dense().graph.initializer[0].raw_data)
+
+
+def test_external_weights_are_read_beside_the_path(tmp_path: Path) -> None:
+    path = with_external(tmp_path, "weights.bin", weight_bytes())
+    graph = mi.load(str(path))
+    (tmp_path / "weights.bin").unlink()  # what was imported needs no file any more
+    x = np.random.default_rng(0).standard_normal((2, 300), np.float32)
+    check_exact(dense(), graph, on_one_device(graph), {"x": x})
+
+
+@pytest.mark.parametrize("kind", ["up", "absolute", "link"])
+def test_external_weights_outside_the_folder_are_refused(tmp_path: Path, kind: str) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    secret = tmp_path / "secret"
+    secret.write_bytes(weight_bytes())
+    location = {"up": "../secret", "absolute": str(secret), "link": "link"}[kind]
+    if kind == "link":
+        (folder / "link").symlink_to(secret)
+    path = with_external(folder, location, None)
+    refused("outside the model's folder", lambda: mi.load(path))
+
+
+def test_a_missing_weight_file_is_refused(tmp_path: Path) -> None:
+    path = with_external(tmp_path, "gone.bin", None)
+    refused("the file 'gone.bin' of weight .* is missing", lambda: mi.load(path))
+
+
+def test_external_weights_of_bytes_are_never_read_from_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = with_external(tmp_path, "weights.bin", weight_bytes()).read_bytes()
+    monkeypatch.chdir(tmp_path)
+    refused("lies in the file 'weights.bin'", lambda: mi.load(data))
+
+
+# -- what must be understood -----------------------------------------------------------------------
+
+
+def test_initializers_may_be_listed_as_inputs() -> None:
+    model = dense()
+    for tensor in model.graph.initializer:
+        model.graph.input.add().CopyFrom(
+            helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+        )
+    graph = mi.load(model)
+    assert graph.inputs == ("x",)
+    x = np.random.default_rng(0).standard_normal((2, 300), np.float32)
+    check_exact(dense(), graph, on_one_device(graph), {"x": x})
+
+
+@pytest.mark.parametrize("op_type", ["MaxPool", "AveragePool"])
+@pytest.mark.parametrize("counted", [0, 1])
+@pytest.mark.parametrize("opset", [11, 17, 22])
+def test_a_window_that_starts_in_padding_is_dropped_as_onnxruntime_does(
+    op_type: str, counted: int, opset: int
+) -> None:
+    """onnx's inference counts it before opset 22: 6 rows here, where 5 are computed; twice."""
+    b = Builder(0, opset)
+    x = b.input("x", [1, 2, 10, 11])
+    count = {"count_include_pad": counted} if op_type == "AveragePool" else {}
+    for _ in range(2):
+        x = b.op(
+            op_type, x, kernel_shape=[2, 3], strides=[2, 2], pads=[0, 0, 1, 0], ceil_mode=1, **count
+        )
+    model = b.model([b.rename(b.op("Neg", x), "y")])
+    graph = mi.load(model)
+    assert graph.shape(graph.ops[0].outputs[0]) == (1, 2, 5, 5)
+    whole = graph.whole("y")
+    tasks = [
+        Task((PI,), (Shard("y", whole.replace(2, type(whole[2])(i, i + 1))),))
+        for i in range(whole[2].size)
+    ]
+    plan = Plan(graph.digest, PI, PI, (Stage(0, len(graph.ops), tuple(tasks)),))
+    values = np.random.default_rng(0).standard_normal((1, 2, 10, 11), np.float32) - 1
+    # The model declares the larger size, of which onnxruntime warns and which it then ignores.
+    check_exact(model, graph, plan, {"x": values})
+
+
+# -- image specs -----------------------------------------------------------------------------------
+
+
+def identity(layout: str) -> ModelProto:
+    shape = [1, 3, "h", "w"] if layout == "NCHW" else [1, "h", "w", 3]
+    b = Builder(0)
+    b.input("image", [1, 3, 5, 7] if layout == "NCHW" else [1, 5, 7, 3])
+    made = b.model([b.rename(b.op("Identity", "image"), "y")])
+    for value in (made.graph.input[0], made.graph.output[0]):
+        dims = [d if isinstance(d, int) else None for d in shape]
+        value.CopyFrom(helper.make_tensor_value_info(value.name, TensorProto.FLOAT, dims))
+    return made
+
+
+@pytest.mark.parametrize("colour", ["RGB", "BGR"])
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_the_image_prefix_is_numpys_arithmetic_bit_for_bit(layout: str, colour: str) -> None:
+    spec = ImageSpec("image", layout, colour, 1 / 255, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    graph = mi.load(identity(layout), shapes={"image": (1, 5, 7, 3)}, image=spec)
+    pixels = np.random.default_rng(0).integers(0, 256, (1, 5, 7, 3), np.uint8)
+    given = pixels[..., ::-1] if colour == "BGR" else pixels
+    mean, std = np.array(spec.mean, np.float32), np.array(spec.std, np.float32)
+    expected = (given.astype(np.float32) * np.float32(1 / 255) - mean) / std
+    if layout == "NCHW":
+        expected = expected.transpose(0, 3, 1, 2)
+    assert run(graph, image=pixels)["y"].tobytes() == np.ascontiguousarray(expected).tobytes()
+
+
+def test_an_image_that_a_subgraph_captures_is_the_tensor_and_not_the_pixels() -> None:
+    b = Builder(0)
+    x = b.input("image", [1, 3, 4, 4])
+    value = helper.make_tensor_value_info("scaled", TensorProto.FLOAT, [1, 3, 4, 4])
+    body = helper.make_graph([helper.make_node("Add", [x, x], ["scaled"])], "body", [], [value])
+    above = b.op("Greater", [b.op("ReduceMean", x, keepdims=0), b.const(np.float32(-1))])
+    model = b.model([b.rename(b.op("If", above, then_branch=body, else_branch=body), "y")])
+    graph = mi.load(model, shapes={"image": (1, 4, 4, 3)}, image=ImageSpec("image", scale=0.5))
+    pixels = np.random.default_rng(0).integers(0, 256, (1, 4, 4, 3), np.uint8)
+    expected = pixels.astype(np.float32).transpose(0, 3, 1, 2)
+    np.testing.assert_array_equal(run(graph, image=pixels)["y"], expected)
+
+
+def test_an_image_spec_of_no_input_is_refused() -> None:
+    refused("names the input 'photo'", lambda: mi.load(identity("NCHW"), image=ImageSpec("photo")))
+
+
+def test_a_weight_that_is_an_output_comes_out() -> None:
+    model = dense()
+    model.graph.initializer.append(numpy_helper.from_array(np.arange(3.0), "table"))
+    model.graph.output.append(helper.make_tensor_value_info("table", TensorProto.DOUBLE, [3]))
+    x = np.ones((2, 300), np.float32)
+    graph = mi.load(model)
+    check_exact(model, graph, on_one_device(graph), {"x": x})
