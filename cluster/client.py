@@ -26,7 +26,9 @@ from cluster.blobs import BlobStore
 from cluster.config import default_keyring
 from cluster.locate import find_coordinator
 from cluster.loop import Loop
-from cluster.results import Deployment, Result, closed_error
+from cluster.results import Deployment as Deployment
+from cluster.results import Result as Result
+from cluster.results import closed_error
 from cluster.security import read_keyring
 from cluster.sockets import Endpoint
 from cluster.transport import Transport

@@ -12,6 +12,7 @@ import secrets
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -67,8 +68,13 @@ class Address(msgspec.Struct, frozen=True, kw_only=True):
     pid: int
 
 
-def run_coordinator(options: CoordinatorOptions) -> m.Failure | None:
-    """Serve until stopped. Raises typed errors for a port in use and for a second coordinator."""
+def run_coordinator(
+    options: CoordinatorOptions, on_listening: Callable[[Address], None] | None = None
+) -> m.Failure | None:
+    """Serve until stopped. Raises typed errors for a port in use and for a second coordinator.
+
+    ``on_listening`` is called once, from when on devices can join.
+    """
     state = Path(options.state_dir)
     processes.hold_folder(state)
     address = state / "address.json"
@@ -99,12 +105,15 @@ def run_coordinator(options: CoordinatorOptions) -> m.Failure | None:
     announcement = announce(
         options.cluster, port, key=own.public, protocol=m.PROTOCOL, interfaces=options.interfaces
     )
-    _write_address(address, Address(host=reachable, port=port, pid=os.getpid()))
+    listening = Address(host=reachable, port=port, pid=os.getpid())
+    _write_address(address, listening)
     log = structlog.get_logger()
     log.info("listening", host=reachable, port=port, cluster=options.cluster)
     log.info("share with the devices", keyring=str(state / "keyring.json"))
     head.start()
     try:
+        if on_listening is not None:
+            on_listening(listening)
         return loop.run()
     finally:
         announcement.close()

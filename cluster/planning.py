@@ -129,9 +129,11 @@ class PlanningThread:
 
     def _given_plan(self, graph: Graph, effect: MakePlan) -> Plan | None:
         """The user's plan; None when there is none, or when it ran before and lost its devices."""
-        if effect.plan is None or effect.signature.picture:
+        if effect.plan is None:
             return None
         plan = Plan.parse(effect.plan)
+        if effect.signature.picture and plan.graph != graph.digest:
+            return None  # it is for arrays, or for pictures of another size
         known = {effect.head, *(c.device for c in effect.candidates)}
         unknown = sorted({*plan.devices(), plan.source, plan.sink} - known)
         if unknown and effect.plan in self._served:

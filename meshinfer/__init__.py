@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from meshinfer.executor import run_plan as run_plan
     from meshinfer.image import ImageSpec as ImageSpec
     from meshinfer.importers import load as load
-    from meshinfer.plan import Plan as Plan
     from meshinfer.legality import validate as validate
+    from meshinfer.plan import Plan as Plan
 
 __version__ = "0.1.0"
 

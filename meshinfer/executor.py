@@ -1,4 +1,5 @@
-"""``run_plan``: a plan in this process, with the same lowering, engine and merge as on a cluster."""
+"""``run_plan``: a plan in this process, with the same lowering, engine and merge as on a
+cluster."""
 
 from __future__ import annotations
 
@@ -12,11 +13,11 @@ from meshinfer.engine import Array, Engine
 from meshinfer.engine.ort import OrtEngine
 from meshinfer.errors import InvalidInput
 from meshinfer.graph import Graph
+from meshinfer.legality import validate
 from meshinfer.lower import lower
 from meshinfer.mapreduce import reduce, scatter
 from meshinfer.plan import Plan, Shard
 from meshinfer.transfers import Flow, TaskRef, derive
-from meshinfer.legality import validate
 
 
 def run_plan(

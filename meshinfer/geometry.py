@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from typing import NamedTuple
 
@@ -141,7 +142,8 @@ def tiles_exactly(whole: Box, parts: Sequence[Box]) -> bool:
 
 
 def split_even(size: int, parts: int) -> list[Interval]:
-    """``parts`` intervals over ``[0, size)`` whose sizes differ by at most one; some may be empty."""
+    """``parts`` intervals over ``[0, size)`` whose sizes differ by at most one; some may be
+    empty."""
     return split_weighted(size, [1.0] * parts)
 
 
@@ -155,15 +157,15 @@ def split_weighted(size: int, weights: Sequence[float]) -> list[Interval]:
         done += weight
         borders.append(min(size, round(size * done / total)))
     borders.append(size)
-    return [Interval(a, b) for a, b in zip(borders, borders[1:], strict=False)]
+    return [Interval(a, b) for a, b in pairwise(borders)]
 
 
 @dataclass(frozen=True, slots=True)
 class Window:
     """A sliding window on one axis (Dumoulin and Visin 2016, "A guide to convolution arithmetic").
 
-    Output ``o`` reads inputs ``o*stride - pad_begin + [0, dilation, .., (kernel-1)*dilation]`` of an
-    axis of ``size`` elements; whatever lies outside ``[0, size)`` is padding.
+    Output ``o`` reads inputs ``o*stride - pad_begin + [0, dilation, .., (kernel-1)*dilation]`` of
+    an axis of ``size`` elements; whatever lies outside ``[0, size)`` is padding.
     """
 
     size: int

@@ -20,7 +20,8 @@ from meshinfer.geometry import Box
 from meshinfer.identity import Digest
 
 CONSTANT_ELEMENTS = 1024
-"""Initializers up to this size are read to resolve shapes, axes and bounds (ONNX keeps those small)."""
+"""Initializers up to this size are read to resolve shapes, axes and bounds (ONNX keeps those
+small)."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -84,7 +85,8 @@ class Graph:
 
     @cached_property
     def outputs(self) -> tuple[str, ...]:
-        """Names of the answers: values that ops make, or inputs as they are (from source to sink)."""
+        """Names of the answers: values that ops make, or inputs as they are (from source to
+        sink)."""
         return tuple(_name(v) for v in self.model.graph.outputs)
 
     @cached_property
@@ -170,7 +172,8 @@ class Graph:
         return dtype.numpy()
 
     def whole(self, value: str) -> Box:
-        """The box of the whole value; the box without axes where the shape is not static (WHOLE)."""
+        """The box of the whole value; the box without axes where the shape is not static
+        (WHOLE)."""
         shape = self.shape(value)
         return Box.whole(shape) if shape is not None else Box(())
 
@@ -245,7 +248,7 @@ def _name(value: ir.Value) -> str:
 def _bytes_of(array: np.ndarray[Any, Any]) -> memoryview:
     if array.dtype == object:  # strings
         return memoryview(repr(array.tolist()).encode())
-    return memoryview(array.reshape(-1).view(np.uint8) if array.size else b"")
+    return array.reshape(-1).view(np.uint8).data if array.size else memoryview(b"")
 
 
 def _captured(node: ir.Node) -> tuple[str, ...]:

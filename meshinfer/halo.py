@@ -1,7 +1,7 @@
 """The receptive field of a fused block: which boxes a task computes and reads. Derived, backwards.
 
-A task names boxes of its stage's live values; walking the ops back to front gives for each value the
-hull of all that is read of it. What a device reads beyond its own box is its halo.
+A task names boxes of its stage's live values; walking the ops back to front gives for each value
+the hull of all that is read of it. What a device reads beyond its own box is its halo.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """A task's receptive field. ``jobs`` in order of computation; ``needs``: box of each value read.
+    """A task's receptive field. ``jobs`` in order of computation; ``needs``: box of each value
+    read.
 
     ``fetches`` are the needed values that come from outside the stage (other tasks or the source),
     ``weights`` those that are initializers.
@@ -58,11 +59,11 @@ def receptive_field(graph: Graph, stage: Stage, task: Task) -> Field:
             _need(needs, shard.value, shard.box)
     jobs: list[Job] = []
     for op in reversed(graph.ops[stage.start : stage.stop]):
-        for outs, shard in reversed(_asked(op, needs, partial)):
+        for outs, part in reversed(_asked(op, needs, partial)):
             rule = rule_of(op)
             aligned = rule.align(op, outs)
-            over = shard.over if shard is not None else None
-            job = Job(op, aligned, rule.footprint(op, aligned, over), over, shard)
+            over = part.over if part is not None else None
+            job = Job(op, aligned, rule.footprint(op, aligned, over), over, part)
             for name, box in zip(job.reads, job.ins, strict=True):
                 if name and box is not None:
                     _need(needs, name, box)

@@ -38,8 +38,8 @@ class Weight:
 class Submodel:
     """One task, lowered. Names are tensor names of ``model``; shards say what they hold.
 
-    ``weights`` are the boxes of initializers that ``model`` refers to as external data, each in a file
-    that is named by the SHA-256 of its bytes.
+    ``weights`` are the boxes of initializers that ``model`` refers to as external data, each in a
+    file that is named by the SHA-256 of its bytes.
     """
 
     model: bytes
@@ -76,8 +76,9 @@ class _Lowering:
         domain: str = "",
         **attributes: object,
     ) -> None:
+        values = cast(dict[str, Any], attributes)
         self.nodes.append(
-            helper.make_node(op_type, list(inputs), list(outputs), domain=domain, **cast(dict[str, Any], attributes))
+            helper.make_node(op_type, list(inputs), list(outputs), domain=domain, **values)
         )
 
     def copy(

@@ -1,8 +1,8 @@
 """The plan: who produces what. Everything else (inputs, halos, transfers, merges) is derived.
 
-``str(plan)`` is readable and ``Plan.parse`` reads it back; ``meshinfer.legality`` holds a plan against
-its graph. Cutting fused blocks is DeepThings' idea (Zhao et al. 2018), a stage a layer is MoDNN's (Mao
-et al. 2017). Workers use these types, so nothing here imports onnx.
+``str(plan)`` is readable and ``Plan.parse`` reads it back; ``meshinfer.legality`` holds a plan
+against its graph. Cutting fused blocks is DeepThings' idea (Zhao et al. 2018), a stage a layer is
+MoDNN's (Mao et al. 2017). Workers use these types, so nothing here imports onnx.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from meshinfer.identity import DeviceId, Digest
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A box of a named value; ``over`` is the part of the reduction summed here (None: complete)."""
+    """A box of a named value; ``over`` is the part of the reduction summed here (None:
+    complete)."""
 
     value: str
     box: Box
@@ -50,7 +51,8 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The ordered stages, with the device that holds the input and the one that must hold the answer."""
+    """The ordered stages, with the device that holds the input and the one that must hold the
+    answer."""
 
     graph: Digest
     source: DeviceId
@@ -75,7 +77,8 @@ class Plan:
 
     def __str__(self) -> str:
         lines = [
-            f"plan graph={_quoted(self.graph)} source={_quoted(self.source)} sink={_quoted(self.sink)} "
+            f"plan graph={_quoted(self.graph)} source={_quoted(self.source)} "
+            f"sink={_quoted(self.sink)} "
             f"window={self.window}"
         ]
         for stage in self.stages:
@@ -119,7 +122,8 @@ class _Parser:
     def fail(self, why: str) -> InvalidInput:
         return InvalidInput(
             f"plan, line {self.number}: {why}",
-            hint="the form is that of str(plan): plan, stage A:B, task DEVICE, VALUE [box] over [box]",
+            hint="the form is that of str(plan): "
+            "plan, stage A:B, task DEVICE, VALUE [box] over [box]",
         )
 
     def tokens(self, line: str) -> list[str]:
@@ -168,7 +172,8 @@ class _Parser:
     def plan(self) -> Plan:
         head: dict[str, str] | None = None
         stages: list[tuple[int, int, list[tuple[tuple[DeviceId, ...], list[Shard]]]]] = []
-        for self.number, line in self.lines:
+        for number, line in self.lines:
+            self.number = number
             indent = len(line) - len(line.lstrip())
             first, *rest = self.tokens(line)
             if indent == 0 and first == "plan" and head is None:

@@ -1,4 +1,5 @@
-"""Random small networks as ONNX: every case of every rule can be drawn, on maps small enough to tile.
+"""Random small networks as ONNX: every case of every rule can be drawn, on maps small enough to
+tile.
 
 A network is a chain of drawn blocks over [batch, channels, rows, columns] maps, with taps for
 residuals and extra outputs, and a drawn head. No block ends in a ReLU of its own accord: zeros hide
@@ -13,95 +14,15 @@ from math import prod
 from typing import Any
 
 import numpy as np
-import onnx
 from architectures import Builder
 from hypothesis import strategies as st
+from net import DOUBLE, FLOAT, MICROSOFT, Block, Net, axes_op
 from onnx import ModelProto, TensorProto, helper
 
 OPSETS = (17, 11, 13, 21)
-MICROSOFT = "com.microsoft"
-FLOAT, DOUBLE = TensorProto.FLOAT, TensorProto.DOUBLE
 
 
-class Net(Builder):
-    """A Builder that draws its choices and knows the shape and type of every value."""
-
-    def __init__(self, draw: st.DrawFn, opset: int) -> None:
-        super().__init__(draw(st.integers(0, 2**16)), opset)
-        self.draw = draw
-        self.shape: dict[str, tuple[int, ...]] = {}
-        self.type: dict[str, int] = {}
-        self.tags: set[str] = set()
-
-    def number(self, low: int, high: int) -> int:
-        return self.draw(st.integers(low, high))
-
-    def pick(self, *options: Any) -> Any:
-        return self.draw(st.sampled_from(options))
-
-    def rarely(self) -> bool:
-        return self.pick(False, False, False, True)
-
-    def coin(self) -> bool:
-        return self.draw(st.booleans())
-
-    def know(self, name: str, shape: Sequence[int], dtype: int = FLOAT) -> str:
-        self.shape[name], self.type[name] = tuple(shape), dtype
-        return name
-
-    def input(self, name: str, shape: Sequence[Any], dtype: int = FLOAT) -> str:
-        return self.know(super().input(name, shape, dtype), shape, dtype)
-
-    def const(self, array: Any, name: str | None = None) -> str:
-        array = np.asarray(array)
-        dtype = helper.np_dtype_to_tensor_dtype(array.dtype)
-        return self.know(super().const(array, name), array.shape, dtype)
-
-    def typed(self, name: str) -> onnx.ValueInfoProto:
-        return helper.make_tensor_value_info(name, self.type[name], self.shape[name])
-
-    def normal(self, *shape: int, scale: float = 1.0, dtype: type = np.float32) -> str:
-        return self.const((self.rng.standard_normal(shape) * scale).astype(dtype))
-
-    def ints(self, *values: int) -> str:
-        return self.const(np.array(values, np.int64))
-
-    def op(self, op_type: str, inputs: Any, outputs: int = 1, **attrs: Any) -> Any:  # type: ignore[override]
-        made = super().op(op_type, inputs, outputs, **attrs)
-        self._infer(self.nodes[-1])
-        return made
-
-    def _infer(self, node: onnx.NodeProto) -> None:
-        """The types of a node's outputs, from onnx's inference of that node alone."""
-        names = [n for n in node.input if n]
-        consts = [self.initializers[n] for n in names if n in self.initializers]
-        graph = helper.make_graph(
-            [node],
-            "one",
-            [helper.make_tensor_value_info(n, self.type[n], self.shape[n]) for n in set(names)],
-            [onnx.ValueInfoProto(name=n) for n in node.output if n],
-            consts,
-        )
-        imports = [helper.make_opsetid("", self.opset), helper.make_opsetid(MICROSOFT, 1)]
-        model = helper.make_model(graph, opset_imports=imports)
-        for value in onnx.shape_inference.infer_shapes(model, data_prop=True).graph.output:
-            tensor = value.type.tensor_type
-            if tensor.HasField("shape"):
-                shape = [d.dim_value for d in tensor.shape.dim]
-                self.know(value.name, shape, tensor.elem_type)
-
-
-Block = Callable[[Net, str], str]
-
-
-def axes_op(n: Net, op_type: str, x: str, axes: Sequence[int], since: int, **attrs: Any) -> str:
-    """Squeeze, Unsqueeze or a reduction: axes became an input at opset ``since``."""
-    if n.opset >= since:
-        return str(n.op(op_type, [x, n.ints(*axes)], **attrs))
-    return str(n.op(op_type, x, axes=list(axes), **attrs))
-
-
-# -- windows -----------------------------------------------------------------------------------------
+# -- windows ---------------------------------------------------------------------------------------
 
 
 def conv(n: Net, x: str) -> str:
@@ -169,13 +90,13 @@ def one_axis(n: Net, x: str) -> str:
 
 def computed_weights(n: Net, x: str) -> str:
     """A convolution whose weights are computed: their slices travel like any other value."""
-    batch, cin, *_ = n.shape[x]
+    cin = n.shape[x][1]
     scale = n.op("Sigmoid", axes_op(n, "ReduceMean", x, [0, 1, 2, 3], 18))
     weight = n.op("Mul", [n.normal(4, cin, 3, 1, scale=0.5), scale])
     return str(n.op("Conv", [x, weight], pads=[1, 0, 1, 0]))
 
 
-# -- elementwise -------------------------------------------------------------------------------------
+# -- elementwise -----------------------------------------------------------------------------------
 
 
 def activation(n: Net, x: str) -> str:
@@ -198,14 +119,14 @@ def broadcast(n: Net, x: str) -> str:
     kind = n.pick("Add", "Mul", "Sub", "Div", "Max", "Min", "Where")
     other = n.normal(*shape)
     if kind == "Div":
-        other = n.const(self_off_zero(n, shape))
+        other = n.const(off_zero(n, shape))
     if kind == "Where":
         return str(n.op(kind, [n.const(n.rng.random(shape) < 0.5), x, n.normal(c, 1, 1)]))
     flipped = kind != "Div" and n.coin()
     return str(n.op(kind, [other, x] if flipped else [x, other]))
 
 
-def self_off_zero(n: Net, shape: tuple[int, ...]) -> np.ndarray:
+def off_zero(n: Net, shape: tuple[int, ...]) -> np.ndarray:
     return (n.rng.random(shape) + 0.5).astype(np.float32)
 
 
@@ -230,7 +151,7 @@ def centre(n: Net, x: str) -> str:
     return str(n.op("Sub", [x, axes_op(n, "Unsqueeze", reduced, sorted(a % 4 for a in axes), 13)]))
 
 
-# -- layout ------------------------------------------------------------------------------------------
+# -- layout ----------------------------------------------------------------------------------------
 
 
 def last_channels(n: Net, x: str) -> str:
@@ -306,7 +227,7 @@ def residual(n: Net, x: str) -> str:
     return n.add(x, n.op("LeakyRelu", n.conv(x, c, c, 3, gain=0.7), alpha=0.2))
 
 
-# -- barriers ----------------------------------------------------------------------------------------
+# -- barriers --------------------------------------------------------------------------------------
 
 
 def resize(n: Net, x: str) -> str:
@@ -330,7 +251,8 @@ def top(n: Net, x: str) -> str:
 
 
 def found(n: Net, x: str) -> str:
-    """The sum of the elements above 0.1, gathered at places that depend on the data, added to all."""
+    """The sum of the elements above 0.1, gathered at places that depend on the data, added to
+    all."""
     above = n.op("Greater", [x, n.const(np.float32(0.1))])
     places = n.op("Transpose", n.op("NonZero", above), perm=[1, 0])
     n.know(places, (1, 4), TensorProto.INT64)
@@ -358,7 +280,6 @@ def branch(n: Net, x: str) -> str:
 def foreign(n: Net, x: str) -> str:
     """An operator of another domain, whose type only onnxruntime knows."""
     kind = n.pick("QuickGelu", "Gelu")
-    n.tags.add("foreign")
     return n.know(Builder.op(n, kind, x, domain=MICROSOFT), n.shape[x])
 
 
@@ -379,7 +300,7 @@ BARRIERS: tuple[Block, ...] = (
 )  # fmt: skip
 
 
-# -- heads -------------------------------------------------------------------------------------------
+# -- heads -----------------------------------------------------------------------------------------
 
 
 def gemm(n: Net, x: str, dtype: type = np.float32) -> str:
@@ -437,7 +358,7 @@ HEADS: tuple[Callable[[Net, str], list[str]], ...] = (
 )
 
 
-# -- networks ----------------------------------------------------------------------------------------
+# -- networks --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

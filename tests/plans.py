@@ -1,4 +1,5 @@
-"""Random plans of a graph, and the checks that every plan passes: exact, printable, each need met once.
+"""Random plans of a graph, and the checks that every plan passes: exact, printable, each need met
+once.
 
 Nothing here is clever: a drawn plan may be foolish, and must be exact all the same.
 """
@@ -6,6 +7,7 @@ Nothing here is clever: a drawn plan may be foolish, and must be exact all the s
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -89,12 +91,12 @@ def plans(draw: st.DrawFn, graph: Graph) -> Plan:
     if graph.cut_points:
         cuts = draw(st.sets(st.sampled_from(graph.cut_points), max_size=4))
     borders = [0, *sorted(cuts), len(graph.ops)]
-    made = [draw(stages(graph, a, b)) for a, b in zip(borders, borders[1:], strict=False)]
+    made = [draw(stages(graph, a, b)) for a, b in pairwise(borders)]
     source, sink = draw(st.sampled_from(DEVICES)), draw(st.sampled_from((*DEVICES, "elsewhere")))
     return Plan(graph.digest, source, DeviceId(sink), tuple(made), draw(st.integers(1, 3)))
 
 
-# -- checks ------------------------------------------------------------------------------------------
+# -- checks ----------------------------------------------------------------------------------------
 
 
 def check_exact(

@@ -100,14 +100,16 @@ def check(model: ModelProto, graph: Graph, plan: Plan) -> bool:
     return check_exact(model, graph, plan, image_for(graph))
 
 
+def report(case: str, identical: bool) -> None:
+    print(f"{case}: {'bit-identical' if identical else 'within tolerance'}")  # noqa: T201
+
+
 @pytest.mark.parametrize("devices", [1, 2, 3, 5, 7])
 @pytest.mark.parametrize("name", ALL)
 def test_row_bands_are_exact(name: str, devices: int) -> None:
     model, graph = quick(name)
     identical = check(model, graph, tiled(graph, rows, devices, 4))
-    print(
-        f"{name} in row bands on {devices}: {'bit-identical' if identical else 'within tolerance'}"
-    )
+    report(f"{name} in row bands on {devices}", identical)
 
 
 @pytest.mark.parametrize("tiling", [grid, channels], ids=lambda tiling: tiling.__name__)
@@ -145,6 +147,4 @@ def test_full_widths_are_exact(name: str, tiling: Tiling) -> None:
     graph = mi.load(model)
     for devices in (2, 5):
         identical = check(model, graph, tiled(graph, tiling, devices, 6))
-        print(
-            f"{name} {tiling.__name__} on {devices}: {'bit-identical' if identical else 'within'}"
-        )
+        report(f"{name} in {tiling.__name__} on {devices}", identical)

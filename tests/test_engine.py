@@ -1,4 +1,5 @@
-"""Two engines agree; weights are held once a process; a submodel has the weights it needs and no more."""
+"""Two engines agree; weights are held once a process; a submodel has the weights it needs and no
+more."""
 
 from __future__ import annotations
 
@@ -10,11 +11,10 @@ import numpy as np
 import onnx
 import pytest
 from architectures import Builder
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from networks import Network, networks
 from onnx import ModelProto
-from plans import check_exact, plans
+from plans import check_exact
 
 import meshinfer as mi
 from meshinfer.engine import EngineError

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 from hypothesis import given
@@ -143,7 +143,7 @@ def test_weighted_parts_cover_all_in_order_and_in_proportion(
     parts = split_weighted(size, weights)
     assert len(parts) == len(weights)
     assert parts[0].start == 0 and parts[-1].stop == size
-    assert all(a.stop == b.start for a, b in zip(parts, parts[1:], strict=False))
+    assert all(a.stop == b.start for a, b in pairwise(parts))
     for part, weight in zip(parts, weights, strict=True):
         assert part.size >= 0
         assert abs(part.size - size * weight / sum(weights)) <= 1 + 1e-9

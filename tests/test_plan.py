@@ -1,4 +1,5 @@
-"""A plan is refused unless it computes each live value once; its text reads back, or names a line."""
+"""A plan is refused unless it computes each live value once; its text reads back, or names a
+line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The exactness check can fail: it catches each mistake planted on one small model, and finds no other.
+"""The exactness check can fail: it catches each mistake planted on one small model, and finds no
+other.
 
 Each mistake patches one thing, as a slip in the code would, and nothing else.
 """

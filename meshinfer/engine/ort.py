@@ -1,7 +1,7 @@
 """The onnxruntime engine: weights held once a process, however many sessions use them.
 
-A model is optimised once at full level with its weights written beside it, then loaded again as it is
-with those weights shared between sessions by content. Measured on VGG-16 against sessions that
+A model is optimised once at full level with its weights written beside it, then loaded again as it
+is with those weights shared between sessions by content. Measured on VGG-16 against sessions that
 each keep their own: 0-1 MB instead of 122 MB for each further one, same bits, same speed. Only a
 Gemm's or MatMul's kernel packs a copy of its weights in every session (64 of 64 MiB measured).
 """
@@ -43,7 +43,7 @@ class OrtEngine:
     def prepare(self, model: bytes) -> OrtPrepared:
         """Optimise and load a submodel; its weight files are no longer needed afterwards."""
         try:
-            # Inside ``blobs``, since onnxruntime admits no external data outside the model's folder.
+            # Inside ``blobs``: onnxruntime admits no external data outside the model's folder.
             with tempfile.TemporaryDirectory(dir=self.blobs, prefix="prepare-") as name:
                 folder = Path(name)
                 self._optimise(model, folder)
@@ -102,7 +102,7 @@ class OrtEngine:
         self, data: np.ndarray[Any, Any], dtype: type[np.generic], shape: tuple[int, ...]
     ) -> ort.OrtValue:
         """The one OrtValue of this content; it shares memory with its numpy array."""
-        key = f"{dtype.__name__}{shape}{hashlib.sha256(memoryview(data)).hexdigest()}"
+        key = f"{dtype.__name__}{shape}{hashlib.sha256(data.data).hexdigest()}"
         value = self._shared.get(key)
         if value is None:
             value = ort.OrtValue.ortvalue_from_numpy(data.view(dtype).reshape(shape))

@@ -16,7 +16,8 @@ _ENTRY_KEY, _ENTRY_VALUE = 1, 2
 
 @dataclass(frozen=True, slots=True)
 class ExternalTensor:
-    """An initializer whose bytes lie in ``location``; ``data_type`` is ONNX's TensorProto.DataType."""
+    """An initializer whose bytes lie in ``location``; ``data_type`` is ONNX's
+    TensorProto.DataType."""
 
     name: str
     data_type: int
@@ -27,7 +28,8 @@ class ExternalTensor:
 
 
 def external_tensors(model: memoryview) -> Iterator[ExternalTensor]:
-    """The external initializers of a serialised ModelProto. Raises ``ValueError`` on broken bytes."""
+    """The external initializers of a serialised ModelProto. Raises ``ValueError`` on broken
+    bytes."""
     for field, graph in _fields(model):
         if field != _MODEL_GRAPH or isinstance(graph, int):
             continue

@@ -62,7 +62,8 @@ class Source:
 
 
 def open_model(model: str | os.PathLike[str] | bytes | onnx.ModelProto | Source) -> Source:
-    """Parse a model without its external weights. Raises ``InvalidInput`` for what is no ONNX model."""
+    """Parse a model without its external weights. Raises ``InvalidInput`` for what is no ONNX
+    model."""
     if isinstance(model, Source):
         return model
     if isinstance(model, onnx.ModelProto):
@@ -209,7 +210,8 @@ def _optimise(proto: onnx.ModelProto, folder: Path | None, target: Path) -> None
 
 
 def _tidy(model: ir.Model) -> None:
-    """Name every node; copy weights that are outputs, so that a task makes them; drop idle imports."""
+    """Name every node; copy weights that are outputs, so that a task makes them; drop idle
+    imports."""
     graph = model.graph
     for i, node in enumerate(graph):
         node.name = node.name or f"{node.op_type}_{i}"

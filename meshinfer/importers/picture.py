@@ -1,4 +1,5 @@
-"""Puts an image spec's arithmetic in front of a model, so that uint8 pixels travel and not floats."""
+"""Puts an image spec's arithmetic in front of a model, so that uint8 pixels travel and not
+floats."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ def with_image_input(proto: onnx.ModelProto, spec: ImageSpec) -> None:
 
 
 def _rename(graph: onnx.GraphProto, old: str, new: str) -> None:
-    """Let all that reads a value read another, in subgraphs as well (they may not shadow a name)."""
+    """Let all that reads a value read another, in subgraphs as well (they may not shadow a
+    name)."""
     for node in graph.node:
         for i, name in enumerate(node.input):
             if name == old:

@@ -1,4 +1,5 @@
-"""Pools that round up, written as onnxruntime computes them: it drops a window that starts in padding.
+"""Pools that round up, written as onnxruntime computes them: it drops a window that starts in
+padding.
 
 onnx's shape inference counts that window before opset 22, so that a value would be declared larger
 than it is. Attributes are changed such that all agree; the elements computed stay the same.
@@ -37,7 +38,8 @@ class _Axis:
 
 
 def trim_pools(model: onnx.ModelProto, shapes: Mapping[str, Sequence[int]]) -> bool:
-    """Rewrite, in place, the first pool whose declared size is not the real one; whether there was one.
+    """Rewrite, in place, the first pool whose declared size is not the real one; whether there was
+    one.
 
     Only the first, since the shapes of what follows it change.
     """

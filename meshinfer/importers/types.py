@@ -1,7 +1,8 @@
-"""Types and shapes of all values of an imported model: onnx's inference, then onnxruntime's for the rest.
+"""Types and shapes of all values of an imported model: onnx's inference, then onnxruntime's for
+the rest.
 
-onnx knows its own operators only; onnxruntime knows all that it loads, but must be asked for each value
-as an output of a session.
+onnx knows its own operators only; onnxruntime knows all that it loads, but must be asked for each
+value as an output of a session.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ _ELEMENTS = {
 
 
 def infer_types(path: Path) -> None:
-    """Write the types of all values into the model file at ``path`` (its weights stay beside it)."""
+    """Write the types of all values into the model file at ``path`` (its weights stay beside
+    it)."""
     plain = onnx.load(path, load_external_data=False)
     model = _inferred(plain)
     while trim_pools(plain, _shapes(model)):  # ends: each pass settles at least one pool

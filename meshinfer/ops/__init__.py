@@ -52,7 +52,8 @@ BARRIER = Rule(footprint=_whole_inputs, emit=_emit_whole, align=_whole_outputs, 
 
 
 def rule_of(op: Op) -> Rule:
-    """The rule of a node, or ``BARRIER``: no row, unknown shapes, or a case the row does not cover."""
+    """The rule of a node, or ``BARRIER``: no row, unknown shapes, or a case the row does not
+    cover."""
     rule = TABLE.get(op.type) if op.domain == "" else None
     if rule is None or op.captured:
         return BARRIER

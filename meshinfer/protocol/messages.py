@@ -166,6 +166,7 @@ class ModelInfo(Record, frozen=True):
     version: Count
     digest: Hex
     current: bool
+    inputs: tuple[Name, ...] = ()
     image: Text | None = None
     plans: tuple[Text, ...] = ()
 
@@ -380,9 +381,10 @@ class Release(Message, frozen=True):
 
 
 class Cancel(Message, frozen=True):
-    """The client does not want the answer any more."""
+    """The client does not want the answer any more, nor the inputs held that it gave till now."""
 
     request: Name
+    turn: Count = 0
 
 
 class Reply(Message, frozen=True):

@@ -88,15 +88,15 @@ class Answering:
             return self._submitted_again(before, peer, message)
         done = self._answered.get(name)
         if done is not None and not same_body(done.header, message):
-            return [_to(peer, _other_body(message)), *self._release(message)]
+            return [_to(peer, _other_body(message)), *self._release(name, turn=message.turn)]
         if done is not None and (done.reply.failure is not None or done.head == self._head()):
-            return [_to(peer, done.reply), *self._release(message)]
+            return [_to(peer, done.reply), *self._release(name, turn=message.turn)]
         failure = refuse(self._catalogue, message, len(self.open))
         if stopping:
             failure = unavailable("the coordinator is stopping", "submit to another, or later")
         if failure is not None:
             reply = m.Reply(request=name, failure=failure)
-            return [_to(peer, reply), *self._release(message)]
+            return [_to(peer, reply), *self._release(name, turn=message.turn)]
         model = self._catalogue.find(message.model, message.version)
         assert model is not None
         deadline = now + min(message.deadline_s, limits.REQUEST_DEADLINE_S)
@@ -168,7 +168,12 @@ class Answering:
 
     def cancel(self, peer: str, message: m.Cancel) -> list[Effect]:
         request = self.open.get(message.request)
-        return [] if request is None or request.client != peer else self._end(request, None)
+        if request is None:  # it is over, or its header was lost; its inputs may be held
+            return self._release(message.request, turn=message.turn)
+        if request.client != peer:
+            return []
+        request.turn = max(request.turn, message.turn)
+        return self._end(request, None)
 
     # --- what happens to deployments, devices and clients
 
@@ -333,17 +338,13 @@ class Answering:
                 self._answered.popitem(last=False)
             effects.append(_to(request.client, reply))
         took_part = {name for t in request.tried.values() for name in t.deployment.members}
-        return effects + self._release(request.header, took_part, request.turn)
+        return effects + self._release(request.id, took_part, turn=request.turn)
 
     def _release(
-        self, header: m.Submit, names: Iterable[str] = (), turn: int | None = None
+        self, request: str, names: Iterable[str] = (), *, turn: int
     ) -> list[Effect]:
         """To those that took part, and to the head, which may hold the inputs."""
-        release = m.Release(
-            request=header.request,
-            attempt=self._attempts,
-            turn=header.turn if turn is None else turn,
-        )
+        release = m.Release(request=request, attempt=self._attempts, turn=turn)
         head = self._members.head
         at = {*names, *(() if head is None else (head.name,))}
         devices = self._members.devices

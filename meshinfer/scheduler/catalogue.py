@@ -190,6 +190,8 @@ class Catalogue:
                     version=model.version,
                     digest=model.digest,
                     current=model is versions[-1],
+                    inputs=tuple(model.inputs),
+                    image=model.image,
                     plans=tuple(plans),
                 )
                 found.append(info)

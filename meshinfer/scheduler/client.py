@@ -83,25 +83,36 @@ class ClientCore:
                 assert isinstance(message, m.Submit)
                 assert request not in self._requests, f"two requests of the id {request}"
                 deadline = now + message.deadline_s
+                self._begin_to_wait(now)
                 self._requests[request] = _Request(message, arrays, deadline)
                 return self._send_open(now)
             case Asked(call, message, deadline_s):
+                self._begin_to_wait(now)
                 self._questions[call] = _Question(message, now + deadline_s)
                 return self._send_open(now)
             case Cancelled(request):
-                if self._requests.pop(request, None) is None:
+                given_up = self._requests.pop(request, None)
+                if given_up is None:
                     return []
                 self._forget_feeds(request)
-                return [self._tell(m.Cancel(request=request))]
+                return [self._tell(m.Cancel(request=request, turn=given_up.turn))]
             case PeerLost():
                 return self._lost(event, now)
             case Ticked():
                 return self._tick(now)
             case StopRequested():
-                cancels = [self._tell(m.Cancel(request=name)) for name in self._requests]
+                cancels = [
+                    self._tell(m.Cancel(request=name, turn=r.turn))
+                    for name, r in self._requests.items()
+                ]
                 return [*cancels, *self._fail_all("the client was closed"), Stop()]
             case _:
                 raise AssertionError(f"a client has no use for {event}")
+
+    def _begin_to_wait(self, now: float) -> None:
+        """Silence counts from when somebody waits: a coordinator may be coming back."""
+        if not self._requests and not self._questions:
+            self._heard = max(self._heard, now)
 
     def next_deadline(self) -> float:
         times = [self._beat_due if self._welcome is not None else self._hello_due]
@@ -231,7 +242,10 @@ class ClientCore:
             return []
         del self._requests[name]
         self._forget_feeds(name)
-        return [Resolve(name, reply, request.answers.get(-1, {}))]
+        effects: list[Effect] = [Resolve(name, reply, request.answers.get(-1, {}))]
+        if request.turn > 1:  # the header of the last turn may be lost, and its inputs held
+            effects.append(self._tell(m.Cancel(request=name, turn=request.turn)))
+        return effects
 
     # --- time, loss
 
@@ -243,8 +257,9 @@ class ClientCore:
         if self._welcome is not None and now >= self._beat_due:
             self._beat_due = now + limits.HEARTBEAT_S
             effects.append(self._tell(m.Heartbeat()))
-            if now - self._heard > limits.COORDINATOR_SILENT_S:
-                effects += self._fail_all("the coordinator is silent")
+        if self._ever_welcome and now - self._heard > limits.COORDINATOR_SILENT_S:
+            effects += self._fail_all("the coordinator is silent")
+            if self._welcome is not None:
                 effects += self._rejoin(now + limits.HELLO_RETRY_S)
         again, _ = self._outbox.resend_due(now)
         effects += again
@@ -267,7 +282,7 @@ class ClientCore:
                 hint="give a longer deadline_s, or look at meshinfer devices",
             )
         return [
-            self._tell(m.Cancel(request=name)),
+            self._tell(m.Cancel(request=name, turn=request.turn)),
             Resolve(name, m.Reply(request=name, failure=failure), {}),
         ]
 

@@ -110,9 +110,12 @@ class Computing:
         """A deployment is retired: only inputs are worth keeping, for the next attempt."""
         self._keep_inputs([n for n, r in self._requests.items() if r.deployment == number])
 
-    def reset(self) -> None:
+    def reset(self, *, keep_inputs: bool) -> None:
         """The coordinator may have forgotten all that it had told this device."""
-        self._keep_inputs(list(self._requests))
+        if keep_inputs:
+            self._keep_inputs(list(self._requests))
+        else:
+            self._requests.clear()
         self._queue.clear()
         self.outbox.forget(lambda message: isinstance(message, m.Deliver))
 

@@ -153,12 +153,11 @@ class CoordinatorCore:
             return [_to(rival.peer, m.Probe())]
         effects: list[Effect] = []
         known = self.members.devices.get(hello.device) if hello.role == "worker" else None
-        if known is not None and (known.used or known.peer != peer):
-            # What was told to it may be lost with its old connection: it starts anew.
-            effects += self._device_lost(known, "it joins again", now)
-        if known is not None and known.peer == peer and not known.used:
-            known.heard = now
+        if known is not None and known.peer == peer and known.untouched:
+            known.heard = now  # it asked twice
         else:
+            if known is not None:  # what was told to it may be lost: it starts anew
+                effects += self._device_lost(known, "it joins again", now)
             self.members.admit(hello, peer, now)
             fields = {"device": hello.device, "engine": hello.facts.engine}
             if hello.role == "worker":

@@ -40,6 +40,11 @@ class Device:
         assert self.hello.bulk is not None
         return self.hello.bulk
 
+    @property
+    def untouched(self) -> bool:
+        """Whether nothing but its welcome depends on it yet: no programs, no inputs of clients."""
+        return not self.used and not self.hello.facts.head
+
     def state(self, now: float) -> str:
         if self.draining:
             return "draining"

@@ -149,7 +149,7 @@ class WorkerCore:
 
     def _welcome(self, message: m.Welcome, now: float) -> list[Effect]:
         """What was told before this welcome may have been lost, so the coordinator starts anew."""
-        self._computing.reset()
+        self._computing.reset(keep_inputs=True)  # given since this device said hello
         effects = self._installing.reset()
         if self._coordinator is not None and self._coordinator.id != message.bulk.id:
             self._computing.forget_other_coordinator()
@@ -166,6 +166,7 @@ class WorkerCore:
         if self.joined:  # else a hello is under way already
             self.joined = False
             self._hello_due = when
+            self._computing.reset(keep_inputs=False)  # the coordinator has clients give them again
         return []
 
     def _tick(self, now: float) -> list[Effect]:

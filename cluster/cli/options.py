@@ -1,0 +1,209 @@
+"""Options that several commands share, what settings files may say, and the client of both."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from meshinfer.errors import ConfigurationError, InvalidInput
+
+if TYPE_CHECKING:
+    from cluster.client import Client
+    from meshinfer.image import ImageSpec
+
+LEVELS = ("debug", "info", "warning", "error")
+_DIMENSIONS = re.compile(r"\d+(,\d+)*")
+
+
+def _log_level(ctx: typer.Context, value: str) -> str:
+    if value not in LEVELS:
+        raise typer.BadParameter(f"{value!r} is none of {', '.join(LEVELS)}")
+    ctx.meta["log_level"] = value  # how much is said when the command fails
+    return value
+
+
+def _log_form(value: str) -> str:
+    if value not in ("text", "json"):
+        raise typer.BadParameter(f"{value!r} is neither text nor json")
+    return value
+
+
+ClusterName = Annotated[
+    str, typer.Option("--cluster", envvar="MESHINFER_CLUSTER", help="Name of the cluster.")
+]
+Coordinator = Annotated[
+    str | None,
+    typer.Option(
+        "--coordinator",
+        envvar="MESHINFER_COORDINATOR",
+        metavar="HOST:PORT",
+        help="Address of the coordinator; without, it is looked for over mDNS.",
+    ),
+]
+KeyringFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--keyring",
+        envvar="MESHINFER_KEYRING",
+        help="The keyring.json that the coordinator wrote; default: this machine's coordinator's.",
+    ),
+]
+Interfaces = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--interface",
+        envvar="MESHINFER_INTERFACE",
+        metavar="ADDRESS",
+        help="Address of an interface for mDNS; may be given several times. Default: all.",
+    ),
+]
+Timeout = Annotated[
+    float, typer.Option("--timeout", min=0.1, help="Seconds to wait for the coordinator.")
+]
+LogLevel = Annotated[
+    str,
+    typer.Option(
+        "--log-level",
+        envvar="MESHINFER_LOG_LEVEL",
+        callback=_log_level,
+        help=f"One of {', '.join(LEVELS)}.",
+    ),
+]
+LogForm = Annotated[
+    str,
+    typer.Option(
+        "--log-form", envvar="MESHINFER_LOG_FORM", callback=_log_form, help="text or json."
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Shapes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--shape", metavar="INPUT=1,3,224,224", help="Fixes a dynamic input; one for each."
+    ),
+]
+
+
+def settings(commands: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings files as defaults by command. Raises ``ConfigurationError`` for a misspelling.
+
+    What stands outside the tables is for every command that has such an option.
+    """
+    from cluster.config import file_settings
+
+    found = file_settings()
+    known = {name: {p.name for p in command.params} for name, command in commands.items()}
+    result: dict[str, Any] = {name: {} for name in commands}
+    for key, value in found.items():
+        if isinstance(value, Mapping):
+            if key not in commands:
+                raise _misspelt(f"[{key}]", commands)
+            for option, each in value.items():
+                if _python(option) not in known[key]:
+                    raise _misspelt(f"{option} in [{key}]", known[key])
+                result[key][_python(option)] = each
+            continue
+        takers = [name for name, options in known.items() if _python(key) in options]
+        if not takers:
+            raise _misspelt(key, set().union(*known.values()))
+        for name in takers:
+            result[name].setdefault(_python(key), value)
+    return result
+
+
+def _python(option: str) -> str:
+    return option.replace("-", "_")
+
+
+def _misspelt(what: str, known: Iterable[str]) -> ConfigurationError:
+    names = ", ".join(sorted(name.replace("_", "-") for name in known))
+    return ConfigurationError(f"meshinfer.toml: {what} means nothing", hint=f"known are {names}")
+
+
+def connect(
+    coordinator: str | None,
+    keyring: Path | None,
+    cluster: str,
+    interfaces: Sequence[str] | None,
+    timeout_s: float,
+    log_level: str,
+) -> Client:
+    """The client of a command."""
+    from cluster import telemetry
+    from cluster.client import Client
+
+    telemetry.configure(log_level)
+    return Client(
+        coordinator,
+        keyring=keyring,
+        cluster=cluster,
+        timeout_s=timeout_s,
+        interfaces=interfaces or None,
+    )
+
+
+def parse_shapes(texts: Sequence[str] | None) -> dict[str, tuple[int, ...]] | None:
+    """``input=1,3,224,224`` of each. Raises ``InvalidInput``."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for text in texts or ():
+        name, _, sizes = text.rpartition("=")
+        if not name or not _DIMENSIONS.fullmatch(sizes):
+            raise InvalidInput(f"{text!r} is no shape", hint="write --shape input=1,3,224,224")
+        shapes[name] = tuple(int(size) for size in sizes.split(","))
+    return shapes or None
+
+
+def parse_image(text: str | None) -> ImageSpec | None:
+    """An image spec from JSON, or from the file that has it. Raises ``InvalidInput``."""
+    if text is None:
+        return None
+    from meshinfer.image import ImageSpec
+
+    if not text.lstrip().startswith("{"):
+        text = read_text(Path(text))
+    return ImageSpec.from_json(text)
+
+
+def read_text(path: Path) -> str:
+    """A text file of the user's. Raises ``InvalidInput``."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InvalidInput(
+            f"cannot read {path}: {error.strerror}", hint="check the path"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise InvalidInput(f"{path} is no text", hint="give a text file") from error
+
+
+def write(path: Path, data: bytes) -> None:
+    """Write a result, with the folder that it goes into. Raises ``ConfigurationError``."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    except OSError as error:
+        raise ConfigurationError(
+            f"cannot write {path}: {error.strerror}", hint="choose another folder"
+        ) from error
+
+
+def columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table for people and for ``awk``: nothing is cut off, however narrow the terminal."""
+    lines = [header, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def size(nbytes: float) -> str:
+    """Bytes in words: 2.86 MB."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= scale:
+            return f"{nbytes / scale:.3g} {unit}"
+    return f"{nbytes:.0f} B"

@@ -1,0 +1,690 @@
+"""Joins the real cores by a fake link with virtual time; real messages, real plans, real kernels.
+
+Every message passes through the codec, so that each send is also a receive. Only sockets, threads,
+disks and the clock are fake: blobs are dicts, computing is instant and takes virtual time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import itertools
+import random
+import tempfile
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+from oracle import assert_exact
+
+from meshinfer import limits
+from meshinfer.engine import EngineError
+from meshinfer.engine.ort import OrtEngine, OrtPrepared
+from meshinfer.graph import Graph
+from meshinfer.identity import DeviceId
+from meshinfer.image import ImageSpec
+from meshinfer.importers import load, open_model
+from meshinfer.legality import validate
+from meshinfer.plan import Plan
+from meshinfer.planner import Block, axes_of, build
+from meshinfer.programs import Programs, make_programs
+from meshinfer.protocol import messages as m
+from meshinfer.protocol.codec import decode, describe, encode, failure_of
+from meshinfer.scheduler import events as e
+from meshinfer.scheduler.client import ClientCore
+from meshinfer.scheduler.coordinator import CoordinatorCore
+from meshinfer.scheduler.worker import COORDINATOR, WorkerCore
+
+LATENCY_S, COMPUTE_S, PLAN_S, DISK_S = 0.001, 0.005, 0.02, 0.001
+STEPS = 60_000
+Matches = Callable[["Node", "Node", m.AnyMessage], bool]
+
+
+# --- Models -------------------------------------------------------------------------------------
+
+
+@cache
+def conv_net(size: tuple[int, int] | None = (12, 10), seed: int = 0) -> bytes:
+    """Two convolutions with a residual and a second output that is a mean; ``None``: any size."""
+    rng = np.random.default_rng(seed)
+    rows, columns = size or ("rows", "columns")
+
+    def weight(name: str, *shape: int) -> TensorProto:
+        return numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32) * 0.4, name)
+
+    pads = [1, 1, 1, 1]
+    nodes = [
+        helper.make_node("Conv", ["x", "w1", "b1"], ["a"], pads=pads),
+        helper.make_node("Sigmoid", ["a"], ["s"]),
+        helper.make_node("Conv", ["s", "w2", "b2"], ["c"], pads=pads),
+        helper.make_node("Add", ["c", "s"], ["y"]),
+        helper.make_node("GlobalAveragePool", ["y"], ["mean"]),
+    ]
+    shape = [1, 3, rows, columns]
+    graph = helper.make_graph(
+        nodes,
+        "net",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [
+            helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 8, rows, columns]),
+            helper.make_tensor_value_info("mean", TensorProto.FLOAT, [1, 8, 1, 1]),
+        ],
+        [weight("w1", 8, 3, 3, 3), weight("b1", 8), weight("w2", 8, 8, 3, 3), weight("b2", 8)],
+    )
+    opsets = [helper.make_opsetid("", 17)]
+    return bytes(
+        helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+    )
+
+
+def image(seed: int = 0, size: tuple[int, int] = (12, 10)) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {"x": rng.standard_normal((1, 3, *size)).astype(np.float32)}
+
+
+# --- What the shells do, remembered over all tests ------------------------------------------------
+
+
+@cache
+def _imported(model: bytes, spec: str | None, shapes: tuple[tuple[str, tuple[int, ...]], ...]):  # type: ignore[no-untyped-def]
+    picture = None if spec is None else ImageSpec.from_json(spec)
+    return load(model, shapes=dict(shapes), image=picture)
+
+
+@cache
+def _planned(
+    model: bytes, spec: str | None, signature: e.Signature, names: tuple[str, ...], head: str,
+    text: str | None,
+) -> tuple[str, Programs]:  # fmt: skip
+    graph = _imported(model, spec, signature.shapes)
+    if text is None:
+        plan = banded(graph, names, head)
+    else:
+        plan = Plan.parse(text)
+    validate(graph, plan)
+    return str(plan), make_programs(graph, plan)
+
+
+def banded(graph: Graph, names: Sequence[str], head: str) -> Plan:
+    """Bands of rows over all devices, cut after every second op: halos, and gathers to the sink."""
+    cuts = [0, *(c for c in graph.cut_points if c % 2 == 0), len(graph.ops)]
+    blocks = [Block(a, b, None) for a, b in zip(cuts, cuts[1:], strict=False)]
+    shares = {DeviceId(name): 1.0 for name in names}
+    return build(graph, axes_of(graph), blocks, shares, (DeviceId(head), DeviceId(head)))
+
+
+class _Engine:
+    """One engine for all devices: sessions by the digest of their submodel."""
+
+    def __init__(self) -> None:
+        self.folder = tempfile.TemporaryDirectory(prefix="meshinfer-cores-")
+        self._engine = OrtEngine(Path(self.folder.name))
+        self._sessions: dict[str, OrtPrepared] = {}
+
+    def keep(self, digest: str, data: bytes) -> None:
+        path = Path(self.folder.name) / digest
+        if not path.exists():
+            path.write_bytes(data)
+
+    def session(self, digest: str, model: bytes) -> OrtPrepared:
+        if digest not in self._sessions:
+            self._sessions[digest] = self._engine.prepare(model)
+        return self._sessions[digest]
+
+
+@cache
+def _engine() -> _Engine:
+    return _Engine()
+
+
+# --- Nodes ----------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Node:
+    """One process: a core and what its shell would hold."""
+
+    name: str
+    id: str
+    core: CoordinatorCore | WorkerCore | ClientCore
+    alive: bool = True
+    stopped: e.Stop | None = None
+    paused: bool = False
+    blobs: dict[str, bytes] = field(default_factory=dict)
+    parts: dict[str, bytearray] = field(default_factory=dict)
+    prepared: dict[int, dict[m.Place, OrtPrepared]] = field(default_factory=dict)
+    links: set[str] = field(default_factory=set)
+    notes: list[e.Note] = field(default_factory=list)
+    resolved: dict[str, list[e.Resolve]] = field(default_factory=dict)
+    settled: dict[str, list[e.Settle]] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.id
+
+
+class Stuck(AssertionError):
+    """What was awaited did not happen; the text is the story."""
+
+
+class Cluster:
+    """A coordinator, a head, workers and clients. ``delay`` draws the time a message takes."""
+
+    def __init__(
+        self,
+        workers: Sequence[str] = ("pi-1", "pi-2"),
+        clients: Sequence[str] = ("ann",),
+        *,
+        delay: Callable[[], float] = lambda: LATENCY_S,
+        head: bool = True,
+    ) -> None:
+        self.now = 100.0
+        self.story: deque[tuple[float, str]] = deque(maxlen=20_000)
+        self.sent: Counter[str] = Counter()
+        self.kernel_fault: Callable[[Node, e.Compute], str | None] = lambda node, job: None
+        self.plan_fault: Callable[[e.MakePlan], m.Failure | None] = lambda effect: None
+        self._delay = delay
+        self._events: list[tuple[float, int, Node, e.Event]] = []
+        self._order = itertools.count()
+        self._link_free: dict[tuple[str, str, str], float] = {}
+        self._incarnations: Counter[str] = Counter()
+        self._rules: list[tuple[Matches, Callable[[], object] | None, float]] = []
+        self.nodes: dict[str, Node] = {}
+        bulk = self._peer(COORDINATOR, "1")
+        self.coordinator = self._add(COORDINATOR, bulk.id, CoordinatorCore("home", "0", bulk))
+        if head:
+            self.join("head", m.Facts(computes=False, head=True, host="h"))
+        for name in workers:
+            self.join(name)
+        for name in clients:
+            self.connect(name)
+        if head:
+            self.settle(lambda: all(self._joined(n) for n in self.living()))
+
+    # --- members
+
+    def _peer(self, name: str, incarnation: str) -> m.Peer:
+        return m.Peer(device=name, incarnation=incarnation, host="h", port=1, key="k" * 40)
+
+    def _add(self, name: str, peer: str, core: CoordinatorCore | WorkerCore | ClientCore) -> Node:
+        node = Node(name, peer, core)
+        self.nodes[name] = node
+        self._handle(node, e.Ticked())
+        return node
+
+    def hello(self, name: str, role: str = "worker", **changes: object) -> m.Hello:
+        self._incarnations[name] += 1
+        incarnation = str(self._incarnations[name])
+        fields = {
+            "role": role,
+            "device": name,
+            "incarnation": incarnation,
+            "cluster": "home",
+            "protocol": m.PROTOCOL,
+            "bulk": self._peer(name, incarnation) if role == "worker" else None,
+            "facts": m.Facts(flops_per_s=1e9, host=name),
+        }
+        return m.Hello(**{**fields, **changes})  # type: ignore[arg-type]
+
+    def join(self, name: str, facts: m.Facts | None = None, **changes: object) -> Node:
+        """Start a worker process of this name; its disk keeps what an earlier one stored."""
+        if facts is not None:
+            changes["facts"] = facts
+        hello = self.hello(name, **changes)
+        before = self.nodes.get(name)
+        node = self._add(name, f"{name}#{hello.incarnation}", WorkerCore(hello))
+        if before is not None:
+            node.blobs = before.blobs
+        return node
+
+    def connect(self, name: str, **changes: object) -> Node:
+        """Start a client."""
+        hello = self.hello(name, "client", **changes)
+        return self._add(name, f"{name}#{hello.incarnation}", ClientCore(hello))
+
+    def kill(self, name: str, *, silent: bool = False) -> None:
+        """SIGKILL; ``silent``: nobody is told, as when its cable is pulled."""
+        node = self.nodes[name]
+        node.alive = False
+        self._tell_story(f"KILL {node}")
+        if not silent:
+            self._gone(node)
+
+    def _gone(self, node: Node) -> None:
+        """Its connections are reset."""
+        for other in self.living():
+            if other is self.coordinator:
+                self.post(other, e.PeerLost(node.id, "reset"), LATENCY_S)
+            elif node is self.coordinator:
+                self.post(other, e.PeerLost(COORDINATOR, "reset"), LATENCY_S)
+            elif node.id in other.links:
+                self.post(other, e.PeerLost(node.id, "reset", plane=e.Plane.BULK), LATENCY_S)
+
+    def stop(self, name: str) -> None:
+        """SIGTERM."""
+        self._tell_story(f"STOP {name}")
+        self._handle(self.nodes[name], e.StopRequested())
+
+    def cut(self, name: str) -> None:
+        """The control connection breaks and is made anew: what was on its way is lost."""
+        node = self.nodes[name]
+        self._tell_story(f"CUT {node}")
+        self._events = [
+            entry
+            for entry in self._events
+            if not (
+                isinstance(entry[3], e.Arrived)
+                and (
+                    (entry[2] is node and entry[3].peer == COORDINATOR)
+                    or (entry[2] is self.coordinator and entry[3].peer == node.id)
+                )
+            )
+        ]
+        heapq.heapify(self._events)
+        self.post(self.coordinator, e.PeerLost(node.id, "reset"), 0.0)
+        self.post(node, e.PeerLost(COORDINATOR, "reset"), 0.0)
+
+    def restart_coordinator(self) -> None:
+        """Killed and started again: it remembers nothing."""
+        self.kill(COORDINATOR)
+        self._incarnations[COORDINATOR] += 1
+        bulk = self._peer(COORDINATOR, str(self._incarnations[COORDINATOR] + 1))
+        before = self.coordinator
+        self.coordinator = self._add(COORDINATOR, bulk.id, CoordinatorCore("home", "0", bulk))
+        self.coordinator.blobs = before.blobs
+
+    def living(self) -> list[Node]:
+        return [n for n in self.nodes.values() if n.alive and n.stopped is None]
+
+    def workers(self) -> list[Node]:
+        return [n for n in self.living() if isinstance(n.core, WorkerCore)]
+
+    def _joined(self, node: Node) -> bool:
+        match node.core:
+            case WorkerCore():
+                return node.core.joined
+            case ClientCore():
+                return node.id in self.core.members.clients
+            case _:
+                return True
+
+    @property
+    def core(self) -> CoordinatorCore:
+        assert isinstance(self.coordinator.core, CoordinatorCore)
+        return self.coordinator.core
+
+    # --- what a user does
+
+    def deploy(self, name: str = "net", model: bytes | None = None, *, client: str = "ann",
+               announce: str | None = None, **fields: object) -> str:  # fmt: skip
+        """Ask to deploy; returns the call."""
+        data = conv_net() if model is None else model
+        digest = hashlib.sha256(data).hexdigest() if announce is None else announce
+        node = self.nodes[client]
+        node.blobs[digest] = data
+        call = f"call-{next(self._order)}"
+        message = m.Deploy(call=call, name=name, digest=digest, nbytes=len(data), **fields)  # type: ignore[arg-type]
+        self._handle(node, e.Asked(call, message, 60.0))
+        return call
+
+    def deployed(self, name: str = "net", model: bytes | None = None, **fields: object) -> m.Deployed:
+        """Deploy and wait."""
+        call = self.deploy(name, model, **fields)
+        answer = self.answer(call)
+        assert isinstance(answer.answer, m.Deployed) and answer.failure is None, answer
+        return answer.answer
+
+    def answer(self, call: str) -> e.Settle:
+        found = [n.settled for n in self.nodes.values() if n.settled is not None]
+        self.settle(lambda: any(call in settled for settled in found))
+        (only,) = next(settled[call] for settled in found if call in settled)
+        return only
+
+    def ask(self, question: type[m.ListDevices] | type[m.ListModels], client: str = "ann") -> e.Settle:
+        call = f"call-{next(self._order)}"
+        self._handle(self.nodes[client], e.Asked(call, question(call=call), 10.0))
+        return self.answer(call)
+
+    def submit(self, arrays: Mapping[str, np.ndarray] | None = None, model: str = "net", *,
+               client: str = "ann", deadline_s: float = 30.0, request: str | None = None,
+               version: int | None = None, picture: bool = False) -> str:  # fmt: skip
+        """Submit a request; returns its id."""
+        arrays = image() if arrays is None else arrays
+        request = request or f"request-{next(self._order)}"
+        header = m.Submit(
+            request=request,
+            model=model,
+            version=version,
+            inputs=tuple(describe(n, a) for n, a in arrays.items()),
+            picture=picture,
+            deadline_s=deadline_s,
+        )
+        self._handle(self.nodes[client], e.Submitted(request, header, arrays))
+        return request
+
+    def outcome(self, request: str, client: str = "ann") -> e.Resolve:
+        """Wait for the outcome; there is exactly one."""
+        resolved = self.nodes[client].resolved
+        self.settle(lambda: request in resolved, about=request)
+        (only,) = resolved[request]
+        return only
+
+    def reply(self, request: str, client: str = "ann") -> m.Reply:
+        reply = self.outcome(request, client).reply
+        assert isinstance(reply, m.Reply)
+        return reply
+
+    def failure(self, request: str, client: str = "ann") -> m.Failure:
+        found = self.reply(request, client).failure
+        assert found is not None, "it was answered"
+        return found
+
+    def check(self, request: str, arrays: Mapping[str, np.ndarray] | None = None,
+              model: bytes | None = None, client: str = "ann") -> m.Reply:  # fmt: skip
+        """Wait for the answer and hold it against plain onnxruntime; returns the reply."""
+        outcome = self.outcome(request, client)
+        reply = outcome.reply
+        assert isinstance(reply, m.Reply) and reply.failure is None, reply
+        source = conv_net() if model is None else model
+        assert_exact(source, image() if arrays is None else arrays, outcome.arrays)
+        return reply
+
+    # --- faults
+
+    def when(self, matches: Matches, then: Callable[[], object]) -> None:
+        """Do something as the next such message is sent (the message itself goes out)."""
+        self._rules.append((matches, then, 0.0))
+
+    def drop(self, matches: Matches) -> None:
+        """Lose the next such message."""
+        self._rules.append((matches, None, 0.0))
+
+    def delay(self, matches: Matches, seconds: float) -> None:
+        """Let the next such message take so long; later ones on that link wait behind it."""
+        self._rules.append((matches, None, seconds))
+
+    # --- the link
+
+    def post(self, node: Node, event: e.Event, after: float) -> None:
+        heapq.heappush(self._events, (self.now + after, next(self._order), node, event))
+
+    def inject(self, node: Node, peer: str, message: m.AnyMessage, payload: bytes = b"") -> None:
+        """A message out of nowhere."""
+        decoded, body = decode([bytes(f) for f in encode(message, payload or None)])
+        self._handle(node, e.Arrived(peer, decoded, body))
+
+    def _send(self, sender: Node, send: e.Send) -> None:
+        to_coordinator = send.peer == COORDINATOR and sender is not self.coordinator
+        receiver = (
+            self.coordinator
+            if to_coordinator
+            else next((n for n in self.nodes.values() if n.id == send.peer), None)
+        )
+        frames = [bytes(frame) for frame in encode(send.message, send.payload)]
+        assert len(frames[0]) <= limits.CONTROL_FRAME_BYTES
+        if receiver is None or not receiver.alive or receiver.stopped is not None:
+            self._tell_story(f"{sender} -> {send.peer} (gone) {send.message}")
+            return
+        assert to_coordinator or send.plane is e.Plane.BULK or sender is self.coordinator
+        message, payload = decode(frames)
+        assert message == send.message, "the codec changed it"
+        self.sent[type(message).__name__] += 1
+        self._tell_story(f"{sender} -> {receiver} {message}")
+        extra = 0.0
+        for rule in list(self._rules):
+            matches, then, seconds = rule
+            if matches(sender, receiver, message):
+                self._rules.remove(rule)
+                if then is None and not seconds:
+                    self._tell_story("    ... LOST")
+                    return
+                extra += seconds
+                if then is not None:
+                    self._rules.append((_never, None, 0.0))
+                    self._deliver(sender, receiver, send.plane, message, payload, extra)
+                    then()
+                    return
+        self._deliver(sender, receiver, send.plane, message, payload, extra)
+
+    def _deliver(self, sender: Node, receiver: Node, plane: e.Plane, message: m.AnyMessage,
+                 payload: memoryview, extra: float) -> None:  # fmt: skip
+        link = (sender.id, receiver.id, plane)
+        at = max(self.now + self._delay() + extra, self._link_free.get(link, 0.0))
+        self._link_free[link] = at
+        control = plane is e.Plane.CONTROL and sender is self.coordinator
+        peer = COORDINATOR if control else sender.id
+        heapq.heappush(
+            self._events, (at, next(self._order), receiver, e.Arrived(peer, message, payload))
+        )
+
+    # --- effects
+
+    def _handle(self, node: Node, event: e.Event) -> None:
+        if not node.alive or node.stopped is not None:
+            return
+        for effect in node.core.handle(event, self.now):
+            if not node.alive or node.stopped is not None:
+                return  # killed between two effects
+            self._perform(node, effect)
+
+    def _perform(self, node: Node, effect: e.Effect) -> None:
+        match effect:
+            case e.Send():
+                self._send(node, effect)
+            case e.Connect(peer):
+                node.links.add(peer.id)
+            case e.Disconnect(peer_id):
+                node.links.discard(peer_id)
+            case e.Note():
+                node.notes.append(effect)
+                self._tell_story(f"    {node} notes: {effect.text} {dict(effect.fields)}")
+            case e.Stop():
+                node.stopped = effect
+                self._gone(node)
+                self._tell_story(f"    {node} stops: {effect.failure}")
+            case e.Resolve(request):
+                node.resolved.setdefault(request, []).append(effect)
+            case e.Settle(call):
+                node.settled.setdefault(call, []).append(effect)
+            case e.FindBlobs(purpose, digests):
+                missing = tuple(d for d in digests if d not in node.blobs)
+                self.post(node, e.BlobsFound(purpose, missing), DISK_S)
+            case e.WriteBlob():
+                self._write(node, effect)
+            case e.ServeBlob():
+                self._serve(node, effect)
+            case e.Prepare():
+                self.post(node, self._prepare(node, effect), DISK_S)
+            case e.Discard(deployment):
+                node.prepared.pop(deployment, None)
+            case e.Compute():
+                self.post(node, self._compute(node, effect), COMPUTE_S)
+            case e.OpenModel():
+                self.post(node, self._open(node, effect), PLAN_S)
+            case e.MakePlan():
+                self.post(node, self._plan(node, effect), PLAN_S)
+
+    def _write(self, node: Node, effect: e.WriteBlob) -> None:
+        part = node.parts.setdefault(effect.digest, bytearray())
+        if not effect.offset:
+            part.clear()
+        assert len(part) == effect.offset, "chunks are written in order"
+        part += effect.data
+        if len(part) < effect.total:
+            return
+        data = bytes(node.parts.pop(effect.digest))
+        failure = None
+        if hashlib.sha256(data).hexdigest() != effect.digest:
+            failure = m.Failure(error="MeshInferError", message="its bytes are not its SHA-256's")
+        else:
+            node.blobs[effect.digest] = data
+            _engine().keep(effect.digest, data)
+        self.post(node, e.BlobWritten(effect.digest, failure), DISK_S)
+
+    def _serve(self, node: Node, effect: e.ServeBlob) -> None:
+        data = node.blobs.get(effect.digest)
+        if data is None:
+            message: m.AnyMessage = m.Gone(digest=effect.digest)
+            self._send(node, e.Send(e.Plane.BULK, effect.peer, message))
+            return
+        message = m.Chunk(digest=effect.digest, offset=effect.offset, total=len(data))
+        body = data[effect.offset : effect.offset + effect.length]
+        self._send(node, e.Send(e.Plane.BULK, effect.peer, message, body))
+
+    def _prepare(self, node: Node, effect: e.Prepare) -> e.Prepared:
+        try:
+            found = {}
+            for program in effect.programs:
+                assert program.model is not None
+                assert {program.model, *program.weights} <= set(node.blobs), "a blob is not here"
+                session = _engine().session(program.model, node.blobs[program.model])
+                found[program.place] = session
+            node.prepared[effect.deployment] = found
+            return e.Prepared(effect.deployment)
+        except EngineError as error:
+            return e.Prepared(effect.deployment, failure_of(error))
+
+    def _compute(self, node: Node, job: e.Compute) -> e.Computed:
+        error = self.kernel_fault(node, job)
+        if error is not None:
+            return e.Computed(job.request, job.attempt, job.place, (), 0.0, error)
+        session = node.prepared[job.deployment][job.place]
+        outputs = tuple(session.run(job.inputs))
+        return e.Computed(job.request, job.attempt, job.place, outputs, COMPUTE_S)
+
+    def _open(self, node: Node, effect: e.OpenModel) -> e.ModelOpened:
+        try:
+            source = open_model(node.blobs[effect.digest])
+            spec = effect.image or (None if source.image is None else source.image.to_json())
+            return e.ModelOpened(effect.key, {v.name: _input(v) for v in source.inputs}, spec)
+        except Exception as error:
+            return e.ModelOpened(effect.key, {}, None, failure_of(error))
+
+    def _plan(self, node: Node, effect: e.MakePlan) -> e.PlanReady:
+        self._tell_story(f"    plans {effect.deployment} on {[c.device for c in effect.candidates]}")
+        failure = self.plan_fault(effect)
+        if failure is not None:
+            return e.PlanReady(effect.deployment, failure=failure)
+        try:
+            spec = effect.image if effect.signature.picture else None
+            names = tuple(c.device for c in effect.candidates)
+            model = node.blobs[effect.digest]
+            text, programs = _planned(
+                model, spec, effect.signature, names, effect.head, effect.plan
+            )
+            for digest, data in programs.blobs.items():
+                if digest not in node.blobs:
+                    node.blobs[digest] = bytes(data())
+            return e.PlanReady(effect.deployment, text, programs.by_device, ("planned",))
+        except Exception as error:
+            return e.PlanReady(effect.deployment, failure=failure_of(error))
+
+    # --- time
+
+    def step(self) -> None:
+        """The next message, event or timer."""
+        due = [(t, n) for n in self.living() if (t := n.core.next_deadline()) is not None]
+        timer = min(due, key=lambda pair: pair[0], default=None)
+        assert timer is not None or self._events, "nothing will ever happen again"
+        if self._events and (timer is None or self._events[0][0] <= timer[0]):
+            at, _, node, event = heapq.heappop(self._events)
+            self.now = max(self.now, at)
+            self._handle(node, event)
+            return
+        assert timer is not None
+        self.now = max(self.now, timer[0])
+        self._handle(timer[1], e.Ticked())
+        again = timer[1].core.next_deadline()
+        if timer[1].stopped is None and again is not None:
+            assert again > self.now, f"{timer[1]} ticks for ever at {self.now}"
+
+    def settle(self, until: Callable[[], bool], *, within: float = 400.0, about: str = "") -> None:
+        """Go on until something holds; fail with the story when it does not come about."""
+        end = self.now + within
+        for _ in range(STEPS):
+            if until():
+                return
+            if self.now > end:
+                break
+            self.step()
+            self.check_invariants()
+        raise Stuck(f"after {within} s or {STEPS} steps:\n{self.tell(about)}")
+
+    def pass_time(self, seconds: float) -> None:
+        end = self.now + seconds
+        self.post(self.coordinator, e.Ticked(), seconds)
+        self.settle(lambda: self.now >= end, within=seconds + 1.0)
+
+    def check_invariants(self) -> None:
+        core = self.core
+        running = [r for r in core.requests.values() if r.deployment is not None]
+        assert len(running) <= limits.RUNNING_REQUESTS + 1
+        for request in running:
+            assert request.deployment.number in core.catalogue.deployments, "runs on a retired one"
+        for made in core.catalogue.deployments.values():
+            for name, peer in made.members.items():
+                assert core.members.devices[name].peer == peer, "a member that has left"
+
+    def check_idle(self) -> None:
+        """A while later nothing is left of any request, anywhere."""
+        self.pass_time(1.5)
+        assert not self.core.requests, self.tell()
+        for node in self.workers():
+            assert isinstance(node.core, WorkerCore)
+            if not node.core.idle:
+                half = node.core._computing
+                held = (half._requests, half.running, half._queue, half.outbox._entries)
+                raise AssertionError(f"{node} holds {str(held)[:2000]}:\n{self.tell()}")
+        for node in self.living():
+            if isinstance(node.core, ClientCore):
+                assert not node.core._requests and not node.core._outbox, self.tell()
+
+    # --- stories
+
+    def _tell_story(self, line: str) -> None:
+        self.story.append((self.now, line))
+
+    def tell(self, about: str = "") -> str:
+        """What happened, or what happened to one request."""
+        quiet = ("Heartbeat", "Alive")
+        lines = [
+            f"{at:9.4f} {line[:300]}"
+            for at, line in self.story
+            if not any(word in line for word in quiet)
+            and (not about or about in line or not "request='" in line)
+        ]
+        return "\n".join(lines[-200:])
+
+
+def _never(sender: Node, receiver: Node, message: m.AnyMessage) -> bool:
+    return False
+
+
+def _input(value: onnx.ValueInfoProto) -> tuple[str, tuple[int | None, ...] | None]:
+    tensor = value.type.tensor_type
+    dtype = helper.tensor_dtype_to_np_dtype(tensor.elem_type).newbyteorder("<").str
+    return dtype, tuple(d.dim_value if d.HasField("dim_value") else None for d in tensor.shape.dim)
+
+
+def kind(*types: type, to: str = "", by: str = "", **fields: object) -> Matches:
+    """Matches messages of these types, between these nodes, with these fields."""
+
+    def matches(sender: Node, receiver: Node, message: m.AnyMessage) -> bool:
+        return (
+            isinstance(message, types)
+            and (not to or receiver.name == to)
+            and (not by or sender.name == by)
+            and all(getattr(message, name) == value for name, value in fields.items())
+        )
+
+    return matches
+
+
+def random_delay(seed: int, longest: float) -> Callable[[], float]:
+    """Delays between a tenth of a millisecond and ``longest``, mostly short."""
+    rng = random.Random(seed)
+    return lambda: 1e-4 + longest * rng.random() ** 4

@@ -1,0 +1,734 @@
+"""The public client against real daemons: what it accepts, what it refuses, how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import CancelledError, Future
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import onnx
+import psutil
+import pytest
+from architectures import Builder, squeezenet1_1
+from oracle import assert_exact, reference
+from PIL import Image
+from processes import alive, descriptors, eventually, image, small_model
+
+import meshinfer as mi
+from cluster.coordinator import CoordinatorOptions
+from cluster.security import new_keyring, write_keyring
+from cluster.worker import WorkerOptions
+from meshinfer.protocol import messages as m
+
+MODEL, IMAGE = small_model(), image()
+SPEC = mi.ImageSpec(input="image", output="y", mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
+WITHIN_S = 30.0
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[mi.LocalCluster]:
+    with mi.LocalCluster(2) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def client(cluster: mi.LocalCluster) -> Iterator[mi.Client]:
+    with cluster.client() as made:
+        made.deploy("small", MODEL)
+        made.deploy("photo", small_model(), image=SPEC)
+        yield made
+
+
+def growing(seed: int = 0) -> onnx.ModelProto:
+    """A model whose rows and columns are dynamic."""
+    b = Builder(seed)
+    x = b.input("image", [1, 3, "rows", "columns"])
+    return b.model([b.rename(b.conv(x, 3, 3, 3), "y")])
+
+
+def pixels(height: int = 24, width: int = 24) -> np.ndarray:
+    return np.random.default_rng(1).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def normalised(array: np.ndarray) -> dict[str, np.ndarray]:
+    """What SPEC makes of pixels [H, W, 3], written out again."""
+    scaled = array.astype(np.float32) * np.float32(1 / 255)
+    scaled = (scaled - np.float32(SPEC.mean)) / np.float32(SPEC.std)
+    return {"image": np.ascontiguousarray(scaled.transpose(2, 0, 1)[None])}
+
+
+# --- deploying
+
+
+def test_a_model_is_deployed_from_a_path_from_bytes_and_as_a_proto(
+    client: mi.Client, tmp_path: Path
+) -> None:
+    path = tmp_path / "small.onnx"
+    onnx.save(MODEL, path)
+    for model in (path, str(path), path.read_bytes(), MODEL):
+        deployed = client.deploy("forms", model)
+        assert_exact(MODEL, IMAGE, client.infer("forms", IMAGE).outputs)
+    assert deployed.version == 4
+    assert deployed.plan is not None and mi.Plan.parse(deployed.plan)
+
+
+def test_a_model_with_its_weights_in_another_file_is_deployed(
+    client: mi.Client, tmp_path: Path
+) -> None:
+    path = tmp_path / "outside.onnx"
+    onnx.save(
+        small_model(channels=64), path, save_as_external_data=True, location="weights",
+        size_threshold=0,
+    )  # fmt: skip
+    client.deploy("outside", path)
+    assert_exact(path, IMAGE, client.infer("outside", IMAGE).outputs)
+
+
+@pytest.mark.parametrize(
+    "model", [b"", b"no model", MODEL.SerializeToString()[:-200], "/nowhere/model.onnx", 7]
+)
+def test_what_is_no_model_is_refused(client: mi.Client, model: object) -> None:
+    with pytest.raises(mi.InvalidInput) as caught:
+        client.deploy("bad", model, timeout_s=WITHIN_S)
+    assert caught.value.hint
+    with pytest.raises(mi.ModelNotFound):
+        client.infer("bad", IMAGE)
+
+
+def test_an_unknown_operator_is_refused_with_onnxruntimes_words(client: mi.Client) -> None:
+    b = Builder(0)
+    broken = b.model([b.rename(b.op("Relu", b.input("image", [1, 3, 4, 4])), "y")])
+    broken.graph.node[0].op_type = "Rumpelstilzchen"
+    with pytest.raises(mi.InvalidInput, match="Rumpelstilzchen"):
+        client.deploy("unknown", broken, timeout_s=WITHIN_S)
+
+
+def test_a_plan_that_fits_no_device_or_no_graph_is_refused(client: mi.Client) -> None:
+    plan = client.deploy("planned", MODEL).plan or ""
+    assert client.deploy("planned", MODEL, plan=plan).plan == plan
+    with pytest.raises(mi.InvalidInput, match="worker-99"):
+        client.deploy("planned", MODEL, plan=plan.replace("worker-", "worker-99"))
+    with pytest.raises(mi.InvalidInput):
+        client.deploy("planned", small_model(seed=5), plan=plan)
+    with pytest.raises(mi.InvalidInput):
+        client.deploy("planned", MODEL, plan="no plan")
+
+
+def test_two_versions_are_served_side_by_side(client: mi.Client) -> None:
+    models = [small_model(seed=1), small_model(seed=2)]
+    assert [client.deploy("both", model).version for model in models] == [1, 2]
+    for version, model in ((1, models[0]), (2, models[1]), (None, models[1])):
+        result = client.infer("both", IMAGE, version=version)
+        assert result.model_version == (version or 2)
+        assert_exact(model, IMAGE, result.outputs)
+    listed = {(i.name, i.version): i for i in client.models()}
+    assert not listed["both", 1].current and listed["both", 2].current
+    with pytest.raises(mi.ModelNotFound, match="both v3"):
+        client.infer("both", IMAGE, version=3)
+
+
+def test_the_bytes_of_a_model_are_not_kept_by_the_client(client: mi.Client) -> None:
+    client.deploy("kept", MODEL)
+    assert list(Path(client._folder.name).iterdir()) == []
+
+
+# --- requests
+
+
+def test_a_result_says_how_it_came_about(client: mi.Client) -> None:
+    result = client.infer("small", IMAGE)
+    assert result.model == "small" and result.model_version == 1
+    assert mi.Plan.parse(result.plan)
+    assert not result.degraded and result.attempts == 1
+    assert result.timing.queue_s + sum(result.timing.compute_s.values()) > 0
+    assert result.timing.total_s > 0
+    tasks = [t for s in mi.Plan.parse(result.plan).stages for t in s.tasks]
+    assert len(result.timing.tasks) == len(tasks)
+    assert result.request_id != client.infer("small", IMAGE).request_id
+
+
+def test_an_answer_may_be_written_to(client: mi.Client) -> None:
+    y = client.infer("small", IMAGE).outputs["y"]
+    y += 1
+
+
+def test_the_input_may_be_changed_as_soon_as_submit_returns(client: mi.Client) -> None:
+    frame = IMAGE["image"].copy()
+    futures = []
+    for _ in range(8):
+        futures.append(client.submit("small", {"image": frame}))
+        frame[:] = np.nan
+        frame[:] = IMAGE["image"]
+    frame[:] = np.nan
+    for future in futures:
+        assert_exact(MODEL, IMAGE, future.result(WITHIN_S).outputs)
+
+
+def test_slices_and_foreign_byte_orders_are_taken(client: mi.Client) -> None:
+    wide = np.zeros((1, 3, 24, 48), np.float32)
+    wide[..., ::2] = IMAGE["image"]
+    for array in (wide[..., ::2], IMAGE["image"].astype(">f4")):
+        assert_exact(MODEL, IMAGE, client.infer("small", {"image": array}).outputs)
+
+
+def test_a_picture_is_taken_as_path_bytes_pil_and_pixels(
+    client: mi.Client, tmp_path: Path
+) -> None:
+    array = pixels()
+    picture = Image.fromarray(array)
+    path = tmp_path / "photo.png"
+    picture.save(path)
+    data = io.BytesIO()
+    picture.save(data, "PNG")
+    truth = reference(small_model(), normalised(array))["y"]
+    for given in (path, str(path), data.getvalue(), picture, array):
+        result = client.infer("photo", given)
+        assert np.abs(result.outputs["y"] - truth).max() <= 1e-5 * np.abs(truth).max()
+    saved = tmp_path / "out.png"
+    result.picture().save(saved)
+    wanted = np.clip(np.rint(truth[0].transpose(1, 2, 0).astype(np.float64) * 255), 0, 255)
+    assert np.abs(np.asarray(Image.open(saved)).astype(int) - wanted).max() <= 1
+
+
+def test_another_clients_redeployment_brings_its_own_image_spec(
+    cluster: mi.LocalCluster, client: mi.Client
+) -> None:
+    with cluster.client() as other:
+        client.deploy("spec", small_model(), image=SPEC)
+        other.infer("spec", pixels())
+        sized = mi.ImageSpec(input="image", size=(24, 24))
+        client.deploy("spec", small_model(), image=sized)
+        assert other.infer("spec", pixels(40, 50)).image == sized
+        assert other.infer("spec", pixels(), version=1).image == SPEC
+
+
+@pytest.mark.parametrize(
+    "data", ["/nowhere/photo.jpg", b"no picture", np.zeros((2, 2), np.float32), 7]
+)
+def test_what_is_no_picture_is_refused(client: mi.Client, data: object) -> None:
+    with pytest.raises(mi.InvalidInput) as caught:
+        client.infer("photo", data)
+    assert caught.value.hint
+
+
+def test_a_picture_needs_an_image_spec(client: mi.Client) -> None:
+    with pytest.raises(mi.InvalidInput, match="image spec"):
+        client.infer("small", pixels())
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"image": np.zeros((1, 3, 5, 24), np.float32)}, ["1, 3, 5, 24", "1, 3, 24, 24"]),
+        ({"image": np.zeros((3, 24, 24), np.float32)}, ["3, 24, 24", "1, 3, 24, 24"]),
+        ({"image": np.zeros((1, 3, 24, 24), np.float64)}, ["f8", "f4"]),
+        ({"picture": IMAGE["image"]}, ["picture", "image"]),
+        ({}, ["image"]),
+        ({"image": IMAGE["image"], "more": IMAGE["image"]}, ["more", "image"]),
+        ({"image": "text"}, ["travel"]),
+    ],
+)
+def test_an_array_that_does_not_fit_is_refused_and_both_sides_are_named(
+    client: mi.Client, data: dict[str, Any], words: list[str]
+) -> None:
+    with pytest.raises(mi.InvalidInput) as caught:
+        client.infer("small", data)
+    assert all(word in str(caught.value) for word in words), caught.value
+    assert caught.value.hint
+
+
+def test_an_unknown_model_is_not_found(client: mi.Client) -> None:
+    with pytest.raises(mi.ModelNotFound, match="'nosuch'") as caught:
+        client.infer("nosuch", IMAGE)
+    assert "small" in caught.value.hint
+
+
+def test_only_the_named_outputs_are_returned_and_an_unknown_one_is_refused(
+    client: mi.Client,
+) -> None:
+    b = Builder(0)
+    x = b.input("image", [1, 3, 24, 24])
+    two = b.model([b.rename(b.relu(x), "positive"), b.rename(b.op("Neg", x), "negative")])
+    client.deploy("two", two)
+    assert set(client.infer("two", IMAGE).outputs) == {"positive", "negative"}
+    assert list(client.infer("two", IMAGE, outputs=["negative"]).outputs) == ["negative"]
+    assert client.infer("two", IMAGE, outputs=[]).outputs == {}
+    with pytest.raises(mi.InvalidInput, match="'third'"):
+        client.infer("two", IMAGE, outputs=["third"])
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf")])
+def test_a_deadline_that_makes_no_sense_is_refused(client: mi.Client, seconds: float) -> None:
+    with pytest.raises(mi.InvalidInput, match="deadline_s"):
+        client.submit("small", IMAGE, deadline_s=seconds)
+
+
+def test_a_deadline_that_is_too_short_is_reported_in_time(client: mi.Client) -> None:
+    started = time.monotonic()
+    with pytest.raises(mi.DeadlineExceeded) as caught:
+        client.infer("small", IMAGE, deadline_s=1e-4)
+    assert time.monotonic() - started < 4.0
+    assert caught.value.hint
+
+
+def test_shapes_are_planned_at_their_first_use_and_more_than_eight_are_served(
+    client: mi.Client,
+) -> None:
+    model = growing()
+    assert client.deploy("growing", model).plan is None
+    for size in [*range(8, 19), 8]:
+        x = {"image": image(size)["image"][..., : size - 1]}
+        assert_exact(model, x, client.infer("growing", x, deadline_s=WITHIN_S).outputs)
+    (info,) = (i for i in client.models() if i.name == "growing")
+    assert len(info.plans) <= 8
+    fixed = client.deploy("growing", model, shapes={"image": [1, 3, 9, 9]})
+    assert fixed.plan is not None
+
+
+def test_map_keeps_the_order_and_a_bounded_number_open(client: mi.Client) -> None:
+    model = growing(3)
+    client.deploy("ordered", model)
+    given: list[int] = []
+
+    def inputs() -> Iterator[dict[str, np.ndarray]]:
+        for seed in range(20):
+            given.append(seed)
+            yield image(12, seed)
+
+    for done, result in enumerate(client.map("ordered", inputs(), max_in_flight=3)):
+        assert len(given) <= done + 4
+        assert_exact(model, image(12, done), result.outputs)
+    assert len(given) == 20
+
+
+def test_big_tensors_go_in_and_out_over_several_frames(client: mi.Client) -> None:
+    b = Builder(0)
+    x = b.input("image", [1, 3, 1024, 1024])  # 12 MiB in, 12 MiB out
+    big = b.model([b.rename(b.avgpool(x, 3, 1, pads=1), "y")])
+    client.deploy("big", big, spread=True)
+    array = np.random.default_rng(0).standard_normal((1, 3, 1024, 1024)).astype(np.float32)
+    assert_exact(big, {"image": array}, client.infer("big", {"image": array}).outputs)
+
+
+def test_what_can_never_travel_is_refused_at_once(
+    client: mi.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from meshinfer import limits
+
+    monkeypatch.setattr(limits, "TENSOR_BYTES", 1000)
+    with pytest.raises(mi.InvalidInput, match="6912 bytes"):
+        client.submit("small", IMAGE)
+
+
+def test_two_clients_at_once_get_their_own_answers(
+    cluster: mi.LocalCluster, client: mi.Client
+) -> None:
+    wrong: list[BaseException] = []
+
+    def use(seed: int) -> None:
+        try:
+            with cluster.client() as mine:
+                for result in mine.map("small", [image(seed=seed)] * 15, max_in_flight=4):
+                    assert_exact(MODEL, image(seed=seed), result.outputs)
+        except BaseException as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=use, args=(seed,)) for seed in (1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+        assert not thread.is_alive()
+    assert not wrong
+
+
+def test_a_cancelled_request_is_over_and_the_next_one_is_served(client: mi.Client) -> None:
+    futures = [client.submit("small", IMAGE) for _ in range(12)]
+    cancelled = [future for future in futures[4:] if future.cancel()]
+    for future in futures:
+        if future in cancelled:
+            with pytest.raises(CancelledError):
+                future.result(WITHIN_S)
+        else:
+            assert_exact(MODEL, IMAGE, future.result(WITHIN_S).outputs)
+    assert cancelled, "none of eight could be cancelled"
+    assert_exact(MODEL, IMAGE, client.infer("small", IMAGE).outputs)
+
+
+def test_the_async_client_awaits_the_same(cluster: mi.LocalCluster, client: mi.Client) -> None:
+    async def use() -> None:
+        async with mi.AsyncClient(cluster.address, keyring=cluster.keyring) as mine:
+            deployed = await mine.deploy("awaited", MODEL)
+            results = await asyncio.gather(*(mine.infer("awaited", IMAGE) for _ in range(6)))
+            for result in results:
+                assert_exact(MODEL, IMAGE, result.outputs)
+                assert result.model_version == deployed.version
+            assert {"head", "worker-0"} <= {d.device for d in await mine.devices()}
+            assert "awaited" in {i.name for i in await mine.models()}
+            with pytest.raises(mi.ModelNotFound):
+                await mine.infer("nosuch", IMAGE)
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(mine.infer("awaited", IMAGE), 1e-5)
+        with pytest.raises(mi.ClusterUnavailable):
+            await mine.infer("awaited", IMAGE)
+
+    asyncio.run(asyncio.wait_for(use(), 60))
+
+
+# --- the end
+
+
+def test_a_closed_client_says_so(cluster: mi.LocalCluster, client: mi.Client) -> None:
+    mine = cluster.client()
+    futures = [mine.submit("small", IMAGE) for _ in range(5)]
+    mine.close()
+    mine.close()
+    for future in futures:
+        error = future.exception(timeout=5)
+        assert error is None or isinstance(error, mi.ClusterUnavailable)
+    for call in (lambda: mine.submit("small", IMAGE), mine.models, mine.devices):
+        with pytest.raises(mi.ClusterUnavailable, match="closed"):
+            call()
+    with pytest.raises(mi.ClusterUnavailable, match="closed"):
+        mine.deploy("small", MODEL)
+
+
+def test_a_client_may_be_closed_by_a_callback(cluster: mi.LocalCluster, client: mi.Client) -> None:
+    mine = cluster.client()
+    closed = threading.Event()
+
+    def close(_: Future[mi.Result]) -> None:
+        mine.close()
+        closed.set()
+
+    mine.submit("small", IMAGE).add_done_callback(close)
+    assert closed.wait(10)
+    mine._thread.join(timeout=5)
+    assert not mine._thread.is_alive()
+
+
+def test_a_defect_in_the_clients_loop_fails_what_is_open(
+    cluster: mi.LocalCluster, client: mi.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with cluster.client() as mine:
+        def broken(*_: object) -> None:
+            raise ZeroDivisionError("planted")
+
+        future = mine.submit("small", image(seed=9))
+        monkeypatch.setattr(mine._loop._core, "handle", broken)
+        error = future.exception(timeout=10)
+        assert error is None or "planted" in str(error)
+        assert eventually(lambda: not mine._thread.is_alive())
+        with pytest.raises(mi.ClusterUnavailable):
+            mine.infer("small", IMAGE)
+
+
+def test_many_requests_leak_nothing(cluster: mi.LocalCluster, client: mi.Client) -> None:
+    assert cluster._coordinator is not None
+    processes = [psutil.Process(), psutil.Process(cluster._coordinator.pid)]
+
+    def use(count: int) -> None:
+        for result in client.map("photo", [pixels()] * count, max_in_flight=8):
+            assert result.outputs["y"].shape == (1, 3, 24, 24)
+
+    def state() -> list[tuple[int, int, int]]:
+        gc.collect()
+        return [(p.memory_info().rss, p.num_threads(), descriptors(p.pid)) for p in processes]
+
+    use(60)
+    before = state()
+    use(200)
+    for (rss, threads, files), (rss_then, threads_then, files_then) in zip(
+        state(), before, strict=True
+    ):
+        assert rss - rss_then < 16 << 20
+        assert threads <= threads_then
+        assert files <= files_then
+
+
+def test_clients_that_come_and_go_leave_nothing(cluster: mi.LocalCluster) -> None:
+    assert cluster._coordinator is not None
+    coordinator = cluster._coordinator.pid
+
+    def use() -> None:
+        with cluster.client() as mine:
+            mine.devices()
+
+    use()
+    before = threading.active_count(), descriptors(), descriptors(coordinator)
+    for _ in range(8):
+        use()
+    assert threading.active_count() <= before[0]
+    assert descriptors() <= before[1]
+    assert eventually(lambda: descriptors(coordinator) <= before[2])
+
+
+# --- who is not there
+
+
+def test_a_cluster_without_workers_says_so() -> None:
+    with mi.LocalCluster(0) as empty, empty.client() as mine:
+        with pytest.raises(mi.ClusterUnavailable, match="no worker") as caught:
+            mine.deploy("small", MODEL, timeout_s=WITHIN_S)
+        assert "meshinfer worker" in caught.value.hint
+        mine.deploy("growing", growing())
+        with pytest.raises(mi.ClusterUnavailable, match="no worker"):
+            mine.infer("growing", IMAGE, deadline_s=WITHIN_S)
+        with pytest.raises(mi.DeadlineExceeded):
+            mine.infer("growing", IMAGE, deadline_s=0.5)
+        empty.add()
+        assert mine.infer("growing", IMAGE, deadline_s=WITHIN_S).outputs
+
+
+def test_no_coordinator_is_unavailable(tmp_path: Path) -> None:
+    ring, _ = new_keyring("nobody")
+    write_keyring(tmp_path / "ring.json", ring)
+    for options in ({"address": "127.0.0.1:9"}, {"interfaces": ["127.0.0.1"]}):
+        with pytest.raises(mi.ClusterUnavailable) as caught:
+            mi.Client(**options, keyring=tmp_path / "ring.json", timeout_s=1.0)
+        assert "meshinfer coordinator" in caught.value.hint
+
+
+def test_a_wrong_or_missing_keyring_is_an_auth_error(
+    cluster: mi.LocalCluster, tmp_path: Path
+) -> None:
+    stranger, _ = new_keyring(cluster.cluster)
+    real = json.loads(cluster.keyring.read_text())
+    write_keyring(tmp_path / "stranger.json", stranger)
+    mixed = tmp_path / "mixed.json"  # the coordinator's key is right, the member's is not
+    write_keyring(mixed, type(stranger)(cluster.cluster, real["coordinator_public"],
+                                        stranger.member))  # fmt: skip
+    for path in (tmp_path / "stranger.json", mixed, tmp_path / "missing.json"):
+        with pytest.raises(mi.AuthError) as caught:
+            mi.Client(cluster.address, keyring=path, timeout_s=10.0)
+        assert caught.value.hint
+
+
+def test_a_killed_coordinator_fails_what_is_open_within_seconds() -> None:
+    with mi.LocalCluster(1, speeds=[0.02]) as mine, mine.client() as client:
+        client.deploy("slow", squeezenet1_1(96))
+        x = {"image": np.zeros((1, 3, 96, 96), np.float32)}
+        futures = [client.submit("slow", x) for _ in range(30)]
+        assert mine._coordinator is not None
+        mine._coordinator.kill()
+        started = time.monotonic()
+        errors = [future.exception(timeout=15) for future in futures]
+        assert time.monotonic() - started < 12.0
+        assert all(isinstance(e, mi.ClusterUnavailable) or e is None for e in errors)
+        assert any(errors)
+        with pytest.raises(mi.ClusterUnavailable):
+            client.infer("slow", x)
+
+
+# --- daemons by hand
+
+
+@contextlib.contextmanager
+def daemon(module: str, options: Any, patch: str = "") -> Iterator[subprocess.Popen[str]]:
+    """A daemon whose stderr is read; ``patch`` runs before it."""
+    code = f"import sys\nfrom {module} import main\n{patch}\nsys.exit(main(sys.argv[1:]))"
+    text = json.dumps(msgspec.to_builtins(options))
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, text],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={k: v for k, v in os.environ.items() if k != "MESHINFER_COORDINATOR"},
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate(timeout=10)
+
+
+def coordinator_options(folder: Path, **more: Any) -> CoordinatorOptions:
+    fields: dict[str, Any] = {
+        "state_dir": str(folder), "host": "127.0.0.1", "port": 0, "interfaces": (),
+        "parent": os.getpid(), "cluster": f"test-{os.getpid()}",
+    }  # fmt: skip
+    return CoordinatorOptions(**{**fields, **more})
+
+
+def address_of(folder: Path) -> dict[str, Any]:
+    path = folder / "address.json"
+    assert eventually(path.exists, 20.0)
+    return json.loads(path.read_text())
+
+
+def end_of(process: subprocess.Popen[str]) -> tuple[int, str]:
+    _, stderr = process.communicate(timeout=20)
+    return process.returncode, stderr
+
+
+def worker_options(folder: Path, keyring: Path, port: int, cluster: str) -> WorkerOptions:
+    return WorkerOptions(
+        name="w", cluster=cluster, state_dir=str(folder), keyring=str(keyring),
+        coordinator=f"127.0.0.1:{port}", flops_per_s=1e9, parent=os.getpid(),
+    )  # fmt: skip
+
+
+OTHER_PROTOCOL = "from meshinfer.protocol import messages\nmessages.PROTOCOL = (98, 99)"
+
+
+def test_a_worker_of_another_protocol_is_refused_and_both_sides_say_why(tmp_path: Path) -> None:
+    options = coordinator_options(tmp_path / "c")
+    with daemon("cluster.coordinator", options) as coordinator:
+        port = address_of(tmp_path / "c")["port"]
+        ring = tmp_path / "c" / "keyring.json"
+        mine = worker_options(tmp_path / "w", ring, port, options.cluster)
+        with daemon("cluster.worker", mine, OTHER_PROTOCOL) as worker:
+            code, words = end_of(worker)
+        assert code == 76
+        assert "protocol 98 to 99" in words and "same release" in words
+        with daemon("cluster.worker", msgspec.structs.replace(mine, cluster="x")) as worker:
+            assert end_of(worker)[0] == 78
+        coordinator.terminate()
+        code, theirs = end_of(coordinator)
+        assert code == 0
+        assert "protocol 98 to 99" in theirs and "same release" in theirs
+
+
+def test_a_client_of_another_protocol_is_refused(
+    cluster: mi.LocalCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(m, "PROTOCOL", (98, 99))
+    with pytest.raises(mi.ProtocolMismatch, match="protocol 98 to 99"):
+        cluster.client()
+
+
+def test_a_worker_with_a_foreign_key_is_refused(cluster: mi.LocalCluster, tmp_path: Path) -> None:
+    ring, _ = new_keyring(cluster.cluster)
+    write_keyring(tmp_path / "ring.json", ring)
+    port = int(cluster.address.rpartition(":")[2])
+    options = worker_options(tmp_path / "w", tmp_path / "ring.json", port, cluster.cluster)
+    with daemon("cluster.worker", options) as worker:
+        code, words = end_of(worker)
+    assert code == 77 and "refuses this device" in words
+
+
+def test_a_port_in_use_is_a_configuration_error(cluster: mi.LocalCluster, tmp_path: Path) -> None:
+    port = int(cluster.address.rpartition(":")[2])
+    with daemon("cluster.coordinator", coordinator_options(tmp_path, port=port)) as second:
+        code, words = end_of(second)
+    assert code == 78 and f"port {port}" in words and "in use" in words
+
+
+def test_two_coordinators_of_one_name_are_an_error(tmp_path: Path) -> None:
+    first = coordinator_options(tmp_path / "a", interfaces=("127.0.0.1",))
+    second = coordinator_options(tmp_path / "b", interfaces=("127.0.0.1",))
+    with daemon("cluster.coordinator", first):
+        port = address_of(tmp_path / "a")["port"]
+        with daemon("cluster.coordinator", second) as other:
+            code, words = end_of(other)
+    assert code == 78 and f"127.0.0.1:{port}" in words
+
+
+def test_two_daemons_in_one_folder_are_an_error(tmp_path: Path) -> None:
+    options = coordinator_options(tmp_path / "c")
+    with daemon("cluster.coordinator", options):
+        port = address_of(tmp_path / "c")["port"]
+        with daemon("cluster.coordinator", options) as other:
+            code, words = end_of(other)
+        assert code == 78 and "another process" in words
+        mine = worker_options(
+            tmp_path / "w", tmp_path / "c" / "keyring.json", port, options.cluster
+        )
+        with daemon("cluster.worker", mine):
+            assert eventually((tmp_path / "w" / "lock").exists)
+            time.sleep(0.2)
+            with daemon("cluster.worker", mine) as twin:
+                assert end_of(twin)[0] == 78
+
+
+@pytest.mark.parametrize("where", ["core", "head", "planning", "files"])
+def test_a_defect_in_the_coordinator_is_loud_and_ends_it(tmp_path: Path, where: str) -> None:
+    patches = {
+        "core": "import meshinfer.scheduler.coordinator as c\nc.CoordinatorCore._hello = None",
+        "head": "import cluster.coordinator as c\nc.Head._run = lambda self: 1 / 0",
+        "planning": "import cluster.planning as c\nc.PlanningThread._plan_all = lambda self: 1 / 0",
+        "files": "import cluster.planning as c\nc.PlanningThread._serve_all = lambda self: 1 / 0",
+    }
+    options = coordinator_options(tmp_path / "c")
+    with daemon("cluster.coordinator", options, patches[where]) as coordinator:
+        code, words = end_of(coordinator)
+    assert code == 70
+    assert "a defect of MeshInfer" in words and "Traceback" in words
+
+
+@pytest.mark.parametrize("where", ["core", "store", "compute"])
+def test_a_defect_in_a_worker_is_loud_and_ends_it(
+    cluster: mi.LocalCluster, tmp_path: Path, where: str
+) -> None:
+    patches = {
+        "core": "import meshinfer.scheduler.worker as c\nc.WorkerCore._welcome = None",
+        "store": "import cluster.worker as c\nc.StoreThread._run = lambda self: 1 / 0",
+        "compute": "import cluster.worker as c\nc.ComputeThread._run = lambda self: 1 / 0",
+    }
+    port = int(cluster.address.rpartition(":")[2])
+    options = worker_options(tmp_path / "w", cluster.keyring, port, cluster.cluster)
+    with daemon("cluster.worker", options, patches[where]) as worker:
+        code, words = end_of(worker)
+    assert code == 70
+    assert "a defect of MeshInfer" in words and "Traceback" in words
+
+
+def test_a_defect_in_planning_or_preparing_fails_the_deployment_and_no_more(
+    tmp_path: Path,
+) -> None:
+    options = coordinator_options(tmp_path / "c")
+    patch = (
+        "import cluster.planning as c\n"
+        "original = c.make_plan\n"
+        "failures = [1]\n"
+        "def make_plan(*a, **k):\n"
+        "    if failures.pop() if failures else 0: raise ZeroDivisionError('planted')\n"
+        "    return original(*a, **k)\n"
+        "c.make_plan = make_plan"
+    )
+    ring = tmp_path / "c" / "keyring.json"
+    with daemon("cluster.coordinator", options, patch):
+        port = address_of(tmp_path / "c")["port"]
+        mine = worker_options(tmp_path / "w", ring, port, options.cluster)
+        with daemon("cluster.worker", mine) as worker:
+            with mi.Client(f"127.0.0.1:{port}", keyring=ring) as client:
+                with pytest.raises(mi.MeshInferError, match="planted"):
+                    client.deploy("small", MODEL, timeout_s=WITHIN_S)
+                client.deploy("small", MODEL, timeout_s=WITHIN_S)
+                assert_exact(MODEL, IMAGE, client.infer("small", IMAGE).outputs)
+            assert alive(worker.pid)
+
+
+def test_a_coordinator_drains_at_the_first_sigterm(tmp_path: Path) -> None:
+    options = coordinator_options(tmp_path / "c")
+    ring = tmp_path / "c" / "keyring.json"
+    with daemon("cluster.coordinator", options) as coordinator:
+        port = address_of(tmp_path / "c")["port"]
+        mine = worker_options(tmp_path / "w", ring, port, options.cluster)
+        slow = msgspec.structs.replace(mine, speed=0.05)
+        with daemon("cluster.worker", slow), mi.Client(
+            f"127.0.0.1:{port}", keyring=ring
+        ) as client:
+            model = squeezenet1_1()
+            x = {"image": np.zeros((1, 3, 64, 64), np.float32)}
+            client.deploy("slow", model, timeout_s=WITHIN_S)
+            future = client.submit("slow", x)
+            time.sleep(0.05)
+            coordinator.send_signal(signal.SIGTERM)
+            assert_exact(model, x, future.result(WITHIN_S).outputs)
+            assert end_of(coordinator)[0] == 0
+            with pytest.raises(mi.ClusterUnavailable):
+                client.infer("slow", x, deadline_s=WITHIN_S)
