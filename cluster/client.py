@@ -257,8 +257,6 @@ class Client:
     def close(self) -> None:
         """Fail what is open with ``ClusterUnavailable`` and disconnect."""
         with self._lock:
-            if self._closed:
-                return
             self._closed = True
         self._loop.post(StopRequested())
         if threading.current_thread() is not self._thread:  # a future's callback may close us

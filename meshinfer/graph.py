@@ -71,8 +71,8 @@ class Graph:
     """A model with static shapes where it has them. Use ``meshinfer.importers`` to make one."""
 
     model: ir.Model
-    report: tuple[str, ...] = ()
-    _memo: dict[str, Any] = field(default_factory=dict, repr=False)
+    memo: dict[tuple[object, ...], Any] = field(default_factory=dict, repr=False)
+    """What was worked out about this graph once: constants, digests of weights, rules."""
 
     @cached_property
     def ops(self) -> tuple[Op, ...]:
@@ -132,10 +132,10 @@ class Graph:
 
     def weight_digest(self, value: str, box: Box) -> str:
         """SHA-256 of ``weight_bytes``, remembered."""
-        key = f"{value}{box}"
-        if key not in self._memo:
-            self._memo[key] = hashlib.sha256(self.weight_bytes(value, box)).hexdigest()
-        return str(self._memo[key])
+        key = ("digest", value, box)
+        if key not in self.memo:
+            self.memo[key] = hashlib.sha256(self.weight_bytes(value, box)).hexdigest()
+        return str(self.memo[key])
 
     def constant(self, value: str) -> np.ndarray[Any, Any] | None:
         """A small initializer as an array; None when the value is computed, or large."""
@@ -144,20 +144,26 @@ class Graph:
         shape = self.shape(value)
         if shape is None or int(np.prod(shape, dtype=np.int64)) > CONSTANT_ELEMENTS:
             return None
-        if value not in self._memo:
-            self._memo[value] = np.array(self.weight(value))
-        result: np.ndarray[Any, Any] = self._memo[value]
+        key = ("constant", value)
+        if key not in self.memo:
+            self.memo[key] = np.array(self.weight(value))
+        result: np.ndarray[Any, Any] = self.memo[key]
         return result
+
+    @cached_property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Static shapes, by value; those that depend on data, or are of no tensor, are absent."""
+        found: dict[str, tuple[int, ...]] = {}
+        for name, value in self.values.items():
+            if isinstance(value.type, ir.TensorType) and value.shape is not None:
+                dims = [d for d in value.shape if isinstance(d, int)]
+                if len(dims) == len(value.shape):
+                    found[name] = tuple(int(d) for d in dims)
+        return found
 
     def shape(self, value: str) -> tuple[int, ...] | None:
         """Static shape; None when it depends on data, or when the value is no tensor."""
-        found = self.values.get(value)
-        if found is None or not isinstance(found.type, ir.TensorType) or found.shape is None:
-            return None
-        dims = tuple(found.shape)
-        if all(isinstance(d, int) for d in dims):
-            return tuple(int(d) for d in dims)  # type: ignore[arg-type]
-        return None
+        return self.shapes.get(value)
 
     def dtype(self, value: str) -> ir.DataType | None:
         """Element type; None for values that are no tensors (sequences, optionals)."""

@@ -20,9 +20,9 @@ ROOT = Path(__file__).resolve().parent.parent
 def test_the_demo_doubles_a_photograph_and_loses_nothing(tmp_path: Path) -> None:
     with Image.open(ROOT / "cluster" / "data" / "photo.jpg") as photo:
         photo.crop((100, 60, 340, 220)).save(tmp_path / "crop.png")
+    options = ("--out", str(tmp_path / "out"), "--picture", str(tmp_path / "crop.png"))
     done = subprocess.run(
-        [sys.executable, "-m", "cluster.cli", "demo", "--json", "--out", str(tmp_path / "out")]
-        + ["--picture", str(tmp_path / "crop.png")],
+        [sys.executable, "-m", "cluster.cli", "demo", "--json", *options],
         cwd=ROOT,
         capture_output=True,
         text=True,

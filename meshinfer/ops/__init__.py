@@ -53,7 +53,15 @@ BARRIER = Rule(footprint=_whole_inputs, emit=_emit_whole, align=_whole_outputs, 
 
 def rule_of(op: Op) -> Rule:
     """The rule of a node, or ``BARRIER``: no row, unknown shapes, or a case the row does not
-    cover."""
+    cover. Worked out once a node."""
+    known = op.graph.memo.get(("rule", op.index))
+    if known is None:
+        known = op.graph.memo["rule", op.index] = _find_rule(op)
+    assert isinstance(known, Rule)
+    return known
+
+
+def _find_rule(op: Op) -> Rule:
     rule = TABLE.get(op.type) if op.domain == "" else None
     if rule is None or op.captured:
         return BARRIER

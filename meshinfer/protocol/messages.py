@@ -370,13 +370,14 @@ class Merged(Message, frozen=True):
 
 
 class Release(Message, frozen=True):
-    """The request is over: drop all that is held for it, up to this attempt and this turn.
+    """The request is over: drop all that is held for it, up to this attempt and ``client``'s turn.
 
-    What comes later for a later attempt or turn is the same id, submitted again.
+    What comes later for a later attempt or turn, or from another client, is the same id again.
     """
 
     request: Name
     attempt: Count = 0
+    client: str = ""
     turn: Count = 0
 
 

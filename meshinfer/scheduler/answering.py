@@ -88,15 +88,15 @@ class Answering:
             return self._submitted_again(before, peer, message)
         done = self._answered.get(name)
         if done is not None and not same_body(done.header, message):
-            return [_to(peer, _other_body(message)), *self._release(name, turn=message.turn)]
+            return [_to(peer, _other_body(message)), *self._release(name, peer, message.turn)]
         if done is not None and (done.reply.failure is not None or done.head == self._head()):
-            return [_to(peer, done.reply), *self._release(name, turn=message.turn)]
+            return [_to(peer, done.reply), *self._release(name, peer, message.turn)]
         failure = refuse(self._catalogue, message, len(self.open))
         if stopping:
             failure = unavailable("the coordinator is stopping", "submit to another, or later")
         if failure is not None:
             reply = m.Reply(request=name, failure=failure)
-            return [_to(peer, reply), *self._release(name, turn=message.turn)]
+            return [_to(peer, reply), *self._release(name, peer, message.turn)]
         model = self._catalogue.find(message.model, message.version)
         assert model is not None
         deadline = now + min(message.deadline_s, limits.REQUEST_DEADLINE_S)
@@ -111,9 +111,11 @@ class Answering:
     def _submitted_again(self, request: Request, peer: str, message: m.Submit) -> list[Effect]:
         if not same_body(request.header, message):
             return [_to(peer, _other_body(message))]
-        request.turn = max(request.turn, message.turn)
-        if peer != request.client:  # its answer would go to whom asked before
-            request.client, request.deployment, request.merged = peer, None, None
+        if peer == request.client:
+            request.turn = max(request.turn, message.turn)
+        else:  # the answer would go to the one who asked before
+            request.client, request.turn = peer, message.turn
+            request.deployment, request.merged = None, None
         return []
 
     def task_done(self, peer: str, message: m.TaskDone) -> list[Effect]:
@@ -169,7 +171,7 @@ class Answering:
     def cancel(self, peer: str, message: m.Cancel) -> list[Effect]:
         request = self.open.get(message.request)
         if request is None:  # it is over, or its header was lost; its inputs may be held
-            return self._release(message.request, turn=message.turn)
+            return self._release(message.request, peer, message.turn)
         if request.client != peer:
             return []
         request.turn = max(request.turn, message.turn)
@@ -338,13 +340,15 @@ class Answering:
                 self._answered.popitem(last=False)
             effects.append(_to(request.client, reply))
         took_part = {name for t in request.tried.values() for name in t.deployment.members}
-        return effects + self._release(request.id, took_part, turn=request.turn)
+        return effects + self._release(request.id, request.client, request.turn, took_part)
 
     def _release(
-        self, request: str, names: Iterable[str] = (), *, turn: int
+        self, request: str, client: str, turn: int, names: Iterable[str] = ()
     ) -> list[Effect]:
         """To those that took part, and to the head, which may hold the inputs."""
-        release = m.Release(request=request, attempt=self._attempts, turn=turn)
+        release = m.Release(
+            request=request, attempt=self._attempts, client=client, turn=turn
+        )
         head = self._members.head
         at = {*names, *(() if head is None else (head.name,))}
         devices = self._members.devices

@@ -20,16 +20,22 @@ from meshinfer.scheduler.installing import COORDINATOR, Deployment
 from meshinfer.scheduler.outbox import Numbered, Outbox
 
 SOURCE: m.Place = (-1, 0)
+_NEVER = (-1, "", -1)
+"""What is known of a request that was not released: attempt, client and turn."""
 
 
 @dataclass(slots=True)
 class _Request:
-    """One request on this device, under its newest attempt. ``turn`` is that of what was fed."""
+    """One request on this device, under its newest attempt.
+
+    ``giver`` and ``turn``: which client fed ``fed``, and the how manieth time.
+    """
 
     since: float
     attempt: int = 0
     deployment: int = -1
     client: str = ""
+    giver: str = ""
     turn: int = -1
     fed: dict[str, Array] = field(default_factory=dict)
     scattered: bool = False
@@ -52,7 +58,7 @@ class Computing:
         self._device = device
         self._deployments = deployments
         self._requests: dict[str, _Request] = {}
-        self._released: OrderedDict[str, tuple[int, int]] = OrderedDict()
+        self._released: OrderedDict[str, tuple[int, str, int]] = OrderedDict()
         self._queue: deque[Compute] = deque()
 
     @property
@@ -64,7 +70,8 @@ class Computing:
     def feed(self, peer: str, message: m.Feed, payload: memoryview, now: float) -> list[Effect]:
         name = message.request
         ack: list[Effect] = [Send(Plane.BULK, peer, m.Ack(id=message.id))]
-        if message.turn <= self._released.get(name, (-1, -1))[1]:
+        _, client, turn = self._released.get(name, _NEVER)
+        if peer == client and message.turn <= turn:
             return ack
         try:
             array = array_of(message.tensor, payload)
@@ -74,10 +81,10 @@ class Computing:
             note = Note("warning", "too many inputs wait here", {"request": name})
             return [note]  # not acknowledged: the client sends it again later
         request = self._request(name, now)
-        if message.turn < request.turn:
+        if peer == request.giver and message.turn < request.turn:
             return ack
-        if message.turn > request.turn:
-            request.turn = message.turn
+        if (peer, message.turn) != (request.giver, request.turn):
+            request.giver, request.turn = peer, message.turn
             request.fed.clear()
         request.fed[message.tensor.name] = array
         return ack + self._scatter(name, request, now)
@@ -97,25 +104,27 @@ class Computing:
         name = message.request
         request = self._requests.pop(name, None)
         self._drop_work(name)
-        before = self._released.pop(name, (-1, -1))
-        self._released[name] = (max(before[0], message.attempt), max(before[1], message.turn))
+        self._released.pop(name, None)
+        self._released[name] = (message.attempt, message.client, message.turn)
         while len(self._released) > limits.STALE_REQUESTS_KEPT:
             self._released.popitem(last=False)
-        if request is not None and request.turn > message.turn and request.fed:
-            # Fed again already: the client has submitted the same id once more.
-            self._requests[name] = _Request(request.since, turn=request.turn, fed=request.fed)
+        if request is not None and (
+            request.giver != message.client or request.turn > message.turn
+        ):
+            self._keep_inputs(name, request)  # the same id, submitted once more
         return []
 
     def forget(self, number: int) -> None:
         """A deployment is retired: only inputs are worth keeping, for the next attempt."""
-        self._keep_inputs([n for n, r in self._requests.items() if r.deployment == number])
+        for name in [n for n, r in self._requests.items() if r.deployment == number]:
+            self._drop_work(name)
+            self._keep_inputs(name, self._requests.pop(name))
 
     def reset(self, *, keep_inputs: bool) -> None:
         """The coordinator may have forgotten all that it had told this device."""
-        if keep_inputs:
-            self._keep_inputs(list(self._requests))
-        else:
-            self._requests.clear()
+        held, self._requests = self._requests, {}
+        for name, request in held.items() if keep_inputs else ():
+            self._keep_inputs(name, request)
         self._queue.clear()
         self.outbox.forget(lambda message: isinstance(message, m.Deliver))
 
@@ -130,12 +139,11 @@ class Computing:
                 del self._requests[name]
                 self._drop_work(name)
 
-    def _keep_inputs(self, names: list[str]) -> None:
-        for name in names:
-            old = self._requests.pop(name)
-            self._drop_work(name)
-            if old.fed:
-                self._requests[name] = _Request(old.since, turn=old.turn, fed=old.fed)
+    def _keep_inputs(self, name: str, old: _Request) -> None:
+        if old.fed:
+            self._requests[name] = _Request(
+                old.since, giver=old.giver, turn=old.turn, fed=old.fed
+            )
 
     def _drop_work(self, name: str) -> None:
         """What is queued and what is under way to other tasks; answers to the client stay."""
@@ -153,7 +161,7 @@ class Computing:
 
     def _current(self, name: str, attempt: int, deployment: int, now: float) -> _Request | None:
         """The request under this attempt; None when the attempt is stale."""
-        if attempt <= self._released.get(name, (-1, -1))[0]:
+        if attempt <= self._released.get(name, _NEVER)[0]:
             return None
         request = self._request(name, now)
         if attempt < request.attempt:
