@@ -26,9 +26,7 @@ from cluster.blobs import BlobStore
 from cluster.config import default_keyring
 from cluster.locate import find_coordinator
 from cluster.loop import Loop
-from cluster.results import Deployment as Deployment
-from cluster.results import Result as Result
-from cluster.results import closed_error
+from cluster.results import Deployment, Result, closed_error
 from cluster.security import read_keyring
 from cluster.sockets import Endpoint
 from cluster.transport import Transport
@@ -49,6 +47,8 @@ from meshinfer.scheduler.events import (
     StopRequested,
     Submitted,
 )
+
+__all__ = ["AsyncClient", "Client", "Deployment", "Result"]
 
 CALL_S = 10.0
 DEPLOY_S = 600.0
@@ -112,11 +112,13 @@ class Client:
             version=meshinfer.__version__,
         )
 
-        def make_transport() -> Transport:
-            return Transport(f"{name}#0", ring.member)
-
         coordinator = Endpoint(found[0], found[1], ring.coordinator_public)
-        self._loop = Loop(ClientCore(hello), make_transport, self._perform, coordinator)
+        self._loop = Loop(
+            ClientCore(hello),
+            lambda: Transport(f"{name}#0", ring.member),
+            self._perform,
+            coordinator,
+        )
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
         try:

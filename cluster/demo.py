@@ -65,6 +65,7 @@ class Report:
     height: int = 0
     exact: bool = False
     took_s: float = 0.0
+    phases_s: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -93,10 +94,16 @@ def run_demo(
     report, spec = Report(requests=REQUESTS), _spec(model)
     pixels = read_picture(photo, spec).pixels  # refuses what is no picture before anything starts
     with _cluster(workers, log_level, say, report) as (cluster, client):
+        phase = _Phases(report)
         client.deploy(MODEL, model, image=spec, spread=True)
+        phase.ends("deploy")
         say.print(f"deployed   the ×2 upscaler ({size(len(model))}), spread over all of them")
         result = _watched(client, photo, say)
-        say.print(f"answered   {photo.name} in {result.timing.total_s:.2f} s")
+        took = phase.ends("first request")
+        say.print(
+            f"answered   {photo.name} in {took:.2f} s, planning and weights included "
+            f"({result.timing.total_s:.2f} s by the coordinator's clock)"
+        )
         oracle = ask_oracle(model, pixels, spec)
         _fill(report, result, oracle, spec)
         _write_files(report, result, model, pixels, photo, out)
@@ -105,11 +112,28 @@ def run_demo(
             f"checked    against plain onnxruntime on the whole model: largest difference "
             f"{report.largest_difference:.1e} (allowed {report.tolerance:.1e}), {verdict}"
         )
+        phase.ends("check and files")
         _lose_one(cluster, client, photo, oracle, say, report)
+        phase.ends("loss")
+    phase.ends("stop")
     report.exact = report.largest_difference <= report.tolerance and report.wrong == 0
     report.took_s = time.monotonic() - started
     typer.echo(json.dumps(asdict(report), indent=2) if as_json else _summary(report))
     return 0 if report.exact and report.lost == 0 else 1
+
+
+class _Phases:
+    """Where the time goes, by this process's clock."""
+
+    def __init__(self, report: Report) -> None:
+        self._report, self._since = report, time.monotonic()
+
+    def ends(self, name: str) -> float:
+        """Note how long the phase took; the next one begins."""
+        now = time.monotonic()
+        took, self._since = now - self._since, now
+        self._report.phases_s[name] = took
+        return took
 
 
 # --- the cluster

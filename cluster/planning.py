@@ -143,6 +143,11 @@ class PlanningThread:
                 f"the plan names the device {unknown[0]!r}, which is not in the cluster",
                 hint=f"devices are {sorted(known)}; the coordinator's own is {effect.head!r}",
             )
+        if (plan.source, plan.sink) != (effect.head, effect.head):
+            raise InvalidInput(
+                f"the plan goes from {plan.source!r} to {plan.sink!r}",
+                hint=f"source and sink are the coordinator's own device, {effect.head!r}",
+            )
         self._served.add(effect.plan)
         return plan
 

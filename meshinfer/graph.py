@@ -226,7 +226,7 @@ class Graph:
         for name in (*self.inputs, *self.outputs):
             total.update(f"{name}:{self.dtype(name)}:{self.shape(name)};".encode())
         for name in sorted(self.model.graph.initializers):
-            array = np.ascontiguousarray(self.weight(name))
+            array = np.asarray(self.weight(name), order="C")
             total.update(f"{name}:{array.dtype}:{array.shape};".encode())
             total.update(_bytes_of(array))
         return Digest(total.hexdigest())

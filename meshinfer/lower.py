@@ -183,7 +183,7 @@ class _Lowering:
             box = self.field.needs[name]
             if box.volume <= INLINE_ELEMENTS:
                 array = self.graph.weight(name)[box.within(self.graph.whole(name))]
-                self.tensors[name] = numpy_helper.from_array(np.ascontiguousarray(array), name)
+                self.tensors[name] = numpy_helper.from_array(np.array(array, order="C"), name)
 
     def _model(
         self, inputs: Sequence[tuple[str, Shard]], outputs: Sequence[tuple[str, Shard]]

@@ -113,7 +113,7 @@ def _planned(
 def banded(graph: Graph, names: Sequence[str], head: str) -> Plan:
     """Bands of rows over all devices, cut after every second op: halos, and gathers to the sink."""
     cuts = [0, *(c for c in graph.cut_points if c % 2 == 0), len(graph.ops)]
-    blocks = [Block(a, b, None) for a, b in zip(cuts, cuts[1:], strict=False)]
+    blocks = [Block(a, b, None) for a, b in itertools.pairwise(cuts)]
     shares = {DeviceId(name): 1.0 for name in names}
     return build(graph, axes_of(graph), blocks, shares, (DeviceId(head), DeviceId(head)))
 
@@ -331,7 +331,9 @@ class Cluster:
         self._handle(node, e.Asked(call, message, 60.0))
         return call
 
-    def deployed(self, name: str = "net", model: bytes | None = None, **fields: object) -> m.Deployed:
+    def deployed(
+        self, name: str = "net", model: bytes | None = None, **fields: object
+    ) -> m.Deployed:
         """Deploy and wait."""
         call = self.deploy(name, model, **fields)
         answer = self.answer(call)
@@ -344,7 +346,9 @@ class Cluster:
         (only,) = next(settled[call] for settled in found if call in settled)
         return only
 
-    def ask(self, question: type[m.ListDevices] | type[m.ListModels], client: str = "ann") -> e.Settle:
+    def ask(
+        self, question: type[m.ListDevices] | type[m.ListModels], client: str = "ann"
+    ) -> e.Settle:
         call = f"call-{next(self._order)}"
         self._handle(self.nodes[client], e.Asked(call, question(call=call), 10.0))
         return self.answer(call)
@@ -565,13 +569,13 @@ class Cluster:
             return e.ModelOpened(effect.key, {}, None, failure_of(error))
 
     def _plan(self, node: Node, effect: e.MakePlan) -> e.PlanReady:
-        self._tell_story(f"    plans {effect.deployment} on {[c.device for c in effect.candidates]}")
+        names = tuple(c.device for c in effect.candidates)
+        self._tell_story(f"    plans {effect.deployment} on {names}")
         failure = self.plan_fault(effect)
         if failure is not None:
             return e.PlanReady(effect.deployment, failure=failure)
         try:
             spec = effect.image if effect.signature.picture else None
-            names = tuple(c.device for c in effect.candidates)
             model = node.blobs[effect.digest]
             text, programs = _planned(
                 model, spec, effect.signature, names, effect.head, effect.plan
@@ -655,7 +659,7 @@ class Cluster:
             f"{at:9.4f} {line[:300]}"
             for at, line in self.story
             if not any(word in line for word in quiet)
-            and (not about or about in line or not "request='" in line)
+            and (not about or about in line or "request='" not in line)
         ]
         return "\n".join(lines[-200:])
 

@@ -69,3 +69,14 @@ def small_model(size: int = 24, channels: int = 4, seed: int = 0) -> ModelProto:
 def image(size: int = 24, seed: int = 0) -> dict[str, np.ndarray]:
     pixels = np.random.default_rng(seed).standard_normal((1, 3, size, size))
     return {"image": pixels.astype(np.float32)}
+
+
+def growing(seed: int = 0) -> ModelProto:
+    """A model whose rows and columns are dynamic."""
+    b = Builder(seed)
+    x = b.input("image", [1, 3, "rows", "columns"])
+    return b.model([b.rename(b.conv(x, 3, 3, 3), "y")])
+
+
+def pixels(height: int = 24, width: int = 24) -> np.ndarray:
+    return np.random.default_rng(1).integers(0, 256, (height, width, 3), np.uint8)

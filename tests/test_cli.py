@@ -204,7 +204,8 @@ def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys, cluster.cli as c\nfrom typer.testing import CliRunner\n"
         "assert CliRunner().invoke(c.app, ['--help']).exit_code == 0\n"
-        "sys.exit(','.join({'onnx', 'onnxruntime', 'numpy', 'zmq', 'zeroconf'} & {*sys.modules}) or 0)"
+        "heavy = {'onnx', 'onnxruntime', 'numpy', 'zmq', 'zeroconf'} & {*sys.modules}\n"
+        "sys.exit(','.join(heavy) or 0)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=LONG_S
@@ -361,8 +362,9 @@ def test_arrays_are_answered_and_bad_inputs_are_named(
     assert done.returncode == 1
     assert str(good) in done.stdout
     assert all(f"error: {path}: " in done.stderr for path in bad)
-    for path, word in zip(bad, ("[1, 3, 8, 16]", "f8", "cannot read"), strict=True):
-        refused(running("infer", "small", path), 2, word)
+    for word in ("[1, 3, 8, 16]", "f8", "cannot read"):
+        assert word in done.stderr
+    refused(running("infer", "small", bad[0]), 2, "[1, 3, 8, 16]")
 
 
 def test_a_printed_plan_is_deployed(running: Running, small: Path, tmp_path: Path) -> None:
@@ -384,7 +386,7 @@ def test_a_plan_for_a_picture_is_used_for_pictures(running: Running, tmp_path: P
     given = ("--devices", 1, "--names", running.worker)
     planned = meshinfer(running.state, "plan", UPSCALER, "--picture", tmp_path / "teal.png", *given)
     file = tmp_path / "plan.txt"
-    file.write_text(planned.stdout.replace("stage", "stage", 1))
+    file.write_text(planned.stdout)
     assert running("deploy", "teal", UPSCALER, "--plan", file).returncode == 0
     done = running("infer", "teal", tmp_path / "teal.png", "--out", tmp_path, "--json")
     assert json.loads(done.stdout)["plan"] == planned.stdout
@@ -405,7 +407,6 @@ def test_models_that_cannot_run_are_refused(running: Running, small: Path, tmp_p
 def test_an_unknown_model_is_refused(running: Running, tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", np.zeros(3, np.float32))
     refused(running("infer", "nothing", tmp_path / "x.npy"), 2, "nothing")
-    refused(running("infer", "nothing", "cat.jpg"), 2, "nothing")
     refused(running("plan", "nothing"), 2, "nothing")
 
 

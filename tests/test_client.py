@@ -1,38 +1,25 @@
-"""The public client against real daemons: what it accepts, what it refuses, how it ends."""
+"""The public client against real daemons: what it accepts, what it answers and what it refuses."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import gc
 import io
-import json
-import os
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import onnx
-import psutil
 import pytest
-from architectures import Builder, squeezenet1_1
+from architectures import Builder
 from oracle import assert_exact, reference
 from PIL import Image
-from processes import alive, descriptors, eventually, image, small_model
+from processes import growing, image, pixels, small_model
 
 import meshinfer as mi
-from cluster.coordinator import CoordinatorOptions
-from cluster.security import new_keyring, write_keyring
-from cluster.worker import WorkerOptions
-from meshinfer.protocol import messages as m
 
 MODEL, IMAGE = small_model(), image()
 SPEC = mi.ImageSpec(input="image", output="y", mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
@@ -51,17 +38,6 @@ def client(cluster: mi.LocalCluster) -> Iterator[mi.Client]:
         made.deploy("small", MODEL)
         made.deploy("photo", small_model(), image=SPEC)
         yield made
-
-
-def growing(seed: int = 0) -> onnx.ModelProto:
-    """A model whose rows and columns are dynamic."""
-    b = Builder(seed)
-    x = b.input("image", [1, 3, "rows", "columns"])
-    return b.model([b.rename(b.conv(x, 3, 3, 3), "y")])
-
-
-def pixels(height: int = 24, width: int = 24) -> np.ndarray:
-    return np.random.default_rng(1).integers(0, 256, (height, width, 3), np.uint8)
 
 
 def normalised(array: np.ndarray) -> dict[str, np.ndarray]:
@@ -185,9 +161,7 @@ def test_slices_and_foreign_byte_orders_are_taken(client: mi.Client) -> None:
         assert_exact(MODEL, IMAGE, client.infer("small", {"image": array}).outputs)
 
 
-def test_a_picture_is_taken_as_path_bytes_pil_and_pixels(
-    client: mi.Client, tmp_path: Path
-) -> None:
+def test_a_picture_is_taken_as_path_bytes_pil_and_pixels(client: mi.Client, tmp_path: Path) -> None:
     array = pixels()
     picture = Image.fromarray(array)
     path = tmp_path / "photo.png"
@@ -387,348 +361,3 @@ def test_the_async_client_awaits_the_same(cluster: mi.LocalCluster, client: mi.C
             await mine.infer("awaited", IMAGE)
 
     asyncio.run(asyncio.wait_for(use(), 60))
-
-
-# --- the end
-
-
-def test_a_closed_client_says_so(cluster: mi.LocalCluster, client: mi.Client) -> None:
-    mine = cluster.client()
-    futures = [mine.submit("small", IMAGE) for _ in range(5)]
-    mine.close()
-    mine.close()
-    for future in futures:
-        error = future.exception(timeout=5)
-        assert error is None or isinstance(error, mi.ClusterUnavailable)
-    for call in (lambda: mine.submit("small", IMAGE), mine.models, mine.devices):
-        with pytest.raises(mi.ClusterUnavailable, match="closed"):
-            call()
-    with pytest.raises(mi.ClusterUnavailable, match="closed"):
-        mine.deploy("small", MODEL)
-
-
-def test_a_client_may_be_closed_by_a_callback(cluster: mi.LocalCluster, client: mi.Client) -> None:
-    mine = cluster.client()
-    closed = threading.Event()
-
-    def close(_: Future[mi.Result]) -> None:
-        mine.close()
-        closed.set()
-
-    mine.submit("small", IMAGE).add_done_callback(close)
-    assert closed.wait(10)
-    mine._thread.join(timeout=5)
-    assert not mine._thread.is_alive()
-
-
-def test_a_defect_in_the_clients_loop_fails_what_is_open(
-    cluster: mi.LocalCluster, client: mi.Client, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with cluster.client() as mine:
-        def broken(*_: object) -> None:
-            raise ZeroDivisionError("planted")
-
-        future = mine.submit("small", image(seed=9))
-        monkeypatch.setattr(mine._loop._core, "handle", broken)
-        error = future.exception(timeout=10)
-        assert error is None or "planted" in str(error)
-        assert eventually(lambda: not mine._thread.is_alive())
-        with pytest.raises(mi.ClusterUnavailable):
-            mine.infer("small", IMAGE)
-
-
-def test_many_requests_leak_nothing(cluster: mi.LocalCluster, client: mi.Client) -> None:
-    assert cluster._coordinator is not None
-    processes = [psutil.Process(), psutil.Process(cluster._coordinator.pid)]
-
-    def use(count: int) -> None:
-        for result in client.map("photo", [pixels()] * count, max_in_flight=8):
-            assert result.outputs["y"].shape == (1, 3, 24, 24)
-
-    def state() -> list[tuple[int, int, int]]:
-        gc.collect()
-        return [(p.memory_info().rss, p.num_threads(), descriptors(p.pid)) for p in processes]
-
-    use(60)
-    before = state()
-    use(200)
-    for (rss, threads, files), (rss_then, threads_then, files_then) in zip(
-        state(), before, strict=True
-    ):
-        assert rss - rss_then < 16 << 20
-        assert threads <= threads_then
-        assert files <= files_then
-
-
-def test_clients_that_come_and_go_leave_nothing(cluster: mi.LocalCluster) -> None:
-    assert cluster._coordinator is not None
-    coordinator = cluster._coordinator.pid
-
-    def use() -> None:
-        with cluster.client() as mine:
-            mine.devices()
-
-    use()
-    before = threading.active_count(), descriptors(), descriptors(coordinator)
-    for _ in range(8):
-        use()
-    assert threading.active_count() <= before[0]
-    assert descriptors() <= before[1]
-    assert eventually(lambda: descriptors(coordinator) <= before[2])
-
-
-# --- who is not there
-
-
-def test_a_cluster_without_workers_says_so() -> None:
-    with mi.LocalCluster(0) as empty, empty.client() as mine:
-        with pytest.raises(mi.ClusterUnavailable, match="no worker") as caught:
-            mine.deploy("small", MODEL, timeout_s=WITHIN_S)
-        assert "meshinfer worker" in caught.value.hint
-        mine.deploy("growing", growing())
-        with pytest.raises(mi.ClusterUnavailable, match="no worker"):
-            mine.infer("growing", IMAGE, deadline_s=WITHIN_S)
-        with pytest.raises(mi.DeadlineExceeded):
-            mine.infer("growing", IMAGE, deadline_s=0.5)
-        empty.add()
-        assert mine.infer("growing", IMAGE, deadline_s=WITHIN_S).outputs
-
-
-def test_no_coordinator_is_unavailable(tmp_path: Path) -> None:
-    ring, _ = new_keyring("nobody")
-    write_keyring(tmp_path / "ring.json", ring)
-    for options in ({"address": "127.0.0.1:9"}, {"interfaces": ["127.0.0.1"]}):
-        with pytest.raises(mi.ClusterUnavailable) as caught:
-            mi.Client(**options, keyring=tmp_path / "ring.json", timeout_s=1.0)
-        assert "meshinfer coordinator" in caught.value.hint
-
-
-def test_a_wrong_or_missing_keyring_is_an_auth_error(
-    cluster: mi.LocalCluster, tmp_path: Path
-) -> None:
-    stranger, _ = new_keyring(cluster.cluster)
-    real = json.loads(cluster.keyring.read_text())
-    write_keyring(tmp_path / "stranger.json", stranger)
-    mixed = tmp_path / "mixed.json"  # the coordinator's key is right, the member's is not
-    write_keyring(mixed, type(stranger)(cluster.cluster, real["coordinator_public"],
-                                        stranger.member))  # fmt: skip
-    for path in (tmp_path / "stranger.json", mixed, tmp_path / "missing.json"):
-        with pytest.raises(mi.AuthError) as caught:
-            mi.Client(cluster.address, keyring=path, timeout_s=10.0)
-        assert caught.value.hint
-
-
-def test_a_killed_coordinator_fails_what_is_open_within_seconds() -> None:
-    with mi.LocalCluster(1, speeds=[0.02]) as mine, mine.client() as client:
-        client.deploy("slow", squeezenet1_1(96))
-        x = {"image": np.zeros((1, 3, 96, 96), np.float32)}
-        futures = [client.submit("slow", x) for _ in range(30)]
-        assert mine._coordinator is not None
-        mine._coordinator.kill()
-        started = time.monotonic()
-        errors = [future.exception(timeout=15) for future in futures]
-        assert time.monotonic() - started < 12.0
-        assert all(isinstance(e, mi.ClusterUnavailable) or e is None for e in errors)
-        assert any(errors)
-        with pytest.raises(mi.ClusterUnavailable):
-            client.infer("slow", x)
-
-
-# --- daemons by hand
-
-
-@contextlib.contextmanager
-def daemon(module: str, options: Any, patch: str = "") -> Iterator[subprocess.Popen[str]]:
-    """A daemon whose stderr is read; ``patch`` runs before it."""
-    code = f"import sys\nfrom {module} import main\n{patch}\nsys.exit(main(sys.argv[1:]))"
-    text = json.dumps(msgspec.to_builtins(options))
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, text],
-        stderr=subprocess.PIPE,
-        text=True,
-        env={k: v for k, v in os.environ.items() if k != "MESHINFER_COORDINATOR"},
-    )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate(timeout=10)
-
-
-def coordinator_options(folder: Path, **more: Any) -> CoordinatorOptions:
-    fields: dict[str, Any] = {
-        "state_dir": str(folder), "host": "127.0.0.1", "port": 0, "interfaces": (),
-        "parent": os.getpid(), "cluster": f"test-{os.getpid()}",
-    }  # fmt: skip
-    return CoordinatorOptions(**{**fields, **more})
-
-
-def address_of(folder: Path) -> dict[str, Any]:
-    path = folder / "address.json"
-    assert eventually(path.exists, 20.0)
-    return json.loads(path.read_text())
-
-
-def end_of(process: subprocess.Popen[str]) -> tuple[int, str]:
-    _, stderr = process.communicate(timeout=20)
-    return process.returncode, stderr
-
-
-def worker_options(folder: Path, keyring: Path, port: int, cluster: str) -> WorkerOptions:
-    return WorkerOptions(
-        name="w", cluster=cluster, state_dir=str(folder), keyring=str(keyring),
-        coordinator=f"127.0.0.1:{port}", flops_per_s=1e9, parent=os.getpid(),
-    )  # fmt: skip
-
-
-OTHER_PROTOCOL = "from meshinfer.protocol import messages\nmessages.PROTOCOL = (98, 99)"
-
-
-def test_a_worker_of_another_protocol_is_refused_and_both_sides_say_why(tmp_path: Path) -> None:
-    options = coordinator_options(tmp_path / "c")
-    with daemon("cluster.coordinator", options) as coordinator:
-        port = address_of(tmp_path / "c")["port"]
-        ring = tmp_path / "c" / "keyring.json"
-        mine = worker_options(tmp_path / "w", ring, port, options.cluster)
-        with daemon("cluster.worker", mine, OTHER_PROTOCOL) as worker:
-            code, words = end_of(worker)
-        assert code == 76
-        assert "protocol 98 to 99" in words and "same release" in words
-        with daemon("cluster.worker", msgspec.structs.replace(mine, cluster="x")) as worker:
-            assert end_of(worker)[0] == 78
-        coordinator.terminate()
-        code, theirs = end_of(coordinator)
-        assert code == 0
-        assert "protocol 98 to 99" in theirs and "same release" in theirs
-
-
-def test_a_client_of_another_protocol_is_refused(
-    cluster: mi.LocalCluster, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(m, "PROTOCOL", (98, 99))
-    with pytest.raises(mi.ProtocolMismatch, match="protocol 98 to 99"):
-        cluster.client()
-
-
-def test_a_worker_with_a_foreign_key_is_refused(cluster: mi.LocalCluster, tmp_path: Path) -> None:
-    ring, _ = new_keyring(cluster.cluster)
-    write_keyring(tmp_path / "ring.json", ring)
-    port = int(cluster.address.rpartition(":")[2])
-    options = worker_options(tmp_path / "w", tmp_path / "ring.json", port, cluster.cluster)
-    with daemon("cluster.worker", options) as worker:
-        code, words = end_of(worker)
-    assert code == 77 and "refuses this device" in words
-
-
-def test_a_port_in_use_is_a_configuration_error(cluster: mi.LocalCluster, tmp_path: Path) -> None:
-    port = int(cluster.address.rpartition(":")[2])
-    with daemon("cluster.coordinator", coordinator_options(tmp_path, port=port)) as second:
-        code, words = end_of(second)
-    assert code == 78 and f"port {port}" in words and "in use" in words
-
-
-def test_two_coordinators_of_one_name_are_an_error(tmp_path: Path) -> None:
-    first = coordinator_options(tmp_path / "a", interfaces=("127.0.0.1",))
-    second = coordinator_options(tmp_path / "b", interfaces=("127.0.0.1",))
-    with daemon("cluster.coordinator", first):
-        port = address_of(tmp_path / "a")["port"]
-        with daemon("cluster.coordinator", second) as other:
-            code, words = end_of(other)
-    assert code == 78 and f"127.0.0.1:{port}" in words
-
-
-def test_two_daemons_in_one_folder_are_an_error(tmp_path: Path) -> None:
-    options = coordinator_options(tmp_path / "c")
-    with daemon("cluster.coordinator", options):
-        port = address_of(tmp_path / "c")["port"]
-        with daemon("cluster.coordinator", options) as other:
-            code, words = end_of(other)
-        assert code == 78 and "another process" in words
-        mine = worker_options(
-            tmp_path / "w", tmp_path / "c" / "keyring.json", port, options.cluster
-        )
-        with daemon("cluster.worker", mine):
-            assert eventually((tmp_path / "w" / "lock").exists)
-            time.sleep(0.2)
-            with daemon("cluster.worker", mine) as twin:
-                assert end_of(twin)[0] == 78
-
-
-@pytest.mark.parametrize("where", ["core", "head", "planning", "files"])
-def test_a_defect_in_the_coordinator_is_loud_and_ends_it(tmp_path: Path, where: str) -> None:
-    patches = {
-        "core": "import meshinfer.scheduler.coordinator as c\nc.CoordinatorCore._hello = None",
-        "head": "import cluster.coordinator as c\nc.Head._run = lambda self: 1 / 0",
-        "planning": "import cluster.planning as c\nc.PlanningThread._plan_all = lambda self: 1 / 0",
-        "files": "import cluster.planning as c\nc.PlanningThread._serve_all = lambda self: 1 / 0",
-    }
-    options = coordinator_options(tmp_path / "c")
-    with daemon("cluster.coordinator", options, patches[where]) as coordinator:
-        code, words = end_of(coordinator)
-    assert code == 70
-    assert "a defect of MeshInfer" in words and "Traceback" in words
-
-
-@pytest.mark.parametrize("where", ["core", "store", "compute"])
-def test_a_defect_in_a_worker_is_loud_and_ends_it(
-    cluster: mi.LocalCluster, tmp_path: Path, where: str
-) -> None:
-    patches = {
-        "core": "import meshinfer.scheduler.worker as c\nc.WorkerCore._welcome = None",
-        "store": "import cluster.worker as c\nc.StoreThread._run = lambda self: 1 / 0",
-        "compute": "import cluster.worker as c\nc.ComputeThread._run = lambda self: 1 / 0",
-    }
-    port = int(cluster.address.rpartition(":")[2])
-    options = worker_options(tmp_path / "w", cluster.keyring, port, cluster.cluster)
-    with daemon("cluster.worker", options, patches[where]) as worker:
-        code, words = end_of(worker)
-    assert code == 70
-    assert "a defect of MeshInfer" in words and "Traceback" in words
-
-
-def test_a_defect_in_planning_or_preparing_fails_the_deployment_and_no_more(
-    tmp_path: Path,
-) -> None:
-    options = coordinator_options(tmp_path / "c")
-    patch = (
-        "import cluster.planning as c\n"
-        "original = c.make_plan\n"
-        "failures = [1]\n"
-        "def make_plan(*a, **k):\n"
-        "    if failures.pop() if failures else 0: raise ZeroDivisionError('planted')\n"
-        "    return original(*a, **k)\n"
-        "c.make_plan = make_plan"
-    )
-    ring = tmp_path / "c" / "keyring.json"
-    with daemon("cluster.coordinator", options, patch):
-        port = address_of(tmp_path / "c")["port"]
-        mine = worker_options(tmp_path / "w", ring, port, options.cluster)
-        with daemon("cluster.worker", mine) as worker:
-            with mi.Client(f"127.0.0.1:{port}", keyring=ring) as client:
-                with pytest.raises(mi.MeshInferError, match="planted"):
-                    client.deploy("small", MODEL, timeout_s=WITHIN_S)
-                client.deploy("small", MODEL, timeout_s=WITHIN_S)
-                assert_exact(MODEL, IMAGE, client.infer("small", IMAGE).outputs)
-            assert alive(worker.pid)
-
-
-def test_a_coordinator_drains_at_the_first_sigterm(tmp_path: Path) -> None:
-    options = coordinator_options(tmp_path / "c")
-    ring = tmp_path / "c" / "keyring.json"
-    with daemon("cluster.coordinator", options) as coordinator:
-        port = address_of(tmp_path / "c")["port"]
-        mine = worker_options(tmp_path / "w", ring, port, options.cluster)
-        slow = msgspec.structs.replace(mine, speed=0.05)
-        with daemon("cluster.worker", slow), mi.Client(
-            f"127.0.0.1:{port}", keyring=ring
-        ) as client:
-            model = squeezenet1_1()
-            x = {"image": np.zeros((1, 3, 64, 64), np.float32)}
-            client.deploy("slow", model, timeout_s=WITHIN_S)
-            future = client.submit("slow", x)
-            time.sleep(0.05)
-            coordinator.send_signal(signal.SIGTERM)
-            assert_exact(model, x, future.result(WITHIN_S).outputs)
-            assert end_of(coordinator)[0] == 0
-            with pytest.raises(mi.ClusterUnavailable):
-                client.infer("slow", x, deadline_s=WITHIN_S)

@@ -1,4 +1,4 @@
-"""All cores together over the fake link: a user's day, and every way in which a day can go wrong."""
+"""All cores together over the fake link: a user's day, and the ways in which it can go wrong."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def ready(cluster: Cluster) -> list[int]:
     return [d.number for d in deployments if d.phase is Phase.READY]
 
 
-# --- deploying ------------------------------------------------------------------------------------
+# --- deploying ----------------------------------------------------------------------------------
 
 
 def test_a_model_is_deployed_and_answers() -> None:
@@ -153,7 +153,7 @@ def test_old_versions_are_let_go() -> None:
     assert cluster.check(cluster.submit(version=5)).version == 5
 
 
-# --- requests -------------------------------------------------------------------------------------
+# --- requests -----------------------------------------------------------------------------------
 
 
 def test_several_requests_are_in_flight_and_each_gets_its_own_answer() -> None:
@@ -270,7 +270,7 @@ def test_the_times_of_tasks_may_come_after_the_answer() -> None:
         assert len(cluster.check(cluster.submit()).tasks) == tasks
 
 
-# --- loss of messages ------------------------------------------------------------------------------
+# --- loss of messages ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("lost", [m.Deliver, m.Feed, m.Answer, m.Ack])
@@ -323,7 +323,7 @@ def test_late_pieces_of_a_released_request_are_dropped() -> None:
     cluster.check_idle()
 
 
-# --- loss of devices -------------------------------------------------------------------------------
+# --- loss of devices ----------------------------------------------------------------------------
 
 MOMENTS = {
     "while planning": kind(m.Submit),
@@ -392,7 +392,7 @@ def test_all_workers_lost_is_a_typed_error_and_heals() -> None:
 
 
 def test_a_worker_joins_and_a_new_plan_takes_over_without_a_second_attempt() -> None:
-    """1. requests flow; 2. pi-3 joins; 3. a plan of three is made beside the old; 4. none retries."""
+    """1. requests flow; 2. pi-3 joins; 3. a plan of three is made beside the old; 4. no retry."""
     cluster = Cluster()
     cluster.deployed()
     replies = []
@@ -459,7 +459,7 @@ def test_a_coordinator_that_starts_again_is_joined_again() -> None:
     cluster.check_idle()
 
 
-# --- leaving -----------------------------------------------------------------------------------------
+# --- leaving ------------------------------------------------------------------------------------
 
 
 def test_a_worker_that_leaves_is_dismissed_and_costs_no_attempt() -> None:

@@ -7,6 +7,7 @@ printed with each failure.
 from __future__ import annotations
 
 import random
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -25,10 +26,22 @@ MODEL = squeezenet1_1(64)
 IMAGES = [image(64, seed) for seed in range(4)]
 
 
-@pytest.fixture
-def cluster() -> Iterator[mi.LocalCluster]:
-    with mi.LocalCluster(3) as made:
+SPEED = 0.2
+"""Slow workers, so that most kills meet a request on its way."""
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[mi.LocalCluster]:
+    with mi.LocalCluster(3, speeds=[SPEED] * 3) as made:
         yield made
+
+
+@pytest.fixture
+def cluster(shared: mi.LocalCluster) -> mi.LocalCluster:
+    """Three living workers, whatever the test before has left."""
+    while len(shared.names()) < 3:
+        shared.add(SPEED, wait=len(shared.names()) == 2)
+    return shared
 
 
 def hurt(cluster: mi.LocalCluster, rng: random.Random) -> str:
@@ -37,7 +50,7 @@ def hurt(cluster: mi.LocalCluster, rng: random.Random) -> str:
     if rng.random() < 0.5:
         return f"crash {cluster.crash(i)}"
     killed = cluster.kill(i)
-    return f"kill {killed}, add {cluster.add(wait=False)}"
+    return f"kill {killed}, add {cluster.add(SPEED, wait=False)}"
 
 
 def survive(cluster: mi.LocalCluster, seed: int, requests: int, kills: int) -> int:
@@ -62,12 +75,12 @@ def survive(cluster: mi.LocalCluster, seed: int, requests: int, kills: int) -> i
                     retried += settle()
                 open_.append((number, client.submit("net", IMAGES[number % 4], deadline_s=50)))
                 if number in when:
-                    time.sleep(rng.uniform(0, 0.05))
+                    time.sleep(rng.uniform(0, 0.02))
                     history.append(f"{number}: {hurt(cluster, rng)}")
             while open_:
                 retried += settle()
-        except BaseException:
-            print(f"seed {seed}", *history, sep="\n")
+        except BaseException as error:
+            error.add_note("\n".join([f"seed {seed}", *history]))
             raise
         healed = set(cluster.names()) | {"head"}
         assert eventually(lambda: {d.device for d in client.devices()} == healed, 20.0)
@@ -82,13 +95,11 @@ def test_sixty_requests_survive_twelve_kills(cluster: mi.LocalCluster) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("seed", [2, 3])
-def test_three_hundred_requests_survive_sixty_kills(
-    cluster: mi.LocalCluster, seed: int
-) -> None:
+def test_three_hundred_requests_survive_sixty_kills(cluster: mi.LocalCluster, seed: int) -> None:
     assert survive(cluster, seed, requests=300, kills=60) > 0
 
 
-@pytest.mark.parametrize("delay_s", [0.0, 0.02, 0.1, 0.3])
+@pytest.mark.parametrize("delay_s", [0.02, 0.2])
 def test_a_worker_killed_while_a_model_is_deployed_delays_it(
     cluster: mi.LocalCluster, delay_s: float
 ) -> None:
@@ -101,8 +112,6 @@ def test_a_worker_killed_while_a_model_is_deployed_delays_it(
                 deploying.set_result(client.deploy("net", MODEL, spread=True, timeout_s=WITHIN_S))
             except BaseException as error:
                 deploying.set_exception(error)
-
-        import threading
 
         thread = threading.Thread(target=deploy)
         thread.start()
@@ -119,15 +128,15 @@ def test_a_second_kill_during_the_replan_of_the_first_is_survived(
 ) -> None:
     with cluster.client() as client:
         client.deploy("net", MODEL, spread=True)
-        for pause_s in (0.0, 0.1, 0.3):
+        for pause_s in (0.0, 0.2):
             futures = [client.submit("net", x, deadline_s=WITHIN_S) for x in IMAGES]
             cluster.kill(0)
             time.sleep(pause_s)
             cluster.kill(0)
             for x, future in zip(IMAGES, futures, strict=True):
                 assert_exact(MODEL, x, future.result(WITHIN_S).outputs)
-            cluster.add()
-            cluster.add()
+            cluster.add(SPEED, wait=False)
+            cluster.add(SPEED)
 
 
 def test_a_worker_frozen_for_three_seconds_costs_no_request(cluster: mi.LocalCluster) -> None:
@@ -157,9 +166,7 @@ def test_requests_wait_for_a_worker_when_all_were_killed(cluster: mi.LocalCluste
             cluster.kill(0)
         patient = [client.submit("net", x, deadline_s=WITHIN_S) for x in IMAGES]
         hasty = client.submit("net", IMAGES[0], deadline_s=0.5)
-        assert isinstance(
-            hasty.exception(timeout=10), mi.DeadlineExceeded | mi.ClusterUnavailable
-        )
+        assert isinstance(hasty.exception(timeout=10), mi.DeadlineExceeded | mi.ClusterUnavailable)
         cluster.add()
         for x, future in zip(IMAGES, patient, strict=True):
             assert_exact(MODEL, x, future.result(WITHIN_S).outputs)
@@ -197,9 +204,7 @@ def test_a_worker_that_crashes_again_and_again_is_started_again_each_time(
 def test_a_killed_worker_leaves_no_wrong_answer_behind(cluster: mi.LocalCluster) -> None:
     """Different inputs in flight, so that a piece of another request or attempt would show."""
     rng = np.random.default_rng(7)
-    inputs = [
-        {"image": rng.standard_normal((1, 3, 64, 64)).astype(np.float32)} for _ in range(24)
-    ]
+    inputs = [{"image": rng.standard_normal((1, 3, 64, 64)).astype(np.float32)} for _ in range(24)]
     with cluster.client() as client:
         client.deploy("net", MODEL, spread=True)
         futures = [client.submit("net", x, deadline_s=WITHIN_S) for x in inputs]

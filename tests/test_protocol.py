@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from meshinfer import limits
 from meshinfer.errors import BY_NAME, MeshInferError, QueueFull
-from meshinfer.geometry import Box, Interval
+from meshinfer.geometry import Interval
 from meshinfer.protocol import messages as m
 from meshinfer.protocol.codec import (
     DTYPES,
@@ -44,7 +44,8 @@ def made(kind: typing.Any) -> st.SearchStrategy[typing.Any]:
             return st.binary(min_size=32, max_size=32).map(bytes.hex)
         if inner is int:
             top = meta.le if meta.le is not None else 1 << 40
-            return st.integers(meta.ge if meta.ge is not None else (meta.gt or 0) + 1, min(top, 1 << 62))
+            least = meta.ge if meta.ge is not None else meta.gt + 1
+            return st.integers(least, min(top, 1 << 62))
         if inner is float:
             return st.floats(0, 1e9)
         if inner is str and meta.min_length == 40:

@@ -1,7 +1,7 @@
 """Random delays, deaths, cuts and joins: every accepted request gets one outcome, right or typed.
 
-A quarter of the seeds is calm, and those never need a second attempt. To replay a seed:
-``pytest tests/test_random_schedules.py -k "schedule and 17"`` (the number is the seed).
+A quarter of the seeds is calm, and those never need a second attempt. To replay
+seed 17: ``cd tests && python -c 'import test_random_schedules as t; t.run(17)'``.
 """
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ def test_schedules(first: int) -> None:
             right += run(seed)
         except (AssertionError, Stuck, KeyError) as error:
             raise AssertionError(
-                f"seed {seed}: python -c 'import test_random_schedules as t; t.run({seed})'\n{error}"
+                f"seed {seed}: (cd tests && python -c "
+                f"'import test_random_schedules as t; t.run({seed})')\n{error}"
             ) from error
         if time.monotonic() > end and seed >= first + 8:
             break

@@ -28,7 +28,7 @@ _NEVER = (-1, "", -1)
 class _Request:
     """One request on this device, under its newest attempt.
 
-    ``giver`` and ``turn``: which client fed ``fed``, and the how manieth time.
+    ``giver`` and ``turn``: the client that gave ``fed``, and how often it had submitted by then.
     """
 
     since: float

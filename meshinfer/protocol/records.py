@@ -1,0 +1,154 @@
+"""What messages are made of: names, numbers within bounds, and records. See ``messages``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from meshinfer import limits
+from meshinfer.plan import Shard
+
+Name = Annotated[str, Meta(min_length=1, max_length=limits.NAME_CHARS)]
+Text = Annotated[str, Meta(max_length=limits.PLAN_TEXT_BYTES)]
+Count = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+Hex = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+Seconds = Annotated[float, Meta(ge=0, le=1e9)]
+"""No NaN and no infinity: a deadline that never comes would hold a request for ever."""
+
+Rate = Annotated[float, Meta(ge=0, le=1e24)]
+Shape = Annotated[tuple[Count, ...], Meta(max_length=limits.TENSOR_RANK)]
+Place = tuple[int, int]
+"""A task as (stage, task); the source is (-1, 0), the sink (number of stages, 0)."""
+
+
+class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Base of what messages are made of."""
+
+
+class Peer(Record, frozen=True, forbid_unknown_fields=False):
+    """Where a peer's bulk socket is bound, and the CURVE public key (Z85) that it serves with."""
+
+    device: Name
+    incarnation: Name
+    host: Name
+    port: Annotated[int, Meta(ge=1, le=65535)]
+    key: Annotated[str, Meta(min_length=40, max_length=40)]
+
+    @property
+    def id(self) -> str:
+        return f"{self.device}#{self.incarnation}"
+
+
+class Facts(Record, frozen=True, forbid_unknown_fields=False):
+    """What a device says of itself. ``flops_per_s`` is measured on its engine.
+
+    ``last_exit`` is why its worker process ended the last time, as its supervisor saw it.
+    """
+
+    host: str = ""
+    cores: Count = 0
+    memory_bytes: Count = 0
+    architecture: str = ""
+    system: str = ""
+    engine: str = ""
+    version: str = ""
+    threads: Count = 1
+    last_exit: str = ""
+    flops_per_s: Rate = 0.0
+    computes: bool = True
+    head: bool = False
+
+
+class Failure(Record, frozen=True, forbid_unknown_fields=False):
+    """An error of ``meshinfer.errors`` by its name."""
+
+    error: Name
+    message: Text
+    hint: Text = ""
+    retry_after_s: Seconds | None = None
+
+
+class Tensor(Record, frozen=True):
+    """Name, numpy type string and shape of a tensor."""
+
+    name: Name
+    dtype: Annotated[str, Meta(max_length=16)]
+    shape: Shape
+
+
+class Piece(Record, frozen=True):
+    """One awaited part of an input value."""
+
+    shard: Shard
+    producer: Place
+
+
+class Value(Record, frozen=True):
+    """An input value of a task: its box, and the pieces that it is merged from."""
+
+    name: Name
+    box: Shard
+    pieces: tuple[Piece, ...]
+
+
+class Send(Record, frozen=True):
+    """A piece of what a task made, for a task on ``device``."""
+
+    piece: Shard
+    device: Name
+    consumer: Place
+
+
+class Output(Record, frozen=True):
+    """An output of a submodel: tensor name and what it holds."""
+
+    name: Name
+    shard: Shard
+
+
+class Program(Record, frozen=True):
+    """A task, lowered for its device. ``model`` and ``weights`` are blobs by SHA-256.
+
+    The source and the sink are programs too, without a model.
+    """
+
+    place: Place
+    model: Hex | None = None
+    weights: tuple[Hex, ...] = ()
+    inputs: tuple[Value, ...] = ()
+    outputs: tuple[Output, ...] = ()
+    sends: tuple[Send, ...] = ()
+
+
+class TaskTime(Record, frozen=True):
+    """What one task took on its device. ``sent_bytes`` left the device for others."""
+
+    device: Name
+    place: Place
+    compute_s: Seconds
+    sent_bytes: Count
+
+
+class DeviceInfo(Record, frozen=True):
+    """A device as ``meshinfer devices`` shows it."""
+
+    device: Name
+    state: str
+    facts: Facts
+    heard_s: Seconds
+    computing: str = ""
+    tasks_done: Count = 0
+
+
+class ModelInfo(Record, frozen=True):
+    """A deployed model version."""
+
+    name: Name
+    version: Count
+    digest: Hex
+    current: bool
+    inputs: tuple[Name, ...] = ()
+    image: Text | None = None
+    plans: tuple[Text, ...] = ()

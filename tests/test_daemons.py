@@ -1,0 +1,232 @@
+"""Daemons as processes of their own: refusals that both sides print, exit codes, loud defects."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from architectures import squeezenet1_1
+from oracle import assert_exact
+from processes import alive, eventually, image, small_model
+
+import meshinfer as mi
+from cluster.coordinator import CoordinatorOptions
+from cluster.security import new_keyring, write_keyring
+from cluster.worker import WorkerOptions
+from meshinfer.protocol import messages as m
+
+MODEL, IMAGE = small_model(), image()
+SPEC = mi.ImageSpec(input="image", output="y", mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
+WITHIN_S = 30.0
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[mi.LocalCluster]:
+    with mi.LocalCluster(2) as made:
+        yield made
+
+
+@contextlib.contextmanager
+def daemon(module: str, options: Any, patch: str = "") -> Iterator[subprocess.Popen[str]]:
+    """A daemon whose stderr is read; ``patch`` runs before it."""
+    code = f"import sys\nfrom {module} import main\n{patch}\nsys.exit(main(sys.argv[1:]))"
+    text = json.dumps(msgspec.to_builtins(options))
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, text],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={k: v for k, v in os.environ.items() if k != "MESHINFER_COORDINATOR"},
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate(timeout=10)
+
+
+def coordinator_options(folder: Path, **more: Any) -> CoordinatorOptions:
+    fields: dict[str, Any] = {
+        "state_dir": str(folder), "host": "127.0.0.1", "port": 0, "interfaces": (),
+        "parent": os.getpid(), "cluster": f"test-{os.getpid()}",
+    }  # fmt: skip
+    return CoordinatorOptions(**{**fields, **more})
+
+
+def address_of(folder: Path) -> dict[str, Any]:
+    path = folder / "address.json"
+    assert eventually(path.exists, 20.0)
+    return json.loads(path.read_text())
+
+
+def end_of(process: subprocess.Popen[str]) -> tuple[int, str]:
+    _, stderr = process.communicate(timeout=20)
+    return process.returncode, stderr
+
+
+def worker_options(folder: Path, keyring: Path, port: int, cluster: str) -> WorkerOptions:
+    return WorkerOptions(
+        name="w", cluster=cluster, state_dir=str(folder), keyring=str(keyring),
+        coordinator=f"127.0.0.1:{port}", flops_per_s=1e9, parent=os.getpid(),
+    )  # fmt: skip
+
+
+OTHER_PROTOCOL = "from meshinfer.protocol import messages\nmessages.PROTOCOL = (98, 99)"
+
+
+def test_a_worker_of_another_protocol_is_refused_and_both_sides_say_why(tmp_path: Path) -> None:
+    options = coordinator_options(tmp_path / "c")
+    with daemon("cluster.coordinator", options) as coordinator:
+        port = address_of(tmp_path / "c")["port"]
+        ring = tmp_path / "c" / "keyring.json"
+        mine = worker_options(tmp_path / "w", ring, port, options.cluster)
+        with daemon("cluster.worker", mine, OTHER_PROTOCOL) as worker:
+            code, words = end_of(worker)
+        assert code == 76
+        assert "protocol 98 to 99" in words and "same release" in words
+        with daemon("cluster.worker", msgspec.structs.replace(mine, cluster="x")) as worker:
+            assert end_of(worker)[0] == 78
+        coordinator.terminate()
+        code, theirs = end_of(coordinator)
+        assert code == 0
+        assert "protocol 98 to 99" in theirs and "same release" in theirs
+
+
+def test_a_client_of_another_protocol_is_refused(
+    cluster: mi.LocalCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(m, "PROTOCOL", (98, 99))
+    with pytest.raises(mi.ProtocolMismatch, match="protocol 98 to 99"):
+        cluster.client()
+
+
+def test_a_worker_with_a_foreign_key_is_refused(cluster: mi.LocalCluster, tmp_path: Path) -> None:
+    ring, _ = new_keyring(cluster.cluster)
+    write_keyring(tmp_path / "ring.json", ring)
+    port = int(cluster.address.rpartition(":")[2])
+    options = worker_options(tmp_path / "w", tmp_path / "ring.json", port, cluster.cluster)
+    with daemon("cluster.worker", options) as worker:
+        code, words = end_of(worker)
+    assert code == 77 and "refuses this device" in words
+
+
+def test_a_port_in_use_is_a_configuration_error(cluster: mi.LocalCluster, tmp_path: Path) -> None:
+    port = int(cluster.address.rpartition(":")[2])
+    with daemon("cluster.coordinator", coordinator_options(tmp_path, port=port)) as second:
+        code, words = end_of(second)
+    assert code == 78 and f"port {port}" in words and "in use" in words
+
+
+def test_two_coordinators_of_one_name_are_an_error(tmp_path: Path) -> None:
+    first = coordinator_options(tmp_path / "a", interfaces=("127.0.0.1",))
+    second = coordinator_options(tmp_path / "b", interfaces=("127.0.0.1",))
+    with daemon("cluster.coordinator", first):
+        port = address_of(tmp_path / "a")["port"]
+        with daemon("cluster.coordinator", second) as other:
+            code, words = end_of(other)
+    assert code == 78 and f"127.0.0.1:{port}" in words
+
+
+def test_two_daemons_in_one_folder_are_an_error(tmp_path: Path) -> None:
+    options = coordinator_options(tmp_path / "c")
+    with daemon("cluster.coordinator", options):
+        port = address_of(tmp_path / "c")["port"]
+        with daemon("cluster.coordinator", options) as other:
+            code, words = end_of(other)
+        assert code == 78 and "another process" in words
+        mine = worker_options(
+            tmp_path / "w", tmp_path / "c" / "keyring.json", port, options.cluster
+        )
+        with daemon("cluster.worker", mine):
+            assert eventually((tmp_path / "w" / "lock").exists)
+            time.sleep(0.2)
+            with daemon("cluster.worker", mine) as twin:
+                assert end_of(twin)[0] == 78
+
+
+@pytest.mark.parametrize("where", ["core", "head", "planning", "files"])
+def test_a_defect_in_the_coordinator_is_loud_and_ends_it(tmp_path: Path, where: str) -> None:
+    patches = {
+        "core": "import meshinfer.scheduler.coordinator as c\nc.CoordinatorCore._hello = None",
+        "head": "import cluster.coordinator as c\nc.Head._run = lambda self: 1 / 0",
+        "planning": "import cluster.planning as c\nc.PlanningThread._plan_all = lambda self: 1 / 0",
+        "files": "import cluster.planning as c\nc.PlanningThread._serve_all = lambda self: 1 / 0",
+    }
+    options = coordinator_options(tmp_path / "c")
+    with daemon("cluster.coordinator", options, patches[where]) as coordinator:
+        code, words = end_of(coordinator)
+    assert code == 70
+    assert "a defect of MeshInfer" in words and "Traceback" in words
+
+
+@pytest.mark.parametrize("where", ["core", "store", "compute"])
+def test_a_defect_in_a_worker_is_loud_and_ends_it(
+    cluster: mi.LocalCluster, tmp_path: Path, where: str
+) -> None:
+    patches = {
+        "core": "import meshinfer.scheduler.worker as c\nc.WorkerCore._welcome = None",
+        "store": "import cluster.worker as c\nc.StoreThread._run = lambda self: 1 / 0",
+        "compute": "import cluster.worker as c\nc.ComputeThread._run = lambda self: 1 / 0",
+    }
+    port = int(cluster.address.rpartition(":")[2])
+    options = worker_options(tmp_path / "w", cluster.keyring, port, cluster.cluster)
+    with daemon("cluster.worker", options, patches[where]) as worker:
+        code, words = end_of(worker)
+    assert code == 70
+    assert "a defect of MeshInfer" in words and "Traceback" in words
+
+
+def test_a_defect_in_planning_or_preparing_fails_the_deployment_and_no_more(
+    tmp_path: Path,
+) -> None:
+    options = coordinator_options(tmp_path / "c")
+    patch = (
+        "import cluster.planning as c\n"
+        "original = c.make_plan\n"
+        "failures = [1]\n"
+        "def make_plan(*a, **k):\n"
+        "    if failures.pop() if failures else 0: raise ZeroDivisionError('planted')\n"
+        "    return original(*a, **k)\n"
+        "c.make_plan = make_plan"
+    )
+    ring = tmp_path / "c" / "keyring.json"
+    with daemon("cluster.coordinator", options, patch):
+        port = address_of(tmp_path / "c")["port"]
+        mine = worker_options(tmp_path / "w", ring, port, options.cluster)
+        with daemon("cluster.worker", mine) as worker:
+            with mi.Client(f"127.0.0.1:{port}", keyring=ring) as client:
+                with pytest.raises(mi.MeshInferError, match="planted"):
+                    client.deploy("small", MODEL, timeout_s=WITHIN_S)
+                client.deploy("small", MODEL, timeout_s=WITHIN_S)
+                assert_exact(MODEL, IMAGE, client.infer("small", IMAGE).outputs)
+            assert alive(worker.pid)
+
+
+def test_a_coordinator_drains_at_the_first_sigterm(tmp_path: Path) -> None:
+    options = coordinator_options(tmp_path / "c")
+    ring = tmp_path / "c" / "keyring.json"
+    with daemon("cluster.coordinator", options) as coordinator:
+        port = address_of(tmp_path / "c")["port"]
+        mine = worker_options(tmp_path / "w", ring, port, options.cluster)
+        slow = msgspec.structs.replace(mine, speed=0.05)
+        with daemon("cluster.worker", slow), mi.Client(f"127.0.0.1:{port}", keyring=ring) as client:
+            model = squeezenet1_1()
+            x = {"image": np.zeros((1, 3, 64, 64), np.float32)}
+            client.deploy("slow", model, timeout_s=WITHIN_S)
+            future = client.submit("slow", x)
+            time.sleep(0.05)
+            coordinator.send_signal(signal.SIGTERM)
+            assert_exact(model, x, future.result(WITHIN_S).outputs)
+            assert end_of(coordinator)[0] == 0
+            with pytest.raises(mi.ClusterUnavailable):
+                client.infer("slow", x, deadline_s=WITHIN_S)

@@ -1,0 +1,190 @@
+"""The worker's core, event by event: joining, what it may be told by whom, and what it drops."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from cores import Cluster, image, kind
+
+from meshinfer import limits
+from meshinfer.protocol import messages as m
+from meshinfer.protocol.codec import describe, payload_of
+from meshinfer.scheduler import events as e
+from meshinfer.scheduler.worker import COORDINATOR, WorkerCore
+
+
+def alone() -> WorkerCore:
+    peer = m.Peer(device="pi", incarnation="1", host="h", port=1, key="k" * 40)
+    return WorkerCore(
+        m.Hello(
+            role="worker", device="pi", incarnation="1", cluster="c", protocol=(1, 1), bulk=peer
+        )
+    )
+
+
+def told(core: WorkerCore, message: m.AnyMessage, now: float) -> list[e.Effect]:
+    return core.handle(e.Arrived(COORDINATOR, message), now)
+
+
+def welcome(incarnation: str = "1") -> m.Welcome:
+    bulk = m.Peer(
+        device=COORDINATOR, incarnation=incarnation, host="h", port=1, key="k" * 40
+    )
+    return m.Welcome(coordinator=incarnation, protocol=1, bulk=bulk)
+
+
+def messages(effects: list[e.Effect]) -> list[str]:
+    return [type(x.message).__name__ for x in effects if isinstance(x, e.Send)]
+
+
+def test_it_says_hello_until_it_is_welcome_then_beats() -> None:
+    core = alone()
+    assert messages(core.handle(e.Ticked(), 0.0)) == ["Hello"]
+    assert core.next_deadline() == limits.HELLO_RETRY_S
+    assert messages(core.handle(e.Ticked(), 1.0)) == ["Hello"]
+    told(core, welcome(), 1.5)
+    assert messages(core.handle(e.Ticked(), 1.5)) == ["Heartbeat"]
+    assert core.next_deadline() == 1.5 + limits.HEARTBEAT_S
+
+
+def test_many_questions_who_it_is_get_one_hello() -> None:
+    core = alone()
+    told(core, welcome(), 0.0)
+    for _ in range(3):
+        told(core, m.Who(), 1.0)
+        said = messages(core.handle(e.Ticked(), 1.0))
+        assert said == (["Hello"] if _ == 0 else [])
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        m.Install(deployment=1, programs=(), peers=()),
+        m.Start(request="r", attempt=1, deployment=1, client="c"),
+        m.Release(request="r"),
+        m.Forget(deployment=1),
+        m.Dismiss(),
+        m.Closing(),
+        m.Who(),
+        m.Refused(failure=m.Failure(error="AuthError", message="no")),
+        welcome("2"),
+    ],
+    ids=lambda message: type(message).__name__,
+)
+def test_only_the_coordinator_may_say_this(message: m.AnyMessage) -> None:
+    core = alone()
+    told(core, welcome(), 0.0)
+    (note,) = core.handle(e.Arrived("mallory#1", message), 1.0)
+    assert isinstance(note, e.Note) and core.joined
+
+
+def test_a_refused_key_stops_it_only_before_it_ever_joined() -> None:
+    lost = e.PeerLost(COORDINATOR, "refused", refused=True)
+    (stop,) = alone().handle(lost, 0.0)
+    assert isinstance(stop, e.Stop) and stop.failure and stop.failure.error == "AuthError"
+    core = alone()
+    told(core, welcome(), 0.0)
+    assert core.handle(lost, 1.0) == [] and core.next_deadline() == 1.0
+
+
+def test_a_second_signal_stops_at_once_and_so_does_the_end_of_patience() -> None:
+    core = alone()
+    told(core, welcome(), 0.0)
+    assert messages(core.handle(e.StopRequested(), 1.0)) == ["Goodbye"]
+    told(core, welcome(), 2.0)  # joined again meanwhile: it says so again
+    assert core.handle(e.Ticked(), 1.0 + limits.DRAIN_S) == [e.Stop()]
+    assert core.handle(e.StopRequested(), 3.0) == [e.Stop()]
+    assert alone().handle(e.StopRequested(), 0.0) == [e.Stop()]
+
+
+def test_another_coordinator_finds_nothing_installed() -> None:
+    core = alone()
+    told(core, welcome("1"), 0.0)
+    told(core, m.Install(deployment=5, programs=(), peers=()), 0.0)
+    effects = told(core, welcome("2"), 1.0)
+    assert e.Discard(5) in effects and e.Disconnect(f"{COORDINATOR}#1") in effects
+    assert core.handle(e.Prepared(5), 1.0) == [e.Discard(5)]
+
+
+def feed(core: WorkerCore, turn: int, peer: str = "ann#1") -> list[e.Effect]:
+    array = np.zeros((2,), np.float32)
+    message = m.Feed(id=1, request="r", tensor=describe("x", array), turn=turn)
+    return core.handle(e.Arrived(peer, message, payload_of(array)), 1.0)
+
+
+def test_inputs_that_come_after_the_release_are_dropped_but_not_those_of_a_new_turn() -> None:
+    core = alone()
+    told(core, welcome(), 0.0)
+    told(core, m.Release(request="r", attempt=3, client="ann#1", turn=1), 0.5)
+    assert messages(feed(core, 1)) == ["Ack"] and core.idle
+    assert messages(feed(core, 2)) == ["Ack"] and not core.idle
+    told(core, m.Release(request="r", attempt=3, client="ann#1", turn=1), 1.5)
+    assert not core.idle
+    told(core, m.Release(request="r", attempt=3, client="ann#1", turn=2), 1.5)
+    assert core.idle
+    feed(core, 1, "bob#1")
+    assert not core.idle
+
+
+def test_inputs_that_nobody_starts_are_dropped_in_the_end() -> None:
+    core = alone()
+    told(core, welcome(), 0.0)
+    feed(core, 1)
+    core.handle(e.Ticked(), limits.ORPHAN_INPUT_S + 2.0)
+    assert core.idle
+
+
+def test_too_many_inputs_are_not_acknowledged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "FED_REQUESTS", 0)
+    core = alone()
+    assert messages(feed(core, 1)) == [] and core.idle
+
+
+def test_a_piece_for_an_unknown_deployment_is_acknowledged_and_dropped() -> None:
+    cluster = Cluster()
+    cluster.deployed()
+    seen: list[m.AnyMessage] = []
+    cluster.when(lambda s, r, x: isinstance(x, m.Deliver) and (seen.append(x) or True), list)
+    cluster.check(cluster.submit())
+    core = alone()
+    effects = core.handle(e.Arrived("head#1", seen[0], memoryview(b"")), 1.0)
+    assert messages(effects) == ["Ack"] and core.idle
+
+
+def test_a_device_works_on_one_task_at_a_time() -> None:
+    cluster = Cluster(("pi-1",))
+    cluster.deployed()
+    running: list[int] = []
+    original = cluster._perform
+
+    def perform(node, effect):  # type: ignore[no-untyped-def]
+        if isinstance(effect, e.Compute):
+            pending = [x for _, _, n, x in cluster._events if isinstance(x, e.Computed)]
+            running.append(len(pending))
+        original(node, effect)
+
+    cluster._perform = perform  # type: ignore[method-assign]
+    asked = [cluster.submit(image(i)) for i in range(4)]
+    for i, request in enumerate(asked):
+        cluster.check(request, image(i))
+    assert set(running) == {0}
+
+
+def test_a_task_of_a_retired_deployment_that_was_computing_is_wasted_and_harmless() -> None:
+    """1. pi-1 computes; 2. pi-2 dies: the deployment is forgotten; 3. pi-1 is done with it."""
+    cluster = Cluster()
+    cluster.deployed()
+    cluster.when(kind(m.TaskDone, by="pi-2"), lambda: cluster.kill("pi-2"))
+    assert cluster.check(cluster.submit()).attempts == 2
+    cluster.check_idle()
+
+
+def test_the_heartbeat_tells_what_is_computed_and_since_when() -> None:
+    cluster = Cluster()
+    cluster.deployed()
+    cluster.submit()
+    core = cluster.nodes["pi-1"].core
+    assert isinstance(core, WorkerCore)
+    cluster.settle(lambda: core._computing.running is not None)
+    beat = core._heartbeat(cluster.now + 2.0)
+    assert "(0, 0)" in beat.computing and beat.since_s == pytest.approx(2.0, abs=0.01)
