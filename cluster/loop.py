@@ -106,7 +106,8 @@ class Loop:
         for incoming in transport.receive(max(0.0, min(wait, _LONGEST_WAIT_S))):
             if isinstance(incoming, Lost):
                 refused = incoming.reason in (REFUSED, NOT_OURS)
-                self._handle(PeerLost(incoming.peer, incoming.reason, refused))
+                plane = Plane(incoming.plane.value)
+                self._handle(PeerLost(incoming.peer, incoming.reason, refused, plane))
                 continue
             try:
                 message, payload = decode(incoming.frames)
