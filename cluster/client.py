@@ -17,6 +17,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,14 +112,9 @@ class Client:
             protocol=m.PROTOCOL,
             version=meshinfer.__version__,
         )
-
         coordinator = Endpoint(found[0], found[1], ring.coordinator_public)
-        self._loop = Loop(
-            ClientCore(hello),
-            lambda: Transport(f"{name}#0", ring.member),
-            self._perform,
-            coordinator,
-        )
+        transport = partial(Transport, f"{name}#0", ring.member)
+        self._loop = Loop(ClientCore(hello), transport, self._perform, coordinator)
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
         try:

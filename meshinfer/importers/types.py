@@ -93,7 +93,8 @@ def _ask_onnxruntime(model: onnx.ModelProto, names: list[str], path: Path) -> No
 def _type_of(text: str, shape: list[int | str | None] | None) -> TypeProto | None:
     match = _TENSOR.fullmatch(text)
     if match is not None and match[1] in _ELEMENTS:
-        return helper.make_tensor_type_proto(_ELEMENTS[match[1]], shape)
+        # Its word for an unknown rank is the one for a scalar, [], so that says nothing.
+        return helper.make_tensor_type_proto(_ELEMENTS[match[1]], shape or None)
     inner = re.fullmatch(r"seq\((.*)\)", text)
     if inner is not None and (element := _type_of(inner[1], None)) is not None:
         return helper.make_sequence_type_proto(element)

@@ -1,6 +1,7 @@
 """Rules of elementwise operators with ONNX's multidirectional broadcasting, and of channel affines.
 
-Source: ONNX "Broadcasting in ONNX"; BatchNormalization (inference); Softmax, whose axis is whole.
+Source: ONNX "Broadcasting in ONNX"; BatchNormalization (inference); Softmax and LayerNormalization,
+whose axes stay whole (onnxruntime's basic optimiser makes the latter of means and differences).
 """
 
 from __future__ import annotations
@@ -78,33 +79,49 @@ def _norm_emit(op: Op, job: Emission, e: Emitter) -> None:
 BATCH_NORMALIZATION = Rule(footprint=_norm_footprint, emit=_norm_emit, applies=_norm_applies)
 
 
-def _softmax_axes(op: Op) -> tuple[int, ...]:
+def _joint_axes(op: Op) -> tuple[int, ...]:
+    """The axes along which every element of the output depends on all of the input's."""
     rank = len(op.out_shape())
-    default = -1 if op.graph.opset >= 13 else 1
+    layer = op.type == "LayerNormalization"
+    default = -1 if layer or op.graph.opset >= 13 else 1
     axis = int(op.attributes.get("axis", default)) % rank
-    # Before opset 13 the value was flattened to two axes at ``axis``.
-    return (axis,) if op.graph.opset >= 13 else tuple(range(axis, rank))
+    # Before opset 13 Softmax flattened the value to two axes at ``axis``.
+    return (axis,) if not layer and op.graph.opset >= 13 else tuple(range(axis, rank))
 
 
-def _softmax_align(op: Op, outs: Boxes) -> Boxes:
+def _joint_align(op: Op, outs: Boxes) -> Boxes:
     box = only(outs)
-    for axis in _softmax_axes(op):
+    for axis in _joint_axes(op):
         box = box.replace(axis, Interval(0, op.out_shape()[axis]))
     return (box,)
 
 
-def _softmax_split(op: Op) -> tuple[int, ...]:
-    whole = _softmax_axes(op)
+def _joint_split(op: Op) -> tuple[int, ...]:
+    whole = _joint_axes(op)
     return tuple(i for i in range(len(op.out_shape())) if i not in whole)
 
 
-SOFTMAX = Rule(footprint=_broadcast, align=_softmax_align, split=_softmax_split)
+def _joint_emit(op: Op, job: Emission, e: Emitter) -> None:
+    e.copy(op, job.inputs, job.outputs[:1])
+
+
+def _joint_applies(op: Op) -> bool:
+    # LayerNormalization may give its mean and deviation as well.
+    return len([o for o in op.outputs if o]) == 1
+
+
+JOINT = Rule(
+    footprint=_broadcast,
+    emit=_joint_emit,
+    align=_joint_align,
+    applies=_joint_applies,
+    split=_joint_split,
+)
 
 ROWS: dict[str, Rule] = {
     **dict.fromkeys(UNARY, ELEMENTWISE),
     **dict.fromkeys(BROADCASTING, ELEMENTWISE),
     "Dropout": DROPOUT,
     "BatchNormalization": BATCH_NORMALIZATION,
-    "Softmax": SOFTMAX,
-    "LogSoftmax": SOFTMAX,
+    **dict.fromkeys(("Softmax", "LogSoftmax", "LayerNormalization"), JOINT),
 }

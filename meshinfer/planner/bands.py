@@ -47,7 +47,7 @@ class Block:
 
 def axes_of(graph: Graph) -> Axes:
     """One pass over the graph, front to back."""
-    rows: dict[str, int | None] = {}
+    rows: dict[str, int | None] = {name: _input_row(graph, name) for name in graph.inputs}
     channels: dict[str, int | None] = {}
     follows: set[int] = set()
     for op in graph.ops:
@@ -75,7 +75,7 @@ def axes_of(graph: Graph) -> Axes:
 
 def _input_row(graph: Graph, name: str) -> int | None:
     """The axis of an input picture with its rows: 2, or what a first Transpose makes axis 2."""
-    if len(graph.shape(name) or ()) != 4 or name not in graph.inputs:
+    if len(graph.shape(name) or ()) != 4:
         return None
     same = {name}
     for op in graph.ops:
@@ -95,7 +95,7 @@ def _following(op: Op, able: Sequence[int], rows: Mapping[str, int | None]) -> i
     for position, name in enumerate(op.inputs):
         if not name or op.graph.is_initializer(name):
             continue
-        row = rows[name] if name in rows else _input_row(op.graph, name)
+        row = rows.get(name)
         # Some operators read less than all even for their whole output (a 1x1 kernel, stride 2).
         all_of_it = rule.footprint(op, rule.align(op, outs), None)[position]
         if row is None or all_of_it is None or all_of_it[row].size < 2:
