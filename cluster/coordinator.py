@@ -160,15 +160,16 @@ class Head:
         self._store, self._post = store, post
         self._loop: Loop | None = None
         self._thread: threading.Thread | None = None
+        self._closed = False
 
     def start(self) -> None:
         """A head that ends ends the coordinator, which is of no use without it."""
         self._thread = start_thread("head", self._run, self._post)
 
     def close(self) -> None:
+        self._closed = True
         if self._loop is not None:
-            self._loop.post(StopRequested())
-            self._loop.post(StopRequested())  # nothing to drain: the coordinator is gone
+            _stop_at_once(self._loop)
         if self._thread is not None:
             self._thread.join(timeout=_JOIN_S)
 
@@ -196,10 +197,17 @@ class Head:
         loop = Loop(core, lambda: transport, lambda effect: storing.put(effect), control)
         storing = StoreThread(self._store, None, loop.post)
         self._loop = loop
+        if self._closed:  # before there was a loop to tell
+            _stop_at_once(loop)
         failure = loop.run()
         storing.close()
         if failure is not None:
             self._post(Stop(failure))
+
+
+def _stop_at_once(loop: Loop) -> None:
+    loop.post(StopRequested())
+    loop.post(StopRequested())  # the second: nothing to drain, the coordinator is gone
 
 
 def main(arguments: list[str]) -> int:

@@ -77,9 +77,7 @@ def conv_net(size: tuple[int, int] | None = (12, 10), seed: int = 0) -> bytes:
         [weight("w1", 8, 3, 3, 3), weight("b1", 8), weight("w2", 8, 8, 3, 3), weight("b2", 8)],
     )
     opsets = [helper.make_opsetid("", 17)]
-    return bytes(
-        helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
-    )
+    return bytes(helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString())
 
 
 def image(seed: int = 0, size: tuple[int, int] = (12, 10)) -> dict[str, np.ndarray]:

@@ -72,9 +72,10 @@ def test_a_dynamic_model_is_planned_at_the_first_request_of_each_shape() -> None
 def test_a_dynamic_model_with_shapes_given_is_planned_at_once() -> None:
     cluster = Cluster()
     assert cluster.deployed(model=conv_net(None), shapes={"x": (1, 3, 12, 10)}).plan
-    assert cluster.answer(
-        cluster.deploy(model=conv_net(None), shapes={"other": (1,)})
-    ).failure.error == "InvalidInput"  # type: ignore[union-attr]
+    assert (
+        cluster.answer(cluster.deploy(model=conv_net(None), shapes={"other": (1,)})).failure.error
+        == "InvalidInput"
+    )  # type: ignore[union-attr]
 
 
 def test_a_plan_given_as_text_is_used() -> None:

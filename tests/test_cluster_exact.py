@@ -336,3 +336,11 @@ def test_a_plan_must_start_and_end_at_the_head(client: mi.Client) -> None:
         moved_ends = Plan(plan.graph, source, sink, plan.stages)
         with pytest.raises(mi.InvalidInput, match="head"):
             client.deploy("model", model, plan=moved_ends, timeout_s=20)
+
+
+def test_two_threads_a_worker_are_held_to_onnxruntime_with_two() -> None:
+    model, inputs = quick("squeezenet1_1")
+    with mi.LocalCluster(2, threads=2) as cluster, cluster.client() as client:
+        assert {d.facts.threads for d in client.devices()} == {0, 2}
+        client.deploy("model", model, spread=True)
+        assert_exact(model, inputs, client.infer("model", inputs).outputs, threads=2)

@@ -163,3 +163,35 @@ def test_a_value_without_elements_crosses_a_cut() -> None:
     plan = Plan(graph.digest, PI, PI, tuple(stages))
     check_transfers(graph, plan)
     check_exact(model, graph, plan, {"x": np.ones((1, 4, 2), np.float32)})
+
+
+def test_a_scalar_weight_stays_a_scalar() -> None:
+    """A weight of one axis instead of none gave Gather's result one axis more."""
+    b = Builder(0)
+    row = b.op("Gather", [b.relu(b.input("x", [3, 4])), b.const(np.array(1))], axis=0)
+    check_shards(b.model([b.rename(row, "y")]), (3, 4), [])
+
+
+@pytest.mark.parametrize("axis", [1, -1])
+@pytest.mark.parametrize("opset", [13, 17])
+def test_a_layer_normalization_is_split_along_its_other_axes(opset: int, axis: int) -> None:
+    """Before opset 17 it is one that onnxruntime's optimiser makes of means and differences."""
+    b = Builder(0, opset)
+    x, shape = b.input("x", [2, 5, 6]), (2, 5, 6)
+    scale, bias = (b.const(np.linspace(0.5, 1.5, 6, dtype=np.float32)) for _ in range(2))
+    if opset >= 17:
+        y = b.op("LayerNormalization", [x, scale, bias], axis=axis)
+    else:
+        axes = list(range(axis % 3, 3))
+        apart = b.op("Sub", [x, b.op("ReduceMean", x, axes=axes)])
+        square = b.op("Pow", [apart, b.const(np.array(2, np.float32))])
+        variance = b.op("ReduceMean", square, axes=axes)
+        deviation = b.op("Sqrt", b.op("Add", [variance, b.const(np.array(1e-5, np.float32))]))
+        y = b.add(b.op("Mul", [b.op("Div", [apart, deviation]), scale]), bias)
+    model = b.model([b.rename(y, "y")])
+    graph = mi.load(model)
+    assert all(rule_of(op) is not BARRIER for op in graph.ops)
+    whole = graph.whole("y")
+    for cut in (0, 1, 2):
+        parts = [whole.replace(cut, part) for part in split_even(shape[cut], 2)]
+        check_shards(model, shape, [Shard("y", part) for part in parts])

@@ -260,3 +260,30 @@ def test_a_weight_that_is_an_output_comes_out() -> None:
     x = np.ones((2, 300), np.float32)
     graph = mi.load(model)
     check_exact(model, graph, on_one_device(graph), {"x": x})
+
+
+def test_what_onnxruntime_does_not_know_the_rank_of_is_no_scalar() -> None:
+    """A Loop's value may change its shape in every round, so nothing behind it is tiled."""
+    b = Builder(0)
+    shape = [1, 2, 4, 4]
+    x = b.input("x", shape)
+    tensors = [helper.make_tensor_value_info(n, TensorProto.FLOAT, shape) for n in "ab"]
+    flags = [helper.make_tensor_value_info(n, TensorProto.BOOL, []) for n in ("go", "on")]
+    body = helper.make_graph(
+        [helper.make_node("Tanh", ["a"], ["b"]), helper.make_node("Identity", ["go"], ["on"])],
+        "body",
+        [helper.make_tensor_value_info("i", TensorProto.INT64, []), flags[0], tensors[0]],
+        [flags[1], tensors[1]],
+    )
+    rounds = b.op("Loop", [b.const(np.array(3)), b.const(np.array(True)), x], body=body)
+    y = helper.make_tensor_value_info(b.rename(b.relu(rounds), "y"), TensorProto.FLOAT, shape)
+    model = b.model([y])
+    graph = mi.load(model)
+    assert graph.shape(rounds) is None
+    values = np.random.default_rng(0).standard_normal(shape, np.float32)
+    stages = tuple(
+        Stage(i, i + 1, (Task((PI,), tuple(Shard(v, graph.whole(v)) for v in live)),))
+        for i in range(len(graph.ops))
+        if (live := graph.live_outputs(i, i + 1))
+    )
+    check_exact(model, graph, Plan(graph.digest, PI, PI, stages), {"x": values})

@@ -122,6 +122,27 @@ def test_spread_uses_every_device_in_several_stages_that_talk_to_each_other(
     assert make_plan(g, devices(count, speed=1e12), PI0, PI0).plan.devices() == (PI0,)
 
 
+def test_spread_splits_what_can_be_split_beside_barriers() -> None:
+    b = Builder(0)
+    x = b.relu(b.conv(b.input("image", [1, 3, 12, 10]), 3, 8, 3))
+    for axis in (2, 3, 2):
+        x = b.op("CumSum", [x, b.const(np.array(axis))])
+    proto = b.model([b.rename(x, "y")])
+    g = mi.load(proto)
+    planned = make_plan(g, devices(3, speed=1e12), PI0, PI0, spread=True)
+    assert [len(stage.tasks) for stage in planned.plan.stages] == [3, 1]
+    oracle.assert_exact(proto, picture(proto), mi.run_plan(g, planned.plan, picture(proto)))
+
+
+def test_the_notes_admit_that_nothing_could_be_split() -> None:
+    b = Builder(0)
+    y = b.op("CumSum", [b.input("image", [1, 3, 12, 10]), b.const(np.array(2))])
+    g = mi.load(b.model([b.rename(y, "y")]))
+    planned = make_plan(g, devices(3), PI0, PI0, spread=True)
+    assert planned.plan.devices() == (PI0,)
+    assert any("as far as this model can be split" in note for note in planned.notes)
+
+
 def test_spread_over_one_device_is_that_device() -> None:
     assert make_plan(graph("sppf"), devices(1), PI0, PI0, spread=True).plan.devices() == (PI0,)
 

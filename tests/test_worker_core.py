@@ -27,9 +27,7 @@ def told(core: WorkerCore, message: m.AnyMessage, now: float) -> list[e.Effect]:
 
 
 def welcome(incarnation: str = "1") -> m.Welcome:
-    bulk = m.Peer(
-        device=COORDINATOR, incarnation=incarnation, host="h", port=1, key="k" * 40
-    )
+    bulk = m.Peer(device=COORDINATOR, incarnation=incarnation, host="h", port=1, key="k" * 40)
     return m.Welcome(coordinator=incarnation, protocol=1, bulk=bulk)
 
 

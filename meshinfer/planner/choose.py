@@ -312,7 +312,8 @@ class _Choice:
             f"{len(best.plan.stages)} stages, bound by {best.timeline.bound}"
         )
         if spread:
-            yield "spread over all devices, as was asked, even if fewer were faster"
+            short = "" if len(used) == len(order) else " as far as this model can be split"
+            yield f"spread over all devices{short}, as was asked, even if fewer were faster"
         else:
             idle = self.idle(best, order)
             for p in idle[:TRIED_APART]:

@@ -92,8 +92,13 @@ class Team:
 def search(
     space: Space, team: Team, *, most: int = HEAVY_A_BLOCK, spread: bool = False
 ) -> tuple[Block, ...]:
-    """The cheapest chain of blocks for this team; ``spread``: split wherever it is possible."""
-    prices = _Prices(space, team)
+    """The cheapest chain of blocks for this team; ``spread``: split wherever it is possible.
+
+    A longer block that is whole does not swallow a heavy operator that could have been split.
+    """
+    prices, sums = _Prices(space, team), space.sums
+    spread = spread and len(team.members) > 1
+    splits = {0: 0}  # steps up to each cut with a heavy operator that can be split
     start = State(device=team.source.id)
     best: dict[int, dict[State, tuple[float, Block | None, State | None]]] = {
         0: {start: (0.0, None, None)}
@@ -102,13 +107,16 @@ def search(
         stop = space.cuts[i]
         here: dict[State, tuple[float, Block | None, State | None]] = {}
         by_kind = {kind: space.samples(i, kind, len(team.members), most) for kind in KINDS}
+        step = space.cuts[i - 1]
+        able = sums.heavy[stop] > sums.heavy[step] and any(step in by_kind[k] for k in KINDS)
+        splits[stop] = splits[step] + able
         for begin in space.starts(i, most):
             kinds = [kind for kind in KINDS if begin in by_kind[kind]]
             for before, (cost, _, _) in best[begin].items():
                 for kind in kinds if len(team.members) > 1 else ():
                     price = prices.split(by_kind[kind][begin], begin, stop, before)
                     _keep(here, State(kind), cost + price, Block(begin, stop, None, kind), before)
-                if spread and kinds and len(team.members) > 1:
+                if spread and (kinds or splits[stop] > splits[begin]):
                     continue
                 for place in team.places:
                     price = prices.whole(begin, stop, before, place)

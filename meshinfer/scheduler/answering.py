@@ -346,9 +346,7 @@ class Answering:
         self, request: str, client: str, turn: int, names: Iterable[str] = ()
     ) -> list[Effect]:
         """To those that took part, and to the head, which may hold the inputs."""
-        release = m.Release(
-            request=request, attempt=self._attempts, client=client, turn=turn
-        )
+        release = m.Release(request=request, attempt=self._attempts, client=client, turn=turn)
         head = self._members.head
         at = {*names, *(() if head is None else (head.name,))}
         devices = self._members.devices

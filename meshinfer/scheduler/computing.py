@@ -108,9 +108,7 @@ class Computing:
         self._released[name] = (message.attempt, message.client, message.turn)
         while len(self._released) > limits.STALE_REQUESTS_KEPT:
             self._released.popitem(last=False)
-        if request is not None and (
-            request.giver != message.client or request.turn > message.turn
-        ):
+        if request is not None and (request.giver != message.client or request.turn > message.turn):
             self._keep_inputs(name, request)  # the same id, submitted once more
         return []
 
@@ -141,9 +139,7 @@ class Computing:
 
     def _keep_inputs(self, name: str, old: _Request) -> None:
         if old.fed:
-            self._requests[name] = _Request(
-                old.since, giver=old.giver, turn=old.turn, fed=old.fed
-            )
+            self._requests[name] = _Request(old.since, giver=old.giver, turn=old.turn, fed=old.fed)
 
     def _drop_work(self, name: str) -> None:
         """What is queued and what is under way to other tasks; answers to the client stay."""

@@ -107,9 +107,7 @@ class WorkerCore:
             case m.Gone():
                 if self._coordinator is None or peer != self._coordinator.id:
                     return []
-                return self._installing.blob_failed(
-                    message.digest, "the coordinator has lost it"
-                )
+                return self._installing.blob_failed(message.digest, "the coordinator has lost it")
             case m.Want():
                 return [ServeBlob(peer, message.digest, message.offset, message.length)]
             case m.Probe():
