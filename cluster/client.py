@@ -1,12 +1,11 @@
 """The public client: submit images or arrays, get results. One I/O thread; results are futures.
 
-``Client`` blocks, ``AsyncClient`` awaits; both are thin over ``meshinfer.scheduler.client``. A
+Thin over ``meshinfer.scheduler.client``; ``cluster.async_client`` is the same, awaited. A
 future's callbacks run in the I/O thread: they must not block.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import hashlib
 import os
@@ -49,7 +48,7 @@ from meshinfer.scheduler.events import (
     Submitted,
 )
 
-__all__ = ["AsyncClient", "Client", "Deployment", "Result"]
+__all__ = ["Client", "Deployment", "Result"]
 
 CALL_S = 10.0
 DEPLOY_S = 600.0
@@ -98,7 +97,7 @@ class Client:
         self._lock = threading.Lock()
         self._results: dict[str, _Open] = {}
         self._calls: dict[str, Future[m.AnyMessage]] = {}
-        self._images: dict[tuple[str, int], ImageSpec | None] = {}  # by model and version
+        self._models: dict[tuple[str, int], m.ModelInfo] = {}  # by name and version
         self._closed = False
         self._offers: Counter[str] = Counter()
         self._folder = tempfile.TemporaryDirectory(prefix="meshinfer-client-")
@@ -133,13 +132,15 @@ class Client:
         plan: Plan | str | None = None,
         image: ImageSpec | None = None,
         shapes: Mapping[str, Sequence[int]] | None = None,
+        objective: str = "latency",
         spread: bool = False,
         timeout_s: float = DEPLOY_S,
     ) -> Deployment:
         """Deploy a model: a path, bytes or an ``onnx.ModelProto``. Returns when it can serve.
 
         ``shapes`` fixes dynamic inputs; without, a plan is made at the first request of each shape.
-        ``spread``: use every device, even where fewer are faster. Raises ``InvalidInput`` for what
+        ``objective``: latency, throughput or memory. ``spread``: use every device, even where fewer
+        are faster. Raises ``InvalidInput`` for what
         onnxruntime refuses, ``ClusterUnavailable`` when no worker can compute.
         """
         from cluster.models import model_bytes  # onnx is heavy; only deploying needs it
@@ -154,13 +155,13 @@ class Client:
             plan=None if plan is None else str(plan),
             image=None if image is None else image.to_json(),
             shapes=None if shapes is None else {k: tuple(v) for k, v in shapes.items()},
+            objective=objective,
             spread=spread,
         )
         with self._offer(digest, data):
             answer = self._ask(message, timeout_s)
         assert isinstance(answer, m.Deployed)
-        spec = None if answer.image is None else ImageSpec.from_json(answer.image)
-        self._images[name, answer.version] = spec
+        spec = results.image_of(answer)
         return Deployment(name, answer.version, answer.plan, answer.report, spec)
 
     def models(self) -> tuple[m.ModelInfo, ...]:
@@ -205,19 +206,20 @@ class Client:
     ) -> Future[Result]:
         """Submit a request; the future has its result, or a typed error.
 
-        ``data``: {input: array}; or a picture (path, bytes, PIL image, uint8 array [H, W, C]) for
-        a model with an ``ImageSpec``. It is copied: change it as soon as this returns. ``outputs``:
-        names to return (all). ``deadline_s``: then the request fails with ``DeadlineExceeded``.
+        ``data``: {input: array}; one array, for a model of one input; or a picture (path, bytes,
+        PIL image, uint8 array [H, W, C]) for a model with an ``ImageSpec``. It is copied: change
+        it as soon as this returns. ``outputs``: names to return (all). ``deadline_s``: after it
+        the request fails with ``DeadlineExceeded``.
         """
-        spec = None if isinstance(data, Mapping) else self._image_of(model, version)
-        arrays = results.input_arrays(data, spec)
+        info = None if isinstance(data, Mapping) else self._info(model, version)
+        arrays, picture = results.input_arrays(data, info)
         request = secrets.token_hex(12)
         header = m.Submit(
             request=request,
             model=model,
             version=version,
             inputs=results.describe_inputs(arrays),
-            picture=not isinstance(data, Mapping),
+            picture=picture,
             deadline_s=results.deadline(deadline_s),
         )
         future: Future[Result] = Future()
@@ -310,8 +312,8 @@ class Client:
         if found is None or not found.future.set_running_or_notify_cancel():
             return
         try:
-            image = self._images.get((found.model, reply.version))
-            result = results.result_of(found.model, reply, arrays, found.wanted, image)
+            info = self._models.get((found.model, reply.version))
+            result = results.result_of(found.model, reply, arrays, found.wanted, info)
         except MeshInferError as error:
             found.future.set_exception(error)
         else:
@@ -353,48 +355,11 @@ class Client:
         if self._closed:
             raise closed_error()
 
-    def _image_of(self, model: str, version: int | None) -> ImageSpec | None:
-        """The image spec of a version; of the current one the coordinator is asked each time."""
-        if version is None or (model, version) not in self._images:
+    def _info(self, model: str, version: int | None) -> m.ModelInfo | None:
+        """What is known of a version; of the current one the coordinator is asked each time."""
+        if version is None or (model, version) not in self._models:
             for info in self.models():
-                spec = None if info.image is None else ImageSpec.from_json(info.image)
-                self._images[info.name, info.version] = spec
+                self._models[info.name, info.version] = info
                 if info.name == model and info.current and version is None:
                     version = info.version
-        return None if version is None else self._images.get((model, version))
-
-
-class AsyncClient:
-    """``Client`` for asyncio: the same methods, awaited; the same one I/O thread behind them."""
-
-    def __init__(self, address: str | None = None, **options: Any) -> None:
-        self._address, self._options = address, options
-        self._client: Client | None = None
-
-    async def __aenter__(self) -> AsyncClient:
-        self._client = await asyncio.to_thread(Client, self._address, **self._options)
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        if self._client is not None:
-            await asyncio.to_thread(self._client.close)
-
-    @property
-    def _open(self) -> Client:
-        if self._client is None:
-            raise closed_error()
-        return self._client
-
-    async def deploy(self, name: str, model: object, **options: Any) -> Deployment:
-        return await asyncio.to_thread(self._open.deploy, name, model, **options)
-
-    async def infer(self, model: str, data: object, **options: Any) -> Result:
-        """See ``Client.submit``; cancelling the task cancels the request."""
-        future = await asyncio.to_thread(self._open.submit, model, data, **options)
-        return await asyncio.wrap_future(future)
-
-    async def devices(self) -> tuple[m.DeviceInfo, ...]:
-        return await asyncio.to_thread(self._open.devices)
-
-    async def models(self) -> tuple[m.ModelInfo, ...]:
-        return await asyncio.to_thread(self._open.models)
+        return None if version is None else self._models.get((model, version))

@@ -114,7 +114,14 @@ class PlanningThread:
             plan = self._given_plan(graph, effect)
             if plan is None:
                 head = DeviceId(effect.head)
-                planned = make_plan(graph, _profiles(effect), head, head, spread=effect.spread)
+                planned = make_plan(
+                    graph,
+                    _profiles(effect),
+                    head,
+                    head,
+                    objective=effect.objective,
+                    spread=effect.spread,
+                )
                 plan, notes = planned.plan, planned.notes
             validate(graph, plan)
             programs = make_programs(graph, plan)

@@ -79,19 +79,31 @@ class Deployment:
     image: ImageSpec | None
 
 
-def input_arrays(data: object, spec: ImageSpec | None) -> dict[str, Array]:
-    """Copies of the input arrays of a request; the pixels of a picture for an image spec.
+def image_of(info: m.ModelInfo | m.Deployed) -> ImageSpec | None:
+    """The image spec that a model was deployed with."""
+    return None if info.image is None else ImageSpec.from_json(info.image)
 
-    Raises ``InvalidInput``.
+
+def input_arrays(data: object, info: m.ModelInfo | None) -> tuple[dict[str, Array], bool]:
+    """Copies of the input arrays of a request, and whether they are a picture's pixels.
+
+    ``info``: the model, unless ``data`` names its inputs. A picture needs the model's image spec;
+    one array that is no picture goes to a model's only input. Raises ``InvalidInput``.
     """
     if isinstance(data, Mapping):
-        return {str(name): _copy(array) for name, array in data.items()}
+        return {str(name): _copy(array) for name, array in data.items()}, False
+    spec = None if info is None else image_of(info)
+    tensor = hasattr(data, "__array__") and not hasattr(data, "getbands")  # no Pillow image
+    if tensor and info is not None and len(info.inputs) == 1:
+        array = _copy(data)
+        if spec is None or array.dtype != np.uint8:
+            return {info.inputs[0]: array}, False
     if spec is None:
         raise InvalidInput(
             f"{type(data).__name__} was given to a model without an image spec",
             hint="give {input name: array}, or deploy the model with image=ImageSpec(...)",
         )
-    return {spec.input: _copy(read_picture(data, spec).pixels)}
+    return {spec.input: _copy(read_picture(data, spec).pixels)}, True
 
 
 def _copy(data: object) -> Array:
@@ -128,7 +140,7 @@ def result_of(
     reply: m.Reply,
     arrays: Mapping[str, Array],
     wanted: tuple[str, ...] | None,
-    image: ImageSpec | None,
+    info: m.ModelInfo | None,
 ) -> Result:
     """The result of a reply. Raises the typed error of a failure."""
     if reply.failure is not None:
@@ -148,7 +160,7 @@ def result_of(
         timing=Timing(reply.total_s, reply.queue_s, reply.tasks),
         degraded=reply.degraded,
         attempts=reply.attempts,
-        image=image,
+        image=None if info is None else image_of(info),
     )
 
 

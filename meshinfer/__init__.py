@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cluster.client import AsyncClient as AsyncClient
+    from cluster.async_client import AsyncClient as AsyncClient
     from cluster.client import Client as Client
     from cluster.client import Result as Result
     from cluster.local import LocalCluster as LocalCluster
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "AsyncClient": "cluster.client",
+    "AsyncClient": "cluster.async_client",
     "Client": "cluster.client",
     "Result": "cluster.client",
     "LocalCluster": "cluster.local",

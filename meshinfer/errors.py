@@ -1,7 +1,7 @@
 """Every error a user can meet, each with a hint that says what to do next.
 
 MeshInferError
-├── InvalidInput        the caller's model, array, plan or option is wrong       (exit 2; 1: an input)
+├── InvalidInput        the caller's model, array, plan or option is wrong   (exit 2; of inputs 1)
 ├── ModelNotFound       no deployment of that name or version                    (exit 2)
 ├── QueueFull           the bounded queue is full; retry_after_s says when       (exit 75)
 ├── DeadlineExceeded    the request's deadline passed first                      (exit 75)

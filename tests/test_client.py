@@ -199,9 +199,22 @@ def test_what_is_no_picture_is_refused(client: mi.Client, data: object) -> None:
     assert caught.value.hint
 
 
+def test_one_array_goes_to_a_models_only_input(client: mi.Client) -> None:
+    assert_exact(MODEL, IMAGE, client.infer("small", IMAGE["image"]).outputs)
+    array = normalised(pixels())["image"]
+    assert_exact(MODEL, {"image": array}, client.infer("photo", array).outputs)
+
+
+def test_the_objective_reaches_the_planner(client: mi.Client) -> None:
+    deployed = client.deploy("many", MODEL, objective="throughput")
+    assert deployed.plan is not None and mi.Plan.parse(deployed.plan).window > 1
+    with pytest.raises(mi.InvalidInput, match="objective 'beauty' is unknown"):
+        client.deploy("many", MODEL, objective="beauty")
+
+
 def test_a_picture_needs_an_image_spec(client: mi.Client) -> None:
     with pytest.raises(mi.InvalidInput, match="image spec"):
-        client.infer("small", pixels())
+        client.infer("small", Image.fromarray(pixels()))
 
 
 @pytest.mark.parametrize(

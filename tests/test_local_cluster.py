@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -221,6 +222,7 @@ def test_the_processes_of_a_cluster_die_with_their_owner(number: signal.Signals)
         owner.wait(timeout=10)
         assert eventually(lambda: none_alive(pids), 5.0)
         assert Path(keyring).exists() == (number == signal.SIGKILL)
+        shutil.rmtree(Path(keyring).parent.parent, ignore_errors=True)
 
 
 def test_the_processes_die_with_an_owner_that_was_killed_while_they_started() -> None:

@@ -91,6 +91,9 @@ def deploy(
     spread: Annotated[
         bool, typer.Option("--spread", help="Use every device, even where fewer are faster.")
     ] = False,
+    objective: Annotated[
+        str, typer.Option(help="What the plan makes small: latency, throughput or memory.")
+    ] = "latency",
     image: Annotated[
         str | None,
         typer.Option(metavar="JSON|FILE", help="How a picture becomes the input: an ImageSpec."),
@@ -109,7 +112,15 @@ def deploy(
     if not name or len(name) > 512:
         raise InvalidInput("a model needs a name of 1 to 512 characters", hint="give one")
     with connect(coordinator, keyring, cluster, interface, timeout, log_level) as client:
-        made = client.deploy(name, model, plan=text, image=spec, shapes=shapes, spread=spread)
+        made = client.deploy(
+            name,
+            model,
+            plan=text,
+            image=spec,
+            shapes=shapes,
+            objective=objective,
+            spread=spread,
+        )
     if as_json:
         fields = {
             "name": made.name,

@@ -69,6 +69,7 @@ class OrtEngine:
             options = self._options(ort.GraphOptimizationLevel.ORT_ENABLE_ALL)
             options.optimized_model_filepath = str(folder / "model.onnx")
             for key, value in (
+                ("disable_prepacking", "1"),  # it never runs
                 ("optimized_model_external_initializers_file_name", "weights"),
                 (
                     "optimized_model_external_initializers_min_size_in_bytes",

@@ -15,7 +15,7 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 import onnxruntime as ort
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, EncodeError
 
 from meshinfer.errors import InvalidInput
 from meshinfer.graph import Graph
@@ -110,19 +110,20 @@ def load(
     give arrays instead. ``image``: put this spec's arithmetic in front, so that the input becomes
     uint8 pixels [1, H, W, C], and ``shapes`` speak of those. Raises ``InvalidInput``.
     """
-    source = open_model(model)
+    source = _own(open_model(model), model)
     check_external(source.proto, source.folder)
     _check_tensors(source.proto)
-    proto = onnx.ModelProto()
-    proto.CopyFrom(source.proto)
     if isinstance(example, Mapping):
         shapes = {**{n: a.shape for n, a in example.items()}, **(shapes or {})}
     if image is not None:
-        with_image_input(proto, image)
-    _fix_shapes(Source(proto, source.folder), shapes or {})
+        with_image_input(source.proto, image)
+    _fix_shapes(source, shapes or {})
+    folder, data = source.folder, _serialised(source.proto)
+    del source  # its weights are in data: onnxruntime makes copies enough
     with tempfile.TemporaryDirectory(prefix="meshinfer-import-") as name:
         optimised = Path(name) / "model.onnx"
-        _optimise(proto, source.folder, optimised)
+        _optimise(data, folder, optimised)
+        del data
         infer_types(optimised)
         imported = ir.load(optimised)
         for value in imported.graph.initializers.values():
@@ -130,6 +131,25 @@ def load(
                 value.const_value.numpy()  # maps the file now: it is unlinked below
     _tidy(imported)
     return Graph(imported)
+
+
+def _own(source: Source, model: object) -> Source:
+    """A source that may be changed: a copy of what is the caller's, else itself."""
+    if source is not model and source.proto is not model:
+        return source
+    proto = onnx.ModelProto()
+    proto.CopyFrom(source.proto)
+    return Source(proto, source.folder)
+
+
+def _serialised(proto: onnx.ModelProto) -> bytes:
+    try:
+        return bytes(proto.SerializeToString())
+    except EncodeError as error:
+        raise InvalidInput(
+            "the model has more than the 2 GB that one ONNX file can hold",
+            hint="save its weights as external data beside it and give its path",
+        ) from error
 
 
 def _check_tensors(proto: onnx.ModelProto) -> None:
@@ -185,11 +205,12 @@ def _fix_shapes(source: Source, shapes: Shapes) -> None:
             output.type.tensor_type.ClearField("shape")
 
 
-def _optimise(proto: onnx.ModelProto, folder: Path | None, target: Path) -> None:
+def _optimise(data: bytes, folder: Path | None, target: Path) -> None:
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.optimized_model_filepath = str(target)
     options.log_severity_level = 4
+    options.add_session_config_entry("session.disable_prepacking", "1")  # it never runs
     options.add_session_config_entry(
         "session.optimized_model_external_initializers_file_name", "weights"
     )
@@ -201,7 +222,7 @@ def _optimise(proto: onnx.ModelProto, folder: Path | None, target: Path) -> None
             "session.model_external_initializers_file_folder_path", str(folder)
         )
     try:
-        ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise InvalidInput(
             f"onnxruntime {ort.__version__} refuses the model: {error}",

@@ -188,6 +188,7 @@ class Deploy(Message, frozen=True):
     plan: Text | None = None
     image: Text | None = None
     shapes: dict[str, Shape] | None = None
+    objective: str = "latency"
     spread: bool = False
 
 

@@ -38,6 +38,7 @@ class Model:
     digest: str
     image: str | None
     plan: str | None
+    objective: str
     spread: bool
     shapes: Mapping[str, tuple[int, ...]]
     call: Call | None
@@ -116,6 +117,7 @@ class Catalogue:
             digest=message.digest,
             image=message.image,
             plan=message.plan,
+            objective=message.objective,
             spread=message.spread,
             shapes=dict(message.shapes or {}),
             call=call,

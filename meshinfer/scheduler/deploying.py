@@ -161,6 +161,7 @@ class Deploying:
             candidates=candidates,
             head=head.name,
             plan=self._given_plan(model, set(members)),
+            objective=model.objective,
             spread=model.spread,
         )
 

@@ -268,6 +268,7 @@ class MakePlan:
     candidates: tuple[Candidate, ...]
     head: str
     plan: str | None
+    objective: str
     spread: bool
 
 
