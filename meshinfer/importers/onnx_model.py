@@ -20,7 +20,7 @@ from google.protobuf.message import DecodeError, EncodeError
 from meshinfer.errors import InvalidInput
 from meshinfer.graph import Graph
 from meshinfer.image import METADATA_KEY, ImageSpec
-from meshinfer.importers.external import check_external
+from meshinfer.importers.external import MOVED_FROM_BYTES, check_external, move_weights
 from meshinfer.importers.picture import with_image_input
 from meshinfer.importers.types import infer_types
 
@@ -118,12 +118,12 @@ def load(
     if image is not None:
         with_image_input(source.proto, image)
     _fix_shapes(source, shapes or {})
-    folder, data = source.folder, _serialised(source.proto)
-    del source  # its weights are in data: onnxruntime makes copies enough
     with tempfile.TemporaryDirectory(prefix="meshinfer-import-") as name:
         optimised = Path(name) / "model.onnx"
+        moved = move_weights(source.proto, Path(name) / "given")
+        folder, data = Path(name) if moved else source.folder, _serialised(source.proto)
+        del source  # onnxruntime makes copies enough
         _optimise(data, folder, optimised)
-        del data
         infer_types(optimised)
         imported = ir.load(optimised)
         for value in imported.graph.initializers.values():
@@ -215,7 +215,7 @@ def _optimise(data: bytes, folder: Path | None, target: Path) -> None:
         "session.optimized_model_external_initializers_file_name", "weights"
     )
     options.add_session_config_entry(
-        "session.optimized_model_external_initializers_min_size_in_bytes", "1024"
+        "session.optimized_model_external_initializers_min_size_in_bytes", str(MOVED_FROM_BYTES)
     )
     if folder is not None:
         options.add_session_config_entry(
