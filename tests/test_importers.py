@@ -18,6 +18,7 @@ from meshinfer.errors import InvalidInput
 from meshinfer.graph import Graph
 from meshinfer.identity import DeviceId
 from meshinfer.image import ImageSpec
+from meshinfer.importers import open_model
 from meshinfer.plan import Plan, Shard, Stage, Task
 
 PI = DeviceId("pi-1")
@@ -129,6 +130,17 @@ def with_external(folder: Path, location: str, data: bytes | None) -> Path:
 
 def weight_bytes() -> bytes:
     return bytes(dense().graph.initializer[0].raw_data)
+
+
+def test_a_model_is_the_same_however_it_is_given_and_left_as_it_is(tmp_path: Path) -> None:
+    """Its weights are moved into a file for the import: of what is ours, never of what is given."""
+    model = dense()
+    data = model.SerializeToString()
+    path = tmp_path / "dense.onnx"
+    path.write_bytes(data)
+    source = open_model(data)
+    assert len({mi.load(each).digest for each in (model, data, path, source, source)}) == 1
+    assert model.SerializeToString() == source.proto.SerializeToString() == data
 
 
 def test_external_weights_are_read_beside_the_path(tmp_path: Path) -> None:

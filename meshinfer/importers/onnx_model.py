@@ -15,7 +15,7 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 import onnxruntime as ort
-from google.protobuf.message import DecodeError, EncodeError
+from google.protobuf.message import DecodeError
 
 from meshinfer.errors import InvalidInput
 from meshinfer.graph import Graph
@@ -121,7 +121,7 @@ def load(
     with tempfile.TemporaryDirectory(prefix="meshinfer-import-") as name:
         optimised = Path(name) / "model.onnx"
         moved = move_weights(source.proto, Path(name) / "given")
-        folder, data = Path(name) if moved else source.folder, _serialised(source.proto)
+        folder, data = Path(name) if moved else source.folder, source.proto.SerializeToString()
         del source  # onnxruntime makes copies enough
         _optimise(data, folder, optimised)
         infer_types(optimised)
@@ -140,16 +140,6 @@ def _own(source: Source, model: object) -> Source:
     proto = onnx.ModelProto()
     proto.CopyFrom(source.proto)
     return Source(proto, source.folder)
-
-
-def _serialised(proto: onnx.ModelProto) -> bytes:
-    try:
-        return bytes(proto.SerializeToString())
-    except EncodeError as error:
-        raise InvalidInput(
-            "the model has more than the 2 GB that one ONNX file can hold",
-            hint="save its weights as external data beside it and give its path",
-        ) from error
 
 
 def _check_tensors(proto: onnx.ModelProto) -> None:
