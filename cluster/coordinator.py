@@ -12,7 +12,8 @@ import secrets
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -40,6 +41,7 @@ HEAD = "head"
 """Name of the coordinator's own device, the source and the sink of requests."""
 
 _LOOK_S = 1.0
+_REFRESH_S = 30.0
 _JOIN_S = 5.0
 
 
@@ -102,9 +104,6 @@ def run_coordinator(
     head = Head(keyring, options.cluster, reachable, listen, port, store, loop.post)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: loop.post(StopRequested()))
-    announcement = announce(
-        options.cluster, port, key=own.public, protocol=m.PROTOCOL, interfaces=options.interfaces
-    )
     listening = Address(host=reachable, port=port, pid=os.getpid())
     _write_address(address, listening)
     log = structlog.get_logger()
@@ -112,14 +111,38 @@ def run_coordinator(
     log.info("share with the devices", keyring=str(state / "keyring.json"))
     head.start()
     try:
-        if on_listening is not None:
-            on_listening(listening)
-        return loop.run()
+        with _announced(options, port, own.public, loop):
+            if on_listening is not None:
+                on_listening(listening)
+            return loop.run()
     finally:
-        announcement.close()
         address.unlink(missing_ok=True)
         head.close()
         planning.close()
+
+
+@contextmanager
+def _announced(options: CoordinatorOptions, port: int, key: str, loop: Loop) -> Iterator[None]:
+    """Be found over mDNS meanwhile, at the addresses that the machine has from time to time."""
+    if options.interfaces == ():
+        yield
+        return
+    announcement = announce(
+        options.cluster, port, key=key, protocol=m.PROTOCOL, interfaces=options.interfaces
+    )
+    over = threading.Event()
+
+    def follow() -> None:
+        while not over.wait(_REFRESH_S):
+            announcement.refresh()
+
+    following = start_thread("announcing", follow, loop.post)
+    try:
+        yield
+    finally:
+        over.set()
+        following.join(timeout=_JOIN_S)
+        announcement.close()
 
 
 def _write_address(path: Path, address: Address) -> None:

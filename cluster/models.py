@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import onnx
+from google.protobuf.message import EncodeError
 
 from meshinfer.errors import InvalidInput
 from meshinfer.importers import open_model
@@ -31,7 +32,7 @@ def model_bytes(model: object) -> bytes:
             ) from error
     try:
         return source.proto.SerializeToString()
-    except ValueError as error:
+    except (ValueError, EncodeError) as error:
         raise InvalidInput(
             f"the model does not fit into one file of 2 GB: {error}",
             hint="models above 2 GB are to come; split it or quantise it",

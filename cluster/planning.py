@@ -26,7 +26,6 @@ from meshinfer.legality import validate
 from meshinfer.plan import Plan
 from meshinfer.planner import make_plan
 from meshinfer.programs import Programs, make_programs
-from meshinfer.protocol.codec import DTYPES
 from meshinfer.scheduler.events import (
     BlobsFound,
     Effect,
@@ -98,6 +97,7 @@ class PlanningThread:
                 image = source.image.to_json()
             inputs = {v.name: _input(v) for v in source.inputs}
             shapes = source.static_shapes()
+            del source  # the next line may need as much memory again
             if shapes is not None:  # refused models are refused now, not at the first request
                 self._graph(effect.digest, None, tuple(sorted(shapes.items())))
             self._models.add(effect.digest)
@@ -109,7 +109,6 @@ class PlanningThread:
         try:
             spec = effect.image if effect.signature.picture else None
             graph = self._graph(effect.digest, spec, effect.signature.shapes)
-            _refuse_untransportable(graph)
             notes: tuple[str, ...] = ("the plan was given",)
             plan = self._given_plan(graph, effect)
             if plan is None:
@@ -166,8 +165,7 @@ class PlanningThread:
         if found is None:
             data = self._store.path(digest).read_bytes()
             spec = None if image is None else ImageSpec.from_json(image)
-            graph = load(open_model(data), shapes=dict(shapes), image=spec)
-            found = (graph, len(data))
+            found = (load(data, shapes=dict(shapes), image=spec), len(data))
         self._graphs[key] = found  # the last ones stay, as many as memory allows
         while (
             len(self._graphs) > limits.SHAPES_PER_MODEL
@@ -209,19 +207,4 @@ def _refuse_too_long(plan: str, programs: Programs) -> None:
         raise InvalidInput(
             f"the plan is too long: {len(plan)} bytes, and {longest} for one device",
             hint="cut the model into fewer stages or tasks",
-        )
-
-
-def _refuse_untransportable(graph: Graph) -> None:
-    for name in (*graph.inputs, *graph.outputs):
-        dtype = graph.dtype(name)
-        text = "no tensor" if dtype is None else dtype.name
-        try:
-            if dtype is not None and graph.numpy_dtype(name).newbyteorder("<").str in DTYPES:
-                continue
-        except TypeError:
-            pass
-        raise InvalidInput(
-            f"value {name!r} ({text}) cannot travel between devices",
-            hint="inputs and outputs of a deployed model are tensors of numbers",
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from difflib import get_close_matches
 from math import prod
 
 import numpy as np
@@ -12,6 +13,9 @@ from meshinfer.protocol import messages as m
 from meshinfer.protocol.codec import DTYPES
 from meshinfer.scheduler.catalogue import Catalogue, Model
 from meshinfer.scheduler.events import Signature
+
+_NAMED = 8
+"""How many models a hint names."""
 
 
 def refuse(catalogue: Catalogue, message: m.Submit, open_requests: int) -> m.Failure | None:
@@ -25,12 +29,12 @@ def refuse(catalogue: Catalogue, message: m.Submit, open_requests: int) -> m.Fai
         )
     model = catalogue.find(message.model, message.version)
     if model is None:
-        known = sorted(catalogue.models)
+        known = get_close_matches(message.model, sorted(catalogue.models), _NAMED, cutoff=0.0)
         what = message.model if message.version is None else f"{message.model} v{message.version}"
         return m.Failure(
             error="ModelNotFound",
             message=f"no model {what!r} is deployed",
-            hint=f"deployed are {known}" if known else "deploy it with client.deploy",
+            hint=f"deployed are, likest first, {known}" if known else "deploy it: client.deploy",
         )
     return _tensors(model, message)
 
