@@ -31,7 +31,7 @@ from cluster.security import read_keyring
 from cluster.sockets import Endpoint
 from cluster.transport import Transport
 from cluster.worker import serve
-from meshinfer.errors import ClusterUnavailable, MeshInferError
+from meshinfer.errors import ClusterUnavailable, MeshInferError, ModelNotFound
 from meshinfer.image import ImageSpec
 from meshinfer.plan import Plan
 from meshinfer.protocol import messages as m
@@ -97,7 +97,6 @@ class Client:
         self._lock = threading.Lock()
         self._results: dict[str, _Open] = {}
         self._calls: dict[str, Future[m.AnyMessage]] = {}
-        self._models: dict[tuple[str, int], m.ModelInfo] = {}  # by name and version
         self._closed = False
         self._offers: Counter[str] = Counter()
         self._folder = tempfile.TemporaryDirectory(prefix="meshinfer-client-")
@@ -243,14 +242,17 @@ class Client:
     ) -> Iterator[Result]:
         """Results in order, with at most ``max_in_flight`` requests open."""
         open_: deque[Future[Result]] = deque()
-        for each in data:
-            if len(open_) >= max_in_flight:
+        wanted: dict[str, Any] = {"outputs": outputs, "version": version, "deadline_s": deadline_s}
+        try:
+            for each in data:
+                if len(open_) >= max_in_flight:
+                    yield open_.popleft().result()
+                open_.append(self.submit(model, each, **wanted))
+            while open_:
                 yield open_.popleft().result()
-            open_.append(
-                self.submit(model, each, outputs=outputs, version=version, deadline_s=deadline_s)
-            )
-        while open_:
-            yield open_.popleft().result()
+        finally:  # one failed, or nobody wants the rest
+            for future in open_:
+                future.cancel()
 
     # --- the end
 
@@ -312,8 +314,7 @@ class Client:
         if found is None or not found.future.set_running_or_notify_cancel():
             return
         try:
-            info = self._models.get((found.model, reply.version))
-            result = results.result_of(found.model, reply, arrays, found.wanted, info)
+            result = results.result_of(found.model, reply, arrays, found.wanted)
         except MeshInferError as error:
             found.future.set_exception(error)
         else:
@@ -355,11 +356,15 @@ class Client:
         if self._closed:
             raise closed_error()
 
-    def _info(self, model: str, version: int | None) -> m.ModelInfo | None:
-        """What is known of a version; of the current one the coordinator is asked each time."""
-        if version is None or (model, version) not in self._models:
-            for info in self.models():
-                self._models[info.name, info.version] = info
-                if info.name == model and info.current and version is None:
-                    version = info.version
-        return None if version is None else self._models.get((model, version))
+    def _info(self, model: str, version: int | None) -> m.ModelInfo:
+        """What the coordinator knows of a version (of the current one, if None)."""
+        known = self.models()
+        for info in known:
+            wanted = info.current if version is None else info.version == version
+            if info.name == model and wanted:
+                return info
+        what = model if version is None else f"{model} version {version}"
+        raise ModelNotFound(
+            f"no model {what!r} is deployed",
+            hint=f"deployed are {sorted({i.name for i in known})[:8]}",
+        )

@@ -22,7 +22,7 @@ import structlog
 import meshinfer
 from cluster import processes, profiler, telemetry
 from cluster.blobs import BlobStore
-from cluster.discovery import announce, browse, fingerprint, interface_addresses
+from cluster.discovery import announce, browse, fingerprint
 from cluster.locate import DEFAULT_PORT
 from cluster.loop import Loop, Post, start_thread
 from cluster.planning import PlanningThread
@@ -33,6 +33,7 @@ from cluster.worker import StoreThread
 from meshinfer.errors import ConfigurationError, MeshInferError
 from meshinfer.protocol import messages as m
 from meshinfer.protocol.codec import error_of, failure_of
+from meshinfer.protocol.records import BESIDE_COORDINATOR
 from meshinfer.scheduler.coordinator import CoordinatorCore
 from meshinfer.scheduler.events import Stop, StopRequested
 from meshinfer.scheduler.worker import COORDINATOR, WorkerCore
@@ -40,7 +41,8 @@ from meshinfer.scheduler.worker import COORDINATOR, WorkerCore
 HEAD = "head"
 """Name of the coordinator's own device, the source and the sink of requests."""
 
-_LOOK_S = 1.0
+EVERYWHERE, LOOPBACK = "0.0.0.0", "127.0.0.1"
+_LOOK_S = 2.5
 _REFRESH_S = 30.0
 _JOIN_S = 5.0
 
@@ -83,8 +85,9 @@ def run_coordinator(
     address.unlink(missing_ok=True)  # of one that was killed
     keyring, own = load_or_create_coordinator(state, options.cluster)
     _refuse_second(options, keyring)
-    listen = options.host or "0.0.0.0"
-    reachable = options.host or next(iter(interface_addresses()), "127.0.0.1")
+    listen = options.host or EVERYWHERE
+    here = options.host or LOOPBACK
+    shown = options.host or BESIDE_COORDINATOR
     incarnation = secrets.token_hex(4)
     transport = Transport(f"{COORDINATOR}#{incarnation}", keyring.member, own)
     try:
@@ -94,20 +97,20 @@ def run_coordinator(
         transport.close()
         raise
     bulk = m.Peer(
-        device=COORDINATOR, incarnation=incarnation, host=reachable, port=bulk_port, key=own.public
+        device=COORDINATOR, incarnation=incarnation, host=shown, port=bulk_port, key=own.public
     )
     store = BlobStore(state / "blobs")
     core = CoordinatorCore(options.cluster, meshinfer.__version__, bulk)
     planning: PlanningThread
     loop = Loop(core, lambda: transport, lambda effect: planning.put(effect))
     planning = PlanningThread(store, loop.post)
-    head = Head(keyring, options.cluster, reachable, listen, port, store, loop.post)
+    head = Head(keyring, options.cluster, here, options.host, port, store, loop.post)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: loop.post(StopRequested()))
-    listening = Address(host=reachable, port=port, pid=os.getpid())
+    listening = Address(host=here, port=port, pid=os.getpid())
     _write_address(address, listening)
     log = structlog.get_logger()
-    log.info("listening", host=reachable, port=port, cluster=options.cluster)
+    log.info("listening", host=listen, port=port, cluster=options.cluster)
     log.info("share with the devices", keyring=str(state / "keyring.json"))
     head.start()
     try:
@@ -173,12 +176,12 @@ class Head:
         keyring: Keyring,
         cluster: str,
         host: str,
-        listen: str,
+        shared_host: str,
         control_port: int,
         store: BlobStore,
         post: Post,
     ) -> None:
-        self._keyring, self._cluster, self._host, self._listen = keyring, cluster, host, listen
+        self._keyring, self._cluster, self._host, self._shared = keyring, cluster, host, shared_host
         self._control_port = control_port
         self._store, self._post = store, post
         self._loop: Loop | None = None
@@ -200,7 +203,7 @@ class Head:
         server: KeyPair = generate_keypair()
         incarnation = secrets.token_hex(4)
         transport = Transport(f"{HEAD}#{incarnation}", self._keyring.member, server)
-        port = transport.bind(Plane.BULK, self._listen)
+        port = transport.bind(Plane.BULK, self._shared or EVERYWHERE)
         control = Endpoint(self._host, self._control_port, self._keyring.coordinator_public)
         facts = profiler.facts(threads=0, flops_per_s=0.0, engine="none", computes=False)
         hello = m.Hello(
@@ -211,7 +214,11 @@ class Head:
             protocol=m.PROTOCOL,
             version=meshinfer.__version__,
             bulk=m.Peer(
-                device=HEAD, incarnation=incarnation, host=self._host, port=port, key=server.public
+                device=HEAD,
+                incarnation=incarnation,
+                host=self._shared or BESIDE_COORDINATOR,
+                port=port,
+                key=server.public,
             ),
             facts=msgspec.structs.replace(facts, head=True),
         )

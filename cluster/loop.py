@@ -20,6 +20,7 @@ from cluster.transport import Transport
 from meshinfer.errors import MeshInferError
 from meshinfer.protocol.codec import ProtocolError, decode, encode, failure_of
 from meshinfer.protocol.messages import Failure, Hello
+from meshinfer.protocol.records import BESIDE_COORDINATOR
 from meshinfer.scheduler.events import (
     Arrived,
     Connect,
@@ -136,7 +137,10 @@ class Loop:
                 self._send(effect)
             case Connect(peer):
                 assert self._transport is not None
-                endpoint = Endpoint(peer.host, peer.port, peer.key)
+                host = peer.host
+                if host == BESIDE_COORDINATOR and self._coordinator is not None:
+                    host = self._coordinator.host
+                endpoint = Endpoint(host, peer.port, peer.key)
                 self._transport.connect(Wire.BULK, peer.id, endpoint)
             case Disconnect(peer_id):
                 assert self._transport is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,9 @@ def _bytes(data: object) -> tuple[bytes, str]:
 
 def _decode(data: bytes, name: str) -> Image.Image:
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        with warnings.catch_warnings():  # our own bound is below, with an error of its own
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.width * image.height > limits.IMAGE_PIXELS:
             raise InvalidInput(
                 f"{name} has {image.width} x {image.height} pixels, "
@@ -109,7 +112,11 @@ def _decode(data: bytes, name: str) -> Image.Image:
             )
         image.load()
         return ImageOps.exif_transpose(image)
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError, SyntaxError) as error:
+    except UnidentifiedImageError as error:
+        raise InvalidInput(
+            f"{name} is no picture that can be read", hint=f"give one of {', '.join(FORMATS)}"
+        ) from error
+    except (OSError, Image.DecompressionBombError, SyntaxError) as error:
         raise InvalidInput(
             f"{name} is no picture that can be read: {error}",
             hint=f"give one of {', '.join(FORMATS)}",

@@ -45,8 +45,7 @@ class PlanningThread:
     def __init__(self, store: BlobStore, post: Post) -> None:
         self._store, self._post = store, post
         self._graphs: OrderedDict[object, tuple[Graph, int]] = OrderedDict()
-        self._served: set[str] = set()
-        self._models: set[str] = set()
+        self._models: dict[str, None] = {}  # newest last; trimming spares them
         self._jobs: queue.SimpleQueue[Effect | None] = queue.SimpleQueue()
         self._files: queue.SimpleQueue[Effect | None] = queue.SimpleQueue()
         # Planning may take seconds; workers that fetch blobs meanwhile must not wait for it.
@@ -100,7 +99,10 @@ class PlanningThread:
             del source  # the next line may need as much memory again
             if shapes is not None:  # refused models are refused now, not at the first request
                 self._graph(effect.digest, None, tuple(sorted(shapes.items())))
-            self._models.add(effect.digest)
+            self._models.pop(effect.digest, None)
+            self._models[effect.digest] = None
+            for old in list(self._models)[: -limits.MODELS * limits.VERSIONS_PER_MODEL]:
+                del self._models[old]
             return ModelOpened(effect.key, inputs, image)
         except Exception as error:
             return ModelOpened(effect.key, {}, None, report(error))
@@ -134,7 +136,7 @@ class PlanningThread:
             return PlanReady(effect.deployment, failure=report(error))
 
     def _given_plan(self, graph: Graph, effect: MakePlan) -> Plan | None:
-        """The user's plan; None when there is none, or when it ran before and lost its devices."""
+        """The user's plan, if the core asks for it and it is for this graph."""
         if effect.plan is None:
             return None
         plan = Plan.parse(effect.plan)
@@ -142,8 +144,6 @@ class PlanningThread:
             return None  # it is for arrays, or for pictures of another size
         known = {effect.head, *(c.device for c in effect.candidates)}
         unknown = sorted({*plan.devices(), plan.source, plan.sink} - known)
-        if unknown and effect.plan in self._served:
-            return None
         if unknown:
             raise InvalidInput(
                 f"the plan names the device {unknown[0]!r}, which is not in the cluster",
@@ -154,7 +154,6 @@ class PlanningThread:
                 f"the plan goes from {plan.source!r} to {plan.sink!r}",
                 hint=f"source and sink are the coordinator's own device, {effect.head!r}",
             )
-        self._served.add(effect.plan)
         return plan
 
     def _graph(

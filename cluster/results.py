@@ -79,7 +79,7 @@ class Deployment:
     image: ImageSpec | None
 
 
-def image_of(info: m.ModelInfo | m.Deployed) -> ImageSpec | None:
+def image_of(info: m.ModelInfo | m.Deployed | m.Reply) -> ImageSpec | None:
     """The image spec that a model was deployed with."""
     return None if info.image is None else ImageSpec.from_json(info.image)
 
@@ -140,7 +140,6 @@ def result_of(
     reply: m.Reply,
     arrays: Mapping[str, Array],
     wanted: tuple[str, ...] | None,
-    info: m.ModelInfo | None,
 ) -> Result:
     """The result of a reply. Raises the typed error of a failure."""
     if reply.failure is not None:
@@ -160,7 +159,7 @@ def result_of(
         timing=Timing(reply.total_s, reply.queue_s, reply.tasks),
         degraded=reply.degraded,
         attempts=reply.attempts,
-        image=None if info is None else image_of(info),
+        image=image_of(reply),
     )
 
 

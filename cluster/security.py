@@ -32,7 +32,9 @@ _KEY_CHARS: Final = 40  # Z85 of 32 bytes
 _CLUSTER_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _COORDINATOR_FILE: Final = "coordinator.json"
 _KEYRING_FILE: Final = "keyring.json"
-_COPY_HINT: Final = "copy keyring.json again from the coordinator's state folder"
+_COPY_HINT: Final = (
+    "start meshinfer coordinator, or copy keyring.json from the state folder of the one that runs"
+)
 
 
 @dataclass(frozen=True, slots=True)

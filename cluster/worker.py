@@ -31,6 +31,7 @@ from meshinfer.engine.ort import OrtEngine, OrtPrepared
 from meshinfer.errors import ConfigurationError, MeshInferError
 from meshinfer.protocol import messages as m
 from meshinfer.protocol.codec import error_of, failure_of
+from meshinfer.protocol.records import BESIDE_COORDINATOR
 from meshinfer.scheduler.events import (
     BlobsFound,
     BlobWritten,
@@ -58,8 +59,8 @@ class WorkerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 
     ``speed`` below 1 emulates a slower device: after each task the compute thread sleeps in
     proportion to the CPU time it took. ``flops_per_s``: 0 measures. ``interfaces``: addresses for
-    mDNS; None chooses. ``last_exit`` comes from the supervisor. ``parent``: the process
-    to end with.
+    mDNS; None chooses. ``last_exit`` comes from the supervisor. ``parent``: process to end with.
+    ``beside``: on the host of a coordinator that listens at all addresses; so does this worker.
     """
 
     name: str
@@ -75,6 +76,7 @@ class WorkerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     log_form: str = "text"
     last_exit: str = ""
     parent: int = 0
+    beside: bool = False
 
 
 class StoreThread:
@@ -198,8 +200,8 @@ def run_worker(options: WorkerOptions) -> m.Failure | None:
     server = generate_keypair()
     identity = f"{options.name}#{secrets.token_hex(4)}"
     transport = Transport(identity, keyring.member, server)
-    address = local_address(host)
-    bulk_port = transport.bind(Plane.BULK, address)
+    address = BESIDE_COORDINATOR if options.beside else local_address(host)
+    bulk_port = transport.bind(Plane.BULK, address)  # all addresses, if beside the coordinator
     coordinator = Endpoint(host, port, keyring.coordinator_public)
     store = BlobStore(state / "blobs")
     engine = OrtEngine(store.folder, options.threads)

@@ -35,6 +35,8 @@ def make_programs(graph: Graph, plan: Plan) -> Programs:
     ends = _Ends(flow)
     for transfer in flow.transfers:
         _check(graph, transfer.piece)
+    for name in graph.outputs:
+        _check(graph, Shard(name, graph.whole(name)))  # it goes to the client in one piece
     made: dict[str, list[m.Program]] = {}
     blobs: dict[str, Callable[[], bytes | memoryview]] = {}
     flops: dict[str, int] = {}

@@ -20,6 +20,10 @@ from PIL import Image
 from processes import growing, image, pixels, small_model
 
 import meshinfer as mi
+from meshinfer.cost import DeviceProfile
+from meshinfer.identity import DeviceId
+from meshinfer.planner import make_plan
+from meshinfer.programs import make_programs
 
 MODEL, IMAGE = small_model(), image()
 SPEC = mi.ImageSpec(input="image", output="y", mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
@@ -210,6 +214,32 @@ def test_the_objective_reaches_the_planner(client: mi.Client) -> None:
     assert deployed.plan is not None and mi.Plan.parse(deployed.plan).window > 1
     with pytest.raises(mi.InvalidInput, match="objective 'beauty' is unknown"):
         client.deploy("many", MODEL, objective="beauty")
+
+
+def test_a_picture_for_an_unknown_model_or_version_is_not_found(client: mi.Client) -> None:
+    for wanted in ({"model": "nope"}, {"model": "photo", "version": 9}):
+        with pytest.raises(mi.ModelNotFound, match="deployed"):
+            client.infer(data=Image.fromarray(pixels()), **wanted)
+
+
+def test_a_client_that_gave_arrays_gets_the_picture_as_well(
+    cluster: mi.LocalCluster, client: mi.Client
+) -> None:
+    with cluster.client() as other:
+        picture = other.infer("photo", normalised(pixels())).picture()
+    assert picture.pixels.shape == client.infer("photo", pixels()).picture().pixels.shape
+
+
+def test_what_is_too_large_to_travel_is_refused_before_anything_is_computed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    graph = mi.load(MODEL)
+    head = DeviceId("head")
+    plan = make_plan(graph, [DeviceProfile(DeviceId("pi"), 1e9)], head, head).plan
+    assert make_programs(graph, plan).by_device
+    monkeypatch.setattr("meshinfer.limits.MESSAGE_BYTES", graph.nbytes(graph.outputs[0]) - 1)
+    with pytest.raises(mi.InvalidInput, match="cannot travel"):
+        make_programs(graph, plan)
 
 
 def test_a_picture_needs_an_image_spec(client: mi.Client) -> None:

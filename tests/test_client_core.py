@@ -9,6 +9,7 @@ from meshinfer import limits
 from meshinfer.protocol import messages as m
 from meshinfer.scheduler import events as e
 from meshinfer.scheduler.client import LATE_S
+from meshinfer.scheduler.installing import COORDINATOR
 
 
 def test_it_waits_for_the_head() -> None:
@@ -45,6 +46,23 @@ def test_an_answer_survives_a_client_s_broken_bulk_connection() -> None:
     cluster.check(request)
     assert cluster.now - start < 2 * limits.RESEND_AFTER_LOSS_S
     cluster.check_idle()
+
+
+def test_the_inputs_are_fed_again_to_a_new_head() -> None:
+    """1. fed to the head; 2. welcomed again: not fed again; 3. the welcome names a new head."""
+    cluster = Cluster(head=False)
+    cluster.submit()
+    core = cluster.nodes["ann"].core
+    old, new = (
+        m.Peer(device="head", incarnation=i, host="h", port=1, key="k" * 40) for i in ("1", "2")
+    )
+    fed: list[list[tuple[str, int]]] = []
+    for head in (old, old, new):
+        welcome = m.Welcome(coordinator="1", protocol=1, bulk=cluster.core._bulk, head=head)
+        effects = core.handle(e.Arrived(COORDINATOR, welcome), cluster.now)
+        sends = [x for x in effects if isinstance(x, e.Send)]
+        fed.append([(x.peer, x.message.turn) for x in sends if isinstance(x.message, m.Feed)])
+    assert fed == [[("head#1", 1)], [], [("head#2", 2)]]
 
 
 def test_who_while_it_says_hello_changes_nothing() -> None:

@@ -138,6 +138,47 @@ def test_news_of_a_stale_attempt_changes_nothing() -> None:
     cluster.check(request)
 
 
+def test_only_the_head_may_say_that_an_answer_is_merged() -> None:
+    """1. a piece is slow; 2. pi-1 says that it has merged; 3. the request is still computed."""
+    cluster = Cluster()
+    cluster.deployed()
+    cluster.delay(kind(m.Deliver), 5.0)
+    request = cluster.submit()
+    cluster.pass_time(0.1)
+    attempt = cluster.core.requests[request].attempt
+    cluster.inject(cluster.coordinator, "pi-1#1", m.Merged(request=request, attempt=attempt))
+    cluster.pass_time(2 * limits.TIMING_GRACE_S)
+    assert request in cluster.core.requests
+    assert cluster.check(request).attempts == 1
+
+
+def test_a_request_whose_devices_are_lost_over_and_over_fails(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """1. pi-1 dies in the first attempt, pi-2 in the second; 2. pi-3 is not asked a third time."""
+    monkeypatch.setattr(limits, "ATTEMPTS_PER_REQUEST", 2)
+    cluster = Cluster(("pi-1", "pi-2", "pi-3"))
+    cluster.deployed()
+    cluster.when(kind(m.TaskDone, by="pi-1", attempt=1), lambda: cluster.kill("pi-1"))
+    cluster.when(kind(m.TaskDone, by="pi-2", attempt=2), lambda: cluster.kill("pi-2"))
+    reply = cluster.reply(cluster.submit())
+    assert reply.failure is not None and reply.failure.error == "WorkerLost"
+    assert "2 times" in reply.failure.message and reply.attempts == 2
+    assert cluster.check(cluster.submit()).attempts == 1
+    cluster.check_idle()
+
+
+def test_only_the_last_answered_ids_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1. two are answered, one id is kept; 2. bob asks by the first id: it is computed anew."""
+    monkeypatch.setattr(limits, "ANSWERED_IDS_KEPT", 1)
+    cluster = Cluster(clients=("ann", "bob"))
+    cluster.deployed()
+    for request in ("first", "second"):
+        cluster.check(cluster.submit(request=request))
+    cluster.check(cluster.submit(request="first", client="bob"), client="bob")
+    cluster.check_idle()
+
+
 def test_a_device_that_cannot_prepare_is_left_out_for_a_while() -> None:
     cluster = Cluster()
     original = cluster._prepare

@@ -7,10 +7,12 @@ import pytest
 from cores import Cluster, image, kind
 
 from meshinfer import limits
+from meshinfer.geometry import Box
+from meshinfer.plan import Shard
 from meshinfer.protocol import messages as m
 from meshinfer.protocol.codec import describe, payload_of
 from meshinfer.scheduler import events as e
-from meshinfer.scheduler.worker import COORDINATOR, WorkerCore
+from meshinfer.scheduler.worker import COORDINATOR, SOURCE, WorkerCore
 
 
 def alone() -> WorkerCore:
@@ -82,7 +84,19 @@ def test_a_refused_key_stops_it_only_before_it_ever_joined() -> None:
     assert isinstance(stop, e.Stop) and stop.failure and stop.failure.error == "AuthError"
     core = alone()
     told(core, welcome(), 0.0)
-    assert core.handle(lost, 1.0) == [] and core.next_deadline() == 1.0
+    effects = core.handle(lost, 1.0)
+    assert not any(isinstance(x, e.Stop) for x in effects) and core.next_deadline() == 1.0
+
+
+def test_a_coordinator_that_stays_away_is_looked_for_by_a_new_worker_process() -> None:
+    core = alone()
+    told(core, welcome(), 0.0)
+    core.handle(e.PeerLost(COORDINATOR, "cut"), 1.0)
+    effects = core.handle(e.Ticked(), 1.0 + limits.COORDINATOR_SILENT_S)
+    assert not any(isinstance(x, e.Stop) for x in effects)
+    (stop,) = core.handle(e.Ticked(), 1.1 + limits.COORDINATOR_SILENT_S)
+    assert isinstance(stop, e.Stop) and stop.failure
+    assert stop.failure.error == "ClusterUnavailable"  # exit 69: the supervisor starts it again
 
 
 def test_a_second_signal_stops_at_once_and_so_does_the_end_of_patience() -> None:
@@ -124,6 +138,30 @@ def test_inputs_that_come_after_the_release_are_dropped_but_not_those_of_a_new_t
     assert not core.idle
 
 
+def test_another_coordinator_s_releases_do_not_swallow_the_same_id() -> None:
+    """1. released; 2. the same coordinator welcomes it: still so; 3. another one: a new request."""
+    core = alone()
+    told(core, welcome("1"), 0.0)
+    told(core, m.Release(request="r", attempt=3, client="ann#1", turn=1), 0.5)
+    told(core, welcome("1"), 0.6)
+    assert messages(feed(core, 1)) == ["Ack"] and core.idle
+    told(core, welcome("2"), 1.0)
+    assert messages(feed(core, 1)) == ["Ack"] and not core.idle
+
+
+def test_only_the_last_releases_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "STALE_REQUESTS_KEPT", 2)
+    core = alone()
+    told(core, welcome(), 0.0)
+    for name in ("r", "second"):
+        told(core, m.Release(request=name, attempt=3, client="ann#1", turn=1), 0.5)
+    feed(core, 1)
+    assert core.idle
+    told(core, m.Release(request="third", attempt=3, client="ann#1", turn=1), 0.6)
+    feed(core, 1)
+    assert not core.idle
+
+
 def test_inputs_that_nobody_starts_are_dropped_in_the_end() -> None:
     core = alone()
     told(core, welcome(), 0.0)
@@ -147,6 +185,33 @@ def test_a_piece_for_an_unknown_deployment_is_acknowledged_and_dropped() -> None
     core = alone()
     effects = core.handle(e.Arrived("head#1", seen[0], memoryview(b"")), 1.0)
     assert messages(effects) == ["Ack"] and core.idle
+
+
+def test_a_piece_of_an_older_attempt_is_acknowledged_but_never_used() -> None:
+    """1. attempt 2 starts; 2. the only input of attempt 1 comes late; 3. then that of attempt 2."""
+    core = alone()
+    array = np.zeros((2,), np.float32)
+    shard = Shard("x", Box.whole(array.shape))
+    value = m.Value(name="x", box=shard, pieces=(m.Piece(shard=shard, producer=SOURCE),))
+    program = m.Program(place=(0, 0), model="a" * 64, inputs=(value,))
+    told(core, welcome(), 0.0)
+    told(core, m.Install(deployment=5, programs=(program,), peers=()), 0.0)
+    told(core, m.Start(request="r", attempt=2, deployment=5, client="ann#1"), 0.5)
+    made: list[list[int]] = []
+    for attempt in (1, 2):
+        piece = m.Deliver(
+            id=attempt,
+            request="r",
+            attempt=attempt,
+            deployment=5,
+            consumer=(0, 0),
+            piece=shard,
+            tensor=describe("x", array),
+        )
+        effects = core.handle(e.Arrived("head#1", piece, payload_of(array)), 1.0)
+        assert messages(effects) == ["Ack"]
+        made.append([x.attempt for x in effects if isinstance(x, e.Compute)])
+    assert made == [[], [2]]
 
 
 def test_a_device_works_on_one_task_at_a_time() -> None:

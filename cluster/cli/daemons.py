@@ -86,6 +86,7 @@ def coordinator(
                 keyring=state / "keyring.json",
                 threads=threads,
                 log=(log_level, log_form),
+                beside=not options.host,
             )
         )
     try:
@@ -200,6 +201,7 @@ def _worker_options(
     keyring: Path,
     threads: int | None,
     log: tuple[str, str],
+    beside: bool = False,
 ) -> WorkerOptions:
     import psutil
 
@@ -213,6 +215,7 @@ def _worker_options(
         threads=threads or psutil.cpu_count(logical=False) or 1,
         log_level=log[0],
         log_form=log[1],
+        beside=beside,
     )
 
 

@@ -169,7 +169,7 @@ def _fix_shapes(source: Source, shapes: Shapes) -> None:
             ):
                 raise InvalidInput(
                     f"input {value.name!r} has the dynamic shape {declared}",
-                    hint=f"fix it with shapes={{{value.name!r}: (...)}}",
+                    hint=f"fix it: shapes={{{value.name!r}: (...)}}, or --shape {value.name}=...",
                 )
             continue
         given = tuple(int(d) for d in shapes[value.name])

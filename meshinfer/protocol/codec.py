@@ -77,10 +77,12 @@ def decode(frames: Sequence[Buffer]) -> tuple[AnyMessage, memoryview]:
 
 
 def describe(name: str, array: Array) -> Tensor:
-    """The header of an array. Raises ``ValueError`` for types that cannot travel."""
+    """The header of an array. Raises ``ValueError`` for types and sizes that cannot travel."""
     dtype = array.dtype.newbyteorder("<").str if array.dtype.byteorder == "=" else array.dtype.str
     if dtype not in DTYPES:
         raise ValueError(f"arrays of {array.dtype} cannot travel")
+    if array.nbytes > limits.TENSOR_BYTES:
+        raise ValueError(f"{array.nbytes} bytes are more than {limits.TENSOR_BYTES}")
     return Tensor(name=name, dtype=dtype, shape=array.shape)
 
 

@@ -316,6 +316,7 @@ class Reply(Message, frozen=True):
     total_s: Seconds = 0.0
     queue_s: Seconds = 0.0
     degraded: bool = False
+    image: Text | None = None
     tasks: tuple[TaskTime, ...] = ()
     failure: Failure | None = None
 

@@ -27,8 +27,15 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """Base of what messages are made of."""
 
 
+BESIDE_COORDINATOR = "0.0.0.0"
+
+
 class Peer(Record, frozen=True, forbid_unknown_fields=False):
-    """Where a peer's bulk socket is bound, and the CURVE public key (Z85) that it serves with."""
+    """Where a peer's bulk socket is bound, and the CURVE public key (Z85) that it serves with.
+
+    ``host`` may be ``BESIDE_COORDINATOR``: the address by which the reader reached the coordinator,
+    which alone knows no address that is right for all networks it is in.
+    """
 
     device: Name
     incarnation: Name

@@ -155,8 +155,8 @@ class Answering:
             return [note]
         failure = m.Failure(
             error="InvalidInput",
-            message=f"a kernel failed {request.kernel_failures} times: {message.text}",
-            hint="run the model on this input in plain onnxruntime; it should fail there too",
+            message=f"a task failed {request.kernel_failures} times: {message.text}",
+            hint="if a kernel failed, plain onnxruntime should fail on this input, too",
         )
         return [note, *self._fail(request, failure, now)]
 
@@ -313,6 +313,7 @@ class Answering:
             request=request.id,
             version=request.model.version,
             plan=tried.deployment.plan,
+            image=request.model.image,
             attempts=len(request.tried),
             total_s=merged - request.submitted,
             queue_s=request.started - request.submitted,

@@ -44,6 +44,7 @@ class WorkerCore:
         self._installing = Installing(hello.device)
         self._computing = Computing(hello.device, self._installing.deployments)
         self._hello_due = 0.0
+        self._left = 0.0
         self._beat_due = 0.0
         self._stop_due: float | None = None
 
@@ -161,15 +162,30 @@ class WorkerCore:
         return effects
 
     def _rejoin(self, when: float) -> list[Effect]:
-        if self.joined:  # else a hello is under way already
-            self.joined = False
-            self._hello_due = when
-            self._computing.reset(keep_inputs=False)  # the coordinator has clients give them again
-        return []
+        if not self.joined:  # a hello is under way already
+            return []
+        self.joined = False
+        self._hello_due, self._left = when, when
+        self._computing.reset(keep_inputs=False)  # the coordinator has clients give them again
+        if self._stop_due is not None:
+            return [Stop()]
+        return [Note("warning", "coordinator lost", {"device": self.device})]
+
+    def _moved(self, now: float) -> bool:
+        """Whether a coordinator that once answered is silent so long that it must be looked for."""
+        away = not self.joined and self._coordinator is not None
+        return away and now - self._left > limits.COORDINATOR_SILENT_S
 
     def _tick(self, now: float) -> list[Effect]:
         if self._stop_due is not None and now >= self._stop_due:
             return [Stop()]
+        if self._moved(now):
+            failure = m.Failure(
+                error="ClusterUnavailable",
+                message=f"the coordinator is gone for {limits.COORDINATOR_SILENT_S:g} s",
+                hint="its supervisor starts this worker again, which looks for the coordinator",
+            )
+            return [Stop(failure)]
         effects: list[Effect] = []
         if not self.joined and now >= self._hello_due:
             self._hello_due = now + limits.HELLO_RETRY_S
