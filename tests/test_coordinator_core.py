@@ -155,7 +155,7 @@ def test_only_the_head_may_say_that_an_answer_is_merged() -> None:
 def test_a_request_whose_devices_are_lost_over_and_over_fails(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """1. pi-1 dies in the first attempt, pi-2 in the second; 2. pi-3 is not asked a third time."""
+    """1. pi-1 dies in the first attempt, pi-2 in the second; 2. there is no third for pi-3."""
     monkeypatch.setattr(limits, "ATTEMPTS_PER_REQUEST", 2)
     cluster = Cluster(("pi-1", "pi-2", "pi-3"))
     cluster.deployed()

@@ -1,0 +1,44 @@
+"""The loop between a core and its sockets: what it adds to the effects that it performs."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from cluster.loop import Loop
+from cluster.security import generate_keypair
+from cluster.transport import Endpoint, Plane, Transport
+from meshinfer.protocol.records import BESIDE_COORDINATOR, Peer
+from meshinfer.scheduler.events import Connect, Effect, Event, Stop
+
+KEY = generate_keypair()
+
+
+class Recording(Transport):
+    """Notes where it is told to connect."""
+
+    seen: list[tuple[str, str, int]]
+
+    def connect(self, plane: Plane, peer: str, endpoint: Endpoint) -> None:
+        self.seen.append((peer, endpoint.host, endpoint.port))
+
+
+class Script:
+    """A core that asks for the connections of two peers, then stops."""
+
+    def handle(self, event: Event, now: float) -> list[Effect]:
+        peers = [
+            Peer(device="head", incarnation="1", host=BESIDE_COORDINATOR, port=1, key=KEY.public),
+            Peer(device="pi", incarnation="1", host="192.0.2.7", port=2, key=KEY.public),
+        ]
+        return [*(Connect(peer) for peer in peers), Stop()]
+
+    def next_deadline(self) -> float | None:
+        return None
+
+
+def test_who_is_beside_the_coordinator_is_reached_by_the_address_that_led_to_it() -> None:
+    Recording.seen = []
+    coordinator = Endpoint("198.51.100.3", 7433, KEY.public)
+    loop = Loop(Script(), partial(Recording, "me#1", KEY), lambda effect: None, coordinator)
+    assert loop.run() is None
+    assert Recording.seen == [("head#1", "198.51.100.3", 1), ("pi#1", "192.0.2.7", 2)]
