@@ -131,7 +131,9 @@ class PlanningThread:
                 if self._store.missing((digest,)):
                     self._store.put(digest, data())
             self._store.trim(keep=self._models)
-            return PlanReady(effect.deployment, str(plan), programs.by_device, notes)
+            return PlanReady(
+                effect.deployment, str(plan), programs.by_device, (*notes, *programs.report)
+            )
         except Exception as error:
             return PlanReady(effect.deployment, failure=report(error))
 
