@@ -1,7 +1,8 @@
 """A folder of blobs named by their SHA-256: written by rename, verified before they count.
 
-Models, submodels and weights are blobs. One thread of one process writes to a store at a time. What
-was not used for a while makes room when the folder grows beyond its bound.
+Models, submodels and weights are blobs. Threads of one process may share a
+store, but one blob is written by one of them. What was not used for a while makes room when the
+folder grows beyond its bound.
 """
 
 from __future__ import annotations

@@ -29,8 +29,8 @@ from cluster.loop import Loop
 from cluster.results import Deployment, Result, closed_error
 from cluster.security import read_keyring
 from cluster.sockets import Endpoint
+from cluster.storing import serve
 from cluster.transport import Transport
-from cluster.worker import serve
 from meshinfer.errors import ClusterUnavailable, MeshInferError, ModelNotFound
 from meshinfer.image import ImageSpec
 from meshinfer.plan import Plan

@@ -14,7 +14,7 @@ from onnx import helper
 
 from cluster.blobs import BlobStore
 from cluster.loop import Post, report, start_thread
-from cluster.worker import serve, write
+from cluster.storing import perform
 from meshinfer import limits
 from meshinfer.cost import DeviceProfile
 from meshinfer.errors import InvalidInput
@@ -27,7 +27,6 @@ from meshinfer.plan import Plan
 from meshinfer.planner import make_plan
 from meshinfer.programs import Programs, make_programs
 from meshinfer.scheduler.events import (
-    BlobsFound,
     Effect,
     FindBlobs,
     MakePlan,
@@ -77,14 +76,10 @@ class PlanningThread:
     def _serve_all(self) -> None:
         while (effect := self._files.get()) is not None:
             match effect:
-                case FindBlobs(purpose, digests):
-                    self._post(BlobsFound(purpose, self._store.missing(digests)))
-                case WriteBlob():
-                    written = write(self._store, effect)
-                    if written is not None:
-                        self._post(written)
-                case ServeBlob():
-                    self._post(serve(self._store, effect))
+                case FindBlobs() | WriteBlob() | ServeBlob():
+                    answer = perform(self._store, effect)
+                    if answer is not None:
+                        self._post(answer)
                 case _:
                     raise AssertionError(f"a coordinator cannot perform {effect}")
 

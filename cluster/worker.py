@@ -25,6 +25,7 @@ from cluster.locate import find_coordinator
 from cluster.loop import Loop, Post, report, start_thread
 from cluster.security import generate_keypair, read_keyring
 from cluster.sockets import Endpoint, Plane
+from cluster.storing import perform
 from cluster.transport import Transport
 from meshinfer.engine import EngineError
 from meshinfer.engine.ort import OrtEngine, OrtPrepared
@@ -33,8 +34,6 @@ from meshinfer.protocol import messages as m
 from meshinfer.protocol.codec import error_of, failure_of
 from meshinfer.protocol.records import BESIDE_COORDINATOR
 from meshinfer.scheduler.events import (
-    BlobsFound,
-    BlobWritten,
     Compute,
     Computed,
     Discard,
@@ -42,12 +41,10 @@ from meshinfer.scheduler.events import (
     FindBlobs,
     Prepare,
     Prepared,
-    Send,
     ServeBlob,
     StopRequested,
     WriteBlob,
 )
-from meshinfer.scheduler.events import Plane as MessagePlane
 from meshinfer.scheduler.worker import WorkerCore
 
 LOOK_S = 3.0
@@ -99,14 +96,10 @@ class StoreThread:
     def _run(self) -> None:
         while (effect := self._queue.get()) is not None:
             match effect:
-                case FindBlobs(purpose, digests):
-                    self._post(BlobsFound(purpose, self._store.missing(digests)))
-                case WriteBlob():
-                    written = write(self._store, effect)
-                    if written is not None:
-                        self._post(written)
-                case ServeBlob():
-                    self._post(serve(self._store, effect))
+                case FindBlobs() | WriteBlob() | ServeBlob():
+                    answer = perform(self._store, effect)
+                    if answer is not None:
+                        self._post(answer)
                 case Prepare(deployment, programs):
                     self._post(Prepared(deployment, self._prepare(deployment, programs)))
                 case Discard(deployment):
@@ -135,26 +128,6 @@ class StoreThread:
             session = self._engine.prepare(self._store.path(program.model).read_bytes())
             self._sessions[program.model] = session
         return session
-
-
-def write(store: BlobStore, effect: WriteBlob) -> BlobWritten | None:
-    """Write a chunk; the event when the blob is whole, or could not be stored."""
-    try:
-        if store.write(effect.digest, effect.offset, effect.total, effect.data):
-            return BlobWritten(effect.digest)
-    except (OSError, ValueError) as error:
-        return BlobWritten(effect.digest, failure_of(error))
-    return None
-
-
-def serve(store: BlobStore, effect: ServeBlob) -> Send:
-    """The chunk that was asked for, or word that it is gone."""
-    found = store.read(effect.digest, effect.offset, effect.length)
-    if found is None:
-        return Send(MessagePlane.BULK, effect.peer, m.Gone(digest=effect.digest))
-    data, total = found
-    chunk = m.Chunk(digest=effect.digest, offset=effect.offset, total=total)
-    return Send(MessagePlane.BULK, effect.peer, chunk, data)
 
 
 class ComputeThread:

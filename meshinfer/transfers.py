@@ -60,9 +60,6 @@ class Flow:
     def into(self, ref: TaskRef) -> tuple[Transfer, ...]:
         return tuple(t for t in self.transfers if t.consumer == ref)
 
-    def out_of(self, ref: TaskRef) -> tuple[Transfer, ...]:
-        return tuple(t for t in self.transfers if t.producer == ref)
-
     def bytes_between(self, graph: Graph) -> dict[tuple[DeviceId, DeviceId], int]:
         """Bytes that cross each pair of devices for one request."""
         total: dict[tuple[DeviceId, DeviceId], int] = {}
