@@ -10,9 +10,19 @@ from meshinfer.graph import Op
 from meshinfer.ops import conv, layout, matmul, pointwise, pool, reduce
 from meshinfer.ops.rule import Boxes, Emission, Emitter, Rule
 
-__all__ = ["BARRIER", "TABLE", "Boxes", "Emission", "Emitter", "Rule", "is_random", "rule_of"]
+__all__ = [
+    "BARRIER",
+    "TABLE",
+    "Boxes",
+    "Emission",
+    "Emitter",
+    "Rule",
+    "is_random",
+    "rule_of",
+    "why_barrier",
+]
 
-TABLE: dict[str, Rule] = {
+TABLE: dict[str, Rule] = {  # operators of other domains as "domain:type"
     "Conv": conv.CONV,
     "MaxPool": pool.POOL,
     "AveragePool": pool.POOL,
@@ -52,27 +62,43 @@ BARRIER = Rule(footprint=_whole_inputs, emit=_emit_whole, align=_whole_outputs, 
 
 
 def rule_of(op: Op) -> Rule:
-    """The rule of a node, or ``BARRIER``: no row, unknown shapes, or a case the row does not
-    cover. Worked out once a node."""
+    """The rule of a node, or ``BARRIER``. Worked out once a node."""
+    return _found(op)[0]
+
+
+def why_barrier(op: Op) -> str:
+    """Why a node runs whole, in words for people; empty when it follows a rule."""
+    return _found(op)[1]
+
+
+def _found(op: Op) -> tuple[Rule, str]:
     known = op.graph.memo.get(("rule", op.index))
     if known is None:
-        known = op.graph.memo["rule", op.index] = _find_rule(op)
-    assert isinstance(known, Rule)
-    return known
+        rule, why = TABLE.get(_key(op)), _objection(op)
+        known = (BARRIER, why) if rule is None or why else (rule, "")
+        op.graph.memo["rule", op.index] = known
+    found: tuple[Rule, str] = known
+    return found
 
 
-def _find_rule(op: Op) -> Rule:
-    rule = TABLE.get(op.type) if op.domain == "" else None
-    if rule is None or op.captured:
-        return BARRIER
-    graph = op.graph
+def _key(op: Op) -> str:
+    return f"{op.domain}:{op.type}" if op.domain else op.type
+
+
+def _objection(op: Op) -> str:
+    rule, graph = TABLE.get(_key(op)), op.graph
+    if rule is None:
+        return f"{_key(op)} has no rule"
+    if op.captured:
+        return "a subgraph of it reads values of the outer graph"
     names = [n for n in (*op.inputs, *op.outputs) if n]
-    tensors = all(graph.dtype(n) not in (None, ir.DataType.STRING) for n in names)
-    if not tensors or any(graph.shape(n) is None for n in names):
-        return BARRIER
+    if any(graph.dtype(n) in (None, ir.DataType.STRING) for n in names):
+        return "it reads or makes what is no tensor of numbers"
+    if any(graph.shape(n) is None for n in names):
+        return "a shape of it depends on the data"
     if any(0 in (graph.shape(n) or ()) for n in op.outputs if n):
-        return BARRIER  # nothing to split in an empty value
-    return rule if rule.applies(op) else BARRIER
+        return "its value is empty"
+    return rule.objection(op)
 
 
 def is_random(op: Op) -> bool:

@@ -53,8 +53,10 @@ def _split_offsets(op: Op) -> list[int]:
     return offsets
 
 
-def _split_applies(op: Op) -> bool:
-    return all(op.outputs) and (not op.has(1) or op.constant(1) is not None)
+def _split_objection(op: Op) -> str:
+    if not all(op.outputs):
+        return "an output is left out"
+    return "" if not op.has(1) or op.constant(1) is not None else "its sizes are computed"
 
 
 def _split_footprint(op: Op, outs: Boxes, over: Box | None) -> Boxes:
@@ -83,7 +85,7 @@ def _split_emit(op: Op, job: Emission, e: Emitter) -> None:
 SPLIT = Rule(
     footprint=_split_footprint,
     emit=_split_emit,
-    applies=_split_applies,
+    objection=_split_objection,
     split=lambda op: tuple(i for i in range(len(op.out_shape())) if i != _split_axis(op)),
 )
 
@@ -149,10 +151,11 @@ def _constant(op: Op, position: int) -> list[int]:
     return [int(v) for v in values.reshape(-1)]
 
 
-def _slice_applies(op: Op) -> bool:
-    if op.graph.opset < 10:
-        return True
-    return all(op.constant(i) is not None for i in range(1, len(op.inputs)) if op.has(i))
+def _slice_objection(op: Op) -> str:
+    fixed = op.graph.opset < 10 or all(
+        op.constant(i) is not None for i in range(1, len(op.inputs)) if op.has(i)
+    )
+    return "" if fixed else "its bounds are computed"
 
 
 def _slice_footprint(op: Op, outs: Boxes, over: Box | None) -> Boxes:
@@ -179,7 +182,7 @@ def _slice_emit(op: Op, job: Emission, e: Emitter) -> None:
         e.node("Identity", job.inputs[:1], job.outputs)
 
 
-SLICE = Rule(footprint=_slice_footprint, emit=_slice_emit, applies=_slice_applies)
+SLICE = Rule(footprint=_slice_footprint, emit=_slice_emit, objection=_slice_objection)
 
 # --- Transpose ------------------------------------------------------------------------------------
 
@@ -270,8 +273,8 @@ def _leads(op: Op) -> list[tuple[int, int, int, int]]:
     ]
 
 
-def _reshape_applies(op: Op) -> bool:
-    return 0 not in op.shape(0) and 0 not in op.out_shape()
+def _reshape_objection(op: Op) -> str:
+    return "its value is empty" if 0 in (*op.shape(0), *op.out_shape()) else ""
 
 
 def _reshape_align(op: Op, outs: Boxes) -> Boxes:
@@ -305,7 +308,7 @@ RESHAPE = Rule(
     footprint=_reshape_footprint,
     emit=_reshape_emit,
     align=_reshape_align,
-    applies=_reshape_applies,
+    objection=_reshape_objection,
     split=_reshape_split,
 )
 

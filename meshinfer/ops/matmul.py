@@ -41,21 +41,21 @@ def _gemm_flops(op: Op, outs: Boxes) -> int:
     return 2 * only(outs).volume * _gemm_k(op)
 
 
-def _gemm_applies(op: Op) -> bool:
-    return op.graph.opset >= 7  # before, broadcasting of C was an attribute
+def _gemm_objection(op: Op) -> str:
+    return "" if op.graph.opset >= 7 else "before opset 7 broadcasting was an attribute"
 
 
 GEMM = Rule(
     footprint=_gemm_footprint,
     emit=_gemm_emit,
-    applies=_gemm_applies,
+    objection=_gemm_objection,
     reduction=_gemm_reduction,
     flops=_gemm_flops,
 )
 
 
-def _matmul_applies(op: Op) -> bool:
-    return len(op.shape(0)) >= 2 and len(op.shape(1)) >= 2
+def _matmul_objection(op: Op) -> str:
+    return "" if min(len(op.shape(0)), len(op.shape(1))) >= 2 else "it multiplies a vector"
 
 
 def _matmul_footprint(op: Op, outs: Boxes, over: Box | None) -> Boxes:
@@ -77,7 +77,7 @@ def _matmul_flops(op: Op, outs: Boxes) -> int:
 
 MATMUL = Rule(
     footprint=_matmul_footprint,
-    applies=_matmul_applies,
+    objection=_matmul_objection,
     reduction=_matmul_reduction,
     flops=_matmul_flops,
 )

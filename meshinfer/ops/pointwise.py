@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from meshinfer.geometry import Box, Interval
 from meshinfer.graph import Op
-from meshinfer.ops.rule import Boxes, Emission, Emitter, Rule, only
+from meshinfer.ops.rule import Boxes, Emission, Emitter, Rule, only, only_one_output
 
 UNARY = (
     "Abs Acos Acosh Asin Asinh Atan Atanh BitwiseNot Cast Ceil Celu Cos Cosh Elu Erf Exp Floor "
@@ -29,9 +29,8 @@ def broadcast_box(shape: tuple[int, ...], out: Box) -> Box:
     )
 
 
-def _modern(op: Op) -> bool:
-    # Before opset 7 broadcasting was an attribute, and one-sided.
-    return op.graph.opset >= 7
+def _old(op: Op) -> str:
+    return "" if op.graph.opset >= 7 else "before opset 7 broadcasting was an attribute"
 
 
 def _broadcast(op: Op, outs: Boxes, over: Box | None) -> Boxes:
@@ -41,13 +40,15 @@ def _broadcast(op: Op, outs: Boxes, over: Box | None) -> Boxes:
     )
 
 
-ELEMENTWISE = Rule(footprint=_broadcast, applies=_modern)
+ELEMENTWISE = Rule(footprint=_broadcast, objection=_old)
 
 
-def _dropout_at_inference(op: Op) -> bool:
+def _dropout_objection(op: Op) -> str:
     training = op.constant(2)
     quiet = not op.has(2) or (training is not None and not bool(training))
-    return quiet and len([o for o in op.outputs if o]) == 1 and op.graph.opset >= 7
+    if not quiet or op.graph.opset < 7:
+        return "it drops elements at random"
+    return only_one_output(op)
 
 
 def _dropout_footprint(op: Op, outs: Boxes, over: Box | None) -> Boxes:
@@ -58,12 +59,13 @@ def _dropout_emit(op: Op, job: Emission, e: Emitter) -> None:
     e.node("Identity", job.inputs[:1], job.outputs[:1])
 
 
-DROPOUT = Rule(footprint=_dropout_footprint, emit=_dropout_emit, applies=_dropout_at_inference)
+DROPOUT = Rule(footprint=_dropout_footprint, emit=_dropout_emit, objection=_dropout_objection)
 
 
-def _norm_applies(op: Op) -> bool:
-    training = op.attributes.get("training_mode", 0)
-    return not training and len([o for o in op.outputs if o]) == 1 and op.graph.opset >= 9
+def _norm_objection(op: Op) -> str:
+    if op.attributes.get("training_mode", 0) or op.graph.opset < 9:
+        return "it trains: its statistics are of the whole batch"
+    return only_one_output(op)
 
 
 def _norm_footprint(op: Op, outs: Boxes, over: Box | None) -> Boxes:
@@ -76,7 +78,7 @@ def _norm_emit(op: Op, job: Emission, e: Emitter) -> None:
     e.copy(op, job.inputs, job.outputs[:1])
 
 
-BATCH_NORMALIZATION = Rule(footprint=_norm_footprint, emit=_norm_emit, applies=_norm_applies)
+BATCH_NORMALIZATION = Rule(footprint=_norm_footprint, emit=_norm_emit, objection=_norm_objection)
 
 
 def _joint_axes(op: Op) -> tuple[int, ...]:
@@ -105,16 +107,11 @@ def _joint_emit(op: Op, job: Emission, e: Emitter) -> None:
     e.copy(op, job.inputs, job.outputs[:1])
 
 
-def _joint_applies(op: Op) -> bool:
-    # LayerNormalization may give its mean and deviation as well.
-    return len([o for o in op.outputs if o]) == 1
-
-
 JOINT = Rule(
     footprint=_broadcast,
     emit=_joint_emit,
     align=_joint_align,
-    applies=_joint_applies,
+    objection=only_one_output,
     split=_joint_split,
 )
 

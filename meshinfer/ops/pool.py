@@ -16,16 +16,16 @@ def _windows(op: Op) -> list[Window]:
     return windows(op, tuple(op.attributes["kernel_shape"]))
 
 
-def _applies(op: Op) -> bool:
-    # Indices are positions in the whole value, so a part could not compute them.
+def _objection(op: Op) -> str:
     if len([o for o in op.outputs if o]) > 1:
-        return False
+        return "its indices are positions in the whole value"
     if any(w.pad_begin >= w.kernel or w.pad_end >= w.kernel for w in _windows(op)):
-        return False
+        return "it pads by a whole kernel"
     dilated = any(d != 1 for d in op.attributes.get("dilations", [1]))
     ceil = bool(op.attributes.get("ceil_mode", 0))
     # A dilated window overhangs by more than the padding that onnxruntime admits.
-    return not (dilated and (ceil or op.type == "AveragePool"))
+    odd = dilated and (ceil or op.type == "AveragePool")
+    return "its dilated windows overhang" if odd else ""
 
 
 def _align(op: Op, outs: Boxes) -> Boxes:
@@ -67,4 +67,4 @@ def _flops(op: Op, outs: Boxes) -> int:
     return volume
 
 
-POOL = Rule(footprint=_footprint, emit=_emit, align=_align, applies=_applies, flops=_flops)
+POOL = Rule(footprint=_footprint, emit=_emit, align=_align, objection=_objection, flops=_flops)

@@ -36,8 +36,8 @@ def _keeps(op: Op) -> bool:
     return op.type.startswith("Global") or bool(op.attributes.get("keepdims", 1))
 
 
-def _applies(op: Op) -> bool:
-    return not op.has(1) or op.constant(1) is not None
+def _objection(op: Op) -> str:
+    return "" if not op.has(1) or op.constant(1) is not None else "its axes are computed"
 
 
 def _footprint(op: Op, outs: Boxes, over: Box | None) -> Boxes:
@@ -98,7 +98,7 @@ def _flops(op: Op, outs: Boxes) -> int:
 REDUCE = Rule(
     footprint=_footprint,
     emit=_emit,
-    applies=_applies,
+    objection=_objection,
     split=_split,
     reduction=_reduction,
     flops=_flops,

@@ -88,27 +88,33 @@ def no_reduction(op: Op) -> Box | None:
     return None
 
 
-def always(op: Op) -> bool:
-    return True
+def nothing(op: Op) -> str:
+    return ""
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
     """One row of the table.
 
-    ``applies``: whether this node, with its attributes and static inputs, follows the rule; if not
-    it is a barrier. ``split``: axes of the first output along which boxes shrink what is read;
-    negative numbers count from the end. ``reduction``: the box of the axes that are summed away,
-    when parts of the sum may be computed apart (``over``). ``flops``: operations for these outputs.
+    ``objection``: why this node, with its attributes and static inputs, cannot follow the rule and
+    is a barrier, in words for people ("its axes are computed"); empty when it can. ``split``: axes
+    of the first output along which boxes shrink what is read; negative numbers count from the end.
+    ``reduction``: the box of the axes that are summed away, when parts of the sum may be computed
+    apart (``over``). ``flops``: operations for these outputs.
     """
 
     footprint: FootprintFn
     emit: EmitFn = copy_node
     align: AlignFn = unchanged
-    applies: Callable[[Op], bool] = always
+    objection: Callable[[Op], str] = nothing
     split: Callable[[Op], tuple[int, ...]] = lambda op: tuple(range(len(op.out_shape())))
     reduction: Callable[[Op], Box | None] = no_reduction
     flops: Callable[[Op, Boxes], int] = out_volume
+
+
+def only_one_output(op: Op) -> str:
+    """The objection of a rule that computes the first output and none of the optional ones."""
+    return "" if len([o for o in op.outputs if o]) == 1 else "its further outputs are asked for"
 
 
 def only(boxes: Boxes) -> Box:
