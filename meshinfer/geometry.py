@@ -147,15 +147,16 @@ def split_even(size: int, parts: int) -> list[Interval]:
     return split_weighted(size, [1.0] * parts)
 
 
-def split_weighted(size: int, weights: Sequence[float]) -> list[Interval]:
-    """Intervals over ``[0, size)`` in proportion to the weights, rounded at the borders."""
+def split_weighted(size: int, weights: Sequence[float], grain: int = 1) -> list[Interval]:
+    """Intervals over ``[0, size)`` in proportion to the weights, borders at multiples of
+    ``grain``."""
     total = sum(weights)
     assert total > 0 and all(w >= 0 for w in weights), f"weights {weights}"
     borders = [0]
     done = 0.0
     for weight in weights[:-1]:
         done += weight
-        borders.append(min(size, round(size * done / total)))
+        borders.append(min(size, round(size * done / total / grain) * grain))
     borders.append(size)
     return [Interval(a, b) for a, b in pairwise(borders)]
 

@@ -71,6 +71,8 @@ class Graph:
     """A model with static shapes where it has them. Use ``meshinfer.importers`` to make one."""
 
     model: ir.Model
+    sums: Mapping[str, int] = field(default_factory=dict)
+    """Sums that onnxruntime computes inside a convolution here: value -> which operand that is."""
     memo: dict[tuple[object, ...], Any] = field(default_factory=dict, repr=False)
     """What was worked out about this graph once: constants, digests of weights, rules."""
 

@@ -24,6 +24,12 @@ from meshinfer.plan import Shard, Stage, Task
 INLINE_ELEMENTS = 64
 """Smaller weights stay in the submodel: shapes and bounds must be there for shape inference."""
 
+_BLOCKS = frozenset(("Conv", "MaxPool", "AveragePool"))
+_KEEPS = frozenset("Add Sum Mul Relu Clip Sigmoid Tanh HardSigmoid LeakyRelu".split())
+"""Operators whose output onnxruntime has in its blocked layout: always, or if the inputs are."""
+_REORDERED = 4
+"""It puts values into that layout if their channels are a multiple of this."""
+
 
 @dataclass(frozen=True, slots=True)
 class Weight:
@@ -64,6 +70,7 @@ class _Lowering:
         self.tensors: dict[str, TensorProto] = {}
         self.used = {name for op in graph.ops for name in (*op.outputs, *op.inputs)}
         self.crops: dict[tuple[str, Box], str] = {}
+        self.blocked: set[str] = set()  # names that onnxruntime holds in its blocked layout
 
     # The Emitter's interface.
 
@@ -155,7 +162,11 @@ class _Lowering:
             names.append(target if wanted == box else self.fresh(name))
             if wanted != box:
                 crops.append((names[-1], box, wanted, target))
+        if op.outputs[0] in self.graph.sums:
+            inputs = self._as_one_kernel(op, inputs)
         rule.emit(op, Emission(job.outs, job.ins, job.over, inputs, tuple(names)), self)
+        if op.type in _BLOCKS or (op.type in _KEEPS and self.blocked.issuperset(inputs)):
+            self.blocked.update(names)
         for source, held, wanted, target in crops:
             crop(self, source, held, wanted, target)
 
@@ -167,6 +178,22 @@ class _Lowering:
             self.crops[name, box] = self.fresh(name)
             crop(self, name, held, box, self.crops[name, box])
         return self.crops[name, box]
+
+    def _as_one_kernel(self, op: Op, inputs: tuple[str, ...]) -> tuple[str, ...]:
+        """Operands of a sum that onnxruntime is to compute inside a convolution, which goes first.
+
+        The other must be in its blocked layout (NCHWc). What comes from elsewhere, or was cropped,
+        is not: a depthwise convolution with ones puts it there and changes no bit.
+        """
+        position = self.graph.sums[op.outputs[0]]
+        other = inputs[1 - position]
+        channels = self.field.needs[op.inputs[1 - position]][1].size
+        if other not in self.blocked and channels % _REORDERED == 0:
+            ones = self._constant(np.ones((channels, 1, 1, 1), np.float32))
+            target = self.fresh(other)
+            self.node("Conv", [other, ones], [target], group=channels, kernel_shape=[1, 1])
+            other = target
+        return (inputs[position], other)
 
     def _output(self, shard: Shard) -> str:
         target = self.fresh("out")

@@ -22,6 +22,7 @@ from meshinfer.graph import Graph
 from meshinfer.image import METADATA_KEY, ImageSpec
 from meshinfer.importers.external import MOVED_FROM_BYTES, check_external, move_weights
 from meshinfer.importers.picture import with_image_input
+from meshinfer.importers.sums import bring_together, fused_sums
 from meshinfer.importers.types import infer_types
 
 Shapes = Mapping[str, Sequence[int]]
@@ -126,11 +127,13 @@ def load(
         _optimise(data, folder, optimised)
         infer_types(optimised)
         imported = ir.load(optimised)
+        sums = fused_sums(imported, optimised)
         for value in imported.graph.initializers.values():
             if value.const_value is not None:
                 value.const_value.numpy()  # maps the file now: it is unlinked below
     _tidy(imported)
-    return Graph(imported)
+    bring_together(imported, sums)
+    return Graph(imported, sums)
 
 
 def _own(source: Source, model: object) -> Source:

@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from meshinfer.geometry import Box
 from meshinfer.graph import Op
-from meshinfer.ops import conv, layout, matmul, pointwise, pool, reduce
+from meshinfer.ops import conv, layout, matmul, pointwise, pool, quant, reduce
 from meshinfer.ops.rule import Boxes, Emission, Emitter, Rule
 
 __all__ = [
@@ -31,6 +31,7 @@ TABLE: dict[str, Rule] = {  # operators of other domains as "domain:type"
     **pointwise.ROWS,
     **layout.ROWS,
     **reduce.ROWS,
+    **quant.ROWS,
 }
 
 _RANDOM = {

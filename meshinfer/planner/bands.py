@@ -141,6 +141,11 @@ def build(
     return Plan(graph.digest, ends[0], ends[1], stages)
 
 
+def _grain(size: int, parts: int) -> int:
+    """Channels go in whole blocks of onnxruntime's layout (NCHWc) where there are enough."""
+    return next((g for g in (16, 8, 4) if size >= 2 * g * parts), 1)
+
+
 def _joined(blocks: Sequence[Block]) -> list[Block]:
     """Neighbours that run whole on one device are one stage: nothing is gained by a cut there."""
     result: list[Block] = []
@@ -166,7 +171,9 @@ def _stage(graph: Graph, axes: Axes, block: Block, shares: Mapping[DeviceId, flo
         axis = axes.of(name, block.kind)
         assert axis is not None, f"{name} cannot be split"
         whole = graph.whole(name)
-        ranges = split_weighted(whole[axis].size, list(shares.values()))
+        size = whole[axis].size
+        grain = _grain(size, len(shares)) if axis == 1 and len(whole) != 3 else 1
+        ranges = split_weighted(size, list(shares.values()), grain)
         for device, part in zip(shares, ranges, strict=True):
             if part.size > 0:
                 parts[device].append(Shard(name, whole.replace(axis, part)))

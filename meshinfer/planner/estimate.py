@@ -17,8 +17,9 @@ from meshinfer.planner.bands import KINDS, Axes, Kind, band
 
 HEAVY = frozenset(
     (
-        "Conv ConvTranspose ConvInteger QLinearConv Gemm MatMul MatMulInteger QLinearMatMul "
-        "MaxPool AveragePool GlobalAveragePool GlobalMaxPool LpPool Resize Upsample"
+        "Conv ConvTranspose ConvInteger QLinearConv Gemm QGemm MatMul MatMulInteger QLinearMatMul "
+        "MatMulIntegerToFloat DynamicQuantizeMatMul MaxPool AveragePool QLinearAveragePool "
+        "GlobalAveragePool QLinearGlobalAveragePool GlobalMaxPool LpPool Resize Upsample"
     ).split()
 )
 """Operators before which a cut is cheap: nothing is fused across it."""
@@ -91,7 +92,7 @@ def clean_cuts(graph: Graph, axes: Axes) -> tuple[int, ...]:
     Kept are those before a heavy operator, around a barrier and where bands stop being bands. In a
     long graph that offers none of these nearby, others are kept too.
     """
-    glued: set[int] = set()
+    glued = _dequantised(graph)
     for op in graph.ops:
         last = glued_to(graph, op)
         if last >= 0 and not _apart(graph, op, graph.ops[last]):
@@ -108,9 +109,26 @@ def clean_cuts(graph: Graph, axes: Axes) -> tuple[int, ...]:
     return tuple(kept)
 
 
+def _dequantised(graph: Graph) -> set[int]:
+    """Cuts where a dequantised value is alive that some operator behind them reads.
+
+    Only quantised values are exchanged: they are a quarter of the bytes, and onnxruntime makes one
+    kernel of an operator with the DequantizeLinear before it and the QuantizeLinear behind it.
+    """
+    last: dict[str, int] = {}
+    for op in graph.ops:
+        last.update({name: op.index for name in (*op.inputs, *op.captured)})
+    return {
+        cut
+        for op in graph.ops
+        if op.type == "DequantizeLinear"
+        for cut in range(op.index + 1, last.get(op.outputs[0], 0) + 1)
+    }
+
+
 def _apart(graph: Graph, op: Op, last: Op) -> bool:
     """Whether glue does not hold: far apart, so that it would forbid every cut between."""
-    return op.type in GLUED and op.index - last.index > 12
+    return op.type in GLUED - {"QuantizeLinear"} and op.index - last.index > 12
 
 
 def samples(
