@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import time
 from collections.abc import Collection
 from pathlib import Path
@@ -37,6 +38,8 @@ class BlobStore:
             ) from error
         for part in folder.glob("*.part"):  # of a process that was killed
             part.unlink(missing_ok=True)
+        for left in folder.glob("*-*"):  # its folders; the lock on the state folder makes it ours
+            shutil.rmtree(left, ignore_errors=True)
 
     def path(self, digest: str) -> Path:
         return self.folder / digest

@@ -207,9 +207,11 @@ class Client:
 
         ``data``: {input: array}; one array, for a model of one input; or a picture (path, bytes,
         PIL image, uint8 array [H, W, C]) for a model with an ``ImageSpec``. It is copied: change
-        it as soon as this returns. ``outputs``: names to return (all). ``deadline_s``: after it
-        the request fails with ``DeadlineExceeded``.
+        it as soon as this returns. ``outputs``: only these (all, if None); what lies behind them in
+        the model is not computed, and inputs that only that needs may be left out.
+        ``deadline_s``: after it the request fails with ``DeadlineExceeded``.
         """
+        wanted = results.wanted_outputs(outputs)
         info = None if isinstance(data, Mapping) else self._info(model, version)
         arrays, picture = results.input_arrays(data, info)
         request = secrets.token_hex(12)
@@ -220,9 +222,9 @@ class Client:
             inputs=results.describe_inputs(arrays),
             picture=picture,
             deadline_s=results.deadline(deadline_s),
+            outputs=wanted,
         )
         future: Future[Result] = Future()
-        wanted = None if outputs is None else tuple(outputs)
         with self._lock:
             self._refuse_when_closed()
             self._results[request] = _Open(future, model, wanted)

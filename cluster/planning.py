@@ -16,16 +16,18 @@ from cluster.blobs import BlobStore
 from cluster.loop import Post, report, start_thread
 from cluster.storing import perform
 from meshinfer import limits
-from meshinfer.cost import DeviceProfile
+from meshinfer.cost import DeviceProfile, timeline
 from meshinfer.errors import InvalidInput
 from meshinfer.graph import Graph
 from meshinfer.identity import DeviceId
 from meshinfer.image import ImageSpec
-from meshinfer.importers import load, open_model
+from meshinfer.importers import inputs_needed, load, open_model
 from meshinfer.legality import validate
 from meshinfer.plan import Plan
 from meshinfer.planner import make_plan
 from meshinfer.programs import Programs, make_programs
+from meshinfer.protocol.messages import Report
+from meshinfer.report import report_of
 from meshinfer.scheduler.events import (
     Effect,
     FindBlobs,
@@ -34,6 +36,7 @@ from meshinfer.scheduler.events import (
     OpenModel,
     PlanReady,
     ServeBlob,
+    Signature,
     WriteBlob,
 )
 
@@ -90,55 +93,57 @@ class PlanningThread:
             if image is None and source.image is not None:
                 image = source.image.to_json()
             inputs = {v.name: _input(v) for v in source.inputs}
+            outputs = inputs_needed(source.proto)
             shapes = source.static_shapes()
             del source  # the next line may need as much memory again
             if shapes is not None:  # refused models are refused now, not at the first request
-                self._graph(effect.digest, None, tuple(sorted(shapes.items())))
+                self._graph(effect.digest, None, Signature(False, tuple(sorted(shapes.items()))))
             self._models.pop(effect.digest, None)
             self._models[effect.digest] = None
             for old in list(self._models)[: -limits.MODELS * limits.VERSIONS_PER_MODEL]:
                 del self._models[old]
-            return ModelOpened(effect.key, inputs, image)
+            return ModelOpened(effect.key, inputs, image, outputs=outputs)
         except Exception as error:
             return ModelOpened(effect.key, {}, None, report(error))
 
     def _plan(self, effect: MakePlan) -> PlanReady:
         try:
             spec = effect.image if effect.signature.picture else None
-            graph = self._graph(effect.digest, spec, effect.signature.shapes)
-            notes: tuple[str, ...] = ("the plan was given",)
-            plan = self._given_plan(graph, effect)
-            if plan is None:
-                head = DeviceId(effect.head)
-                planned = make_plan(
-                    graph,
-                    _profiles(effect),
-                    head,
-                    head,
-                    objective=effect.objective,
-                    spread=effect.spread,
-                )
-                plan, notes = planned.plan, planned.notes
-            validate(graph, plan)
+            graph = self._graph(effect.digest, spec, effect.signature)
+            plan, made = self._planned(graph, effect)
             programs = make_programs(graph, plan)
             _refuse_too_long(str(plan), programs)
             for digest, data in programs.blobs.items():
                 if self._store.missing((digest,)):
                     self._store.put(digest, data())
             self._store.trim(keep=self._models)
-            return PlanReady(
-                effect.deployment, str(plan), programs.by_device, (*notes, *programs.report)
-            )
+            return PlanReady(effect.deployment, str(plan), programs.by_device, made)
         except Exception as error:
             return PlanReady(effect.deployment, failure=report(error))
+
+    def _planned(self, graph: Graph, effect: MakePlan) -> tuple[Plan, Report]:
+        """A valid plan, given or searched, and what it comes to."""
+        profiles = _profiles(effect)
+        given = self._given_plan(graph, effect)
+        if given is not None:
+            validate(graph, given)
+            expected = timeline(graph, given, profiles)
+            return given, report_of(graph, given, expected, ("the plan was given",))
+        head = DeviceId(effect.head)
+        planned = make_plan(
+            graph, profiles, head, head, objective=effect.objective, spread=effect.spread
+        )
+        validate(graph, planned.plan)
+        return planned.plan, report_of(graph, planned.plan, planned.timeline, planned.notes)
 
     def _given_plan(self, graph: Graph, effect: MakePlan) -> Plan | None:
         """The user's plan, if the core asks for it and it is for this graph."""
         if effect.plan is None:
             return None
         plan = Plan.parse(effect.plan)
-        if effect.signature.picture and plan.graph != graph.digest:
-            return None  # it is for arrays, or for pictures of another size
+        other = effect.signature.picture or effect.signature.outputs is not None
+        if other and plan.graph != graph.digest:
+            return None  # it is for arrays, for pictures of another size, or for other outputs
         known = {effect.head, *(c.device for c in effect.candidates)}
         unknown = sorted({*plan.devices(), plan.source, plan.sink} - known)
         if unknown:
@@ -153,15 +158,13 @@ class PlanningThread:
             )
         return plan
 
-    def _graph(
-        self, digest: str, image: str | None, shapes: tuple[tuple[str, tuple[int, ...]], ...]
-    ) -> Graph:
-        key = (digest, image, shapes)
+    def _graph(self, digest: str, image: str | None, signature: Signature) -> Graph:
+        key = (digest, image, signature.shapes, signature.outputs)
         found = self._graphs.pop(key, None)
         if found is None:
             data = self._store.path(digest).read_bytes()
             spec = None if image is None else ImageSpec.from_json(image)
-            found = (load(data, shapes=dict(shapes), image=spec), len(data))
+            found = (load(data, shapes=dict(signature.shapes), image=spec, outputs=signature.outputs), len(data))
         self._graphs[key] = found  # the last ones stay, as many as memory allows
         while (
             len(self._graphs) > limits.SHAPES_PER_MODEL

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -65,17 +65,27 @@ class Result:
                 f"{self.model} has no output that is a picture",
                 hint="say which with ImageSpec(output=...)",
             )
+        if self.image.output not in self.outputs:
+            raise InvalidInput(
+                f"{self.image.output!r}, the picture, was not asked for",
+                hint=f"leave outputs= out, or name it there: outputs=[{self.image.output!r}]",
+            )
         return Picture.from_tensor(self.outputs[self.image.output], self.image)
 
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """A model version as it was deployed. ``plan`` is None until the first shape is known."""
+    """A model version as it was deployed.
+
+    ``plan`` and ``report`` are None until the first shape is known. The report says what was
+    folded, which nodes run whole on one device and why, the share of the FLOPs that is distributed,
+    and the bytes that each device holds; print it.
+    """
 
     name: str
     version: int
     plan: str | None
-    report: tuple[str, ...]
+    report: m.Report | None
     image: ImageSpec | None
 
 
@@ -126,6 +136,24 @@ def describe_inputs(arrays: Mapping[str, Array]) -> tuple[m.Tensor, ...]:
         raise InvalidInput(str(error), hint="use an array of numbers") from error
 
 
+def wanted_outputs(names: Sequence[str] | None) -> tuple[str, ...] | None:
+    """Each once, in order. Raises ``InvalidInput`` for what cannot be a list of names."""
+    if names is None:
+        return None
+    if isinstance(names, str) or not names or not all(isinstance(n, str) and n for n in names):
+        raise InvalidInput(
+            f"outputs={names!r} are no names of outputs",
+            hint="give a list of them, or leave it out for all: client.models() has the names",
+        )
+    found = tuple(dict.fromkeys(names))
+    if len(found) > limits.OUTPUTS_ASKED or any(len(n) > limits.NAME_CHARS for n in found):
+        raise InvalidInput(
+            f"{len(found)} outputs, the longest name of {max(map(len, found))} characters",
+            hint=f"at most {limits.OUTPUTS_ASKED}, of {limits.NAME_CHARS} characters",
+        )
+    return found
+
+
 def deadline(seconds: float | None) -> float:
     """The deadline of a request: the longest if none is given. Raises ``InvalidInput``."""
     if seconds is None:
@@ -141,14 +169,9 @@ def result_of(
     arrays: Mapping[str, Array],
     wanted: tuple[str, ...] | None,
 ) -> Result:
-    """The result of a reply. Raises the typed error of a failure."""
+    """The result of a reply, its outputs as they were asked for. Raises a failure's typed error."""
     if reply.failure is not None:
         raise error_of(reply.failure)
-    unknown = sorted(set(wanted or ()) - set(arrays))
-    if unknown:
-        raise InvalidInput(
-            f"{model} has no output {unknown[0]!r}", hint=f"its outputs are {sorted(arrays)}"
-        )
     return Result(
         request_id=reply.request,
         # Copies, for what came in cannot be written to.

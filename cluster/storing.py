@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from cluster.blobs import BlobStore
 from meshinfer.protocol import messages as m
 from meshinfer.protocol.codec import failure_of
@@ -14,6 +16,13 @@ from meshinfer.scheduler.events import (
     ServeBlob,
     WriteBlob,
 )
+
+
+class Readable(Protocol):
+    """Who has blobs to serve."""
+
+    def read(self, digest: str, offset: int, length: int) -> tuple[bytes, int] | None: ...
+
 
 StoreEffect = FindBlobs | WriteBlob | ServeBlob
 
@@ -37,7 +46,7 @@ def _write(store: BlobStore, effect: WriteBlob) -> BlobWritten | None:
     return BlobWritten(effect.digest) if whole else None
 
 
-def serve(store: BlobStore, effect: ServeBlob) -> Send:
+def serve(store: Readable, effect: ServeBlob) -> Send:
     """The chunk that was asked for, or word that it is gone."""
     found = store.read(effect.digest, effect.offset, effect.length)
     if found is None:

@@ -119,6 +119,15 @@ class Graph:
         last.update({name: len(self.ops) for name in self.outputs})
         return last
 
+    @cached_property
+    def first_use(self) -> Mapping[str, int]:
+        """Index of the first op that reads a value; absent for what none reads."""
+        first: dict[str, int] = {}
+        for op in reversed(self.ops):
+            for name in (*op.inputs, *op.captured):
+                first[name] = op.index
+        return first
+
     def is_initializer(self, value: str) -> bool:
         return value in self.model.graph.initializers
 

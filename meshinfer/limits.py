@@ -55,6 +55,8 @@ KERNEL_FAILURES_PER_REQUEST: Final = 3
 ORPHAN_INPUT_S: Final = 600.0
 REQUEST_DEADLINE_S: Final = 300.0
 SHAPES_PER_MODEL: Final = 8
+EXITS_PER_MODEL: Final = 8
+OUTPUTS_ASKED: Final = 1024
 VERSIONS_PER_MODEL: Final = 4
 MODELS: Final = 64
 OPEN_DEPLOYS: Final = 16
@@ -65,16 +67,34 @@ STALE_REQUESTS_KEPT: Final = 1024
 
 # Sizes.
 MODEL_BYTES: Final = 16 << 30
+MODEL_FILE_BYTES: Final = (
+    1 << 31
+) - 1  # a protobuf cannot be larger; its weights may lie beside it
+WEIGHT_FILE_BYTES: Final = 64 << 10
+WEIGHT_FILES: Final = 16384
+DEPLOYING_BYTES: Final = 2 * MODEL_BYTES
 BLOB_STORE_BYTES: Final = 8 << 30
 TENSOR_BYTES: Final = MESSAGE_BYTES
 GRAPH_CACHE_BYTES: Final = 1 << 30
 PLAN_TEXT_BYTES: Final = 2 * MIB
 INSTALL_BYTES: Final = 3 * MIB
 LISTED_PLANS_BYTES: Final = 1 * MIB
+REPORT_LINE_CHARS: Final = 300
+REPORT_ENTRIES: Final = 256
+REPORT_NODES: Final = 4
 NAME_CHARS: Final = 512
 IMAGE_PIXELS: Final = 100_000_000
 IMAGE_FILE_BYTES: Final = 256 * MIB
 DEVICES: Final = 1024
+
+# Importing. Weights come on top of the memory; a value that is folded from constants is a weight.
+SUBGRAPH_DEPTH: Final = 32
+WINDOW_ELEMENTS: Final = 1 << 26
+FOLDED_BYTES: Final = 256 * MIB
+IMPORT_BYTES: Final = 2 << 30
+IMPORT_COPIES: Final = 3
+IMPORT_S: Final = 60.0
+IMPORT_BYTES_PER_S: Final = 25_000_000
 
 assert BLOB_CHUNK_BYTES <= FRAME_BYTES * FRAMES_PER_MESSAGE
 assert HEARTBEAT_S * 3 <= DEAD_AFTER_S
@@ -82,3 +102,5 @@ assert PLAN_TEXT_BYTES <= CONTROL_FRAME_BYTES
 assert BLOB_CHUNK_BYTES < BACKLOG_BYTES
 assert BLOB_WANT_BYTES <= BLOB_CHUNK_BYTES
 assert LISTED_PLANS_BYTES < CONTROL_FRAME_BYTES
+assert WEIGHT_FILES * 128 < CONTROL_FRAME_BYTES  # their names travel in one message
+assert FOLDED_BYTES * 4 <= IMPORT_BYTES

@@ -111,6 +111,9 @@ class _Lowering:
     def ints(self, values: Sequence[int]) -> str:
         return self._constant(np.asarray(list(values), dtype=np.int64))
 
+    def array(self, values: np.ndarray[Any, np.dtype[Any]]) -> str:
+        return self._constant(values)
+
     def scalar(self, value: float, op: Op) -> str:
         return self._constant(np.asarray(value, dtype=self.graph.numpy_dtype(op.inputs[0])))
 

@@ -6,15 +6,14 @@ The blobs (submodels and weights, by SHA-256) go with it, each weight made only 
 from __future__ import annotations
 
 import hashlib
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from meshinfer import limits
 from meshinfer.errors import InvalidInput
 from meshinfer.graph import Graph
 from meshinfer.lower import Submodel, lower
-from meshinfer.ops import BARRIER, rule_of
 from meshinfer.plan import Plan, Shard
 from meshinfer.protocol import messages as m
 from meshinfer.protocol.codec import DTYPES
@@ -23,14 +22,10 @@ from meshinfer.transfers import Flow, TaskRef, Transfer, derive
 
 @dataclass(frozen=True, slots=True)
 class Programs:
-    """``by_device``: every device of the plan, source and sink included. ``blobs``: their bytes.
-
-    ``report``: barriers, share of the FLOPs distributed, weights a device, in lines for people.
-    """
+    """``by_device``: every device of the plan, source and sink included. ``blobs``: their bytes."""
 
     by_device: Mapping[str, tuple[m.Program, ...]]
     blobs: Mapping[str, Callable[[], bytes | memoryview]]
-    report: tuple[str, ...]
 
 
 def make_programs(graph: Graph, plan: Plan) -> Programs:
@@ -43,7 +38,6 @@ def make_programs(graph: Graph, plan: Plan) -> Programs:
         _check(graph, Shard(name, graph.whole(name)))  # it goes to the client in one piece
     made: dict[str, list[m.Program]] = {}
     blobs: dict[str, Callable[[], bytes | memoryview]] = {}
-    work = _Work()
     made.setdefault(plan.source, []).append(_source(graph, flow, ends))
     for s, stage in enumerate(plan.stages):
         for t, task in enumerate(stage.tasks):
@@ -53,34 +47,11 @@ def make_programs(graph: Graph, plan: Plan) -> Programs:
             for weight in submodel.weights:
                 blobs[weight.digest] = _weight(graph, weight.shard)
             device = task.devices[0]
-            work.add(device, submodel, shared=len({t.devices[0] for t in stage.tasks}) > 1)
             ref = TaskRef(s, t)
             made.setdefault(device, []).append(_task(ends, ref, submodel, digest))
     made.setdefault(plan.sink, []).append(_sink(graph, flow, ends))
     by_device = {name: tuple(each) for name, each in made.items()}
-    return Programs(by_device, blobs, tuple(work.report(graph)))
-
-
-class _Work:
-    """What the plan comes to, for people: barriers, share of the work that is tiled, weights."""
-
-    def __init__(self) -> None:
-        self._flops = {True: 0, False: 0}
-        self._weights: dict[str, dict[str, int]] = {}
-
-    def add(self, device: str, submodel: Submodel, *, shared: bool) -> None:
-        self._flops[shared] += submodel.flops
-        held = self._weights.setdefault(device, {})
-        held.update({weight.digest: weight.nbytes for weight in submodel.weights})
-
-    def report(self, graph: Graph) -> Iterator[str]:
-        barriers = Counter(op.type for op in graph.ops if rule_of(op) is BARRIER)
-        names = ", ".join(f"{count} {name}" for name, count in sorted(barriers.items()))
-        yield f"barriers, which run whole on one device: {names or 'none'}"
-        share = self._flops[True] / max(1, sum(self._flops.values()))
-        yield f"{share:.1%} of the FLOPs are in stages that several devices share"
-        for device, held in self._weights.items():
-            yield f"{device} holds {sum(held.values()) / 1e6:.1f} MB of weights"
+    return Programs(by_device, blobs)
 
 
 class _Ends:

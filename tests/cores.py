@@ -28,7 +28,7 @@ from meshinfer.engine.ort import OrtEngine, OrtPrepared
 from meshinfer.graph import Graph
 from meshinfer.identity import DeviceId
 from meshinfer.image import ImageSpec
-from meshinfer.importers import load, open_model
+from meshinfer.importers import inputs_needed, load, open_model
 from meshinfer.legality import validate
 from meshinfer.plan import Plan
 from meshinfer.planner import Block, axes_of, build
@@ -89,23 +89,25 @@ def image(seed: int = 0, size: tuple[int, int] = (12, 10)) -> dict[str, np.ndarr
 
 
 @cache
-def _imported(model: bytes, spec: str | None, shapes: tuple[tuple[str, tuple[int, ...]], ...]):  # type: ignore[no-untyped-def]
+def _imported(model: bytes, spec: str | None, signature: e.Signature):  # type: ignore[no-untyped-def]
     picture = None if spec is None else ImageSpec.from_json(spec)
-    return load(model, shapes=dict(shapes), image=picture)
+    shapes = dict(signature.shapes)
+    return load(model, shapes=shapes, image=picture, outputs=signature.outputs)
 
 
 @cache
 def _planned(
     model: bytes, spec: str | None, signature: e.Signature, names: tuple[str, ...], head: str,
     text: str | None,
-) -> tuple[str, Programs]:  # fmt: skip
-    graph = _imported(model, spec, signature.shapes)
+) -> tuple[str, Programs, Report]:  # fmt: skip
+    graph = _imported(model, spec, signature)
     if text is None:
         plan = banded(graph, names, head)
     else:
         plan = Plan.parse(text)
     validate(graph, plan)
-    return str(plan), make_programs(graph, plan)
+    report = report_of(graph, plan, timeline(graph, plan, []))
+    return str(plan), make_programs(graph, plan), report
 
 
 def banded(graph: Graph, names: Sequence[str], head: str) -> Plan:
@@ -562,7 +564,9 @@ class Cluster:
         try:
             source = open_model(node.blobs[effect.digest])
             spec = effect.image or (None if source.image is None else source.image.to_json())
-            return e.ModelOpened(effect.key, {v.name: _input(v) for v in source.inputs}, spec)
+            inputs = {v.name: _input(v) for v in source.inputs}
+            outputs = inputs_needed(source.proto)
+            return e.ModelOpened(effect.key, inputs, spec, outputs=outputs)
         except Exception as error:
             return e.ModelOpened(effect.key, {}, None, failure_of(error))
 
@@ -575,13 +579,13 @@ class Cluster:
         try:
             spec = effect.image if effect.signature.picture else None
             model = node.blobs[effect.digest]
-            text, programs = _planned(
+            text, programs, report = _planned(
                 model, spec, effect.signature, names, effect.head, effect.plan
             )
             for digest, data in programs.blobs.items():
                 if digest not in node.blobs:
                     node.blobs[digest] = bytes(data())
-            return e.PlanReady(effect.deployment, text, programs.by_device, ("planned",))
+            return e.PlanReady(effect.deployment, text, programs.by_device, report)
         except Exception as error:
             return e.PlanReady(effect.deployment, failure=failure_of(error))
 

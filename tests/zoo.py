@@ -8,7 +8,9 @@ fixture gives the same bytes anywhere. `scripts/make_zoo` makes them; `tests/zoo
 from __future__ import annotations
 
 import hashlib
+import logging
 import lzma
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,8 +171,6 @@ def _picture(rng: np.random.Generator, shape: list[int]) -> np.ndarray[Any, Any]
 
 def _quantised(name: str, model: ModelProto) -> ModelProto:
     """The int8 model that onnxruntime makes of it: QDQ, weights per channel, uint8 activations."""
-    import tempfile
-
     from onnxruntime.quantization import (
         CalibrationDataReader,
         QuantFormat,
@@ -189,13 +189,18 @@ def _quantised(name: str, model: ModelProto) -> ModelProto:
 
     with tempfile.TemporaryDirectory(prefix="meshinfer-zoo-") as folder:
         path = Path(folder) / "int8.onnx"
-        quantize_static(
-            model,
-            str(path),
-            Reader(),
-            quant_format=QuantFormat.QDQ,
-            per_channel=True,
-            weight_type=QuantType.QInt8,
-            activation_type=QuantType.QUInt8,
-        )
+        before = logging.root.manager.disable
+        logging.disable(logging.WARNING)  # it advises to optimise first: the exporter has done so
+        try:
+            quantize_static(
+                model,
+                str(path),
+                Reader(),
+                quant_format=QuantFormat.QDQ,
+                per_channel=True,
+                weight_type=QuantType.QInt8,
+                activation_type=QuantType.QUInt8,
+            )
+        finally:
+            logging.disable(before)
         return onnx.load_model(str(path))

@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from meshinfer.cost.profile import DeviceProfile
+from meshinfer.geometry import Box
 from meshinfer.graph import Graph, Op
 from meshinfer.halo import Field, Job
-from meshinfer.ops import BARRIER, rule_of
+from meshinfer.ops import BARRIER, Boxes, rule_of
 
 GLUED = frozenset(
     (
@@ -48,9 +49,17 @@ def field_work(graph: Graph, field: Field) -> Work:
     flops = nbytes = 0
     made = {job.op.index for job in field.jobs}
     for job in field.jobs:
-        flops += rule_of(job.op).flops(job.op, job.outs)
+        flops += flops_of(job.op, job.outs, job.over)
         nbytes += _touched(graph, job, made)
     return Work(flops, nbytes, _peak(graph, field))
+
+
+def flops_of(op: Op, outs: Boxes, over: Box | None) -> int:
+    """Operations for these outputs, or for a part of the reduction."""
+    rule = rule_of(op)
+    flops = rule.flops(op, outs)
+    whole = rule.reduction(op) if over is not None else None
+    return flops if over is None or whole is None else flops * over.volume // whole.volume
 
 
 def _touched(graph: Graph, job: Job, made: set[int]) -> int:

@@ -8,24 +8,33 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime as ort
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, EncodeError
 
+from meshinfer import limits
 from meshinfer.errors import InvalidInput
 from meshinfer.graph import Graph
 from meshinfer.image import METADATA_KEY, ImageSpec
-from meshinfer.importers.external import MOVED_FROM_BYTES, check_external, move_weights
+from meshinfer.importers.checks import check_model, check_nodes
+from meshinfer.importers.external import check_external, move_weights
+from meshinfer.importers.optimise import GIVEN, MADE, Optimise, optimise
 from meshinfer.importers.picture import with_image_input
-from meshinfer.importers.sums import bring_together, fused_sums
-from meshinfer.importers.types import infer_types
+from meshinfer.importers.pruning import keep_outputs
+from meshinfer.importers.sums import bring_together
+from meshinfer.importers.torch_module import is_torch_module, of_example
 
 Shapes = Mapping[str, Sequence[int]]
+
+GIVEN_OPS = ("given ops",)
+"""Where ``Graph.memo`` has the model's nodes as they were given, counted by type."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -84,7 +93,7 @@ def open_model(model: str | os.PathLike[str] | bytes | onnx.ModelProto | Source)
     else:
         raise InvalidInput(
             f"{type(model).__name__} is no model",
-            hint="give a path, bytes or an onnx.ModelProto; torch modules are to come",
+            hint="give a path, bytes or an onnx.ModelProto, or a torch module with its example",
         )
     try:
         proto = onnx.load_model_from_string(data)
@@ -104,36 +113,73 @@ def load(
     shapes: Shapes | None = None,
     *,
     image: ImageSpec | None = None,
+    outputs: Sequence[str] | None = None,
+    through: Optimise = optimise,
+    scratch: Path | None = None,
 ) -> Graph:
     """The graph of an ONNX model for one set of input shapes.
 
     ``shapes``: input name -> shape, needed for every input that has dynamic axes; ``example`` may
     give arrays instead. ``image``: put this spec's arithmetic in front, so that the input becomes
-    uint8 pixels [1, H, W, C], and ``shapes`` speak of those. Raises ``InvalidInput``.
+    uint8 pixels [1, H, W, C], and ``shapes`` speak of those. ``outputs``: only these, without what
+    lies behind them and without the inputs that they do not need. A torch module is exported with
+    its ``example``, see ``from_torch``. ``through`` runs what may crash, in
+    this process or another; ``scratch`` is for its files. Raises ``InvalidInput``.
     """
-    source = _own(open_model(model), model)
+    if is_torch_module(model):
+        proto, shapes = of_example(model, example, shapes)
+        source = Source(proto, None)
+    else:
+        source = _own(open_model(model), model)
+    check_model(source.proto)
     check_external(source.proto, source.folder)
     _check_tensors(source.proto)
-    if isinstance(example, Mapping):
-        shapes = {**{n: a.shape for n, a in example.items()}, **(shapes or {})}
-    if image is not None:
+    if isinstance(example, Mapping) and not is_torch_module(model):
+        shapes = {**{n: np.shape(a) for n, a in example.items()}, **(shapes or {})}
+    dropped = set() if outputs is None else keep_outputs(source.proto, outputs)
+    if image is not None and image.input not in dropped:
         with_image_input(source.proto, image)
-    _fix_shapes(source, shapes or {})
-    with tempfile.TemporaryDirectory(prefix="meshinfer-import-") as name:
-        optimised = Path(name) / "model.onnx"
-        moved = move_weights(source.proto, Path(name) / "given")
-        folder, data = Path(name) if moved else source.folder, source.proto.SerializeToString()
+    _fix_shapes(source, {n: s for n, s in (shapes or {}).items() if n not in dropped})
+    given = Counter(node.op_type for node in source.proto.graph.node)
+    with tempfile.TemporaryDirectory(prefix="meshinfer-import-", dir=scratch) as name:
+        folder = Path(name)
+        moved = move_weights(source.proto, folder / "given")
+        weights = folder if moved else source.folder or folder
+        _write(source.proto, folder / GIVEN)
         del source  # onnxruntime makes copies enough
-        _optimise(data, folder, optimised)
-        infer_types(optimised)
-        imported = ir.load(optimised)
-        sums = fused_sums(imported, optimised)
-        for value in imported.graph.initializers.values():
-            if value.const_value is not None:
-                value.const_value.numpy()  # maps the file now: it is unlinked below
+        sums = through(folder, weights)
+        imported = _read(folder / MADE)
     _tidy(imported)
     bring_together(imported, sums)
-    return Graph(imported, sums)
+    graph = Graph(imported, sums)
+    graph.memo[GIVEN_OPS] = given
+    check_nodes(graph)
+    return graph
+
+
+def _write(proto: onnx.ModelProto, path: Path) -> None:
+    try:
+        path.write_bytes(proto.SerializeToString())
+    except (ValueError, EncodeError) as error:
+        raise InvalidInput(
+            f"the model does not fit into one file of 2 GB: {error}",
+            hint="save it with its weights as external data, and give its path",
+        ) from error
+
+
+def _read(path: Path) -> ir.Model:
+    """The optimised model. Its weights are mapped at once: the file is unlinked afterwards."""
+    try:
+        imported = ir.load(path)
+        for value in imported.graph.initializers.values():
+            if value.const_value is not None:
+                value.const_value.numpy()
+    except Exception as error:
+        raise InvalidInput(
+            f"what onnxruntime made of the model cannot be read: {error}",
+            hint="check the shapes of its weights and the sizes in its attributes",
+        ) from error
+    return imported
 
 
 def _own(source: Source, model: object) -> Source:
@@ -160,34 +206,10 @@ def _fix_shapes(source: Source, shapes: Shapes) -> None:
     unknown = sorted(set(shapes) - set(names))
     if unknown:
         raise InvalidInput(f"the model has no input {unknown[0]!r}", hint=f"its inputs are {names}")
+    shared: dict[str, tuple[str, int]] = {}
     for value in source.inputs:
-        tensor = value.type.tensor_type
-        declared = [
-            d.dim_value if d.HasField("dim_value") else (d.dim_param or "?")
-            for d in tensor.shape.dim
-        ]
-        if value.name not in shapes:
-            if value.type.HasField("tensor_type") and (
-                not tensor.HasField("shape") or any(isinstance(d, str) for d in declared)
-            ):
-                raise InvalidInput(
-                    f"input {value.name!r} has the dynamic shape {declared}",
-                    hint=f"fix it: shapes={{{value.name!r}: (...)}}, or --shape {value.name}=...",
-                )
-            continue
-        given = tuple(int(d) for d in shapes[value.name])
-        fits = not tensor.HasField("shape") or (
-            len(given) == len(declared)
-            and all(isinstance(d, str) or d == g for d, g in zip(declared, given, strict=True))
-        )
-        if not fits or any(d < 0 for d in given):
-            raise InvalidInput(
-                f"input {value.name!r} has shape {list(given)}, the model wants {declared}",
-                hint="give an array of the model's shape; names stand for sizes that may vary",
-            )
-        del tensor.shape.dim[:]
-        for size in given:
-            tensor.shape.dim.add(dim_value=size)
+        _fix_shape(value, shapes.get(value.name), shared)
+        _check_size(value)
     del source.proto.graph.value_info[:]
     weights = {t.name for t in source.proto.graph.initializer}
     kept = [v for v in source.proto.graph.input if v.name not in weights]
@@ -198,29 +220,53 @@ def _fix_shapes(source: Source, shapes: Shapes) -> None:
             output.type.tensor_type.ClearField("shape")
 
 
-def _optimise(data: bytes, folder: Path | None, target: Path) -> None:
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    options.optimized_model_filepath = str(target)
-    options.log_severity_level = 4
-    options.add_session_config_entry("session.disable_prepacking", "1")  # it never runs
-    options.add_session_config_entry(
-        "session.optimized_model_external_initializers_file_name", "weights"
+def _fix_shape(
+    value: onnx.ValueInfoProto, shape: Sequence[int] | None, shared: dict[str, tuple[str, int]]
+) -> None:
+    """Give an input its sizes, in place. ``shared``: which input gave a named size first."""
+    tensor = value.type.tensor_type
+    declared = [
+        d.dim_value if d.HasField("dim_value") else (d.dim_param or "?") for d in tensor.shape.dim
+    ]
+    if shape is None:
+        if value.type.HasField("tensor_type") and (
+            not tensor.HasField("shape") or any(isinstance(d, str) for d in declared)
+        ):
+            raise InvalidInput(
+                f"input {value.name!r} has the dynamic shape {declared}",
+                hint=f"fix it: shapes={{{value.name!r}: (...)}}, or --shape {value.name}=...",
+            )
+        return
+    given = tuple(int(d) for d in shape)
+    fits = not tensor.HasField("shape") or (
+        len(given) == len(declared)
+        and all(isinstance(d, str) or d == g for d, g in zip(declared, given, strict=True))
     )
-    options.add_session_config_entry(
-        "session.optimized_model_external_initializers_min_size_in_bytes", str(MOVED_FROM_BYTES)
-    )
-    if folder is not None:
-        options.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", str(folder)
-        )
-    try:
-        ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    except Exception as error:
+    if not fits or any(d < 0 for d in given):
         raise InvalidInput(
-            f"onnxruntime {ort.__version__} refuses the model: {error}",
-            hint="a model must load in plain onnxruntime; check its operators, opset and files",
-        ) from error
+            f"input {value.name!r} has shape {list(given)}, the model wants {declared}",
+            hint="give an array of the model's shape; names stand for sizes that may vary",
+        )
+    for name, size in zip(declared, given, strict=False):
+        if isinstance(name, str) and name != "?":
+            other, known = shared.setdefault(name, (value.name, size))
+            if known != size:
+                raise InvalidInput(
+                    f"the size {name!r} is {known} in input {other!r} and {size} in {value.name!r}",
+                    hint="sizes of one name are equal; give both inputs the same",
+                )
+    tensor.shape.Clear()
+    for size in given:
+        tensor.shape.dim.add(dim_value=size)
+
+
+def _check_size(value: onnx.ValueInfoProto) -> None:
+    dims = [d.dim_value for d in value.type.tensor_type.shape.dim]
+    if min(dims, default=0) < 0 or prod(dims) > limits.TENSOR_BYTES:
+        raise InvalidInput(
+            f"input {value.name!r} has the shape {dims}",
+            hint=f"a tensor has at most {limits.TENSOR_BYTES} bytes, and no negative size",
+        )
 
 
 def _tidy(model: ir.Model) -> None:

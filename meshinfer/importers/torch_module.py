@@ -9,15 +9,10 @@ import contextlib
 import dataclasses
 import inspect
 import io
-import linecache
 import logging
-import re
 import sys
-import sysconfig
-import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,13 +20,10 @@ import onnx
 import onnx_ir as ir
 
 from meshinfer.errors import ConfigurationError, InvalidInput, MeshInferError
+from meshinfer.importers.torch_faults import EXPORTERS, advice, is_users, where, words
 
 Axes = Mapping[str, Sequence[int | str | None]]
 """Input name -> sizes: a number is fixed, a name or None may vary."""
-
-_EXPORTERS = ("torch", "onnxscript", "onnx_ir")
-_DOCS = "https://docs.pytorch.org/docs/stable/export.html"
-_PLACE = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
 
 
 def is_torch_module(model: object) -> bool:
@@ -58,12 +50,20 @@ def from_torch(module: Any, example: object, *, shapes: Axes | None = None) -> o
     Raises ``InvalidInput``, with the line of the model that cannot be exported;
     ``ConfigurationError`` where torch or onnxscript is missing.
     """
-    proto: onnx.ModelProto = ir.to_proto(export(module, example, shapes))
+    proto: onnx.ModelProto = ir.to_proto(_exported(module, example, shapes)[0])
     return proto
 
 
-def export(module: Any, example: object, shapes: Axes | None = None) -> ir.Model:
-    """As ``from_torch``; the weights are still those of the module, not copied."""
+def of_example(
+    module: Any, example: object, shapes: Axes | None
+) -> tuple[onnx.ModelProto, dict[str, tuple[int, ...]]]:
+    """As ``from_torch``, with the shapes of the example."""
+    model, call = _exported(module, example, shapes)
+    return ir.to_proto(model), {name: tuple(t.shape) for name, t in call.tensors.items()}
+
+
+def _exported(module: Any, example: object, shapes: Axes | None) -> tuple[ir.Model, _Call]:
+    """The model, its weights still those of the module: not copied."""
     if not is_torch_module(module):
         raise InvalidInput(
             f"{type(module).__name__} is no torch module", hint="give a torch.nn.Module"
@@ -82,15 +82,14 @@ def export(module: Any, example: object, shapes: Axes | None = None) -> ir.Model
     training = [(each, each.training) for each in adapter.modules()]
     adapter.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _passed_on():
             _run(adapter, call)
             program = _export(torch, adapter, call, axes)
     finally:
         for each, was in training:
             each.training = was
     _rename(program.model, call)
-    model: ir.Model = program.model
-    return model
+    return program.model, call
 
 
 def _torch() -> Any:
@@ -139,18 +138,18 @@ class _Call:
         if isinstance(value, np.ndarray | np.generic):
             value = self._torch.tensor(np.asarray(value))
         if isinstance(value, self._torch.Tensor):
-            self.tensors[name] = value.detach().to(self._device)  # type: ignore[attr-defined]
+            self.tensors[name] = value.detach().to(self._device)
             return _Slot(len(self.tensors) - 1)
         return _rebuilt(value, lambda key, each: self._take(f"{name}.{key}", each))
 
     def filled(self, tensors: Sequence[object]) -> tuple[Any, Any]:
         """Arguments and keyword arguments with these tensors."""
 
-        def fill(key: object, value: object) -> object:
+        def fill(key: object, value: object) -> Any:
             return tensors[value.index] if isinstance(value, _Slot) else _rebuilt(value, fill)
 
         return (
-            tuple(fill(i, each) for i, each in enumerate(self.args)),
+            tuple([fill(i, each) for i, each in enumerate(self.args)]),
             {name: fill(name, each) for name, each in self.kwargs.items()},
         )
 
@@ -165,7 +164,8 @@ def _rebuilt(value: Any, change: Callable[[object, object], object]) -> Any:
     if isinstance(value, dict):
         return {key: change(key, each) for key, each in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(change(key, getattr(value, key)) for key in value._fields))
+        fields: Any = value
+        return fields._make([change(key, getattr(value, key)) for key in fields._fields])
     if isinstance(value, list | tuple):
         return type(value)([change(i, each) for i, each in enumerate(value)])
     return value
@@ -208,10 +208,8 @@ def _adapter(torch: Any, module: Any, call: _Call) -> Any:
             found = list(_leaves(self.module(*args, **kwargs), ""))
             if not torch.compiler.is_dynamo_compiling():
                 call.outputs[:] = [name or "output" for name, _ in found]
-            return tuple(
-                value if isinstance(value, torch.Tensor) else torch.tensor(value)
-                for _, value in found
-            )
+            tensor = torch.Tensor
+            return tuple([v if isinstance(v, tensor) else torch.tensor(v) for _, v in found])
 
     return Adapter()
 
@@ -265,25 +263,29 @@ def _dynamic(torch: Any, call: _Call, shapes: Axes | None) -> Any:
                 f"shapes say {list(sizes)} of {name!r}, the example has {given}",
                 hint="give None, or a name, for each size that may vary, and the example's else",
             )
-        varies = {i: s for i, s in enumerate(sizes) if s is None or isinstance(s, str)}
-        free.append({i: torch.export.Dim.DYNAMIC for i in varies})
+        varies = [i for i, s in enumerate(sizes) if s is None or isinstance(s, str)]
+        free.append(dict.fromkeys(varies, torch.export.Dim.DYNAMIC))
     return {"tensors": tuple(free)} if any(free) else None
 
 
 def _run(adapter: Any, call: _Call) -> None:
     """Once as it is: what fails here is no matter of exporting. It names the outputs, too."""
     name = type(adapter.module).__name__
+    before = [(buffer, buffer.clone()) for buffer in adapter.buffers()]
     try:
-        adapter(*call.tensors.values())
+        adapter(*(tensor.clone() for tensor in call.tensors.values()))
     except MeshInferError:
         raise
     except Exception as error:
         given = {n: list(t.shape) for n, t in call.tensors.items()}
         raise InvalidInput(
-            f"{name} fails on the example: {_words(error)}{_where(error)}",
+            f"{name} fails on the example: {words(error)}{where(error)}",
             hint=f"the example gives {given}; forward takes "
             f"{[n for n, _ in _parameters(adapter.module)]}",
         ) from error
+    finally:
+        for buffer, was in before:  # one that counts its calls
+            buffer.copy_(was)
     if not call.outputs:
         raise InvalidInput(f"{name} returns nothing", hint="return a tensor, or several")
 
@@ -291,9 +293,8 @@ def _run(adapter: Any, call: _Call) -> None:
 def _export(torch: Any, adapter: Any, call: _Call, axes: Any) -> Any:
     name = type(adapter.module).__name__
     try:
-        with _quiet(torch), warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            program = torch.onnx.export(
+        with _quiet():
+            return torch.onnx.export(
                 adapter,
                 tuple(call.tensors.values()),
                 dynamo=True,
@@ -304,19 +305,34 @@ def _export(torch: Any, adapter: Any, call: _Call, axes: Any) -> Any:
         raise
     except Exception as error:
         raise InvalidInput(
-            f"{name} cannot be exported: {_words(error)}{_where(error)}",
-            hint=_advice(error),
+            f"{name} cannot be exported: {words(error)}{where(error)}",
+            hint=advice(error),
         ) from error
-    for each in said:
-        if not _is_noise(each):
-            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
-    return program
 
 
 @contextlib.contextmanager
-def _quiet(torch: Any) -> Iterator[None]:
+def _passed_on() -> Iterator[None]:
+    """Warnings, each once though the model runs twice, and without those of the exporter.
+
+    Its own are deprecations raised in its files, or Python's: for its developers to see.
+    """
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        yield
+    own = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)
+    seen = set()
+    for each in said:
+        what = (str(each.message), each.category, each.filename, each.lineno)
+        if what in seen or (issubclass(each.category, own) and not is_users(each.filename)):
+            continue
+        seen.add(what)
+        warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
     """No progress, no graphs and no stack traces on the terminal; what matters is raised."""
-    loggers = [logging.getLogger(name) for name in _EXPORTERS]
+    loggers = [logging.getLogger(name) for name in EXPORTERS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL + 1)
@@ -326,12 +342,6 @@ def _quiet(torch: Any) -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def _is_noise(warning: warnings.WarningMessage) -> bool:
-    """A deprecation inside the exporter: for its developers, and nothing to be done here."""
-    about = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)
-    return issubclass(warning.category, about) and not _is_users(warning.filename)
 
 
 def _rename(model: ir.Model, call: _Call) -> None:
@@ -356,66 +366,3 @@ def _rename(model: ir.Model, call: _Call) -> None:
 def _values(graph: ir.Graph) -> list[ir.Value]:
     made = [v for node in graph.all_nodes() for v in node.outputs]
     return [*graph.inputs, *graph.initializers.values(), *made]
-
-
-# --- what went wrong, and where ---
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _words(error: Exception) -> str:
-    """The first line of the innermost error: torch's own say how to debug torch."""
-    causes = [e for e in _chain(error) if str(e).strip()]
-    if not causes:
-        return type(error).__name__
-    line = str(causes[-1]).strip().splitlines()[0]
-    return line if len(line) <= 300 else f"{line[:300]}..."
-
-
-def _where(error: Exception) -> str:
-    """The line of the model that the error comes from, the innermost that is not torch's own."""
-    for each in reversed(list(_chain(error))):
-        frames = list(traceback.walk_tb(each.__traceback__))
-        for frame, line in reversed(frames):
-            file = frame.f_code.co_filename
-            if _is_users(file):
-                return _line(file, line, frame.f_code.co_name)
-        for frame, _ in reversed(frames):  # the node that has no ONNX form knows its line
-            trace = getattr(frame.f_locals.get("node"), "stack_trace", None) or ""
-            for found in reversed(list(_PLACE.finditer(trace))):
-                if _is_users(found["file"]):
-                    return _line(found["file"], int(found["line"]), found["function"])
-    return ""
-
-
-def _line(file: str, number: int, function: str) -> str:
-    return f"\n  {file}:{number}, in {function}\n    {linecache.getline(file, number).strip()}"
-
-
-def _is_users(file: str) -> bool:
-    """Whether a file may be the model's: not torch's, the exporter's, Python's or this one."""
-    if file == __file__ or file.startswith(("<eval_with_key", "<frozen")):
-        return False
-    path = Path(file)
-    for name in _EXPORTERS:
-        home = getattr(sys.modules.get(name), "__file__", None)
-        if home is not None and path.is_relative_to(Path(home).parent):
-            return False
-    library = Path(sysconfig.get_paths()["stdlib"])
-    return not path.is_relative_to(library) or "site-packages" in path.parts
-
-
-def _advice(error: Exception) -> str:
-    kinds = {type(e).__name__ for e in _chain(error)}
-    if kinds & {"GuardOnDataDependentSymNode", "UserError"}:
-        return (
-            "Python may not decide by a tensor's values: use torch.where for a choice, and sizes "
-            f"that depend on shapes alone; see {_DOCS}"
-        )
-    if kinds & {"DispatchError", "ConversionError"}:
-        return "this operator has no ONNX form: write it with others, or take it out of the model"
-    return f"torch.export must be able to follow this line: keep to torch operators; see {_DOCS}"

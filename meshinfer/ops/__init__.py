@@ -7,7 +7,19 @@ import onnx_ir as ir
 
 from meshinfer.geometry import Box
 from meshinfer.graph import Op
-from meshinfer.ops import conv, layout, matmul, pointwise, pool, quant, reduce
+from meshinfer.ops import (
+    conv,
+    gather,
+    joint,
+    layout,
+    matmul,
+    normalise,
+    pointwise,
+    pool,
+    quant,
+    reduce,
+    resize,
+)
 from meshinfer.ops.rule import Boxes, Emission, Emitter, Rule
 
 __all__ = [
@@ -28,10 +40,15 @@ TABLE: dict[str, Rule] = {  # operators of other domains as "domain:type"
     "AveragePool": pool.POOL,
     "Gemm": matmul.GEMM,
     "MatMul": matmul.MATMUL,
+    "Resize": resize.RESIZE,
+    "Upsample": resize.RESIZE,
     **pointwise.ROWS,
+    **normalise.ROWS,
     **layout.ROWS,
     **reduce.ROWS,
     **quant.ROWS,
+    **gather.ROWS,
+    **joint.ROWS,
 }
 
 _RANDOM = {

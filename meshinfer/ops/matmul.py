@@ -6,6 +6,8 @@ takes just those columns of the weights, so no device needs all of a fully conne
 
 from __future__ import annotations
 
+import onnx_ir as ir
+
 from meshinfer.geometry import Box, Interval
 from meshinfer.graph import Op
 from meshinfer.ops.pointwise import broadcast_box
@@ -33,8 +35,13 @@ def _gemm_emit(op: Op, job: Emission, e: Emitter) -> None:
     e.copy(op, inputs, job.outputs)
 
 
+def _adds_exactly(op: Op) -> bool:
+    """Whether parts of a sum may be rounded to the type of the whole: half precision may not."""
+    return op.graph.dtype(op.outputs[0]) not in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+
+
 def _gemm_reduction(op: Op) -> Box | None:
-    return Box.of((0, _gemm_k(op)))
+    return Box.of((0, _gemm_k(op))) if _adds_exactly(op) else None
 
 
 def _gemm_flops(op: Op, outs: Boxes) -> int:
@@ -54,21 +61,19 @@ GEMM = Rule(
 )
 
 
-def _matmul_objection(op: Op) -> str:
-    return "" if min(len(op.shape(0)), len(op.shape(1))) >= 2 else "it multiplies a vector"
-
-
 def _matmul_footprint(op: Op, outs: Boxes, over: Box | None) -> Boxes:
-    box = only(outs)
-    inner = Interval(0, op.shape(0)[-1]) if over is None else over[0]
-    batch = Box(box.axes[:-2])
-    a = broadcast_box(op.shape(0)[:-2], batch)
-    b = broadcast_box(op.shape(1)[:-2], batch)
-    return (Box((*a, box[-2], inner)), Box((*b, inner, box[-1])))
+    """A vector on the left has no rows, one on the right no columns; nor has the product then."""
+    left, right, axes = op.shape(0), op.shape(1), list(only(outs))
+    inner = Interval(0, left[-1]) if over is None else over[0]
+    cols = [axes.pop()] if len(right) > 1 else []
+    rows = [axes.pop()] if len(left) > 1 else []
+    a = broadcast_box(left[:-2], Box(tuple(axes)))
+    b = broadcast_box(right[:-2], Box(tuple(axes)))
+    return (Box((*a, *rows, inner)), Box((*b, inner, *cols)))
 
 
 def _matmul_reduction(op: Op) -> Box | None:
-    return Box.of((0, op.shape(0)[-1]))
+    return Box.of((0, op.shape(0)[-1])) if _adds_exactly(op) else None
 
 
 def _matmul_flops(op: Op, outs: Boxes) -> int:
@@ -77,7 +82,6 @@ def _matmul_flops(op: Op, outs: Boxes) -> int:
 
 MATMUL = Rule(
     footprint=_matmul_footprint,
-    objection=_matmul_objection,
     reduction=_matmul_reduction,
     flops=_matmul_flops,
 )

@@ -15,7 +15,7 @@ import numpy as np
 Array = np.ndarray[Any, np.dtype[Any]]
 F = np.float32
 NEAR = F(1e-6)
-"""So close to the middle between two inputs a coordinate counts as the middle (onnxruntime 1.32)."""
+"""This close to the middle between two inputs is the middle (onnxruntime 1.32)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ def nearest(where: Array, inputs: int, rounding: str, shrinks: bool) -> Taps:
 
 
 def linear(where: Array, inputs: int, fixed: bool) -> Taps:
-    """Two inputs for each output; ``fixed``: weights in units of 1/1024, for 8-bit channels last."""
+    """Two inputs for each output; ``fixed``: weights in units of 1/1024 (8 bits, channels last)."""
     place = np.clip(where, F(0), F(inputs - 1))
     first = np.minimum(place.astype(np.int64), inputs - 1)
     second = np.minimum(first + 1, inputs - 1)
@@ -103,7 +103,8 @@ def cubic(where: Array, inputs: int, a: F, exclude_outside: bool, divided: bool)
     divisor = None
     if exclude_outside:
         weight = np.where((index < 0) | (index >= inputs), F(0), weight)
-        divisor = weight[0] + weight[1] + weight[2] + weight[3]
+        total = weight[0] + weight[1] + weight[2] + weight[3]
+        divisor = np.where(total == 0, F(1), total)  # 0 only where the extrapolation value stands
         if divided:
             weight, divisor = weight / divisor, None
     return Taps(np.clip(index, 0, inputs - 1), weight, divisor)
@@ -127,7 +128,7 @@ def antialias(
     narrower = F(1) / by if by >= 1 else F(1)
     rows = []
     for output in range(len(where)):
-        centre = F(0.5) + (F(output) if by == 1 else where[output])
+        centre = F(0.5) + where[output]
         low = int(np.floor(centre - support + F(0.5)))
         high = int(np.floor(centre + support + F(0.5)))
         start, stop = max(low, 0), min(high, inputs)

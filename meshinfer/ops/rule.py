@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
+
+import numpy as np
 
 from meshinfer.geometry import Box
 from meshinfer.graph import Op
@@ -47,6 +49,9 @@ class Emitter(Protocol):
 
     def ints(self, values: Sequence[int]) -> str:
         """Name of a 1-D int64 constant."""
+
+    def array(self, values: np.ndarray[Any, np.dtype[Any]]) -> str:
+        """Name of a constant. It travels in the submodel: keep it to a vector an axis."""
 
     def scalar(self, value: float, op: Op) -> str:
         """Name of a 0-D constant of the type of the op's first input."""

@@ -2,7 +2,8 @@
 
 Every value is cut at the same fractions, so that what a device made it mostly reads next. The rows
 of a picture are followed through the graph by asking each rule which slice of its output reads a
-slice of the rows; where none does (a flatten, a mean, a Gemm) the largest axis is cut.
+slice of the rows; where none does (a flatten, a Gemm) the largest axis is cut. A mean over the rows
+may be cut into partial sums, one of each band.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from meshinfer.identity import DeviceId
 from meshinfer.ops import BARRIER, rule_of
 from meshinfer.plan import Plan, Shard, Stage, Task
 
-Kind = Literal["rows", "channels"]
-KINDS: tuple[Kind, ...] = ("rows", "channels")
+Kind = Literal["rows", "channels", "batch"]
+KINDS: tuple[Kind, ...] = ("rows", "channels", "batch")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +29,21 @@ class Axes:
 
     rows: Mapping[str, int | None]
     channels: Mapping[str, int | None]
+    batch: Mapping[str, int | None]
     follows: frozenset[int]
     """Ops whose output rows read just some of their input's rows: a band stays a band."""
+    sums: Mapping[str, int]
+    """Values that sum over rows, so that bands of rows give parts of the sum: value -> position of
+    the rows among the axes of the reduction."""
 
     def of(self, value: str, kind: Kind) -> int | None:
-        return (self.rows if kind == "rows" else self.channels).get(value)
+        maps = {"rows": self.rows, "channels": self.channels, "batch": self.batch}
+        return maps[kind].get(value)
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The kinds of split that this graph has at all."""
+        return KINDS if self.batch else KINDS[:2]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,47 +56,132 @@ class Block:
     kind: Kind = "rows"
 
 
-def axes_of(graph: Graph) -> Axes:
-    """One pass over the graph, front to back."""
+@dataclass(frozen=True, slots=True)
+class Cutting:
+    """How a value that a stage makes is cut: along ``axis`` of it, or of its reduction
+    (``partial``)."""
+
+    axis: int
+    whole: Box
+    partial: bool = False
+
+    @property
+    def size(self) -> int:
+        return self.whole[self.axis].size
+
+    def part(self, graph: Graph, value: str, interval: Interval) -> Shard:
+        box = self.whole.replace(self.axis, interval)
+        return Shard(value, graph.whole(value), box) if self.partial else Shard(value, box)
+
+
+def cutting(graph: Graph, axes: Axes, value: str, kind: Kind, stop: int) -> Cutting | None:
+    """How a stage that ends at ``stop`` cuts one of its live values; None where it cannot."""
+    position = axes.sums.get(value) if kind == "rows" else None
+    if position is not None and graph.first_use.get(value, stop) >= stop:
+        op = graph.ops[graph.producer[value]]
+        reduction = rule_of(op).reduction(op)
+        assert reduction is not None, f"{op} sums nothing"
+        return Cutting(position, reduction, partial=True)
+    axis = axes.of(value, kind)
+    return None if axis is None else Cutting(axis, graph.whole(value))
+
+
+def axes_of(graph: Graph, *, sums: bool = True) -> Axes:
+    """Follows rows, and the batch if there is one, front to back. ``sums``: partial sums may be
+    used, which agree with whole ones to rounding only."""
     rows: dict[str, int | None] = {name: _input_row(graph, name) for name in graph.inputs}
     channels: dict[str, int | None] = {}
     follows: set[int] = set()
+    added: dict[str, int] = {}
     for op in graph.ops:
-        rule = rule_of(op)
         for name in op.outputs:
             rows[name] = channels[name] = None
-        if rule is BARRIER:
+        able = _able(op)
+        if not able:
             continue
         shape = op.out_shape()
         rank = len(shape)
-        able = sorted({a % rank for a in rule.split(op) if shape[a % rank] > 1}) if rank else []
-        if not able:
-            continue
         axis = _following(op, able, rows)
         if axis is not None:
             follows.add(op.index)
         else:
-            axis = 2 if rank >= 3 and 2 in able else max(able, key=lambda a: (shape[a], -a))
+            position = _summing(op, rows) if sums else None
+            if position is not None:
+                added[op.outputs[0]] = position
+            axis = 2 if rank == 4 and 2 in able else max(able, key=lambda a: (shape[a], -a))
         for position, name in enumerate(op.outputs):
             if name and len(op.out_shape(position)) == rank:
                 rows[name] = axis
                 channels[name] = 1 if 1 in able and rank >= 3 else axis
-    return Axes(rows, channels, frozenset(follows))
+    return Axes(rows, channels, _batch(graph), frozenset(follows), added)
+
+
+def _able(op: Op) -> list[int]:
+    """Axes of the first output that can be cut with a gain."""
+    rule = rule_of(op)
+    if rule is BARRIER:
+        return []
+    shape = op.out_shape()
+    return sorted({a % len(shape) for a in rule.split(op) if shape[a % len(shape)] > 1})
+
+
+def _batch(graph: Graph) -> dict[str, int | None]:
+    """The axis of each value along which images of a batch lie; empty for a batch of one."""
+    found: dict[str, int | None] = {}
+    for name in graph.inputs:
+        shape = graph.shape(name) or ()
+        found[name] = 0 if len(shape) > 1 and shape[0] > 1 else None
+    if all(axis is None for axis in found.values()):
+        return {}
+    for op in graph.ops:
+        able = _able(op)
+        axis = _following(op, able, found) if able else None
+        for position, name in enumerate(op.outputs):
+            same = name and able and len(op.out_shape(position)) == len(op.out_shape())
+            found[name] = axis if same else None
+    return found
 
 
 def _input_row(graph: Graph, name: str) -> int | None:
-    """The axis of an input picture with its rows: 2, or what a first Transpose makes axis 2."""
-    if len(graph.shape(name) or ()) != 4:
+    """The axis of an input picture, video or signal with its rows: what is long and not channels.
+
+    For NHWC, what a first Transpose makes axis 2.
+    """
+    shape = graph.shape(name) or ()
+    if len(shape) not in (3, 4, 5):
         return None
+    longest = max(range(2, len(shape)), key=lambda a: (len(shape) != 4 and shape[a], -a))
     same = {name}
     for op in graph.ops:
         if same & set(op.inputs):
-            if op.type == "Transpose":
+            if op.type == "Transpose" and len(shape) == 4:
                 return int(op.attributes.get("perm", (3, 2, 1, 0))[2])
             if op.type not in GLUED:
                 break
             same.update(op.outputs)
-    return 2
+    return longest
+
+
+def _summing(op: Op, rows: Mapping[str, int | None]) -> int | None:
+    """Which axis of the reduction is an input's rows, so that a band of them gives a part."""
+    rule = rule_of(op)
+    whole = rule.reduction(op)
+    if whole is None:
+        return None
+    outs = tuple(op.graph.whole(n) if n else None for n in op.outputs)
+    everything = rule.footprint(op, outs, whole)
+    for position, axis in enumerate(whole):
+        if axis.size < 2:
+            continue
+        half = whole.replace(position, Interval(axis.start, axis.start + axis.size // 2))
+        read = rule.footprint(op, outs, half)
+        for name, some, all_of_it in zip(op.inputs, read, everything, strict=False):
+            row = rows.get(name)
+            if row is None or some is None or all_of_it is None:
+                continue
+            if some[row].size < all_of_it[row].size:
+                return position
+    return None
 
 
 def _following(op: Op, able: Sequence[int], rows: Mapping[str, int | None]) -> int | None:
@@ -115,18 +211,16 @@ def _following(op: Op, able: Sequence[int], rows: Mapping[str, int | None]) -> i
     return None
 
 
-def band(graph: Graph, value: str, axis: int, low: float, high: float) -> Box:
-    """The part of a value between two fractions of an axis; at least one element of it."""
-    whole = graph.whole(value)
-    size = whole[axis].size
+def between(size: int, low: float, high: float) -> Interval:
+    """The part of an axis between two fractions; at least one element of it."""
     start = min(size - 1, round(size * low))
-    return whole.replace(axis, Interval(start, max(start + 1, min(size, round(size * high)))))
+    return Interval(start, max(start + 1, min(size, round(size * high))))
 
 
 def splittable(graph: Graph, axes: Axes, start: int, stop: int, kind: Kind) -> bool:
     """Whether all that a stage makes for others can be cut."""
     live = graph.live_outputs(start, stop)
-    return bool(live) and all(axes.of(name, kind) is not None for name in live)
+    return bool(live) and all(cutting(graph, axes, n, kind, stop) is not None for n in live)
 
 
 def build(
@@ -168,14 +262,13 @@ def _stage(graph: Graph, axes: Axes, block: Block, shares: Mapping[DeviceId, flo
         return Stage(block.start, block.stop, (Task((whole_on,), shards),) if shards else ())
     parts: dict[DeviceId, list[Shard]] = {device: [] for device in shares}
     for name in live:
-        axis = axes.of(name, block.kind)
-        assert axis is not None, f"{name} cannot be split"
-        whole = graph.whole(name)
-        size = whole[axis].size
-        grain = _grain(size, len(shares)) if axis == 1 and len(whole) != 3 else 1
-        ranges = split_weighted(size, list(shares.values()), grain)
-        for device, part in zip(shares, ranges, strict=True):
-            if part.size > 0:
-                parts[device].append(Shard(name, whole.replace(axis, part)))
+        cut = cutting(graph, axes, name, block.kind, block.stop)
+        assert cut is not None, f"{name} cannot be split"
+        blocked = cut.axis == 1 and len(cut.whole) != 3 and not cut.partial
+        grain = _grain(cut.size, len(shares)) if blocked else 1
+        ranges = split_weighted(cut.size, list(shares.values()), grain)
+        for device, interval in zip(shares, ranges, strict=True):
+            if interval.size > 0:
+                parts[device].append(cut.part(graph, name, interval))
     tasks = tuple(Task((d,), tuple(shards)) for d, shards in parts.items() if shards)
     return Stage(block.start, block.stop, tasks)

@@ -41,6 +41,7 @@ def make_plan(
     objective: str = "latency",
     fixed_cuts: Sequence[int] | None = None,
     spread: bool = False,
+    strict: bool = False,
 ) -> Planned:
     """The plan expected to be best on these devices; it passes ``validate``.
 
@@ -48,13 +49,16 @@ def make_plan(
     profile. ``objective``: "latency" (seconds of one request), "throughput" (seconds of the busiest
     device or link) or "memory" (bytes of the fullest device). ``fixed_cuts``: op indices between
     the stages, all of them. ``spread``: use every computing device, and several stages, even where
-    fewer are faster.
+    fewer are faster. ``strict``: no partial sums and one numeric class of devices, so that a tile's
+    kernels add in the whole model's order; which sizes take which kernel is onnxruntime's matter.
     Raises ``ClusterUnavailable`` when no device computes, ``NotEnoughMemory`` when no plan fits,
     ``InvalidInput`` for an unknown objective, a cut that is none, or a device given twice.
     """
     profiles = sorted(profiles, key=lambda p: p.id)
     _check(graph, profiles, objective, fixed_cuts)
     able = [p for p in profiles if p.able]
+    if strict:
+        able = _one_class(able)
     if not able:
         raise ClusterUnavailable(
             f"none of the {len(profiles)} devices can compute",
@@ -63,7 +67,8 @@ def make_plan(
     if not graph.ops:
         nothing = Plan(graph.digest, source, sink, ())
         return Planned(nothing, timeline(graph, nothing, profiles), ("nothing to compute",))
-    choice = _Choice(graph, profiles, (source, sink), objective, Space.of(graph, fixed_cuts))
+    space = Space.of(graph, fixed_cuts, sums=not strict)
+    choice = _Choice(graph, profiles, (source, sink), objective, space)
     order = choice.ordered(able)
     if spread and len(order) > 1:
         best = choice.best(choice.spread(order))
@@ -73,6 +78,15 @@ def make_plan(
         raise choice.too_large(best)
     validate(graph, best.plan)
     return Planned(best.plan, best.timeline, tuple(choice.notes(best, order, spread)))
+
+
+def _one_class(able: Sequence[DeviceProfile]) -> list[DeviceProfile]:
+    """The numeric class that computes most operations a second together."""
+    power: dict[str, float] = {}
+    for p in able:
+        power[p.numeric_class] = power.get(p.numeric_class, 0.0) + p.flops_per_s
+    best = max(power, key=lambda name: (power[name], name), default="")
+    return [p for p in able if p.numeric_class == best]
 
 
 def _check(
@@ -330,6 +344,8 @@ class _Choice:
         for p in self.profiles:
             if not p.able:
                 yield f"{p.id} idle: it does not compute"
+            elif p not in order:
+                yield f"{p.id} idle: {p.numeric_class} may round differently, and strict was asked"
         rivals = [c for c in self.seen.values() if c.plan != best.plan and "; " not in c.name]
         alone = sorted((c for c in rivals if len(c.shares) == 1), key=self.key)[:1]
         others = sorted((c for c in rivals if len(c.shares) > 1), key=self.key)[:4]

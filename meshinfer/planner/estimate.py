@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from meshinfer.cost.model import GLUED, glued_to, whole_flops
+from meshinfer.cost.model import GLUED, flops_of, glued_to, whole_flops
 from meshinfer.geometry import Box
 from meshinfer.graph import Graph, Op
 from meshinfer.ops import BARRIER, is_random, rule_of
-from meshinfer.planner.bands import KINDS, Axes, Kind, band
+from meshinfer.planner.bands import Axes, Kind, between, cutting
 
 HEAVY = frozenset(
     (
@@ -140,6 +140,7 @@ def samples(
     """
     low, high = (0.5, 1.0) if parts == 2 else (0.5 - 0.5 / parts, 0.5 + 0.5 / parts)
     needs: dict[str, Box] = {}
+    parts_of: dict[str, Box] = {}  # which part of its sum, for partial sums
     found: dict[int, Sample] = {}
     flops = nbytes = 0.0
     size, share, largest = 0, 1.0, -1
@@ -148,23 +149,26 @@ def samples(
         for name in op.outputs:
             if not name or graph.last_use.get(name, -1) < stop:
                 continue
-            axis = axes.of(name, kind)
-            if axis is None:
+            cut = cutting(graph, axes, name, kind, stop)
+            if cut is None:
                 return found
-            box = band(graph, name, axis, low, high)
-            needs[name] = needs[name].hull(box) if name in needs else box
+            interval = between(cut.size, low, high)
+            shard = cut.part(graph, name, interval)
+            if shard.over is not None:
+                parts_of[name] = shard.over
+            needs[name] = needs[name].hull(shard.box) if name in needs else shard.box
             if graph.nbytes(name) > largest:
                 largest = graph.nbytes(name)
-                size = graph.whole(name)[axis].size
-                share = box[axis].size / size
+                size, share = cut.size, interval.size / cut.size
         if is_random(op):
             return found
         asked = tuple(needs.get(n) if n else None for n in op.outputs)
         if any(box is not None for box in asked):
             rule = rule_of(op)
+            over = parts_of.get(op.outputs[0])
             outs = rule.align(op, asked)
-            ins = rule.footprint(op, outs, None)
-            flops += whole_flops(graph, op) if rule is BARRIER else rule.flops(op, outs)
+            ins = rule.footprint(op, outs, over)
+            flops += whole_flops(graph, op) if rule is BARRIER else flops_of(op, outs, over)
             nbytes += _bytes(graph, op, outs, ins)
             for name, read in zip((*op.inputs, *op.captured), ins, strict=False):
                 if name and read is not None:
@@ -184,11 +188,12 @@ def _reads(
             continue
         need = graph.nbytes(value, box)
         missing: dict[Kind, int] = {}
-        for kind in KINDS:
+        for kind in axes.kinds:
             axis = axes.of(value, kind)
             missing[kind] = need
-            if axis is not None:
-                own = band(graph, value, axis, *at).intersect(box)
+            if axis is not None and (kind != "rows" or value not in axes.sums):
+                whole = graph.whole(value)
+                own = whole.replace(axis, between(whole[axis].size, *at)).intersect(box)
                 missing[kind] -= graph.nbytes(value, own)
         reads.append(Read(value, graph.nbytes(value), need, missing))
     return tuple(reads)

@@ -15,7 +15,7 @@ from meshinfer.cost.profile import DeviceProfile
 from meshinfer.geometry import split_weighted
 from meshinfer.graph import Graph
 from meshinfer.identity import DeviceId
-from meshinfer.planner.bands import KINDS, Axes, Block, Kind, axes_of
+from meshinfer.planner.bands import Axes, Block, Kind, axes_of
 from meshinfer.planner.estimate import Read, Sample, Sums, clean_cuts, samples, sums_of
 
 HEAVY_A_BLOCK = 12
@@ -43,8 +43,8 @@ class Space:
     _samples: dict[tuple[int, Kind, int, int], dict[int, Sample]] = field(default_factory=dict)
 
     @staticmethod
-    def of(graph: Graph, fixed_cuts: Sequence[int] | None = None) -> Space:
-        axes = axes_of(graph)
+    def of(graph: Graph, fixed_cuts: Sequence[int] | None = None, *, sums: bool = True) -> Space:
+        axes = axes_of(graph, sums=sums)
         cuts = clean_cuts(graph, axes) if fixed_cuts is None else tuple(sorted(set(fixed_cuts)))
         ends = (0, *cuts, len(graph.ops))
         return Space(graph, ends, axes, sums_of(graph), fixed_cuts is not None)
@@ -96,7 +96,7 @@ def search(
 
     A longer block that is whole does not swallow a heavy operator that could have been split.
     """
-    prices, sums = _Prices(space, team), space.sums
+    prices, sums, kinds = _Prices(space, team), space.sums, space.axes.kinds
     spread = spread and len(team.members) > 1
     splits = {0: 0}  # steps up to each cut with a heavy operator that can be split
     start = State(device=team.source.id)
@@ -106,17 +106,17 @@ def search(
     for i in range(1, len(space.cuts)):
         stop = space.cuts[i]
         here: dict[State, tuple[float, Block | None, State | None]] = {}
-        by_kind = {kind: space.samples(i, kind, len(team.members), most) for kind in KINDS}
+        by_kind = {kind: space.samples(i, kind, len(team.members), most) for kind in kinds}
         step = space.cuts[i - 1]
-        able = sums.heavy[stop] > sums.heavy[step] and any(step in by_kind[k] for k in KINDS)
+        able = sums.heavy[stop] > sums.heavy[step] and any(step in by_kind[k] for k in kinds)
         splits[stop] = splits[step] + able
         for begin in space.starts(i, most):
-            kinds = [kind for kind in KINDS if begin in by_kind[kind]]
+            fit = [kind for kind in kinds if begin in by_kind[kind]]
             for before, (cost, _, _) in best[begin].items():
-                for kind in kinds if len(team.members) > 1 else ():
+                for kind in fit if len(team.members) > 1 else ():
                     price = prices.split(by_kind[kind][begin], begin, stop, before)
                     _keep(here, State(kind), cost + price, Block(begin, stop, None, kind), before)
-                if spread and (kinds or splits[stop] > splits[begin]):
+                if spread and (fit or splits[stop] > splits[begin]):
                     continue
                 for place in team.places:
                     price = prices.whole(begin, stop, before, place)

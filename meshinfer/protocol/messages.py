@@ -17,6 +17,9 @@ from msgspec import Meta
 from meshinfer import limits
 from meshinfer.plan import Shard
 from meshinfer.protocol.records import (
+    Blob as Blob,
+)
+from meshinfer.protocol.records import (
     Count as Count,
 )
 from meshinfer.protocol.records import (
@@ -78,6 +81,9 @@ from meshinfer.protocol.records import (
 )
 from meshinfer.protocol.records import (
     Value as Value,
+)
+from meshinfer.protocol.report import (
+    Report as Report,
 )
 
 PROTOCOL = (1, 1)
@@ -179,12 +185,16 @@ class Gone(Message, frozen=True):
 
 
 class Deploy(Message, frozen=True):
-    """Deploy a model whose bytes the client serves as a blob. ``shapes`` fixes dynamic inputs."""
+    """Deploy a model whose bytes the client serves as a blob. ``shapes`` fixes dynamic inputs.
+
+    ``weights``: the blobs that the model refers to, by their SHA-256, as its external data.
+    """
 
     call: Name
     name: Name
     digest: Hex
     nbytes: Count
+    weights: Annotated[tuple[Blob, ...], Meta(max_length=limits.WEIGHT_FILES)] = ()
     plan: Text | None = None
     image: Text | None = None
     shapes: dict[str, Shape] | None = None
@@ -199,7 +209,7 @@ class Deployed(Message, frozen=True):
     name: Name = "?"
     version: Count = 0
     plan: Text | None = None
-    report: tuple[str, ...] = ()
+    report: Report | None = None
     image: Text | None = None
     failure: Failure | None = None
 
@@ -231,7 +241,7 @@ class Forget(Message, frozen=True):
 class Submit(Message, frozen=True):
     """Header of a request; its tensors go to the source device. ``deadline_s`` is what remains.
 
-    ``turn`` counts how often the client has sent this request; its ``Feed`` has the same.
+    ``outputs``: those that are asked for; None: all. ``turn`` counts how often the client has sent this request; its ``Feed`` has the same.
     """
 
     request: Name
@@ -241,6 +251,7 @@ class Submit(Message, frozen=True):
     picture: bool
     deadline_s: Seconds
     turn: Count = 0
+    outputs: Annotated[tuple[Name, ...], Meta(max_length=limits.OUTPUTS_ASKED)] | None = None
 
 
 class Start(Message, frozen=True):

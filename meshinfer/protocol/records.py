@@ -77,6 +77,13 @@ class Failure(Record, frozen=True, forbid_unknown_fields=False):
     retry_after_s: Seconds | None = None
 
 
+class Blob(Record, frozen=True):
+    """Bytes by their SHA-256."""
+
+    digest: Hex
+    nbytes: Count
+
+
 class Tensor(Record, frozen=True):
     """Name, numpy type string and shape of a tensor."""
 
@@ -157,5 +164,6 @@ class ModelInfo(Record, frozen=True):
     digest: Hex
     current: bool
     inputs: tuple[Name, ...] = ()
+    outputs: tuple[Name, ...] = ()
     image: Text | None = None
     plans: tuple[Text, ...] = ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from difflib import get_close_matches
 from math import prod
 
@@ -16,6 +17,9 @@ from meshinfer.scheduler.events import Signature
 
 _NAMED = 8
 """How many models a hint names."""
+
+_LISTED = 32
+"""How many outputs a hint names."""
 
 
 def refuse(catalogue: Catalogue, message: m.Submit, open_requests: int) -> m.Failure | None:
@@ -36,29 +40,32 @@ def refuse(catalogue: Catalogue, message: m.Submit, open_requests: int) -> m.Fai
             message=f"no model {what!r} is deployed",
             hint=f"deployed are, likest first, {known}" if known else "deploy it: client.deploy",
         )
-    return _tensors(model, message)
+    return _outputs(model, message) or _tensors(model, message)
 
 
 def same_body(one: m.Submit, other: m.Submit) -> bool:
     """Whether two headers of one id ask for the same; their tensors are not compared."""
-    return (one.model, one.version, one.picture, one.inputs) == (
+    return (one.model, one.version, one.picture, one.inputs, one.outputs) == (
         other.model,
         other.version,
         other.picture,
         other.inputs,
+        other.outputs,
     )
 
 
 def refuse_deploy(catalogue: Catalogue, message: m.Deploy) -> m.Failure | None:
     """Why a model is not even fetched; None when it is."""
-    if message.nbytes > limits.MODEL_BYTES:
+    nbytes = message.nbytes + sum(weight.nbytes for weight in message.weights)
+    if nbytes > limits.MODEL_BYTES:
         return _invalid(
-            f"the model has {message.nbytes} bytes, more than {limits.MODEL_BYTES}",
-            "use a smaller model",
+            f"the model has {nbytes} bytes, more than {limits.MODEL_BYTES}", "use a smaller model"
         )
     names = {*catalogue.models, *(o.name for o in catalogue.opening.values())}
+    coming = sum(sum(o.blobs.values()) for o in catalogue.opening.values())
     many = message.name not in names and len(names) >= limits.MODELS
-    if many or len(catalogue.opening) >= limits.OPEN_DEPLOYS:
+    full = len(catalogue.opening) >= limits.OPEN_DEPLOYS
+    if many or full or coming + nbytes > limits.DEPLOYING_BYTES:
         return m.Failure(
             error="QueueFull",
             message=f"{len(names)} models are deployed, {len(catalogue.opening)} are on their way",
@@ -75,18 +82,38 @@ def refuse_model(model: Model) -> m.Failure | None:
         return _invalid(
             f"shapes were given for {unknown}", f"{model.name}'s inputs are {sorted(model.inputs)}"
         )
-    long = [name for name in model.inputs if not 0 < len(name) <= limits.NAME_CHARS]
-    if long:
-        return _invalid(
-            f"the input {long[0][:60]!r}... has a name of {len(long[0])} characters",
-            f"rename it to at most {limits.NAME_CHARS}",
-        )
+    for kind, names in (("input", model.inputs), ("output", model.outputs)):
+        long = [name for name in names if not 0 < len(name) <= limits.NAME_CHARS]
+        if long:
+            return _invalid(
+                f"the {kind} {long[0][:60]!r}... has a name of {len(long[0])} characters",
+                f"rename it to at most {limits.NAME_CHARS}",
+            )
     return None
 
 
-def signature_of(message: m.Submit) -> Signature:
-    shapes = tuple(sorted((t.name, t.shape) for t in message.inputs))
-    return Signature(message.picture, shapes)
+def signature_of(model: Model, message: m.Submit) -> Signature:
+    """Of an accepted request. What its outputs do not need makes no difference."""
+    asked = None if message.outputs is None else set(message.outputs)
+    outputs = tuple(name for name in model.outputs if asked is None or name in asked)
+    exits = None if asked is None or len(outputs) == len(model.outputs) else outputs
+    needed = set(model.inputs) if exits is None else _needed(model, exits)
+    shapes = tuple(sorted((t.name, t.shape) for t in message.inputs if t.name in needed))
+    return Signature(message.picture, shapes, exits)
+
+
+def _needed(model: Model, outputs: Iterable[str]) -> set[str]:
+    return {name for output in outputs for name in model.outputs[output]}
+
+
+def _outputs(model: Model, message: m.Submit) -> m.Failure | None:
+    unknown = [name for name in message.outputs or () if name not in model.outputs]
+    if unknown or message.outputs == ():
+        return _invalid(
+            f"{model.name} has no output {unknown[0]!r}" if unknown else "no output is asked for",
+            f"its outputs are {list(model.outputs)[:_LISTED]}",
+        )
+    return None
 
 
 def _tensors(model: Model, message: m.Submit) -> m.Failure | None:
@@ -100,10 +127,12 @@ def _tensors(model: Model, message: m.Submit) -> m.Failure | None:
         channels = 1 if spec.get("colour") == "GRAY" else 3
         inputs[spec["input"]] = ("|u1", (1, None, None, channels))
     given = {t.name for t in message.inputs}
-    if given != set(inputs) or len(given) != len(message.inputs):
+    needed = set(inputs) if message.outputs is None else _needed(model, message.outputs)
+    if not needed <= given <= set(inputs) or len(given) != len(message.inputs):
+        asked = "" if message.outputs is None else f", {sorted(needed)} are needed"
         return _invalid(
             f"{model.name} was given the inputs {sorted(t.name for t in message.inputs)}",
-            f"its inputs are {sorted(inputs)}",
+            f"its inputs are {sorted(inputs)}{asked}",
         )
     for tensor in message.inputs:
         dtype, dims = inputs[tensor.name]

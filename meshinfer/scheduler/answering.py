@@ -100,12 +100,10 @@ class Answering:
         model = self._catalogue.find(message.model, message.version)
         assert model is not None
         deadline = now + min(message.deadline_s, limits.REQUEST_DEADLINE_S)
-        signature = signature_of(message)
+        signature = signature_of(model, message)
         self._answered.pop(name, None)  # the device that had the answer is gone: once more
         self.open[name] = Request(message, peer, model, signature, now, deadline, message.turn)
-        if signature in model.signatures:
-            model.signatures.remove(signature)
-        model.signatures.append(signature)
+        model.asked_for(signature)
         return []
 
     def _submitted_again(self, request: Request, peer: str, message: m.Submit) -> list[Effect]:

@@ -15,6 +15,8 @@ from meshinfer.protocol import messages as m
 from meshinfer.scheduler.events import Signature
 
 Inputs = Mapping[str, tuple[str, tuple[int | None, ...] | None]]
+Outputs = Mapping[str, tuple[str, ...]]
+"""The inputs that each output depends on."""
 
 
 @dataclass(slots=True)
@@ -30,12 +32,15 @@ class Call:
 class Model:
     """One version of a model. ``call`` is open until its first plan is ready.
 
+    ``blobs``: bytes of the model and of the weights beside it, by digest; ``missing``: to come.
+
     ``answer`` is what was then said, should the client ask again because it did not hear it.
     """
 
     key: int
     name: str
     digest: str
+    blobs: Mapping[str, int]
     image: str | None
     plan: str | None
     objective: str
@@ -46,8 +51,22 @@ class Model:
     answer: m.Deployed | None = None
     version: int = 0
     inputs: Inputs = field(default_factory=dict)
+    outputs: Outputs = field(default_factory=dict)
+    missing: set[str] = field(default_factory=set)
     opened: bool = False
     signatures: list[Signature] = field(default_factory=list)
+
+    def asked_for(self, signature: Signature) -> None:
+        """Remember it as the latest. Exits do not push out what answers with all outputs."""
+        if signature in self.signatures:
+            self.signatures.remove(signature)
+        self.signatures.append(signature)
+        whole = [s for s in self.signatures if s.outputs is None]
+        exits = [s for s in self.signatures if s.outputs is not None]
+        self.signatures = [
+            *whole[-limits.SHAPES_PER_MODEL :],
+            *exits[-limits.EXITS_PER_MODEL :],
+        ]
 
     def default_signature(self) -> Signature | None:
         """The signature of the fixed shapes; None while an input is dynamic."""
@@ -81,7 +100,7 @@ class Deployment:
     since: float
     phase: Phase = Phase.PLANNING
     plan: str = ""
-    report: tuple[str, ...] = ()
+    report: m.Report | None = None
     programs: Mapping[str, tuple[m.Program, ...]] = field(default_factory=dict)
     waiting: set[str] = field(default_factory=set)
 
@@ -115,6 +134,7 @@ class Catalogue:
             key=self._last_model,
             name=message.name,
             digest=message.digest,
+            blobs={message.digest: message.nbytes, **{w.digest: w.nbytes for w in message.weights}},
             image=message.image,
             plan=message.plan,
             objective=message.objective,
@@ -193,6 +213,7 @@ class Catalogue:
                     digest=model.digest,
                     current=model is versions[-1],
                     inputs=tuple(model.inputs),
+                    outputs=tuple(model.outputs),
                     image=model.image,
                     plans=tuple(plans),
                 )

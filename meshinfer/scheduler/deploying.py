@@ -52,15 +52,19 @@ class Deploying:
             answer = m.Deployed(call=message.call, name=message.name, failure=failure)
             return [_to(peer, answer)]
         model = self._catalogue.open(message, peer, now)
-        return [FindBlobs(str(model.key), (model.digest,))]
+        return [FindBlobs(str(model.key), tuple(model.blobs))]
 
     def found(self, event: BlobsFound, now: float) -> list[Effect]:
         model = self._catalogue.opening.get(int(event.purpose))
         if model is None or model.call is None:
             return []
-        if event.missing:
-            return self._puller.want(model.digest, model.call.peer, now)
-        return [OpenModel(model.key, model.digest, model.image)]
+        model.missing = set(event.missing)
+        if not model.missing:
+            return [OpenModel(model.key, model.digest, model.image)]
+        effects: list[Effect] = []
+        for digest in event.missing:
+            effects += self._puller.want(digest, model.call.peer, now, model.blobs[digest])
+        return effects
 
     def chunk(self, peer: str, chunk: m.Chunk, data: memoryview, now: float) -> list[Effect]:
         return self._puller.arrived(peer, chunk, data, now)
@@ -69,16 +73,18 @@ class Deploying:
         self._puller.done(event.digest)
         if event.failure is not None:
             return self._blob_lost(event.digest, event.failure.message)
-        return [
-            OpenModel(model.key, model.digest, model.image)
-            for model in self._catalogue.opening.values()
-            if model.digest == event.digest and not model.opened
-        ]
+        effects: list[Effect] = []
+        for model in self._catalogue.opening.values():
+            if event.digest in model.missing:
+                model.missing.discard(event.digest)
+                if not model.missing:
+                    effects.append(OpenModel(model.key, model.digest, model.image))
+        return effects
 
     def gone(self, peer: str, digest: str) -> list[Effect]:
         """The client has not the blob that it announced."""
         asked = any(
-            o.digest == digest and o.asked.peer == peer for o in self._catalogue.opening.values()
+            digest in o.missing and o.asked.peer == peer for o in self._catalogue.opening.values()
         )
         return self._blob_lost(digest, "the client has lost the model") if asked else []
 
@@ -97,7 +103,7 @@ class Deploying:
             error="InvalidInput", message=f"the model did not arrive: {why}", hint="deploy it again"
         )
         effects: list[Effect] = []
-        for model in [o for o in self._catalogue.opening.values() if o.digest == digest]:
+        for model in [o for o in self._catalogue.opening.values() if digest in o.missing]:
             effects += self._deploy_failed(model, failure)
         return effects
 
@@ -108,6 +114,7 @@ class Deploying:
         if event.failure is not None:
             return self._deploy_failed(model, event.failure)
         model.opened, model.inputs, model.image = True, event.inputs, event.image
+        model.outputs = event.outputs
         failure = refuse_model(model)
         if failure is not None:
             return self._deploy_failed(model, failure)
@@ -115,7 +122,7 @@ class Deploying:
         if signature is None:
             self._catalogue.publish(model)  # planned at the first request of a shape
             return self._answer_deploy(model, None)
-        model.signatures.append(signature)
+        model.asked_for(signature)
         return []
 
     def _deploy_failed(self, model: Model, failure: m.Failure) -> list[Effect]:
@@ -140,7 +147,7 @@ class Deploying:
             name=model.name,
             version=model.version,
             plan=None if made is None else made.plan,
-            report=() if made is None else made.report,
+            report=None if made is None else made.report,
             image=model.image,
         )
         return [_to(call.peer, model.answer)]
@@ -306,7 +313,6 @@ class Deploying:
         room = limits.PLANS_AT_ONCE - phases.count(Phase.PLANNING)
         effects: list[Effect] = []
         for model in self._catalogue.all_models() if room > 0 else ():
-            del model.signatures[: -limits.SHAPES_PER_MODEL]
             for signature in self._answering.wanted_signatures(model) if model.opened else ():
                 if self._catalogue.coming(model, signature) is not None:
                     continue

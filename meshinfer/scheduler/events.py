@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from meshinfer.protocol.codec import Buffer
-from meshinfer.protocol.messages import AnyMessage, Failure, Peer, Place, Program
+from meshinfer.protocol.messages import AnyMessage, Failure, Peer, Place, Program, Report
 
 Array = np.ndarray[Any, Any]
 
@@ -100,13 +100,15 @@ class Computed:
 class ModelOpened:
     """Answer to ``OpenModel``: what the model takes, or why it is refused.
 
-    ``inputs``: name -> (numpy type string, dims with None where dynamic).
+    ``inputs``: name -> (numpy type string, dims with None where dynamic). ``outputs``: name -> the
+    inputs that it depends on.
     """
 
     key: int
     inputs: Mapping[str, tuple[str, tuple[int | None, ...] | None]]
     image: str | None = None
     failure: Failure | None = None
+    outputs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +118,7 @@ class PlanReady:
     deployment: int
     plan: str = ""
     programs: Mapping[str, tuple[Program, ...]] = field(default_factory=dict)
-    report: tuple[str, ...] = ()
+    report: Report | None = None
     failure: Failure | None = None
 
 
@@ -241,10 +243,14 @@ class OpenModel:
 
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """What a plan is made for: pixels or tensors in, and the shapes of all inputs."""
+    """What a plan is made for: pixels or tensors in, the inputs' shapes, and the outputs asked for.
+
+    ``outputs`` is None for all of them; else what lies behind these is not computed.
+    """
 
     picture: bool
     shapes: tuple[tuple[str, tuple[int, ...]], ...]
+    outputs: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ _PATIENCE_S = (
 @dataclass(slots=True)
 class _Pull:
     peer: str
+    total: int | None
     offset: int = 0
     since: float = 0.0
     due: float = 0.0
@@ -33,11 +34,14 @@ class Puller:
         self._pulls: dict[str, _Pull] = {}
         self._active: dict[str, None] = {}
 
-    def want(self, digest: str, peer: str, now: float) -> list[Effect]:
+    def want(
+        self, digest: str, peer: str, now: float, nbytes: int | None = None
+    ) -> list[Effect]:
+        """``nbytes``: its size, if it is known; chunks of one of another size are dropped."""
         if digest in self._pulls:
             self._pulls[digest].peer = peer
             return []
-        self._pulls[digest] = _Pull(peer)
+        self._pulls[digest] = _Pull(peer, nbytes)
         return self._fill(now)
 
     def arrived(self, peer: str, chunk: Chunk, data: memoryview, now: float) -> list[Effect]:
@@ -47,7 +51,7 @@ class Puller:
             return []
         if chunk.total > limits.MODEL_BYTES or not 0 <= len(data) <= chunk.total - chunk.offset:
             return []
-        if not data and chunk.total:
+        if pull.total not in (None, chunk.total) or (not data and chunk.total):
             return []
         pull.offset += len(data)
         pull.since = now

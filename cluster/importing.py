@@ -1,0 +1,157 @@
+"""Lets onnxruntime work on a user's model in a process of its own: what it does there ends as a
+graph or as a typed error, whether it refuses the model, crashes, hangs or wants all memory.
+
+One process stays and has everything loaded (0.8 s); it forks for each model (10 ms). The fork is
+bound in memory, file size and time by the kernel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import IO
+
+import msgspec
+
+from meshinfer import limits
+from meshinfer.errors import InvalidInput
+from meshinfer.protocol.codec import error_of, failure_of
+from meshinfer.protocol.messages import Failure
+
+_ANSWER = "answer.json"
+
+
+class _Job(msgspec.Struct, frozen=True):
+    folder: str
+    weights: str
+
+
+class _Answer(msgspec.Struct, frozen=True):
+    sums: dict[str, int] = {}
+    failure: Failure | None = None
+
+
+class Importer:
+    """``meshinfer.importers.optimise.Optimise`` in another process. Owned by one thread."""
+
+    def __init__(self) -> None:
+        self._process = self._start()
+
+    def __call__(self, folder: Path, weights: Path) -> dict[str, int]:
+        """Raises ``InvalidInput`` for a model that is refused, and for one that is too much."""
+        job = _Job(str(folder), str(weights))
+        status = self._ask(job)
+        if status is None:  # killed by somebody, between two models or during this one
+            self._process = self._start()
+            status = self._ask(job)
+        try:
+            answer = msgspec.json.decode((folder / _ANSWER).read_bytes(), type=_Answer)
+        except (OSError, msgspec.MsgspecError):
+            raise _crashed(status) from None
+        if answer.failure is not None:
+            raise error_of(answer.failure)
+        return answer.sums
+
+    def close(self) -> None:
+        """End the process, and what it works on."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            with contextlib.suppress(OSError):
+                pipe.close()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "cluster.importing"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C is for its starter, which ends it
+        )
+
+    def _ask(self, job: _Job) -> int | None:
+        """How the fork ended (``os.waitpid``); None if nobody is there to fork."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            self._process.stdin.write(msgspec.json.encode(job) + b"\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except OSError:
+            line = b""
+        if not line:
+            self.close()
+            return None
+        return int(line)
+
+
+def _crashed(status: int | None) -> InvalidInput:
+    number = os.WTERMSIG(status) if status is not None and os.WIFSIGNALED(status) else 0
+    if number == signal.SIGALRM:
+        return InvalidInput(
+            f"onnxruntime works on the model for more than {limits.IMPORT_S:g} s",
+            hint="look for huge sizes in its constants and attributes",
+        )
+    how = signal.Signals(number).name if number else "without a word"
+    return InvalidInput(
+        f"onnxruntime crashes on the model ({how})",
+        hint="check it with onnx.checker, and load it in plain onnxruntime",
+    )
+
+
+def serve(requests: IO[bytes], answers: IO[bytes]) -> None:
+    """Fork for each job until there are no more."""
+    from meshinfer.importers.optimise import optimise as optimise  # for all forks at once
+
+    for line in requests:
+        job = msgspec.json.decode(line, type=_Job)
+        pid = os.fork()
+        if pid == 0:
+            try:
+                _run(job)
+            finally:
+                os._exit(0)
+        answers.write(b"%d\n" % os.waitpid(pid, 0)[1])
+        answers.flush()
+
+
+def _run(job: _Job) -> None:
+    from meshinfer.importers.optimise import optimise
+
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):  # onnxruntime prints; the streams carry jobs
+        os.dup2(nothing, stream)
+    folder, weights = Path(job.folder), Path(job.weights)
+    try:
+        _bound(folder)
+        answer = _Answer(optimise(folder, weights))
+    except MemoryError:
+        failure = InvalidInput(
+            "onnxruntime wants too much memory for the model",
+            hint="look for huge sizes in its constants and attributes",
+        )
+        answer = _Answer(failure=failure_of(failure))
+    except Exception as error:
+        answer = _Answer(failure=failure_of(error))
+    part = folder / f"{_ANSWER}.part"
+    part.write_bytes(msgspec.json.encode(answer))
+    part.rename(folder / _ANSWER)
+
+
+def _bound(folder: Path) -> None:
+    from meshinfer.importers.optimise import weights_nbytes
+
+    nbytes = weights_nbytes(folder)
+    most = limits.IMPORT_BYTES + limits.IMPORT_COPIES * nbytes
+    for kind in (resource.RLIMIT_DATA, resource.RLIMIT_FSIZE):
+        resource.setrlimit(kind, (most, most))
+    signal.alarm(int(limits.IMPORT_S + nbytes / limits.IMPORT_BYTES_PER_S))
+
+
+if __name__ == "__main__":
+    serve(sys.stdin.buffer, sys.stdout.buffer)

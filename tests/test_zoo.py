@@ -1,0 +1,147 @@
+"""Real architectures deploy on uneven clusters and are exact; refilled fixtures are sane.
+
+Fifteen of torchvision's here, one of each kind; all of them with --full, the largest last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import oracle
+import pytest
+import zoo
+
+import meshinfer as mi
+
+SPEEDS = {3: (1.0, 0.5, 0.25), 6: (1.0, 1.0, 0.5, 0.5, 0.25, 0.25)}
+ARCHIVE_BYTES = 15_000_000
+MODELS_A_CLUSTER = 15
+GIANT = 1 << 30
+"""Weights of more bytes than this are deployed on a cluster of their own."""
+REST = sorted(set(zoo.names()) - set(zoo.SAMPLE), key=lambda n: (zoo.weight_bytes(n), n))
+
+
+class Clusters:
+    """Clients of one running cluster a size; fresh ones after so many models."""
+
+    def __init__(self) -> None:
+        self._running: dict[int, tuple[mi.LocalCluster, mi.Client, int]] = {}
+
+    def client(self, devices: int) -> mi.Client:
+        if devices in self._running and self._running[devices][2] >= MODELS_A_CLUSTER:
+            self.stop(devices)
+        if devices not in self._running:
+            cluster = mi.LocalCluster(devices, speeds=SPEEDS[devices])
+            self._running[devices] = cluster, cluster.client(), 0
+        cluster, client, used = self._running[devices]
+        self._running[devices] = cluster, client, used + 1
+        return client
+
+    def stop(self, devices: int) -> None:
+        if devices in self._running:
+            cluster, client, _ = self._running.pop(devices)
+            client.close()
+            cluster.close()
+
+
+@pytest.fixture(scope="module")
+def clusters() -> Iterator[Clusters]:
+    made = Clusters()
+    yield made
+    for devices in SPEEDS:
+        made.stop(devices)
+
+
+def check(clusters: Clusters, name: str, folder: Path) -> None:
+    """The refilled model deploys over all devices of each cluster, and its answer is exact."""
+    path = zoo.fill_file(name, folder)
+    inputs = zoo.inputs(name)
+    for devices in SPEEDS:
+        if zoo.weight_bytes(name) > GIANT:
+            for other in SPEEDS:
+                clusters.stop(other)
+        client = clusters.client(devices)
+        try:
+            deployment = client.deploy("zoo", path, spread=True)
+            used = mi.Plan.parse(deployment.plan or "").devices()
+            assert len(used) == devices, f"{len(used)} of {devices} devices take part: {used}"
+            result = client.infer("zoo", inputs)
+            oracle.assert_exact(path, inputs, result.outputs)
+        except BaseException:
+            clusters.stop(devices)  # the next model gets a fresh one
+            raise
+
+
+@pytest.mark.parametrize("name", zoo.SAMPLE)
+def test_a_model_of_each_kind_is_exact_on_three_and_on_six_uneven_devices(
+    clusters: Clusters, name: str, tmp_path: Path
+) -> None:
+    check(clusters, name, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", REST)
+def test_every_other_model_is_exact_on_three_and_on_six_uneven_devices(
+    clusters: Clusters, name: str, tmp_path: Path
+) -> None:
+    check(clusters, name, tmp_path)
+
+
+def test_the_zoo_has_every_architecture_and_is_small() -> None:
+    assert len(zoo.names()) == 121
+    assert sum(zoo.path_of(name).stat().st_size for name in zoo.names()) < ARCHIVE_BYTES
+
+
+def test_the_sample_has_every_kind() -> None:
+    kinds = {zoo.info(name).kind for name in zoo.names()}
+    assert {zoo.info(name).kind for name in zoo.SAMPLE} == kinds
+    assert len(zoo.SAMPLE) == 15
+
+
+@pytest.mark.parametrize("name", ["squeezenet1_1", "raft_small"])
+def test_refilling_twice_gives_the_same_bytes(name: str, tmp_path: Path) -> None:
+    first, second = (zoo.fill_file(name, tmp_path / part) for part in ("a", "b"))
+    assert first.read_bytes() == second.read_bytes()
+    weights = f"{name}.onnx.data"
+    assert (tmp_path / "a" / weights).read_bytes() == (tmp_path / "b" / weights).read_bytes()
+    assert zoo.fill(name) == zoo.fill(name)
+
+
+def test_a_file_holds_the_same_model_as_the_one_in_memory(tmp_path: Path) -> None:
+    path = zoo.fill_file("resnet18", tmp_path)
+    inputs = zoo.inputs("resnet18")
+    whole = oracle.reference(zoo.fill("resnet18"), inputs)
+    assert oracle.reference(path, inputs)["scores"].tobytes() == whole["scores"].tobytes()
+
+
+def test_refilled_tensors_have_the_statistics_of_their_source() -> None:
+    kept = {t.name: t for t in zoo.fixture("resnet18").graph.initializer if zoo.is_stripped(t)}
+    filled = {t.name: t for t in zoo.fill("resnet18").graph.initializer}
+    assert len(kept) > 30
+    for name, tensor in kept.items():
+        said = {e.key: e.value for e in tensor.external_data}
+        values = np.frombuffer(filled[name].raw_data, np.float32)
+        assert values.size == np.prod(tensor.dims)
+        std, within = float(said["std"]), 6 / np.sqrt(values.size)
+        assert abs(values.std() - std) < within * std
+        if "floor" not in said:
+            assert abs(values.mean() - float(said["mean"])) < within * std
+
+
+@pytest.mark.parametrize("name", zoo.SAMPLE)
+def test_a_refilled_model_neither_explodes_nor_saturates_nor_ignores_its_input(
+    name: str, tmp_path: Path
+) -> None:
+    path = zoo.fill_file(name, tmp_path)
+    first, second = (oracle.reference(path, zoo.inputs(name, seed)) for seed in (0, 9))
+    for output, array in first.items():
+        assert np.isfinite(array).all()
+        scale = float(np.abs(array).max())
+        assert 1e-2 < scale < 1e3
+        assert array.std() > 1e-3 * scale
+        assert np.abs(array - second[output]).max() > 1e-3 * scale
+        ends = np.isin(array, [array.min(), array.max()])
+        assert array.size < 8 or ends.mean() < 0.5
