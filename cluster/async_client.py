@@ -35,7 +35,8 @@ class AsyncClient:
         return await asyncio.to_thread(self._open.deploy, name, model, **options)
 
     async def infer(self, model: str, data: object, **options: Any) -> Result:
-        """See ``Client.submit`` (``outputs=``, ``version=``, ``deadline_s=``); cancelling the task cancels the request."""
+        """See ``Client.submit``, with ``outputs=``, ``version=`` and ``deadline_s=`` as there;
+        cancelling the task cancels the request."""
         future = await asyncio.to_thread(self._open.submit, model, data, **options)
         return await asyncio.wrap_future(future)
 

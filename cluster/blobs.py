@@ -39,7 +39,10 @@ class BlobStore:
         for part in folder.glob("*.part"):  # of a process that was killed
             part.unlink(missing_ok=True)
         for left in folder.glob("*-*"):  # its folders; the lock on the state folder makes it ours
-            shutil.rmtree(left, ignore_errors=True)
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
 
     def path(self, digest: str) -> Path:
         return self.folder / digest

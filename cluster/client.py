@@ -6,13 +6,11 @@ future's callbacks run in the I/O thread: they must not block.
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import os
 import secrets
 import tempfile
 import threading
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -26,6 +24,7 @@ from cluster.blobs import BlobStore
 from cluster.config import default_keyring
 from cluster.locate import find_coordinator
 from cluster.loop import Loop
+from cluster.offers import Offers
 from cluster.results import Deployment, Result, closed_error
 from cluster.security import read_keyring
 from cluster.sockets import Endpoint
@@ -98,9 +97,8 @@ class Client:
         self._results: dict[str, _Open] = {}
         self._calls: dict[str, Future[m.AnyMessage]] = {}
         self._closed = False
-        self._offers: Counter[str] = Counter()
         self._folder = tempfile.TemporaryDirectory(prefix="meshinfer-client-")
-        self._store = BlobStore(Path(self._folder.name))
+        self._offers = Offers(BlobStore(Path(self._folder.name)))
         name = f"client-{secrets.token_hex(6)}"
         hello = m.Hello(
             role="client",
@@ -142,22 +140,23 @@ class Client:
         are faster. Raises ``InvalidInput`` for what
         onnxruntime refuses, ``ClusterUnavailable`` when no worker can compute.
         """
-        from cluster.models import model_bytes  # onnx is heavy; only deploying needs it
+        from cluster.models import offer_model  # onnx is heavy; only deploying needs it
 
-        data = model_bytes(model)
-        digest = hashlib.sha256(data).hexdigest()
-        message = m.Deploy(
-            call=secrets.token_hex(12),
-            name=name,
-            digest=digest,
-            nbytes=len(data),
-            plan=None if plan is None else str(plan),
-            image=None if image is None else image.to_json(),
-            shapes=None if shapes is None else {k: tuple(v) for k, v in shapes.items()},
-            objective=objective,
-            spread=spread,
-        )
-        with self._offer(digest, data):
+        with self._lock:
+            self._refuse_when_closed()
+        with self._offers.held(partial(offer_model, model)) as offer:
+            message = m.Deploy(
+                call=secrets.token_hex(12),
+                name=name,
+                digest=offer.digest,
+                nbytes=offer.nbytes,
+                weights=tuple(m.Blob(digest=d, nbytes=n) for d, n in offer.weights.items()),
+                plan=None if plan is None else str(plan),
+                image=None if image is None else image.to_json(),
+                shapes=None if shapes is None else {k: tuple(v) for k, v in shapes.items()},
+                objective=objective,
+                spread=spread,
+            )
             answer = self._ask(message, timeout_s)
         assert isinstance(answer, m.Deployed)
         spec = results.image_of(answer)
@@ -306,7 +305,7 @@ class Client:
                     assert answer is not None
                     future.set_result(answer)
             case ServeBlob():
-                self._loop.post(serve(self._store, effect))
+                self._loop.post(serve(self._offers, effect))
             case _:
                 raise AssertionError(f"a client cannot perform {effect}")
 
@@ -337,22 +336,6 @@ class Client:
             return future.result(timeout=timeout_s + _JOIN_S)
         except TimeoutError:
             raise ClusterUnavailable("the client hangs", hint="make a new Client") from None
-
-    @contextlib.contextmanager
-    def _offer(self, digest: str, data: bytes) -> Iterator[None]:
-        """Have a model's bytes ready while the coordinator fetches them; it keeps its own."""
-        with self._lock:
-            self._refuse_when_closed()
-            self._offers[digest] += 1
-        try:
-            self._store.put(digest, data)
-            yield
-        finally:
-            with self._lock:
-                self._offers[digest] -= 1
-                if not self._offers[digest]:
-                    del self._offers[digest]
-                    self._store.remove(digest)
 
     def _refuse_when_closed(self) -> None:
         if self._closed:

@@ -40,13 +40,15 @@ class Importer:
     """``meshinfer.importers.optimise.Optimise`` in another process. Owned by one thread."""
 
     def __init__(self) -> None:
+        self._closed = False
         self._process = self._start()
 
     def __call__(self, folder: Path, weights: Path) -> dict[str, int]:
         """Raises ``InvalidInput`` for a model that is refused, and for one that is too much."""
         job = _Job(str(folder), str(weights))
         status = self._ask(job)
-        if status is None:  # killed by somebody, between two models or during this one
+        if status is None and not self._closed:  # killed by somebody
+            self._reap()
             self._process = self._start()
             status = self._ask(job)
         try:
@@ -58,7 +60,11 @@ class Importer:
         return answer.sums
 
     def close(self) -> None:
-        """End the process, and what it works on."""
+        """End the process, and what it works on; from any thread."""
+        self._closed = True
+        self._reap()
+
+    def _reap(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
@@ -84,10 +90,7 @@ class Importer:
             line = self._process.stdout.readline()
         except OSError:
             line = b""
-        if not line:
-            self.close()
-            return None
-        return int(line)
+        return int(line) if line else None
 
 
 def _crashed(status: int | None) -> InvalidInput:

@@ -1,39 +1,71 @@
-"""The bytes of a model that a user wants to deploy, with its external weights put inside."""
+"""A model that a user wants to deploy becomes a small file and its weights, each by its SHA-256.
+
+So a model may have any size, weights that have not changed since its last version do not travel
+again, and no more than one weight is in memory twice.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 
 import onnx
 from google.protobuf.message import EncodeError
 
+from cluster.offers import Offer, Put
+from meshinfer import limits
 from meshinfer.errors import InvalidInput
 from meshinfer.importers import open_model
+from meshinfer.importers.checks import tensors_of
+from meshinfer.importers.external import Segment, is_external, name_weights
 
 
-def model_bytes(model: object) -> bytes:
-    """One self-contained ONNX file. Raises ``InvalidInput`` for what is no model."""
+def offer_model(model: object, put: Put, least: int = limits.WEIGHT_FILE_BYTES) -> Offer:
+    """What to send of a model. ``put`` keeps the bytes of what lies in no file of its own.
+
+    ``least``: bytes of a weight that travels by itself. Raises ``InvalidInput`` for what is no
+    model, for weights that are not there, and for a model that is too large without its weights.
+    """
+    source = open_model(model)  # type: ignore[arg-type]
+    proto = source.proto
+    if isinstance(model, onnx.ModelProto):  # the caller's, which stays as it is
+        proto = onnx.ModelProto()
+        proto.CopyFrom(source.proto)
+    outside = any(is_external(tensor) for tensor in tensors_of(proto))
+    weights: dict[str, int] = {}
+    files: dict[str, Segment] = {}
+    for digest, where in name_weights(proto, source.folder, least):
+        if isinstance(where, Segment):
+            weights[digest], files[digest] = where.nbytes, where
+        elif digest not in weights:
+            weights[digest] = len(where)
+            put(digest, where)
+    if len(weights) > limits.WEIGHT_FILES:
+        raise InvalidInput(
+            f"the model has {len(weights)} weights of {least} bytes and more; "
+            f"{limits.WEIGHT_FILES} are the most",
+            hint="join some of its weights",
+        )
+    data = _bytes(proto) if weights or outside else _given(model, proto)
+    digest = hashlib.sha256(data).hexdigest()
+    put(digest, data)
+    return Offer(digest, len(data), weights, files)
+
+
+def _given(model: object, proto: onnx.ModelProto) -> bytes:
     if isinstance(model, bytes):
         return model
-    source = open_model(model)  # type: ignore[arg-type]
-    external = any(
-        t.data_location == onnx.TensorProto.EXTERNAL for t in source.proto.graph.initializer
-    )
-    if not external and isinstance(model, str | os.PathLike):
+    if isinstance(model, str | os.PathLike):
         return Path(model).read_bytes()
-    if external and source.folder is not None:
-        try:
-            onnx.load_external_data_for_model(source.proto, str(source.folder))
-        except (OSError, ValueError, onnx.checker.ValidationError) as error:
-            raise InvalidInput(
-                f"its external weights cannot be read: {error}",
-                hint="keep the weight files beside the model",
-            ) from error
+    return _bytes(proto)
+
+
+def _bytes(proto: onnx.ModelProto) -> bytes:
     try:
-        return source.proto.SerializeToString()
+        return bytes(proto.SerializeToString(deterministic=True))
     except (ValueError, EncodeError) as error:
         raise InvalidInput(
-            f"the model does not fit into one file of 2 GB: {error}",
-            hint="models above 2 GB are to come; split it or quantise it",
+            f"the model does not fit into one file of 2 GB without its large weights: {error}",
+            hint="save it with its weights as external data, and give its path",
         ) from error

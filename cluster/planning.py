@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import queue
 from collections import OrderedDict
+from itertools import chain
 
 import msgspec
 import onnx
 from onnx import helper
 
 from cluster.blobs import BlobStore
+from cluster.importing import Importer
 from cluster.loop import Post, report, start_thread
 from cluster.storing import perform
 from meshinfer import limits
@@ -21,7 +23,7 @@ from meshinfer.errors import InvalidInput
 from meshinfer.graph import Graph
 from meshinfer.identity import DeviceId
 from meshinfer.image import ImageSpec
-from meshinfer.importers import inputs_needed, load, open_model
+from meshinfer.importers import Source, inputs_needed, load, open_model
 from meshinfer.legality import validate
 from meshinfer.plan import Plan
 from meshinfer.planner import make_plan
@@ -47,7 +49,9 @@ class PlanningThread:
     def __init__(self, store: BlobStore, post: Post) -> None:
         self._store, self._post = store, post
         self._graphs: OrderedDict[object, tuple[Graph, int]] = OrderedDict()
-        self._models: dict[str, None] = {}  # newest last; trimming spares them
+        # Model -> the files of its weights; newest last. Trimming spares them.
+        self._models: dict[str, tuple[str, ...]] = {}
+        self._import = Importer()
         self._jobs: queue.SimpleQueue[Effect | None] = queue.SimpleQueue()
         self._files: queue.SimpleQueue[Effect | None] = queue.SimpleQueue()
         # Planning may take seconds; workers that fetch blobs meanwhile must not wait for it.
@@ -65,6 +69,7 @@ class PlanningThread:
         self._files.put(None)
         for thread in self._threads:
             thread.join(timeout=2.0)
+        self._import.close()
 
     def _plan_all(self) -> None:
         while (effect := self._jobs.get()) is not None:
@@ -88,18 +93,19 @@ class PlanningThread:
 
     def _open(self, effect: OpenModel) -> ModelOpened:
         try:
-            source = open_model(self._store.path(effect.digest).read_bytes())
+            source = self._source(effect.digest)
+            source.check()
             image = effect.image
             if image is None and source.image is not None:
                 image = source.image.to_json()
             inputs = {v.name: _input(v) for v in source.inputs}
             outputs = inputs_needed(source.proto)
-            shapes = source.static_shapes()
+            shapes, weights = source.static_shapes(), source.weight_files
             del source  # the next line may need as much memory again
             if shapes is not None:  # refused models are refused now, not at the first request
                 self._graph(effect.digest, None, Signature(False, tuple(sorted(shapes.items()))))
             self._models.pop(effect.digest, None)
-            self._models[effect.digest] = None
+            self._models[effect.digest] = weights
             for old in list(self._models)[: -limits.MODELS * limits.VERSIONS_PER_MODEL]:
                 del self._models[old]
             return ModelOpened(effect.key, inputs, image, outputs=outputs)
@@ -116,7 +122,7 @@ class PlanningThread:
             for digest, data in programs.blobs.items():
                 if self._store.missing((digest,)):
                     self._store.put(digest, data())
-            self._store.trim(keep=self._models)
+            self._store.trim(keep={*self._models, *chain(*self._models.values())})
             return PlanReady(effect.deployment, str(plan), programs.by_device, made)
         except Exception as error:
             return PlanReady(effect.deployment, failure=report(error))
@@ -158,13 +164,25 @@ class PlanningThread:
             )
         return plan
 
+    def _source(self, digest: str) -> Source:
+        """The model, with its weights in the store: they are named by their digests."""
+        source = open_model(self._store.path(digest).read_bytes())
+        return Source(source.proto, self._store.folder)
+
     def _graph(self, digest: str, image: str | None, signature: Signature) -> Graph:
         key = (digest, image, signature.shapes, signature.outputs)
         found = self._graphs.pop(key, None)
         if found is None:
-            data = self._store.path(digest).read_bytes()
-            spec = None if image is None else ImageSpec.from_json(image)
-            found = (load(data, shapes=dict(signature.shapes), image=spec, outputs=signature.outputs), len(data))
+            graph = load(
+                self._source(digest),
+                shapes=dict(signature.shapes),
+                image=None if image is None else ImageSpec.from_json(image),
+                outputs=signature.outputs,
+                through=self._import,
+                scratch=self._store.folder,
+            )
+            weights = graph.model.graph.initializers
+            found = (graph, sum(graph.nbytes(name) for name in weights))
         self._graphs[key] = found  # the last ones stay, as many as memory allows
         while (
             len(self._graphs) > limits.SHAPES_PER_MODEL

@@ -24,6 +24,9 @@ CONSTANT_ELEMENTS = 1024
 small)."""
 
 
+_UNKNOWN = Box(())
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class Op:
     """One node: its names, attributes and the graph in which they mean something.
@@ -191,16 +194,22 @@ class Graph:
     def whole(self, value: str) -> Box:
         """The box of the whole value; the box without axes where the shape is not static
         (WHOLE)."""
-        shape = self.shape(value)
-        return Box.whole(shape) if shape is not None else Box(())
+        return self._wholes.get(value, _UNKNOWN)
+
+    @cached_property
+    def _wholes(self) -> Mapping[str, Box]:
+        return {name: Box.whole(shape) for name, shape in self.shapes.items()}
+
+    @cached_property
+    def _itemsizes(self) -> Mapping[str, float]:
+        dtypes = {name: self.dtype(name) for name in self.values}
+        return {name: dtype.itemsize for name, dtype in dtypes.items() if dtype is not None}
 
     def nbytes(self, value: str, box: Box | None = None) -> int:
         """Bytes of a box of a value (of all of it by default); 0 where they are not known."""
-        dtype = self.dtype(value)
-        if dtype is None:
-            return 0
+        itemsize = self._itemsizes.get(value, 0)
         volume = self.whole(value).volume if box is None else box.volume
-        return int(volume * dtype.itemsize + 0.999)
+        return int(volume * itemsize + 0.999)
 
     def produced(self, start: int, stop: int) -> tuple[str, ...]:
         """Values made by ops ``[start, stop)``, in order."""

@@ -16,18 +16,14 @@ from meshinfer.plan import Plan
 from meshinfer.protocol.report import Barrier, DeviceReport, Folded, Report
 
 
-def report_of(
-    graph: Graph, plan: Plan, expected: Timeline, notes: Sequence[str] = ()
-) -> Report:
+def report_of(graph: Graph, plan: Plan, expected: Timeline, notes: Sequence[str] = ()) -> Report:
     """The report of a valid plan. ``expected``: its timeline; ``notes``: the planner's."""
     return Report(
         folded=_folded(graph),
         barriers=_barriers(graph),
         distributed=_distributed(graph, plan),
         devices=tuple(
-            DeviceReport(
-                device=use.id, weights_bytes=use.weight_bytes, peak_bytes=use.peak_bytes
-            )
+            DeviceReport(device=use.id, weights_bytes=use.weight_bytes, peak_bytes=use.peak_bytes)
             for use in expected.devices
             if use.id in plan.devices()
         ),

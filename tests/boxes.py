@@ -114,6 +114,24 @@ def check_every_box(
     check_boxes(model, inputs, boxes, identical)
 
 
+def check_some_boxes(model: ModelProto, inputs: Arrays, identical: bool = False) -> None:
+    """Eight boxes anywhere, two of them single elements; the node must follow its rule."""
+    graph, rng = mi.load(model), np.random.default_rng(0)
+    assert [why_barrier(op) for op in graph.ops if rule_of(op) is BARRIER] == []
+    boxes = []
+    for size in (None,) * 6 + (1,) * 2:
+        starts = [int(rng.integers(axis.size)) for axis in graph.whole("y")]
+        boxes.append(
+            Box(
+                tuple(
+                    Interval(a, size + a if size else int(rng.integers(a + 1, axis.stop + 1)))
+                    for a, axis in zip(starts, graph.whole("y"), strict=True)
+                )
+            )
+        )
+    check_boxes(model, inputs, boxes, identical)
+
+
 def drawn_box(draw: st.DrawFn, whole: Box) -> Box:
     """Any box that is not empty."""
     ranges = []

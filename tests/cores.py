@@ -23,6 +23,7 @@ from onnx import TensorProto, helper, numpy_helper
 from oracle import assert_exact
 
 from meshinfer import limits
+from meshinfer.cost import timeline
 from meshinfer.engine import EngineError
 from meshinfer.engine.ort import OrtEngine, OrtPrepared
 from meshinfer.graph import Graph
@@ -35,6 +36,8 @@ from meshinfer.planner import Block, axes_of, build
 from meshinfer.programs import Programs, make_programs
 from meshinfer.protocol import messages as m
 from meshinfer.protocol.codec import decode, describe, encode, failure_of
+from meshinfer.protocol.report import Report
+from meshinfer.report import report_of
 from meshinfer.scheduler import events as e
 from meshinfer.scheduler.client import ClientCore
 from meshinfer.scheduler.coordinator import CoordinatorCore

@@ -31,7 +31,7 @@ from plans import check_text, check_transfers, plans
 from test_planner import PI0, devices
 
 import meshinfer as mi
-from meshinfer.geometry import Box, split_weighted
+from meshinfer.geometry import split_weighted
 from meshinfer.graph import Graph
 from meshinfer.identity import DeviceId
 from meshinfer.importers.quantised import arrange

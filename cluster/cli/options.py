@@ -86,6 +86,14 @@ Shapes = Annotated[
         "--shape", metavar="INPUT=1,3,224,224", help="Fixes a dynamic input; one for each."
     ),
 ]
+Outputs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--output",
+        metavar="NAME",
+        help="Only this output, without what lies behind it; may be given several times.",
+    ),
+]
 
 
 def settings(commands: Mapping[str, Any]) -> dict[str, Any]:

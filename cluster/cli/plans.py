@@ -15,6 +15,7 @@ from cluster.cli.options import (
     Interfaces,
     KeyringFile,
     LogLevel,
+    Outputs,
     Shapes,
     Timeout,
     connect,
@@ -60,6 +61,7 @@ def plan(
     picture: Annotated[
         Path | None, typer.Option(help="Plan for this picture, by the model's ImageSpec.")
     ] = None,
+    output: Outputs = None,
     svg: Annotated[Path | None, typer.Option(help="Draw it into this file.")] = None,
     coordinator: Coordinator = None,
     keyring: KeyringFile = None,
@@ -71,8 +73,10 @@ def plan(
 ) -> None:
     """Print the plan for a model file, on devices that you describe or on those of a cluster.
 
-    The plan goes to stdout, as deploy --plan takes it; what is expected of it, to stderr. With a
-    coordinator's address and the name of a deployed model: the plans that serve it now.
+    The plan goes to stdout, as deploy --plan takes it; to stderr, what is expected of it: time,
+    what was folded, which nodes are barriers and why, the share of the FLOPs that is distributed,
+    weights and peak memory of each device. With a coordinator's address and the name of a deployed
+    model: the plans that serve it now.
     """
     described = devices is not None or speeds is not None
     if described or coordinator is None:
@@ -86,7 +90,7 @@ def plan(
     from meshinfer.identity import DeviceId
     from meshinfer.planner import make_plan
 
-    graph, drawn = _graph(model, shape, picture)
+    graph, drawn = _graph(model, shape, picture, output)
     head = DeviceId(HEAD)  # a cluster's source and sink
     planned = make_plan(graph, profiles, head, head, objective=objective, spread=spread)
     _print(graph, planned, as_json)
@@ -141,13 +145,15 @@ def _measured(client: Client, mbit: float) -> list[DeviceProfile]:
     ]
 
 
-def _graph(model: str, shape: list[str] | None, picture: Path | None) -> tuple[Graph, bytes | None]:
+def _graph(
+    model: str, shape: list[str] | None, picture: Path | None, outputs: list[str] | None
+) -> tuple[Graph, bytes | None]:
     """The model at its shapes, and the picture's file if it can be drawn."""
     from meshinfer.importers import load, open_model
 
     shapes = parse_shapes(shape)
     if picture is None:
-        return load(model, shapes=shapes), None
+        return load(model, shapes=shapes, outputs=outputs or None), None
     from cluster.pictures import read_picture
 
     source = open_model(model)
@@ -157,17 +163,20 @@ def _graph(model: str, shape: list[str] | None, picture: Path | None) -> tuple[G
             hint="give --shape instead of --picture",
         )
     pixels = read_picture(picture, source.image).pixels
-    graph = load(
-        source, shapes={**(shapes or {}), source.image.input: pixels.shape}, image=source.image
-    )
+    shapes = {**(shapes or {}), source.image.input: pixels.shape}
+    graph = load(source, shapes=shapes, image=source.image, outputs=outputs or None)
     data = picture.read_bytes()
     return graph, data if data.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")) else None
 
 
 def _print(graph: Graph, planned: Planned, as_json: bool) -> None:
+    import msgspec
+
+    from meshinfer.report import report_of
     from meshinfer.transfers import derive
 
     made, expected = planned.plan, planned.timeline
+    report = report_of(graph, made, expected, planned.notes)
     between = derive(graph, made).bytes_between(graph)
     moved = sum(between.values())
     direct = sum(n for pair, n in between.items() if HEAD not in pair)
@@ -185,6 +194,7 @@ def _print(graph: Graph, planned: Planned, as_json: bool) -> None:
                 for u in expected.devices
             ],
             "notes": list(planned.notes),
+            "report": msgspec.to_builtins(report),
         }  # fmt: skip
         typer.echo(json.dumps(fields, indent=2))
         return
@@ -194,8 +204,8 @@ def _print(graph: Graph, planned: Planned, as_json: bool) -> None:
         f"{size(moved)} move between devices, of these {size(direct)} worker to worker",
         err=True,
     )
-    for note in planned.notes:
-        typer.echo(f"  {note}", err=True)
+    for line in report.lines:
+        typer.echo(f"  {line}", err=True)
 
 
 def _print_deployed(client: Client, name: str, as_json: bool, svg: Path | None) -> None:

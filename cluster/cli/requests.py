@@ -6,7 +6,7 @@ import io
 import json
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +21,7 @@ from cluster.cli.options import (
     Interfaces,
     KeyringFile,
     LogLevel,
+    Outputs,
     Shapes,
     Timeout,
     columns,
@@ -122,19 +123,21 @@ def deploy(
             spread=spread,
         )
     if as_json:
+        import msgspec
+
         fields = {
             "name": made.name,
             "version": made.version,
             "plan": made.plan,
-            "report": list(made.report),
+            "report": msgspec.to_builtins(made.report),
             "image": None if made.image is None else json.loads(made.image.to_json()),
         }
         typer.echo(json.dumps(fields, indent=2))
         return
     typer.echo(f"{made.name} version {made.version}")
-    notes = made.report if made.plan else ("planned at the first request of each shape",)
-    for note in notes:
-        typer.echo(f"  {note}", err=True)
+    later = ("planned at the first request of each shape",)
+    for line in later if made.report is None else made.report.lines:
+        typer.echo(f"  {line}", err=True)
 
 
 def infer(
@@ -149,6 +152,7 @@ def infer(
         Path | None,
         typer.Option(help="Folder for the answers: .png for pictures, .npz for arrays."),
     ] = None,
+    output: Outputs = None,
     version: Annotated[
         int | None, typer.Option(min=1, help="Of the model; default: newest.")
     ] = None,
@@ -176,7 +180,8 @@ def infer(
         _progress(len(inputs)) as advance,
     ):
         model = _model(client, name, version)
-        for path, future in _answers(client, name, model, inputs, version, deadline):
+        asked = {"outputs": output or None, "version": version, "deadline_s": deadline}
+        for path, future in _answers(client, name, model, inputs, asked):
             try:
                 result = future.result()
                 files = targets.save(path, result)
@@ -202,8 +207,7 @@ def _answers(
     name: str,
     model: ModelInfo | None,
     inputs: Sequence[str],
-    version: int | None,
-    deadline: float | None,
+    asked: Mapping[str, Any],
 ) -> Iterator[tuple[str, Future[Result]]]:
     """The inputs with their futures, in order; a few are open at a time."""
     opened: deque[tuple[str, Future[Result]]] = deque()
@@ -212,7 +216,7 @@ def _answers(
             yield opened.popleft()
         try:
             data = _read(path, model)
-            future = client.submit(name, data, version=version, deadline_s=deadline)
+            future = client.submit(name, data, **asked)
         except MeshInferError as error:
             future = Future()
             future.set_exception(error)

@@ -52,6 +52,12 @@ def is_external(tensor: onnx.TensorProto) -> bool:
     return tensor.data_location == onnx.TensorProto.EXTERNAL
 
 
+def locations(proto: onnx.ModelProto) -> set[str]:
+    """Names of the files that have the external data."""
+    found = [e for t in tensors_of(proto) if is_external(t) for e in t.external_data]
+    return {entry.value for entry in found if entry.key == "location"}
+
+
 def check_external(proto: onnx.ModelProto, folder: Path | None) -> None:
     """Raise ``InvalidInput`` unless all external data lie inside ``folder`` (links resolved)."""
     for tensor in tensors_of(proto):

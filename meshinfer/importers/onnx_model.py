@@ -24,7 +24,7 @@ from meshinfer.errors import InvalidInput
 from meshinfer.graph import Graph
 from meshinfer.image import METADATA_KEY, ImageSpec
 from meshinfer.importers.checks import check_model, check_nodes
-from meshinfer.importers.external import check_external, move_weights
+from meshinfer.importers.external import check_external, locations, move_weights
 from meshinfer.importers.optimise import GIVEN, MADE, Optimise, optimise
 from meshinfer.importers.picture import with_image_input
 from meshinfer.importers.pruning import keep_outputs
@@ -49,6 +49,17 @@ class Source:
         """What a request must give: graph inputs that are not initializers as well (IR < 4)."""
         weights = {t.name for t in self.proto.graph.initializer}
         return [v for v in self.proto.graph.input if v.name not in weights]
+
+    @property
+    def weight_files(self) -> tuple[str, ...]:
+        """Names of the files beside it that have its external weights."""
+        return tuple(sorted(locations(self.proto)))
+
+    def check(self) -> None:
+        """Raise ``InvalidInput`` for what no shapes and no optimiser can mend."""
+        check_model(self.proto)
+        check_external(self.proto, self.folder)
+        _check_tensors(self.proto)
 
     @property
     def image(self) -> ImageSpec | None:
@@ -131,9 +142,7 @@ def load(
         source = Source(proto, None)
     else:
         source = _own(open_model(model), model)
-    check_model(source.proto)
-    check_external(source.proto, source.folder)
-    _check_tensors(source.proto)
+    source.check()
     if isinstance(example, Mapping) and not is_torch_module(model):
         shapes = {**{n: np.shape(a) for n, a in example.items()}, **(shapes or {})}
     dropped = set() if outputs is None else keep_outputs(source.proto, outputs)

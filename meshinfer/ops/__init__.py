@@ -9,11 +9,13 @@ from meshinfer.geometry import Box
 from meshinfer.graph import Op
 from meshinfer.ops import (
     conv,
+    conv_transpose,
     gather,
     joint,
     layout,
     matmul,
     normalise,
+    pad,
     pointwise,
     pool,
     quant,
@@ -36,6 +38,8 @@ __all__ = [
 
 TABLE: dict[str, Rule] = {  # operators of other domains as "domain:type"
     "Conv": conv.CONV,
+    "ConvTranspose": conv_transpose.CONV_TRANSPOSE,
+    "Pad": pad.PAD,
     "MaxPool": pool.POOL,
     "AveragePool": pool.POOL,
     "Gemm": matmul.GEMM,

@@ -125,6 +125,14 @@ def slice_node(
 
 def _slice_ranges(op: Op) -> list[tuple[int, int]]:
     """(first element, step) for each axis, bounds resolved as the ONNX operator does."""
+    known = op.graph.memo.get(("slice", op.index))
+    if known is None:
+        known = op.graph.memo["slice", op.index] = _resolved(op)
+    ranges: list[tuple[int, int]] = known
+    return ranges
+
+
+def _resolved(op: Op) -> list[tuple[int, int]]:
     shape = op.shape(0)
     if op.graph.opset < 10:
         starts = list(op.attributes["starts"])
@@ -266,11 +274,16 @@ def axis_groups(source: tuple[int, ...], target: tuple[int, ...]) -> list[Group]
 
 def _leads(op: Op) -> list[tuple[int, int, int, int]]:
     """For each group: leading input axis, leading output axis, elements under one step of each."""
-    source, target = op.shape(0), op.out_shape()
-    return [
-        (ins[0], outs[0], prod(source[i] for i in ins[1:]), prod(target[j] for j in outs[1:]))
-        for ins, outs in axis_groups(source, target)
-    ]
+    known = op.graph.memo.get(("leads", op.index))
+    if known is None:
+        source, target = op.shape(0), op.out_shape()
+        known = [
+            (ins[0], outs[0], prod(source[i] for i in ins[1:]), prod(target[j] for j in outs[1:]))
+            for ins, outs in axis_groups(source, target)
+        ]
+        op.graph.memo["leads", op.index] = known
+    leads: list[tuple[int, int, int, int]] = known
+    return leads
 
 
 def _reshape_objection(op: Op) -> str:

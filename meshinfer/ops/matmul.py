@@ -49,7 +49,12 @@ def _gemm_flops(op: Op, outs: Boxes) -> int:
 
 
 def _gemm_objection(op: Op) -> str:
-    return "" if op.graph.opset >= 7 else "before opset 7 broadcasting was an attribute"
+    old = op.graph.opset < 7
+    return "before opset 7 broadcasting was an attribute" if old else _empty_objection(op)
+
+
+def _empty_objection(op: Op) -> str:
+    return "it reads values without elements" if 0 in (*op.shape(0), *op.shape(1)) else ""
 
 
 GEMM = Rule(
@@ -82,6 +87,7 @@ def _matmul_flops(op: Op, outs: Boxes) -> int:
 
 MATMUL = Rule(
     footprint=_matmul_footprint,
+    objection=_empty_objection,
     reduction=_matmul_reduction,
     flops=_matmul_flops,
 )

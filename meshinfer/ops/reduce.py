@@ -49,7 +49,9 @@ def _keeps(op: Op) -> bool:
 
 
 def _objection(op: Op) -> str:
-    return "" if not op.has(1) or op.constant(1) is not None else "its axes are computed"
+    if op.has(1) and op.constant(1) is None:
+        return "its axes are computed"
+    return "it reads a value without elements" if 0 in op.shape(0) else ""
 
 
 def _align(op: Op, outs: Boxes) -> Boxes:

@@ -263,7 +263,8 @@ class _Choice:
         shares = {p.id: max(p.flops_per_s / total, least) for p in order}
         heavy = self.space.sums.heavy[-1]
         found = []
-        for most in sorted({1, 2, min(HEAVY_A_BLOCK, max(1, -(-heavy // 4)))}):
+        longest = min(HEAVY_A_BLOCK, max(1, -(-heavy // 4)))
+        for most in sorted({1, 2, longest}, reverse=True):  # the longest walk serves all
             blocks = search(self.space, self.team(order, shares), most=most, spread=True)
             found.append(self.candidate(f"all devices, {most} a block", blocks, shares))
         most_used = max(len(c.plan.devices()) for c in found)

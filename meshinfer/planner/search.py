@@ -40,7 +40,9 @@ class Space:
     axes: Axes
     sums: Sums
     fixed: bool = False
-    _samples: dict[tuple[int, Kind, int, int], dict[int, Sample]] = field(default_factory=dict)
+    _samples: dict[tuple[int, Kind, int], tuple[int, dict[int, Sample]]] = field(
+        default_factory=dict
+    )
 
     @staticmethod
     def of(graph: Graph, fixed_cuts: Sequence[int] | None = None, *, sums: bool = True) -> Space:
@@ -62,11 +64,13 @@ class Space:
 
     def samples(self, i: int, kind: Kind, parts: int, most: int) -> dict[int, Sample]:
         """Samples of the blocks that end at cut ``i``, remembered."""
-        key = (i, kind, parts, most)
-        if key not in self._samples:
-            starts = self.starts(i, min(most, CHANNEL_HEAVY) if kind == "channels" else most)
-            self._samples[key] = samples(self.graph, self.axes, self.cuts[i], starts, kind, parts)
-        return self._samples[key]
+        most = min(most, CHANNEL_HEAVY) if kind == "channels" else most
+        key = (i, kind, parts)
+        if self._samples.get(key, (0, {}))[0] < most:
+            starts = self.starts(i, most)
+            found = samples(self.graph, self.axes, self.cuts[i], starts, kind, parts)
+            self._samples[key] = (most, found)
+        return self._samples[key][1]
 
 
 @dataclass(frozen=True, slots=True)

@@ -185,10 +185,8 @@ class Gone(Message, frozen=True):
 
 
 class Deploy(Message, frozen=True):
-    """Deploy a model whose bytes the client serves as a blob. ``shapes`` fixes dynamic inputs.
-
-    ``weights``: the blobs that the model refers to, by their SHA-256, as its external data.
-    """
+    """Deploy a model that the client serves, with its external ``weights``, as blobs. ``shapes``
+    fixes dynamic inputs."""
 
     call: Name
     name: Name
@@ -241,7 +239,8 @@ class Forget(Message, frozen=True):
 class Submit(Message, frozen=True):
     """Header of a request; its tensors go to the source device. ``deadline_s`` is what remains.
 
-    ``outputs``: those that are asked for; None: all. ``turn`` counts how often the client has sent this request; its ``Feed`` has the same.
+    ``outputs``: those that are asked for; None: all. ``turn`` counts how often the client has sent
+    this request; its ``Feed`` has the same.
     """
 
     request: Name

@@ -24,8 +24,8 @@ class Folded(Record, frozen=True):
 
     before: Count
     after: Count
-    gone: Counts = {}
-    new: Counts = {}
+    gone: Counts
+    new: Counts
 
 
 class Barrier(Record, frozen=True):

@@ -34,9 +34,7 @@ class Puller:
         self._pulls: dict[str, _Pull] = {}
         self._active: dict[str, None] = {}
 
-    def want(
-        self, digest: str, peer: str, now: float, nbytes: int | None = None
-    ) -> list[Effect]:
+    def want(self, digest: str, peer: str, now: float, nbytes: int | None = None) -> list[Effect]:
         """``nbytes``: its size, if it is known; chunks of one of another size are dropped."""
         if digest in self._pulls:
             self._pulls[digest].peer = peer
