@@ -126,6 +126,7 @@ class Client:
         name: str,
         model: object,
         *,
+        example: object = None,
         plan: Plan | str | None = None,
         image: ImageSpec | None = None,
         shapes: Mapping[str, Sequence[int]] | None = None,
@@ -133,18 +134,21 @@ class Client:
         spread: bool = False,
         timeout_s: float = DEPLOY_S,
     ) -> Deployment:
-        """Deploy a model: a path, bytes or an ``onnx.ModelProto``. Returns when it can serve.
+        """Deploy a model: a path, bytes, an ``onnx.ModelProto``, or a torch module with its
+        ``example``, exported here (see ``meshinfer.from_torch``). Returns when it can serve.
 
         ``shapes`` fixes dynamic inputs; without, a plan is made at the first request of each shape.
+        Of a torch module, it says which axes may vary: ``shapes={"image": (1, 3, None, None)}``.
         ``objective``: latency, throughput or memory. ``spread``: use every device, even where fewer
-        are faster. Raises ``InvalidInput`` for what
-        onnxruntime refuses, ``ClusterUnavailable`` when no worker can compute.
+        are faster. Raises ``InvalidInput`` for what torch cannot export or onnxruntime refuses,
+        ``ClusterUnavailable`` when no worker can compute.
         """
-        from cluster.models import offer_model  # onnx is heavy; only deploying needs it
+        from cluster.models import model_and_shapes, offer_model  # onnx is heavy
 
         with self._lock:
             self._refuse_when_closed()
-        with self._offers.held(partial(offer_model, model)) as offer:
+        given, fixed = model_and_shapes(model, example, shapes)
+        with self._offers.held(partial(offer_model, given)) as offer:
             message = m.Deploy(
                 call=secrets.token_hex(12),
                 name=name,
@@ -153,7 +157,7 @@ class Client:
                 weights=tuple(m.Blob(digest=d, nbytes=n) for d, n in offer.weights.items()),
                 plan=None if plan is None else str(plan),
                 image=None if image is None else image.to_json(),
-                shapes=None if shapes is None else {k: tuple(v) for k, v in shapes.items()},
+                shapes=fixed,
                 objective=objective,
                 spread=spread,
             )
@@ -205,10 +209,11 @@ class Client:
         """Submit a request; the future has its result, or a typed error.
 
         ``data``: {input: array}; one array, for a model of one input; or a picture (path, bytes,
-        PIL image, uint8 array [H, W, C]) for a model with an ``ImageSpec``. It is copied: change
-        it as soon as this returns. ``outputs``: only these (all, if None); what lies behind them in
-        the model is not computed, and inputs that only that needs may be left out.
-        ``deadline_s``: after it the request fails with ``DeadlineExceeded``.
+        PIL image, uint8 array [H, W, C]) for a model with an ``ImageSpec``. Arrays are numpy's or
+        torch tensors, on any device. It is copied: change it as soon as this returns.
+        ``outputs``: only these (all, if None); what lies behind them in the model is not computed,
+        and inputs that only that needs may be left out. ``deadline_s``: after it the request fails
+        with ``DeadlineExceeded``.
         """
         wanted = results.wanted_outputs(outputs)
         info = None if isinstance(data, Mapping) else self._info(model, version)

@@ -8,17 +8,35 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import onnx
 from google.protobuf.message import EncodeError
 
 from cluster.offers import Offer, Put
 from meshinfer import limits
 from meshinfer.errors import InvalidInput
-from meshinfer.importers import open_model
+from meshinfer.importers import Source, from_torch, is_torch_module, open_model
 from meshinfer.importers.checks import tensors_of
 from meshinfer.importers.external import Segment, is_external, name_weights
+
+
+def model_and_shapes(
+    model: object, example: object, shapes: Mapping[str, Sequence[int]] | None
+) -> tuple[object, dict[str, tuple[int, ...]] | None]:
+    """What to offer, and the shapes to fix. A torch module is exported here, with its example."""
+    if is_torch_module(model):
+        return Source(from_torch(model, example, shapes=shapes), None), None
+    if example is not None and not isinstance(example, Mapping):
+        raise InvalidInput(
+            f"an example was given with {type(model).__name__}, which is no torch module",
+            hint="leave it out, or give {input name: array} to fix dynamic shapes",
+        )
+    fixed = {str(k): tuple(np.shape(v)) for k, v in (example or {}).items()}
+    fixed |= {k: tuple(v) for k, v in (shapes or {}).items()}
+    return model, fixed or None
 
 
 def offer_model(model: object, put: Put, least: int = limits.WEIGHT_FILE_BYTES) -> Offer:

@@ -103,10 +103,9 @@ def input_arrays(data: object, info: m.ModelInfo | None) -> tuple[dict[str, Arra
     if isinstance(data, Mapping):
         return {str(name): _copy(array) for name, array in data.items()}, False
     spec = None if info is None else image_of(info)
-    tensor = hasattr(data, "__array__") and not hasattr(data, "getbands")  # no Pillow image
-    if tensor and info is not None and len(info.inputs) == 1:
-        array = _copy(data)
-        if spec is None or array.dtype != np.uint8:
+    if hasattr(data, "__array__") and not hasattr(data, "getbands"):  # no Pillow image
+        data = array = _copy(data)
+        if info is not None and len(info.inputs) == 1 and (spec is None or array.dtype != np.uint8):
             return {info.inputs[0]: array}, False
     if spec is None:
         raise InvalidInput(
@@ -117,7 +116,12 @@ def input_arrays(data: object, info: m.ModelInfo | None) -> tuple[dict[str, Arra
 
 
 def _copy(data: object) -> Array:
-    """A copy in this machine's byte order."""
+    """A copy in this machine's byte order. Raises ``InvalidInput`` for what numpy has no type."""
+    if hasattr(data, "detach"):  # a torch tensor: it may have gradients, or lie on a GPU
+        try:
+            data = data.numpy(force=True)  # type: ignore[attr-defined]
+        except TypeError as error:
+            raise InvalidInput(str(error), hint="convert it: tensor.float()") from error
     array = np.asarray(data)
     return np.array(array, dtype=array.dtype.newbyteorder("="), order="C")
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from cluster.local import LocalCluster as LocalCluster
     from meshinfer.executor import run_plan as run_plan
     from meshinfer.image import ImageSpec as ImageSpec
+    from meshinfer.importers import from_torch as from_torch
     from meshinfer.importers import load as load
     from meshinfer.legality import validate as validate
     from meshinfer.plan import Plan as Plan
@@ -29,6 +30,7 @@ _HOMES = {
     "run_plan": "meshinfer.executor",
     "ImageSpec": "meshinfer.image",
     "load": "meshinfer.importers",
+    "from_torch": "meshinfer.importers",
     "Plan": "meshinfer.plan",
     "validate": "meshinfer.legality",
     **dict.fromkeys(

@@ -151,15 +151,18 @@ def split_even(size: int, parts: int) -> list[Interval]:
 
 
 def split_weighted(size: int, weights: Sequence[float], grain: int = 1) -> list[Interval]:
-    """Intervals over ``[0, size)`` in proportion to the weights, borders at multiples of
-    ``grain``."""
+    """Intervals over ``[0, size)`` in proportion to the weights; some may be empty.
+
+    Borders lie at multiples of ``grain``, and the last part is no smaller than that.
+    """
     total = sum(weights)
     assert total > 0 and all(w >= 0 for w in weights), f"weights {weights}"
     borders = [0]
     done = 0.0
+    most = size if grain == 1 else size // grain * grain - (grain if size % grain else 0)
     for weight in weights[:-1]:
         done += weight
-        borders.append(min(size, round(size * done / total / grain) * grain))
+        borders.append(max(0, min(most, round(size * done / total / grain) * grain)))
     borders.append(size)
     return [Interval(a, b) for a, b in pairwise(borders)]
 

@@ -135,6 +135,32 @@ def normalise(n: Net, x: str) -> str:
     return n.bn(x, n.shape[x][1])
 
 
+def statistics(n: Net, x: str) -> str:
+    """Normalisations whose statistics are over rows and columns, or over channels and columns."""
+    batch, c, h, w = n.shape[x]
+    kinds = ["rows", "instance", *(["layer"] if n.opset >= 17 else [])]
+    kind = n.pick(*kinds, *(["group"] if n.opset >= 18 else []))
+    groups = n.pick(*(g for g in range(1, c + 1) if c % g == 0))
+    if kind == "instance":
+        return str(n.op("InstanceNormalization", [x, n.normal(c), n.normal(c)], epsilon=0.01))
+    if kind == "layer":
+        axis = n.pick(1, 2, 3, -1)
+        shape = n.shape[x][axis:]
+        inputs = [x, n.normal(*shape), *n.pick((), (n.normal(*shape),))]
+        return str(n.op("LayerNormalization", inputs, axis=axis, epsilon=0.01))
+    if kind == "group":
+        size = c if n.opset >= 21 else groups
+        inputs = [x, n.normal(size), n.normal(size)]
+        # In one pass: the smaller epsilon, the larger what rounding before it becomes.
+        y = n.op("GroupNormalization", inputs, num_groups=groups, epsilon=0.5)
+        return n.know(y, n.shape[x])
+    rows = n.op("Reshape", [x, n.ints(0, groups, -1)])  # as torch exports it before opset 21
+    ones = [n.const(np.full(groups, value, np.float32)) for value in (1, 0)]
+    rows = n.op("InstanceNormalization", [rows, *ones], epsilon=0.01)
+    y = n.op("Mul", [n.op("Reshape", [rows, n.ints(batch, c, h, w)]), n.normal(c, 1, 1)])
+    return str(n.op("Add", [y, n.normal(c, 1, 1)]))
+
+
 def excite(n: Net, x: str) -> str:
     """Squeeze and excite (Hu et al. 2018): a global mean in the middle, multiplied back."""
     c = n.shape[x][1]
@@ -291,7 +317,7 @@ def whole_map(n: Net, x: str) -> str:
 
 
 TILED: tuple[Block, ...] = (
-    conv, conv, conv, pool, pool, activation, activation, broadcast, normalise, excite, centre,
+    conv, conv, conv, pool, pool, activation, activation, broadcast, normalise, statistics, excite, centre,
     last_channels, pixel_shuffle, cut, shuffle, reshape, split, concat, residual, one_axis,
     computed_weights,
 )  # fmt: skip

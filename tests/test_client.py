@@ -231,7 +231,7 @@ def test_a_client_that_gave_arrays_gets_the_picture_as_well(
 
 
 def test_the_report_of_a_deployment_tells_barriers_share_and_weights(client: mi.Client) -> None:
-    report = "\n".join(client.deploy("told", MODEL, spread=True).report)
+    report = str(client.deploy("told", MODEL, spread=True).report)
     assert "barriers, which run whole on one device: none" in report
     assert "100.0% of the FLOPs are in stages that several devices share" in report
     assert "worker-0 holds" in report and "worker-1 holds" in report

@@ -202,6 +202,7 @@ class Quantised(Net):
     def __init__(self, draw: st.DrawFn) -> None:
         super().__init__(draw, draw(st.sampled_from((17, 21))))
         self.element = np.int8 if self.coin() else np.uint8
+        self.quantised_by: dict[str, tuple[list[str], dict[str, int]]] = {}
 
     def scale(self, *shape: int) -> str:
         return self.const((self.rng.random(shape) * 0.04 + 0.02).astype(np.float32))
@@ -213,6 +214,12 @@ class Quantised(Net):
 
     def pair(self) -> list[str]:
         return [self.scale(), self.point()]
+
+    def quantise(self, y: str, pair: list[str], axes: dict[str, int]) -> str:
+        """Remembered: onnxruntime takes it for granted that a pair undoes what it did."""
+        x = str(self.op("QuantizeLinear", [y, *pair], **axes))
+        self.quantised_by[x] = (pair, axes)
+        return x
 
     def bytes(self, *shape: int, element: Any = None) -> str:
         info = np.iinfo(element or self.element)
@@ -266,24 +273,24 @@ def conv_integer(n: Quantised, x: str) -> str:
     points = n.pick([], [n.point()], [n.point(), n.point()], ["", n.point()])
     y = n.op("ConvInteger", [x, w, *points], **attributes)
     y = n.op("Mul", [n.op("Cast", y, to=FLOAT), n.const(np.float32(2**-12))])
-    return str(n.op("QuantizeLinear", [y, *n.pair()]))
+    return n.quantise(y, n.pair(), {})
 
 
 def requantise(n: Quantised, x: str) -> str:
     """With a scale for all, for each slice of an axis, or for each block of one."""
-    axis, rank = n.pick(1, 2, 3, -1, -3), 4
-    size = n.shape[x][axis]
-    if n.coin():
-        scales, axes = (), {}
-    elif n.opset < 21 or n.coin():
-        scales, axes = (size,), {"axis": axis}
-    else:
-        block = n.number(1, size)
-        blocks = list(n.shape[x])
-        blocks[axis] = -(-size // block)
-        scales, axes = tuple(blocks), {"axis": axis % rank, "block_size": block}
-    y = n.op("DequantizeLinear", [x, n.scale(*scales), *n.pick([], [n.point(*scales)])], **axes)
-    return str(n.op("QuantizeLinear", [y, n.scale(*scales), n.point(*scales)], **axes))
+    axis, shape = n.pick(1, 2, 3, -1, -3), list(n.shape[x])
+    scales: tuple[int, ...] = ()
+    axes = {}
+    kind = n.pick("all", "each", "blocks" if n.opset >= 21 else "each")
+    if kind == "each":
+        scales, axes = (shape[axis],), {"axis": axis}
+    elif kind == "blocks":
+        block = n.number(1, shape[axis])
+        shape[axis] = -(-shape[axis] // block)
+        scales, axes = tuple(shape), {"axis": axis % 4, "block_size": block}
+    given = n.quantised_by.get(x, ([n.scale(*scales), *n.pick([], [n.point(*scales)])], axes))
+    y = n.op("DequantizeLinear", [x, *given[0]], **given[1])
+    return n.quantise(y, [n.scale(*scales), n.point(*scales)], axes)
 
 
 def pointwise(n: Quantised, x: str) -> str:

@@ -47,7 +47,7 @@ def made(kind: typing.Any) -> st.SearchStrategy[typing.Any]:
             least = meta.ge if meta.ge is not None else meta.gt + 1
             return st.integers(least, min(top, 1 << 62))
         if inner is float:
-            return st.floats(0, 1e9)
+            return st.floats(0, 1e9 if meta.le is None else min(meta.le, 1e9))
         if inner is str and meta.min_length == 40:
             return st.just("k" * 40)
         if inner is str:

@@ -11,6 +11,9 @@ from meshinfer.geometry import Box, Interval, Window
 from meshinfer.graph import Op
 from meshinfer.ops.rule import Boxes, Emission, Emitter, Rule, only
 
+_BLOCK = 16
+"""Channels that onnxruntime's blocked layout (NCHWc) holds together, at most."""
+
 
 def explicit_pads(
     op: Op, spatial: tuple[int, ...], extents: list[int], strides: list[int]
@@ -63,9 +66,13 @@ def _groups(op: Op) -> tuple[int, int, int]:
 
 def _align(op: Op, outs: Boxes) -> Boxes:
     box = align_spatial(op, only(outs), windows(op, _kernel(op)))
-    groups, _, per_group = _groups(op)
+    groups, in_per_group, per_group = _groups(op)
     channels = box[1]
     first, last = channels.start // per_group, (channels.stop - 1) // per_group
+    if first == last and (in_per_group % _BLOCK or per_group % _BLOCK):
+        # A lone group of several is a plain convolution, which onnxruntime computes in another
+        # layout, and rounds otherwise, than groups that do not fill its blocks.
+        first, last = (first - 1, last) if first > 0 else (first, min(1, groups - 1))
     if groups > 1 and first != last:  # part of one group is a plain conv; else whole groups only
         box = box.replace(1, Interval(first * per_group, (last + 1) * per_group))
     return (box,)

@@ -58,7 +58,7 @@ def _reaches(op: Op) -> list[_Reach]:
             pad = pads[i]
         else:  # the shape is given, and what is too much is cropped away on both sides
             total = max(0, (size - 1) * stride + extra[i] + extent - op.out_shape()[2 + i])
-            pad = total - total // 2 if auto == "SAME_UPPER" else total // 2
+            pad = total // 2 if auto == "SAME_UPPER" else total - total // 2
         found.append(_Reach(size, stride, extent, pad))
     return found
 
@@ -70,14 +70,12 @@ def _groups(op: Op) -> tuple[int, int, int]:
 
 
 def _objection(op: Op) -> str:
-    spatial, strides = op.out_shape()[2:], op.attributes.get("strides")
-    rank = len(spatial)
-    dilations = op.attributes.get("dilations", [1] * rank)
-    for i, reach in enumerate(_reaches(op)):
-        _, _, extra = reach.crops(Interval(0, spatial[i]))
-        if extra >= max((strides or [1] * rank)[i], dilations[i], 1):
-            return "its output is padded by more than a stride"
-    return "" if all(reach.pad >= 0 for reach in _reaches(op)) else "its pads are negative"
+    for axis, reach in enumerate(_reaches(op), start=2):
+        if reach.pad < 0:
+            return "its pads are negative"
+        if reach.crops(Interval(0, op.out_shape()[axis]))[2] >= reach.stride:
+            return "its output is padded by a stride or more, which onnxruntime refuses"
+    return ""
 
 
 def _align(op: Op, outs: Boxes) -> Boxes:

@@ -74,9 +74,9 @@ class _Axis:
     def pads(self, out: Interval) -> tuple[int, int] | None:
         """How a Pad of what ``reads`` gives makes these outputs; None when it would not."""
         inside, reads = self.inside(out), self.reads(out)
-        if inside.size <= 0:
-            return None
         pads = inside.start - out.start, out.stop - inside.stop
+        if inside.size <= 0 or reads.size + sum(pads) != out.size:
+            return None
         own = _Axis(self.mode, 0, reads.size, pads[0])
         made = own.index(Interval(0, out.size)) + reads.start
         return pads if np.array_equal(made, self.index(out)) else None

@@ -84,7 +84,29 @@ def _linear_footprint(op: Op, outs: Boxes, over: Box | None) -> Boxes:
     return tuple(found)
 
 
-LINEAR = Rule(footprint=_linear_footprint, align=_linear_align, objection=_linear_objection)
+def _linear_emit(op: Op, job: Emission, e: Emitter) -> None:
+    names = [name for name in job.inputs if name]
+    if _needs_point(op):
+        names.append(e.scalar(0, op))
+    e.copy(op, names, job.outputs)
+
+
+def _needs_point(op: Op) -> bool:
+    """Whether onnxruntime would go wrong on a crop behind this node.
+
+    It puts a QuantizeLinear with the same inputs behind a Slice of what DequantizeLinear makes
+    (QDQPropagation); without a zero point that one makes uint8, so that negative values are lost.
+    """
+    signed = op.graph.numpy_dtype(op.inputs[0]).kind == "i"
+    return op.type == "DequantizeLinear" and signed and not op.has(2) and prod(op.shape(1)) == 1
+
+
+LINEAR = Rule(
+    footprint=_linear_footprint,
+    emit=_linear_emit,
+    align=_linear_align,
+    objection=_linear_objection,
+)
 
 # --- operators that are a float operator over quantised values ------------------------------------
 

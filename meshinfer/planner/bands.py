@@ -237,7 +237,8 @@ def build(
 
 def _grain(size: int, parts: int) -> int:
     """Channels go in whole blocks of onnxruntime's layout (NCHWc) where there are enough."""
-    return next((g for g in (16, 8, 4) if size >= 2 * g * parts), 1)
+    least = 4 if size >= 4 * parts else 1  # what it reorders
+    return next((g for g in (16, 8) if size >= 2 * g * parts), least)
 
 
 def _joined(blocks: Sequence[Block]) -> list[Block]:
