@@ -132,6 +132,7 @@ class Client:
         shapes: Mapping[str, Sequence[int]] | None = None,
         objective: str = "latency",
         spread: bool = False,
+        strict: bool = False,
         timeout_s: float = DEPLOY_S,
     ) -> Deployment:
         """Deploy a model: a path, bytes, an ``onnx.ModelProto``, or a torch module with its
@@ -140,7 +141,8 @@ class Client:
         ``shapes`` fixes dynamic inputs; without, a plan is made at the first request of each shape.
         Of a torch module, it says which axes may vary: ``shapes={"image": (1, 3, None, None)}``.
         ``objective``: latency, throughput or memory. ``spread``: use every device, even where fewer
-        are faster. Raises ``InvalidInput`` for what torch cannot export or onnxruntime refuses,
+        are faster. ``strict``: no partial sums, and devices of one numeric class only, so that the
+        answer has the bits of one device's wherever kernels do not depend on sizes. Raises ``InvalidInput`` for what torch cannot export or onnxruntime refuses,
         ``ClusterUnavailable`` when no worker can compute.
         """
         from cluster.models import model_and_shapes, offer_model  # onnx is heavy
@@ -160,6 +162,7 @@ class Client:
                 shapes=fixed,
                 objective=objective,
                 spread=spread,
+                strict=strict,
             )
             answer = self._ask(message, timeout_s)
         assert isinstance(answer, m.Deployed)

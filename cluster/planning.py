@@ -24,7 +24,7 @@ from meshinfer.graph import Graph
 from meshinfer.identity import DeviceId
 from meshinfer.image import ImageSpec
 from meshinfer.importers import Source, inputs_needed, load, open_model
-from meshinfer.legality import validate
+from meshinfer.legality import refuse_sums, validate
 from meshinfer.plan import Plan
 from meshinfer.planner import make_plan
 from meshinfer.programs import Programs, make_programs
@@ -133,11 +133,19 @@ class PlanningThread:
         given = self._given_plan(graph, effect)
         if given is not None:
             validate(graph, given)
+            if effect.strict:
+                refuse_sums(given)
             expected = timeline(graph, given, profiles)
             return given, report_of(graph, given, expected, ("the plan was given",))
         head = DeviceId(effect.head)
         planned = make_plan(
-            graph, profiles, head, head, objective=effect.objective, spread=effect.spread
+            graph,
+            profiles,
+            head,
+            head,
+            objective=effect.objective,
+            spread=effect.spread,
+            strict=effect.strict,
         )
         validate(graph, planned.plan)
         return planned.plan, report_of(graph, planned.plan, planned.timeline, planned.notes)

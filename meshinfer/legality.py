@@ -32,6 +32,18 @@ def validate(graph: Graph, plan: Plan) -> None:
         raise _wrong(f"the stages end at op {position} of {len(graph.ops)}")
 
 
+def refuse_sums(plan: Plan) -> None:
+    """Raise ``InvalidInput`` if the plan adds up partial sums: their order changes the last bits."""
+    for stage in plan.stages:
+        for task in stage.tasks:
+            for shard in task.outputs:
+                if shard.over is not None:
+                    raise InvalidInput(
+                        f"the plan sums {shard.value!r} in parts, and strict=True was asked",
+                        hint="deploy it without strict, or compute that value whole or in slices",
+                    )
+
+
 def _wrong(why: str) -> InvalidInput:
     return InvalidInput(f"the plan does not fit: {why}", hint="plan again for this model and shape")
 

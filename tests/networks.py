@@ -310,15 +310,12 @@ def foreign(n: Net, x: str) -> str:
 
 
 def whole_map(n: Net, x: str) -> str:
-    c = n.shape[x][1]
-    if n.coin():
-        return str(n.op("LRN", x, size=3))
-    return str(n.op("InstanceNormalization", [x, n.normal(c), n.normal(c)]))
+    return str(n.op("LRN", x, size=3))
 
 
 TILED: tuple[Block, ...] = (
-    conv, conv, conv, pool, pool, activation, activation, broadcast, normalise, statistics, excite, centre,
-    last_channels, pixel_shuffle, cut, shuffle, reshape, split, concat, residual, one_axis,
+    conv, conv, conv, pool, pool, activation, activation, broadcast, normalise, statistics, excite,
+    centre, last_channels, pixel_shuffle, cut, shuffle, reshape, split, concat, residual, one_axis,
     computed_weights,
 )  # fmt: skip
 BARRIERS: tuple[Block, ...] = (

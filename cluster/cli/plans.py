@@ -57,6 +57,9 @@ def plan(
     spread: Annotated[
         bool, typer.Option("--spread", help="Use every device, even where fewer are faster.")
     ] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="No partial sums, one numeric class of devices.")
+    ] = False,
     shape: Shapes = None,
     picture: Annotated[
         Path | None, typer.Option(help="Plan for this picture, by the model's ImageSpec.")
@@ -92,7 +95,9 @@ def plan(
 
     graph, drawn = _graph(model, shape, picture, output)
     head = DeviceId(HEAD)  # a cluster's source and sink
-    planned = make_plan(graph, profiles, head, head, objective=objective, spread=spread)
+    planned = make_plan(
+        graph, profiles, head, head, objective=objective, spread=spread, strict=strict
+    )
     _print(graph, planned, as_json)
     if svg is not None:
         from meshinfer.draw import draw

@@ -92,6 +92,9 @@ def deploy(
     spread: Annotated[
         bool, typer.Option("--spread", help="Use every device, even where fewer are faster.")
     ] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="No partial sums, one numeric class of devices.")
+    ] = False,
     objective: Annotated[
         str, typer.Option(help="What the plan makes small: latency, throughput or memory.")
     ] = "latency",
@@ -121,6 +124,7 @@ def deploy(
             shapes=shapes,
             objective=objective,
             spread=spread,
+            strict=strict,
         )
     if as_json:
         import msgspec

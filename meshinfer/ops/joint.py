@@ -73,9 +73,7 @@ def _sequence_footprint(op: Op, outs: Boxes, over: Box | None) -> Boxes:
     return (box, Box((box[int(op.attributes.get("batch_axis", 1))],)))
 
 
-REVERSE_SEQUENCE = joint(
-    lambda op: (int(op.attributes.get("time_axis", 0)),), _sequence_footprint
-)
+REVERSE_SEQUENCE = joint(lambda op: (int(op.attributes.get("time_axis", 0)),), _sequence_footprint)
 
 # --- ArgMax, ArgMin, TopK, OneHot: the axis is another one in the output --------------------------
 

@@ -198,6 +198,7 @@ class Deploy(Message, frozen=True):
     shapes: dict[str, Shape] | None = None
     objective: str = "latency"
     spread: bool = False
+    strict: bool = False
 
 
 class Deployed(Message, frozen=True):

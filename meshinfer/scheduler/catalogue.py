@@ -45,6 +45,7 @@ class Model:
     plan: str | None
     objective: str
     spread: bool
+    strict: bool
     shapes: Mapping[str, tuple[int, ...]]
     call: Call | None
     asked: Call
@@ -139,6 +140,7 @@ class Catalogue:
             plan=message.plan,
             objective=message.objective,
             spread=message.spread,
+            strict=message.strict,
             shapes=dict(message.shapes or {}),
             call=call,
             asked=call,

@@ -170,6 +170,7 @@ class Deploying:
             plan=self._given_plan(model, set(members)),
             objective=model.objective,
             spread=model.spread,
+            strict=model.strict,
         )
 
     def _given_plan(self, model: Model, here: set[str]) -> str | None:

@@ -276,6 +276,7 @@ class MakePlan:
     plan: str | None
     objective: str
     spread: bool
+    strict: bool
 
 
 @dataclass(frozen=True, slots=True)
