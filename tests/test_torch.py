@@ -247,9 +247,9 @@ def branches(self: Calls, image: Tensor, *_: Any) -> Tensor:
     return y
 
 
-def eigenvalues(self: Calls, image: Tensor, *_: Any) -> Tensor:
-    square = self.conv(image)[0, 0]
-    return torch.linalg.eigvals(square)  # the operator
+class Eigenvalues(nn.Module):
+    def forward(self, image: Tensor) -> Tensor:
+        return torch.linalg.eigvals(image)  # the operator
 
 
 def mismatched(self: Calls, image: Tensor, *_: Any) -> Tensor:
@@ -257,22 +257,22 @@ def mismatched(self: Calls, image: Tensor, *_: Any) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("call", "comment", "told"),
+    ("module", "code", "comment", "told"),
     [
-        (branches, "# the branch", "may not decide by a tensor's values"),
-        (eigenvalues, "# the operator", "has no ONNX form"),
-        (mismatched, "# the product", "fails on the example"),
+        (Calls(branches), branches, "# the branch", "may not decide by a tensor's values"),
+        (Eigenvalues(), Eigenvalues.forward, "# the operator", "has no ONNX form"),
+        (Calls(mismatched), mismatched, "# the product", "fails on the example"),
     ],
 )
 def test_a_failure_names_the_line_of_the_model(
-    call: Callable[..., Any], comment: str, told: str
+    module: nn.Module, code: Callable[..., Any], comment: str, told: str
 ) -> None:
-    lines, first = inspect.getsourcelines(call)
+    lines, first = inspect.getsourcelines(code)
     line = first + next(i for i, text in enumerate(lines) if comment in text)
     with pytest.raises(mi.InvalidInput) as raised:
-        mi.from_torch(Calls(call), IMAGE)
+        mi.from_torch(module, IMAGE)
     message = str(raised.value)
-    assert f"{__file__}:{line}, in {call.__name__}" in message
+    assert f"{__file__}:{line}, in {code.__name__}" in message
     assert lines[line - first].strip() in message
     assert told in message and raised.value.hint
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import ModelProto, TensorProto
+from onnx import ModelProto, TensorProto, numpy_helper
 
 FOLDER = Path(__file__).resolve().parent / "zoo"
 SUFFIX = ".onnx.xz"
@@ -121,10 +121,15 @@ def fill_file(name: str, folder: Path) -> Path:
 
 def inputs(name: str, seed: int = 0) -> dict[str, np.ndarray[Any, Any]]:
     """One array for each input: coarse structure with noise on it, of mean 0 and variance 1."""
+    return inputs_of(name, fixture(name), seed)
+
+
+def inputs_of(name: str, model: ModelProto, seed: int = 0) -> dict[str, np.ndarray[Any, Any]]:
+    """The same for a model at hand."""
     found = {}
-    for value in fixture(name).graph.input:
+    for value in model.graph.input:
         shape = [d.dim_value for d in value.type.tensor_type.shape.dim]
-        found[value.name] = _picture(_rng(name, value.name, str(seed)), shape)
+        found[value.name] = picture(_rng(name, value.name, str(seed)), shape)
     return found
 
 
@@ -136,6 +141,11 @@ def weight_bytes(name: str) -> int:
 def is_stripped(tensor: TensorProto) -> bool:
     """Whether a tensor of a fixture has statistics instead of values."""
     return any(e.key == "location" and e.value == STRIPPED for e in tensor.external_data)
+
+
+def values_of(name: str, tensor: TensorProto) -> np.ndarray[Any, Any]:
+    """The values of a tensor of a fixture, drawn if it was stripped."""
+    return _values(name, tensor) if is_stripped(tensor) else numpy_helper.to_array(tensor)
 
 
 def _forget(tensor: TensorProto) -> None:
@@ -160,7 +170,7 @@ def _values(name: str, tensor: TensorProto) -> np.ndarray[Any, Any]:
     return values
 
 
-def _picture(rng: np.random.Generator, shape: list[int]) -> np.ndarray[Any, Any]:
+def picture(rng: np.random.Generator, shape: list[int]) -> np.ndarray[Any, Any]:
     """Blocks of 8 pixels along the last two axes, and noise: a shift by one shows everywhere."""
     height, width = shape[-2:]
     coarse = rng.standard_normal([*shape[:-2], -(-height // 8), -(-width // 8)], dtype=np.float32)

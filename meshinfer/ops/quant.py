@@ -95,10 +95,12 @@ def _needs_point(op: Op) -> bool:
     """Whether onnxruntime would go wrong on a crop behind this node.
 
     It puts a QuantizeLinear with the same inputs behind a Slice of what DequantizeLinear makes
-    (QDQPropagation); without a zero point that one makes uint8, so that negative values are lost.
+    (QDQPropagation); before opset 21 one without a zero point makes uint8, and negative values are
+    lost.
     """
     signed = op.graph.numpy_dtype(op.inputs[0]).kind == "i"
-    return op.type == "DequantizeLinear" and signed and not op.has(2) and prod(op.shape(1)) == 1
+    alone = op.type == "DequantizeLinear" and not op.has(2) and prod(op.shape(1)) == 1
+    return alone and signed and op.graph.opset < 21
 
 
 LINEAR = Rule(

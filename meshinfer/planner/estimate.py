@@ -117,7 +117,7 @@ def _dequantised(graph: Graph) -> set[int]:
     """
     last: dict[str, int] = {}
     for op in graph.ops:
-        last.update({name: op.index for name in (*op.inputs, *op.captured)})
+        last.update(dict.fromkeys((*op.inputs, *op.captured), op.index))
     return {
         cut
         for op in graph.ops
@@ -140,12 +140,15 @@ def samples(
     """
     low, high = (0.5, 1.0) if parts == 2 else (0.5 - 0.5 / parts, 0.5 + 0.5 / parts)
     needs: dict[str, Box] = {}
+    outside: dict[str, None] = {}  # values that are read so far and made before this op
     parts_of: dict[str, Box] = {}  # which part of its sum, for partial sums
     found: dict[int, Sample] = {}
     flops = nbytes = 0.0
     size, share, largest = 0, 1.0, -1
     wanted = set(starts)
     for op in reversed(graph.ops[min(starts, default=stop) : stop]):
+        for name in op.outputs:
+            outside.pop(name, None)
         for name in op.outputs:
             if not name or graph.last_use.get(name, -1) < stop:
                 continue
@@ -173,27 +176,26 @@ def samples(
             for name, read in zip((*op.inputs, *op.captured), ins, strict=False):
                 if name and read is not None:
                     needs[name] = needs[name].hull(read) if name in needs else read
+                    if not graph.is_initializer(name):
+                        outside[name] = None
         if op.index in wanted and size:
-            reads = _reads(graph, axes, needs, op.index, (low, high))
+            reads = _reads(graph, axes, {name: needs[name] for name in outside}, (low, high))
             found[op.index] = Sample(size, share, flops, nbytes, reads)
     return found
 
 
 def _reads(
-    graph: Graph, axes: Axes, needs: Mapping[str, Box], start: int, at: tuple[float, float]
+    graph: Graph, axes: Axes, needs: Mapping[str, Box], at: tuple[float, float]
 ) -> tuple[Read, ...]:
     reads = []
     for value, box in needs.items():
-        if graph.is_initializer(value) or graph.producer.get(value, -1) >= start:
-            continue
         need = graph.nbytes(value, box)
         missing: dict[Kind, int] = {}
         for kind in axes.kinds:
             axis = axes.of(value, kind)
             missing[kind] = need
             if axis is not None and (kind != "rows" or value not in axes.sums):
-                whole = graph.whole(value)
-                own = whole.replace(axis, between(whole[axis].size, *at)).intersect(box)
-                missing[kind] -= graph.nbytes(value, own)
+                own = between(graph.whole(value)[axis].size, *at).intersect(box[axis]).size
+                missing[kind] -= need * max(0, own) // box[axis].size
         reads.append(Read(value, graph.nbytes(value), need, missing))
     return tuple(reads)
