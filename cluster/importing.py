@@ -88,7 +88,7 @@ class Importer:
             self._process.stdin.write(msgspec.json.encode(job) + b"\n")
             self._process.stdin.flush()
             line = self._process.stdout.readline()
-        except OSError:
+        except (OSError, ValueError):  # it is gone, or closed
             line = b""
         return int(line) if line else None
 

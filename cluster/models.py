@@ -19,8 +19,8 @@ from cluster.offers import Offer, Put
 from meshinfer import limits
 from meshinfer.errors import InvalidInput
 from meshinfer.importers import Source, from_torch, is_torch_module, open_model
-from meshinfer.importers.checks import tensors_of
-from meshinfer.importers.external import Segment, is_external, name_weights
+from meshinfer.importers.checks import is_external, tensors_of
+from meshinfer.importers.external import Segment, name_weights
 
 
 def model_and_shapes(

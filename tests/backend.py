@@ -24,7 +24,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 from onnx import ModelProto, numpy_helper
-from oracle import FLOOR, error, reference, tolerance
+from oracle import FLOOR, error, tolerance
 
 import meshinfer as mi
 from meshinfer.geometry import Box, Interval, split_even
@@ -116,7 +116,7 @@ def as_array(value: object) -> object:
 
 def own(name: str, model: ModelProto, inputs: Arrays) -> Case:
     """A case of ours: what is expected is what plain onnxruntime gives."""
-    return Case(name, "", model, inputs, reference(model, inputs), 1e-3, 1e-7)
+    return Case(name, "", model, inputs, answers(model, inputs), 1e-3, 1e-7)
 
 
 def is_expanded(case: Case) -> bool:
@@ -264,6 +264,13 @@ class Tiles:
         return results
 
 
+def answers(model: ModelProto, inputs: Mapping[str, object]) -> Arrays:
+    """Plain onnxruntime's, as the oracle has them, but without a word on stderr if it refuses."""
+    plain = session(model.SerializeToString(), Path())
+    names = [o.name for o in plain.get_outputs()]
+    return dict(zip(names, plain.run(names, dict(inputs)), strict=True))
+
+
 def session(model: bytes, folder: Path) -> ort.InferenceSession:
     """A submodel prepared as a worker does, without the detour over files that saves memory."""
     options = ort.SessionOptions()
@@ -390,7 +397,7 @@ def run(case: Case) -> Outcome:
         return Outcome("refused", "its inputs are no tensors")
     inputs = {name: np.asarray(value) for name, value in case.inputs.items()}
     try:
-        truth = reference(case.model, inputs)
+        truth = answers(case.model, inputs)
     except Exception as refusal:
         return Outcome("refused", f"onnxruntime: {first_line(refusal)}")
     if not all(isinstance(v, np.ndarray) for v in truth.values()):

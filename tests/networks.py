@@ -88,8 +88,21 @@ def one_axis(n: Net, x: str) -> str:
     return str(n.op("Reshape", [flat, n.ints(batch, channels, *size)]))
 
 
+def quantised_weights(n: Net, x: str) -> str:
+    """A convolution whose weights are int8, with a scale for all or for each output channel."""
+    cin = n.shape[x][1]
+    each = (4,) if n.opset >= 13 and n.coin() else ()
+    weight = n.const(n.rng.integers(-60, 60, (4, cin, 3, 1)).astype(np.int8))
+    scale = n.const((n.rng.random(each) * 0.01 + 0.005).astype(np.float32))
+    axes = {"axis": n.pick(0, -4)} if each else {}
+    weight = n.op("DequantizeLinear", [weight, scale, n.const(np.zeros(each, np.int8))], **axes)
+    return str(n.op("Conv", [x, weight], pads=[1, 0, 1, 0]))
+
+
 def computed_weights(n: Net, x: str) -> str:
     """A convolution whose weights are computed: their slices travel like any other value."""
+    if n.coin():
+        return quantised_weights(n, x)
     cin = n.shape[x][1]
     scale = n.op("Sigmoid", axes_op(n, "ReduceMean", x, [0, 1, 2, 3], 18))
     weight = n.op("Mul", [n.normal(4, cin, 3, 1, scale=0.5), scale])
@@ -253,27 +266,79 @@ def residual(n: Net, x: str) -> str:
     return n.add(x, n.op("LeakyRelu", n.conv(x, c, c, 3, gain=0.7), alpha=0.2))
 
 
-# -- barriers --------------------------------------------------------------------------------------
+# -- sizes -----------------------------------------------------------------------------------------
 
 
 def resize(n: Net, x: str) -> str:
-    scales = n.const(np.array([1, 1, *n.pick((2, 2), (1.5, 2), (0.6, 1))], np.float32))
-    roi = n.const(np.zeros(0, np.float32))
-    mode = n.pick("nearest", "linear")
-    if any(int(s * f) < 1 for s, f in zip(n.shape[x][2:], (0.6, 1), strict=True)):
-        scales = n.const(np.array([1, 1, 2, 2], np.float32))
-    return str(n.op("Resize", [x, roi, scales], mode=mode))
+    size = n.shape[x][2:]
+    wanted = [n.pick(2.0, 3.0, 1.7, 0.5, 0.6, 1.0) for _ in size]
+    scales = [w if int(np.float32(w) * s) else 2.0 for w, s in zip(wanted, size, strict=True)]
+    inputs = [x, n.const(np.zeros(0, np.float32)), n.const(np.array([1, 1, *scales], np.float32))]
+    if n.rarely():
+        inputs[2:] = [n.const(np.zeros(0, np.float32)), n.ints(*n.shape[x][:2], 7, 12)]
+    modes = ("half_pixel", "pytorch_half_pixel", "asymmetric", "align_corners")
+    mode = n.pick("nearest", "linear", "linear", "cubic")
+    return str(n.op("Resize", inputs, mode=mode, coordinate_transformation_mode=n.pick(*modes)))
 
 
 def conv_transpose(n: Net, x: str) -> str:
-    weight = n.normal(n.shape[x][1], 3, 2, 2, scale=0.5)
-    return str(n.op("ConvTranspose", [x, weight], strides=[2, 1], kernel_shape=[2, 2]))
+    cin = n.shape[x][1]
+    group = n.pick(*(g for g in range(1, cin + 1) if cin % g == 0))
+    weight = n.normal(cin, n.number(1, 3), 3, 2, scale=0.5)
+    bias = [n.normal(n.shape[weight][1] * group)] if n.coin() else []
+    strides, pads = [n.number(1, 2), n.number(1, 3)], [n.number(0, 1), 0, n.number(0, 1), 0]
+    extra = [n.number(0, s - 1) for s in strides]
+    return str(
+        n.op("ConvTranspose", [x, weight, *bias], group=group, strides=strides, pads=pads,
+             output_padding=extra)
+    )  # fmt: skip
 
 
-def top(n: Net, x: str) -> str:
-    axis = n.pick(1, 2, 3)
-    values, _ = n.op("TopK", [x, n.ints(n.number(1, n.shape[x][axis]))], 2, axis=axis)
-    return str(values)
+def padded(n: Net, x: str) -> str:
+    mode = n.pick("constant", "reflect", "edge", *(["wrap"] if n.opset >= 19 else []))
+    pads = [(n.number(0, min(3, s - 1)), n.number(0, min(3, s - 1))) for s in n.shape[x][1:]]
+    flat = n.ints(0, *(p[0] for p in pads), 0, *(p[1] for p in pads))
+    value = [n.const(np.float32(0.7))] if mode == "constant" and n.coin() else []
+    return str(n.op("Pad", [x, flat, *value], mode=mode))
+
+
+def powers(n: Net, x: str) -> str:
+    """Local response normalisation along the channels, and the pool of the p-norm."""
+    if n.coin():
+        return str(n.op("LRN", x, size=n.pick(1, 3, 5)))
+    k = [n.number(1, min(3, s)) for s in n.shape[x][2:]]
+    pads = [n.number(0, a - 1) for a in (*k, *k)]
+    return str(n.op("LpPool", x, kernel_shape=k, p=n.number(1, 3), pads=pads))
+
+
+# -- barriers --------------------------------------------------------------------------------------
+
+
+def indexed(n: Net, x: str) -> str:
+    """What picks, repeats or orders elements; the shape stays that of a map."""
+    axis = n.pick(1, 2, 3, -1)
+    size = n.shape[x][axis]
+    kind = n.pick(
+        "Gather", "Tile", "Expand", "CumSum", "Trilu", "TopK", "GatherElements", "Scatter"
+    )
+    if kind == "Gather":
+        return str(n.op(kind, [x, n.ints(*n.rng.integers(-size, size, n.number(1, 9)))], axis=axis))
+    if kind == "Tile":
+        return str(n.op(kind, [x, n.ints(1, 1, n.number(1, 3), n.number(1, 2))]))
+    if kind == "Expand":
+        row = n.op("Slice", [x, n.ints(0), n.ints(1), n.ints(axis)])
+        return n.add(x, str(n.op(kind, [row, n.ints(*n.shape[x])])))
+    if kind == "CumSum":
+        return str(n.op("Tanh", n.op(kind, [x, n.ints(axis)], reverse=n.number(0, 1))))
+    if kind == "Trilu" and n.opset >= 14:
+        return str(n.op(kind, [x, n.const(np.array(n.number(-3, 3)))], upper=n.number(0, 1)))
+    if kind == "TopK":
+        values, _ = n.op(kind, [x, n.ints(n.number(1, size))], 2, axis=axis)
+        return str(values)
+    places = n.const(n.rng.permuted(np.indices(n.shape[x])[axis % 4], axis=axis))
+    if kind == "GatherElements":
+        return str(n.op(kind, [x, places], axis=axis))
+    return str(n.op("ScatterElements", [x, places, n.op("Neg", x)], axis=axis))
 
 
 def found(n: Net, x: str) -> str:
@@ -309,17 +374,14 @@ def foreign(n: Net, x: str) -> str:
     return n.know(Builder.op(n, kind, x, domain=MICROSOFT), n.shape[x])
 
 
-def whole_map(n: Net, x: str) -> str:
-    return str(n.op("LRN", x, size=3))
-
-
 TILED: tuple[Block, ...] = (
     conv, conv, conv, pool, pool, activation, activation, broadcast, normalise, statistics, excite,
     centre, last_channels, pixel_shuffle, cut, shuffle, reshape, split, concat, residual, one_axis,
-    computed_weights,
+    computed_weights, indexed, activation,
+    resize, conv_transpose, padded, powers,
 )  # fmt: skip
 BARRIERS: tuple[Block, ...] = (
-    resize, conv_transpose, top, found, branch, foreign, whole_map,
+    found, branch, foreign,
 )  # fmt: skip
 
 

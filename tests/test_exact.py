@@ -74,7 +74,7 @@ def test_the_networks_hold_every_operator_that_has_a_rule_of_its_own() -> None:
 
     @seed(1)
     @settings(
-        max_examples=250,
+        max_examples=400,
         database=None,
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),

@@ -112,6 +112,184 @@ def test_an_output_that_is_no_tensor_is_refused() -> None:
     refused("is of sequence_type", lambda: mi.load(b.model([output])))
 
 
+# -- refusals that name the node or the tensor -----------------------------------------------------
+
+
+def node(op_type: str, *constants: Array, opset: int = 17, **attributes: Any) -> ModelProto:
+    """One node called "bad" that reads x [1, 4, 8, 8] and these constants."""
+    b = Builder(0, opset)
+    inputs = [b.input("x", [1, 4, 8, 8]), *(b.const(each) for each in constants)]
+    made = helper.make_node(op_type, inputs, ["y"], name="bad", **attributes)
+    graph = helper.make_graph(
+        [helper.make_node("Neg", ["x"], ["z"]), made], "g", b.inputs,
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)], [*b.initializers.values()],
+    )  # fmt: skip
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
+
+
+KERNEL = np.zeros((4, 4, 3, 3), np.float32)
+
+
+def ints(*values: int) -> Array:
+    return np.array(values, np.int64)
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        (node("MaxPool", kernel_shape=[0, 0]), "positive"),
+        (node("MaxPool", kernel_shape=[2]), "incorrect size"),
+        (node("MaxPool", kernel_shape=[2, 2], strides=[0, 1]), "strides"),
+        (node("MaxPool", kernel_shape=[20, 20]), "shape"),
+        (node("AveragePool", kernel_shape=[3, 2**31]), "kernel_shape"),
+        (node("Conv", KERNEL, strides=[0, 1]), "strides"),
+        (node("Conv", KERNEL, strides=[-1, 1]), "strides"),
+        (node("Conv", KERNEL, dilations=[0, 1]), "dilations"),
+        (node("Conv", KERNEL, pads=[-1, 0, 0, 0]), "pads"),
+        (node("Conv", KERNEL, pads=[2**40] * 4), "elements"),
+        (node("Conv", KERNEL, group=0), "group 0"),
+        (node("Conv", KERNEL, group=3), "group 3 does not divide 4"),
+        (node("Conv", KERNEL, kernel_shape=[5, 5]), "kernel_shape|incompatible"),
+        (node("Conv", KERNEL[:, :3]), "3 channels of 4"),
+        (node("Conv", np.zeros((4, 4, 20, 20), np.float32)), "shape"),
+        (node("Transpose", perm=[0, 0, 1, 2]), "perm"),
+        (node("Transpose", perm=[0, 1, 2, 7]), "perm"),
+        (node("Transpose", perm=[0, 1]), "no permutation of 4 axes"),
+        (node("Softmax", axis=9), "axis"),
+        (node("Flatten", axis=9), "axis"),
+        (node("Split", ints(1, 1), axis=1), "[Ss]plit"),
+        (node("Gather", ints(77)), "77"),
+        (node("Gather", ints(0), axis=9), "axis"),
+        (node("Reshape", ints(3, 3)), r"does not fit into \[3, 3\]"),
+        (node("Reshape", ints(-1, -1)), "-1"),
+        (node("Resize", np.zeros(0, np.float32), np.array([1, 1, -1, 1], np.float32)), "[Ss]cale"),
+        (node("Resize", np.zeros(0, np.float32), np.ones(4, np.float32), mode="x"), "mode"),
+        (node("LRN", size=0), "size"),
+        (node("Mean"), ""),
+        (node("Relu", wrong=3), "wrong"),
+        (node("MaxPool", kernel_shape="text"), "kernel_shape"),
+        (node("MaxPool"), "kernel_shape"),
+        (node("Rumpelstilzchen"), "Rumpelstilzchen"),
+        (node("Rumpelstilzchen", domain="elsewhere"), "elsewhere"),
+        (node("Not"), "type|Type"),
+        (node("Add", ints(1)), "type"),
+    ],
+    ids=lambda value: value.graph.node[1].op_type if isinstance(value, ModelProto) else None,
+)
+def test_a_node_that_cannot_run_is_refused_by_its_name(model: ModelProto, why: str) -> None:
+    if model.graph.node[1].op_type == "Mean":
+        model.graph.node[1].input.append("")  # onnxruntime 1.32 ends the process on it
+    refused(rf"(?s)\bbad\b.*({why})|({why}).*\bbad\b", lambda: mi.load(model))
+
+
+def chain(*nodes: tuple[str, list[str], list[str]]) -> ModelProto:
+    made = [
+        helper.make_node(op_type, inputs, outputs, name=f"n{i}")
+        for i, (op_type, inputs, outputs) in enumerate(nodes)
+    ]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in "xy"]
+    graph = helper.make_graph(made, "g", ends[:1], ends[1:])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        (
+            chain(("Add", ["x", "b"], ["a"]), ("Neg", ["a"], ["b"]), ("Neg", ["b"], ["y"])),
+            "cycle: node 'n0' .* node 'n1'",
+        ),
+        (chain(("Add", ["x", "y"], ["y"])), "cycle: node 'n0'"),
+        (chain(("Add", ["x", "nowhere"], ["y"])), "'n0' .* reads 'nowhere'"),
+        (
+            chain(("Neg", ["x"], ["a"]), ("Abs", ["x"], ["a"]), ("Neg", ["a"], ["y"])),
+            "'a' is defined twice: by node 'n0' .* and by node 'n1'",
+        ),
+        (chain(("Neg", ["x"], ["x"]), ("Neg", ["x"], ["y"])), "'x' is defined twice"),
+        (chain(("Neg", ["x"], ["a"])), "nothing makes the output 'y'"),
+    ],
+)
+def test_names_that_make_no_graph_are_refused(model: ModelProto, why: str) -> None:
+    refused(why, lambda: mi.load(model))
+
+
+def test_nodes_need_not_be_in_order() -> None:
+    """onnxruntime sorts them, so it is its word that counts."""
+    graph = mi.load(chain(("Neg", ["a"], ["y"]), ("Abs", ["x"], ["a"])))
+    assert [op.type for op in graph.ops] == ["Abs", "Neg"]
+
+
+def test_a_name_that_a_subgraph_does_not_know_is_refused() -> None:
+    b = Builder(0)
+    x = b.input("x", [2])
+    value = helper.make_tensor_value_info("v", TensorProto.FLOAT, [2])
+    body = helper.make_graph([helper.make_node("Neg", ["x"], ["v"])], "body", [], [value])
+    above = b.op("Greater", [b.op("ReduceMean", x, keepdims=0), b.const(np.float32(0))])
+    model = b.model([b.rename(b.op("If", above, then_branch=body, else_branch=body), "y")])
+    mi.load(model)
+    model.graph.node[-1].attribute[0].g.node[0].input[0] = "nowhere"
+    refused("reads 'nowhere'", lambda: mi.load(model))
+
+
+def dims(tensor: TensorProto, *sizes: int) -> None:
+    del tensor.dims[:]
+    tensor.dims.extend(sizes)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda t: setattr(t, "raw_data", b"\0" * 8), "has 8 bytes instead of 4800"),
+        (lambda t: setattr(t, "raw_data", b"\0" * 4804), "has 4804 bytes instead of 4800"),
+        (lambda t: t.ClearField("raw_data"), "has 0 values in float_data instead of 1200"),
+        (lambda t: (t.ClearField("raw_data"), t.float_data.extend([1, 2])), "has 2 values"),
+        (lambda t: dims(t, -4, 300), r"has the shape \[-4, 300\]"),
+        (lambda t: dims(t, 2**60, 2**60), "has the shape"),
+        (lambda t: setattr(t, "data_type", 77), "element type 77"),
+        (lambda t: setattr(t, "data_type", 0), "element type 0"),
+    ],
+)
+def test_a_tensor_whose_bytes_are_not_its_shapes_is_refused(
+    change: Callable[[TensorProto], object], why: str
+) -> None:
+    model = dense()
+    change(model.graph.initializer[0])
+    refused(f"tensor '{model.graph.initializer[0].name}' .*{why}", lambda: mi.load(model))
+
+
+def test_a_tensor_in_an_attribute_is_looked_at_as_well() -> None:
+    model = chain(("Constant", [], ["a"]), ("Add", ["x", "a"], ["y"]))
+    value = numpy_helper.from_array(np.zeros(2, np.float32), "value")
+    value.raw_data = b"123"
+    model.graph.node[0].attribute.append(helper.make_attribute("value", value))
+    refused("tensor 'value' .* 3 bytes instead of 8", lambda: mi.load(model))
+
+
+@pytest.mark.parametrize(
+    ("versions", "why"),
+    [({"opset": 99}, "opset"), ({"opset": 0}, "version"), ({"ir": 99}, "IR version|ir_version")],
+)
+def test_versions_that_onnxruntime_does_not_know_are_refused(
+    versions: dict[str, int], why: str
+) -> None:
+    model = dense()
+    model.opset_import[0].version = versions.get("opset", 17)
+    model.ir_version = versions.get("ir", 10)
+    refused(f"(?si){why}", lambda: mi.load(model))
+
+
+@pytest.mark.parametrize("shape", [(1, -4), (2**40, 2**40)])
+def test_an_input_of_an_absurd_shape_is_refused(shape: tuple[int, int]) -> None:
+    model = chain(("Neg", ["x"], ["y"]))
+    value = helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)
+    model.graph.input[0].CopyFrom(value)
+    refused("input 'x' has the shape", lambda: mi.load(model))
+
+
+def test_a_folder_is_no_model(tmp_path: Path) -> None:
+    refused("cannot read", lambda: mi.load(tmp_path))
+
+
 # -- external weights ----------------------------------------------------------------------------
 
 
@@ -175,6 +353,34 @@ def test_external_weights_of_bytes_are_never_read_from_the_working_directory(
     data = with_external(tmp_path, "weights.bin", weight_bytes()).read_bytes()
     monkeypatch.chdir(tmp_path)
     refused("lies in the file 'weights.bin'", lambda: mi.load(data))
+
+
+@pytest.mark.parametrize(
+    ("entry", "why"),
+    [
+        (("offset", "-1"), "has the offset '-1'"),
+        (("offset", "one"), "has the offset 'one'"),
+        (("offset", "9" * 40), "has the offset '999"),
+        (("offset", "64"), "ends at byte 4864 of 'weights.bin', which has 4800"),
+        (("length", "4796"), "has 4796 bytes in 'weights.bin' instead of 4800"),
+        (("length", str(2**62)), "instead of 4800"),
+        (("location", "nul\0byte"), "lies at"),
+        (("location", ""), "missing"),
+        (("location", "."), "missing"),
+    ],
+)
+def test_external_data_that_are_not_the_tensors_are_refused(
+    tmp_path: Path, entry: tuple[str, str], why: str
+) -> None:
+    path = with_external(tmp_path, "weights.bin", weight_bytes())
+    model = onnx.load(path, load_external_data=False)
+    tensor = model.graph.initializer[0]
+    kept = [e for e in tensor.external_data if e.key != entry[0]]
+    del tensor.external_data[:]
+    tensor.external_data.extend(kept)
+    tensor.external_data.add(key=entry[0], value=entry[1])
+    path.write_bytes(model.SerializeToString())
+    refused(f"weight '{tensor.name}'.*{why}", lambda: mi.load(path))
 
 
 # -- what must be understood -----------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Operators that pick, repeat or order elements by index: any box of theirs is plain onnxruntime's."""
+"""Operators that pick, repeat or order elements by index: any box is plain onnxruntime's."""
 
 from __future__ import annotations
 

@@ -200,7 +200,7 @@ class Quantised(Net):
     """A Net whose values are all uint8 or all int8, with scales that keep them in range."""
 
     def __init__(self, draw: st.DrawFn) -> None:
-        # onnxruntime 1.32 refuses a Slice behind DequantizeLinear of int8 at opset 21, in any model:
+        # onnxruntime 1.32 refuses a Slice behind DequantizeLinear of int8 at opset 21, anywhere:
         # its QDQPropagation and QDQS8ToU8 make a QuantizeLinear of two different types.
         signed, opset = draw(st.sampled_from(((True, 17), (False, 17), (False, 21))))
         super().__init__(draw, opset)
@@ -353,7 +353,10 @@ def qlinear_softmax(n: Quantised, x: str) -> str:
     return n.microsoft("QLinearSoftmax", inputs, n.shape[x], axis=axis, opset=n.pick(11, 13))
 
 
-BLOCKS = (qlinear_conv, conv_integer, requantise, pointwise, squeeze, qlinear_pool, qlinear_concat, qlinear_softmax)  # fmt: skip
+BLOCKS = (
+    qlinear_conv, conv_integer, requantise, pointwise, squeeze, qlinear_pool, qlinear_concat,
+    qlinear_softmax,
+)  # fmt: skip
 
 
 def products(n: Quantised, x: str) -> str:

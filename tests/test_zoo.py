@@ -9,49 +9,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import onnx
 import oracle
 import pytest
 import zoo
+from uneven import SPEEDS, Clusters
 
 import meshinfer as mi
 
-SPEEDS = {3: (1.0, 0.5, 0.25), 6: (1.0, 1.0, 0.5, 0.5, 0.25, 0.25)}
 ARCHIVE_BYTES = 15_000_000
-MODELS_A_CLUSTER = 15
-GIANT = 1 << 30
-"""Weights of more bytes than this are deployed on a cluster of their own."""
 REST = sorted(set(zoo.names()) - set(zoo.SAMPLE), key=lambda n: (zoo.weight_bytes(n), n))
-
-
-class Clusters:
-    """Clients of one running cluster a size; fresh ones after so many models."""
-
-    def __init__(self) -> None:
-        self._running: dict[int, tuple[mi.LocalCluster, mi.Client, int]] = {}
-
-    def client(self, devices: int) -> mi.Client:
-        if devices in self._running and self._running[devices][2] >= MODELS_A_CLUSTER:
-            self.stop(devices)
-        if devices not in self._running:
-            cluster = mi.LocalCluster(devices, speeds=SPEEDS[devices])
-            self._running[devices] = cluster, cluster.client(), 0
-        cluster, client, used = self._running[devices]
-        self._running[devices] = cluster, client, used + 1
-        return client
-
-    def stop(self, devices: int) -> None:
-        if devices in self._running:
-            cluster, client, _ = self._running.pop(devices)
-            client.close()
-            cluster.close()
 
 
 @pytest.fixture(scope="module")
 def clusters() -> Iterator[Clusters]:
-    made = Clusters()
-    yield made
-    for devices in SPEEDS:
-        made.stop(devices)
+    with Clusters() as made:
+        yield made
 
 
 def check(clusters: Clusters, name: str, folder: Path) -> None:
@@ -59,10 +32,7 @@ def check(clusters: Clusters, name: str, folder: Path) -> None:
     path = zoo.fill_file(name, folder)
     inputs = zoo.inputs(name)
     for devices in SPEEDS:
-        if zoo.weight_bytes(name) > GIANT:
-            for other in SPEEDS:
-                clusters.stop(other)
-        client = clusters.client(devices)
+        client = clusters.client(devices, zoo.weight_bytes(name))
         try:
             deployment = client.deploy("zoo", path, spread=True)
             used = mi.Plan.parse(deployment.plan or "").devices()
@@ -108,6 +78,14 @@ def test_refilling_twice_gives_the_same_bytes(name: str, tmp_path: Path) -> None
     weights = f"{name}.onnx.data"
     assert (tmp_path / "a" / weights).read_bytes() == (tmp_path / "b" / weights).read_bytes()
     assert zoo.fill(name) == zoo.fill(name)
+
+
+def test_quantising_twice_gives_the_same_model() -> None:
+    first, second = (zoo.fill("quantized_shufflenet_v2_x0_5") for _ in range(2))
+    assert first == second
+    kinds = {node.op_type for node in first.graph.node}
+    assert {"QuantizeLinear", "DequantizeLinear"} < kinds
+    assert any(t.data_type == onnx.TensorProto.INT8 for t in first.graph.initializer)
 
 
 def test_a_file_holds_the_same_model_as_the_one_in_memory(tmp_path: Path) -> None:

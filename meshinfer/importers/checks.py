@@ -12,10 +12,11 @@ from math import prod
 
 import onnx
 import onnx_ir as ir
+from onnx import numpy_helper
 
 from meshinfer import limits
 from meshinfer.errors import InvalidInput
-from meshinfer.graph import Graph, Op
+from meshinfer.graph import CONSTANT_ELEMENTS, Graph, Op
 
 _EXPORT = "export the model again, and look at it with onnx.checker"
 _VARIADIC = frozenset("Max Min Mean Sum Concat".split())
@@ -30,6 +31,7 @@ def check_model(proto: onnx.ModelProto) -> None:
     _check_cycles(graph)
     for tensor in tensors_of(proto):
         check_tensor(tensor)
+    _check_sizes(graph)
 
 
 def tensors_of(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
@@ -68,6 +70,7 @@ def _check_graph(graph: onnx.GraphProto, outer: frozenset[str], depth: int) -> N
     """Every name is defined once, and before it is meant: in this graph, or around it."""
     if depth > limits.SUBGRAPH_DEPTH:
         raise InvalidInput(f"its subgraphs are {depth} deep", hint=_EXPORT)
+    _check_text(graph)
     made: dict[str, str] = {}
     for value in graph.input:
         _define(made, value.name, "the graph's inputs")
@@ -98,6 +101,19 @@ def _check_graph(graph: onnx.GraphProto, outer: frozenset[str], depth: int) -> N
             raise InvalidInput(f"nothing makes the output {value.name!r}", hint=_EXPORT)
 
 
+def _check_text(graph: onnx.GraphProto) -> None:
+    """protobuf gives bytes for what is no UTF-8."""
+    texts = [graph.name, *(t.name for t in graph.initializer)]
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        texts += [value.name, *(d.dim_param for d in value.type.tensor_type.shape.dim)]
+    for node in graph.node:
+        texts += [node.name, node.op_type, node.domain, *node.input, *node.output]
+        texts += [a.name for a in node.attribute]
+    for text in texts:
+        if isinstance(text, bytes):
+            raise InvalidInput(f"the name {text[:60]!r} is no UTF-8", hint=_EXPORT)
+
+
 def _define(made: dict[str, str], name: str, where: str) -> None:
     if not name:
         raise InvalidInput(f"a value without a name is among {where}", hint=_EXPORT)
@@ -125,6 +141,33 @@ def _check_crashes(node: onnx.NodeProto) -> None:
         raise InvalidInput(f"{title(node)} has the kernel_shape {list(kernel)}", hint=_EXPORT)
     if node.op_type == "GatherND" and batch < 0:
         raise InvalidInput(f"{title(node)} has batch_dims {batch}", hint=_EXPORT)
+
+
+_SIZES = {
+    "ConstantOfShape": (0,), "Expand": (1,), "Pad": (1,), "Resize": (2, 3), "Tile": (1,),
+    "Upsample": (1,),
+}  # fmt: skip
+"""Inputs that say how large an output becomes, by the operator."""
+
+
+def _check_sizes(graph: onnx.GraphProto) -> None:
+    """onnxruntime 1.32 aborts where a constant makes a value's size overflow."""
+    known = {t.name: t for t in graph.initializer if prod(t.dims) <= CONSTANT_ELEMENTS}
+    for node in graph.node:
+        for position in _SIZES.get(node.op_type, ()) if node.domain in ("", "ai.onnx") else ():
+            name = node.input[position] if position < len(node.input) else ""
+            if name not in known or is_external(known[name]):
+                continue
+            values = numpy_helper.to_array(known[name])
+            if values.dtype.kind not in "iuf":
+                continue
+            bounded = (values >= -limits.MODEL_BYTES) & (values <= limits.MODEL_BYTES)
+            if not bounded.all():
+                raise InvalidInput(f"{title(node)} has the sizes {values.tolist()}", hint=_EXPORT)
+
+
+def is_external(tensor: onnx.TensorProto) -> bool:
+    return tensor.data_location == onnx.TensorProto.EXTERNAL
 
 
 def _check_cycles(graph: onnx.GraphProto) -> None:
@@ -198,7 +241,7 @@ def tensor_nbytes(tensor: onnx.TensorProto) -> int:
 def check_tensor(tensor: onnx.TensorProto) -> None:
     """Raise ``InvalidInput`` unless the tensor's own bytes, or values, are those of its shape."""
     wanted = tensor_nbytes(tensor)
-    if tensor.data_location == onnx.TensorProto.EXTERNAL:
+    if is_external(tensor):
         return  # its file is looked at where the folder is known
     if tensor.HasField("raw_data"):
         have = len(tensor.raw_data)

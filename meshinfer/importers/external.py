@@ -15,7 +15,7 @@ from pathlib import Path
 import onnx
 
 from meshinfer.errors import InvalidInput
-from meshinfer.importers.checks import tensor_nbytes, tensors_of
+from meshinfer.importers.checks import is_external, tensor_nbytes, tensors_of
 
 MOVED_FROM_BYTES = 1024
 _ALIGNMENT = 64  # onnxruntime computes on the mapped bytes
@@ -46,10 +46,6 @@ class Segment:
                 total.update(block)
                 left -= len(block)
         return total.hexdigest()
-
-
-def is_external(tensor: onnx.TensorProto) -> bool:
-    return tensor.data_location == onnx.TensorProto.EXTERNAL
 
 
 def locations(proto: onnx.ModelProto) -> set[str]:

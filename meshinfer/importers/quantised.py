@@ -44,10 +44,10 @@ def _make_unsigned(graph: ir.Graph, quantise: ir.Node) -> None:
     if points[0] is None or points[0] != points[1] or reader.graph is not graph:
         return
     old = quantise.inputs[2]
-    assert old is not None and old.name
+    assert old is not None and old.const_value is not None
     name = f"{old.name}/unsigned"
     if name not in graph.initializers:
-        point = np.full(tuple(old.shape or ()), points[0] + 128, np.uint8)
+        point = np.full(old.const_value.shape.numpy(), points[0] + 128, np.uint8)
         tensor = ir.tensor(point, name=name)
         new = ir.Value(
             name=name, type=ir.TensorType(ir.DataType.UINT8), shape=ir.Shape(point.shape)
@@ -145,7 +145,7 @@ class _Writer:
         if self.opset >= 18:
             inputs = (x, self._constant(np.array(axes, np.int64)))
             return self.node(kind, *inputs, shape=shape, attributes={"keepdims": int(keep)})
-        attributes = {"keepdims": int(keep), "axes": list(axes)}
+        attributes: dict[str, int | Sequence[int]] = {"keepdims": int(keep), "axes": list(axes)}
         return self.node(kind, x, shape=shape, attributes=attributes)
 
     def number(self, value: float) -> ir.Value:

@@ -42,6 +42,8 @@ TABLE: dict[str, Rule] = {  # operators of other domains as "domain:type"
     "Pad": pad.PAD,
     "MaxPool": pool.POOL,
     "AveragePool": pool.POOL,
+    "LpPool": pool.POOL,
+    "LRN": pool.LRN,
     "Gemm": matmul.GEMM,
     "MatMul": matmul.MATMUL,
     "Resize": resize.RESIZE,

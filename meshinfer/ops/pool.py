@@ -1,14 +1,16 @@
-"""Rules of MaxPool and AveragePool: windows whose padding is the operator's own identity.
+"""Rules of pools over windows, whose padding is the operator's own identity, and of LRN.
 
-Source: the ONNX operators MaxPool and AveragePool. MaxPool pads with minus infinity, AveragePool
-counts its padding or not (``count_include_pad``); what lies beyond it (``ceil_mode``) never counts.
+Source: the ONNX operators MaxPool, AveragePool, LpPool and LRN. MaxPool pads with minus infinity,
+LpPool with 0, AveragePool counts its padding or not (``count_include_pad``); what lies beyond it
+(``ceil_mode``) never counts. LRN's window lies along the channels.
 """
 
 from __future__ import annotations
 
-from meshinfer.geometry import Box, Window
+from meshinfer.geometry import Box, Interval, Window
 from meshinfer.graph import Op
 from meshinfer.ops.conv import align_spatial, windows
+from meshinfer.ops.layout import crop
 from meshinfer.ops.rule import Boxes, Emission, Emitter, Rule, only
 
 
@@ -24,8 +26,7 @@ def _objection(op: Op) -> str:
     dilated = any(d != 1 for d in op.attributes.get("dilations", [1]))
     ceil = bool(op.attributes.get("ceil_mode", 0))
     # A dilated window overhangs by more than the padding that onnxruntime admits.
-    odd = dilated and (ceil or op.type == "AveragePool")
-    return "its dilated windows overhang" if odd else ""
+    return "its dilated windows overhang" if dilated and ceil else ""
 
 
 def _align(op: Op, outs: Boxes) -> Boxes:
@@ -49,7 +50,8 @@ def _emit(op: Op, job: Emission, e: Emitter) -> None:
         # Only the declared padding counts; the rest of the window is left to ceil_mode.
         pads = [(b, min(end, w.pad_end)) for (b, end), w in zip(pads, wins, strict=True)]
         ceil = 1
-    attributes: dict[str, object] = {"ceil_mode": ceil} if e.opset >= 10 else {}
+    rounds = e.opset >= (18 if op.type == "LpPool" else 10)
+    attributes: dict[str, object] = {"ceil_mode": ceil} if rounds else {}
     e.copy(
         op,
         job.inputs,
@@ -68,3 +70,26 @@ def _flops(op: Op, outs: Boxes) -> int:
 
 
 POOL = Rule(footprint=_footprint, emit=_emit, align=_align, objection=_objection, flops=_flops)
+
+
+# --- LRN ------------------------------------------------------------------------------------------
+
+
+def _lrn_footprint(op: Op, outs: Boxes, over: Box | None) -> Boxes:
+    box, size = only(outs), int(op.attributes["size"])
+    reach = Interval(box[1].start - (size - 1) // 2, box[1].stop + size // 2)
+    return (box.replace(1, reach.intersect(Interval(0, op.shape(0)[1]))),)
+
+
+def _lrn_emit(op: Op, job: Emission, e: Emitter) -> None:
+    data, target = job.ins[0], e.fresh("normalised")
+    assert data is not None
+    e.copy(op, job.inputs, [target])
+    crop(e, target, data, only(job.outs), job.outputs[0])
+
+
+def _lrn_flops(op: Op, outs: Boxes) -> int:
+    return (2 * int(op.attributes["size"]) + 3) * only(outs).volume
+
+
+LRN = Rule(footprint=_lrn_footprint, emit=_lrn_emit, flops=_lrn_flops)

@@ -22,8 +22,8 @@ from meshinfer.ops.pool import POOL
 from meshinfer.ops.reduce import REDUCE
 from meshinfer.ops.rule import (
     Boxes,
-    EmitFn,
     Emission,
+    EmitFn,
     Emitter,
     Rule,
     copy_node,

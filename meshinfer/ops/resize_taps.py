@@ -91,7 +91,7 @@ def cubic(where: Array, inputs: int, a: F, exclude_outside: bool, divided: bool)
     """Four inputs for each output (Keys 1981); ``divided``: weights are divided by their sum."""
     floor = np.floor(where)
     s = where - floor
-    weight = np.stack(
+    weight: Array = np.stack(
         [
             ((a * (s + 1) - 5 * a) * (s + 1) + 8 * a) * (s + 1) - 4 * a,
             ((a + 2) * s - (a + 3)) * s * s + 1,
@@ -100,13 +100,12 @@ def cubic(where: Array, inputs: int, a: F, exclude_outside: bool, divided: bool)
         ]
     ).astype(F)
     index = floor.astype(np.int64)[None] + np.arange(-1, 3)[:, None]
-    divisor = None
+    divisor: Array | None = None
     if exclude_outside:
         weight = np.where((index < 0) | (index >= inputs), F(0), weight)
         total = weight[0] + weight[1] + weight[2] + weight[3]
-        divisor = np.where(total == 0, F(1), total)  # 0 only where the extrapolation value stands
-        if divided:
-            weight, divisor = weight / divisor, None
+        total = np.where(total == 0, F(1), total)  # 0 only where the extrapolation value stands
+        weight, divisor = (weight / total, None) if divided else (weight, total)
     return Taps(np.clip(index, 0, inputs - 1), weight, divisor)
 
 

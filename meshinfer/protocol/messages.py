@@ -82,9 +82,7 @@ from meshinfer.protocol.records import (
 from meshinfer.protocol.records import (
     Value as Value,
 )
-from meshinfer.protocol.report import (
-    Report as Report,
-)
+from meshinfer.protocol.report import Report as Report
 
 PROTOCOL = (1, 1)
 """Protocol versions that this release speaks, first and last (RELIABILITY: N-1 to N)."""
