@@ -231,11 +231,11 @@ class Graph:
     @cached_property
     def cut_points(self) -> tuple[int, ...]:
         """Positions ``0 < i < len(ops)`` where only tensors are alive: a sequence cannot travel."""
-        return tuple(
-            cut
-            for cut in range(1, len(self.ops))
-            if all(self.dtype(name) not in (None, ir.DataType.STRING) for name in self.live(cut))
-        )
+        stuck: set[int] = set()
+        for name, made in self.producer.items():
+            if self.dtype(name) in (None, ir.DataType.STRING):
+                stuck.update(range(made + 1, self.last_use.get(name, -1) + 1))
+        return tuple(cut for cut in range(1, len(self.ops)) if cut not in stuck)
 
     @cached_property
     def digest(self) -> Digest:

@@ -23,10 +23,13 @@ def _objection(op: Op) -> str:
         return "its indices are positions in the whole value"
     if any(w.pad_begin >= w.kernel or w.pad_end >= w.kernel for w in _windows(op)):
         return "it pads by a whole kernel"
-    dilated = any(d != 1 for d in op.attributes.get("dilations", [1]))
-    ceil = bool(op.attributes.get("ceil_mode", 0))
-    # A dilated window overhangs by more than the padding that onnxruntime admits.
-    return "its dilated windows overhang" if dilated and ceil else ""
+    ends = [
+        w.padding(Interval(0, n))[1] for w, n in zip(_windows(op), op.out_shape()[2:], strict=True)
+    ]
+    if any(end >= w.kernel for w, end in zip(_windows(op), ends, strict=True)):
+        # onnxruntime admits no padding of a kernel, dilated or not.
+        return "its dilated windows overhang by a kernel"
+    return ""
 
 
 def _align(op: Op, outs: Boxes) -> Boxes:

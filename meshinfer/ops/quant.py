@@ -56,7 +56,7 @@ def _linear_objection(op: Op) -> str:
     for name in (*op.inputs, *op.outputs):
         dtype = op.graph.dtype(name) if name else None
         if dtype is not None and (dtype.name.startswith("FLOAT8") or dtype.itemsize < 1):
-            return f"{dtype.name} has no bytes that can be cut"
+            return f"numpy has no {dtype.name}, so that it cannot be cut"
     return ""
 
 
