@@ -142,7 +142,8 @@ class Client:
         Of a torch module, it says which axes may vary: ``shapes={"image": (1, 3, None, None)}``.
         ``objective``: latency, throughput or memory. ``spread``: use every device, even where fewer
         are faster. ``strict``: no partial sums, and devices of one numeric class only, so that the
-        answer has the bits of one device's wherever kernels do not depend on sizes. Raises ``InvalidInput`` for what torch cannot export or onnxruntime refuses,
+        answer has the bits of one device's wherever kernels do not depend on sizes. Raises
+        ``InvalidInput`` for what torch cannot export or onnxruntime refuses,
         ``ClusterUnavailable`` when no worker can compute.
         """
         from cluster.models import model_and_shapes, offer_model  # onnx is heavy

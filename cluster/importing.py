@@ -20,6 +20,7 @@ import msgspec
 
 from meshinfer import limits
 from meshinfer.errors import InvalidInput
+from meshinfer.importers.blocked import Blocked
 from meshinfer.protocol.codec import error_of, failure_of
 from meshinfer.protocol.messages import Failure
 
@@ -32,7 +33,7 @@ class _Job(msgspec.Struct, frozen=True):
 
 
 class _Answer(msgspec.Struct, frozen=True):
-    sums: dict[str, int] = {}
+    blocked: Blocked | None = None
     failure: Failure | None = None
 
 
@@ -43,7 +44,7 @@ class Importer:
         self._closed = False
         self._process = self._start()
 
-    def __call__(self, folder: Path, weights: Path) -> dict[str, int]:
+    def __call__(self, folder: Path, weights: Path) -> Blocked:
         """Raises ``InvalidInput`` for a model that is refused, and for one that is too much."""
         job = _Job(str(folder), str(weights))
         status = self._ask(job)
@@ -57,7 +58,8 @@ class Importer:
             raise _crashed(status) from None
         if answer.failure is not None:
             raise error_of(answer.failure)
-        return answer.sums
+        assert answer.blocked is not None
+        return answer.blocked
 
     def close(self) -> None:
         """End the process, and what it works on; from any thread."""

@@ -196,6 +196,20 @@ class Graph:
         (WHOLE)."""
         return self._wholes.get(value, _UNKNOWN)
 
+    def itemsize(self, value: str) -> float:
+        """Bytes of an element; below 1 for packed ones, 0 for what is no tensor."""
+        return self._itemsizes.get(value, 0)
+
+    def travels(self, value: str) -> bool:
+        """Whether devices can exchange it: a tensor of a type that numpy has by itself."""
+        dtype = self.dtype(value)
+        if dtype in (None, ir.DataType.STRING):
+            return False
+        try:
+            return self.numpy_dtype(value).isbuiltin == 1
+        except TypeError:
+            return False
+
     @cached_property
     def _wholes(self) -> Mapping[str, Box]:
         return {name: Box.whole(shape) for name, shape in self.shapes.items()}
@@ -230,10 +244,10 @@ class Graph:
 
     @cached_property
     def cut_points(self) -> tuple[int, ...]:
-        """Positions ``0 < i < len(ops)`` where only tensors are alive: a sequence cannot travel."""
+        """Positions ``0 < i < len(ops)`` where all that is alive can travel: sequences cannot."""
         stuck: set[int] = set()
         for name, made in self.producer.items():
-            if self.dtype(name) in (None, ir.DataType.STRING):
+            if not self.travels(name):
                 stuck.update(range(made + 1, self.last_use.get(name, -1) + 1))
         return tuple(cut for cut in range(1, len(self.ops)) if cut not in stuck)
 

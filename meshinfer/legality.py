@@ -33,7 +33,7 @@ def validate(graph: Graph, plan: Plan) -> None:
 
 
 def refuse_sums(plan: Plan) -> None:
-    """Raise ``InvalidInput`` if the plan adds up partial sums: their order changes the last bits."""
+    """Raise ``InvalidInput`` if the plan adds up partial sums, which changes the last bits."""
     for stage in plan.stages:
         for task in stage.tasks:
             for shard in task.outputs:

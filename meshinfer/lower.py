@@ -211,7 +211,8 @@ class _Lowering:
     def _weights(self) -> None:
         for name in self.field.weights:
             box = self.field.needs[name]
-            if box.volume <= INLINE_ELEMENTS:
+            # Elements smaller than a byte are packed inside a model and nowhere else.
+            if box.volume <= INLINE_ELEMENTS or self.graph.itemsize(name) < 1:
                 array = self.graph.weight(name)[box.within(self.graph.whole(name))]
                 self.tensors[name] = numpy_helper.from_array(np.array(array, order="C"), name)
 

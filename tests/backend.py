@@ -37,6 +37,7 @@ from meshinfer.plan import Plan, Shard, Stage, Task
 
 ELEMENTS = 64
 """Values with more elements are sampled: so many single ones, and the corners."""
+OLDER_OPSETS = (25, 24, 23, 22, 21, 19)
 PI = DeviceId("pi-1")
 Arrays = dict[str, np.ndarray]
 
@@ -475,12 +476,35 @@ def first_line(error: BaseException) -> str:
 
 
 def variants(case: Case) -> list[tuple[str, Outcome]]:
-    """The case with all inputs at run time; if that is a barrier, with some of them frozen too."""
+    """What comes of a case: as it is given, and where that does not try the rule, otherwise too.
+
+    Where onnxruntime has no kernel at the case's opset: at the newest older one that it has. Where
+    the rule must know an input beforehand: with that frozen.
+    """
     given = run(case)
     found = [("given", given)]
+    if "NOT_IMPLEMENTED" in given.why:
+        case, older = at_older_opset(case)
+        if older is not None:
+            given = older
+            found.append((f"opset {case.model.opset_import[0].version}", given))
     if given.how == "barrier" and (other := frozen_for_rule(case)) is not None:
         found.append((f"frozen: {', '.join(other.frozen)}", run(other)))
     return found
+
+
+def at_older_opset(case: Case) -> tuple[Case, Outcome | None]:
+    """The case, unchanged but for its opset, at the first older one that has kernels for it."""
+    for opset in OLDER_OPSETS:
+        if opset < case.model.opset_import[0].version:
+            model = ModelProto()
+            model.CopyFrom(case.model)
+            model.opset_import[0].version = opset
+            model.ir_version = min(model.ir_version, 11)
+            other = replace(case, model=model)
+            if (outcome := run(other)).how != "refused":
+                return other, outcome
+    return case, None
 
 
 def version() -> str:

@@ -358,7 +358,8 @@ class Cluster:
 
     def submit(self, arrays: Mapping[str, np.ndarray] | None = None, model: str = "net", *,
                client: str = "ann", deadline_s: float = 30.0, request: str | None = None,
-               version: int | None = None, picture: bool = False) -> str:  # fmt: skip
+               version: int | None = None, picture: bool = False,
+               outputs: tuple[str, ...] | None = None) -> str:  # fmt: skip
         """Submit a request; returns its id."""
         arrays = image() if arrays is None else arrays
         request = request or f"request-{next(self._order)}"
@@ -369,6 +370,7 @@ class Cluster:
             inputs=tuple(describe(n, a) for n, a in arrays.items()),
             picture=picture,
             deadline_s=deadline_s,
+            outputs=outputs,
         )
         self._handle(self.nodes[client], e.Submitted(request, header, arrays))
         return request

@@ -409,6 +409,9 @@ def classifier(n: Net, x: str) -> list[str]:
 
 def products(n: Net, x: str) -> list[str]:
     batch, c, _, w = n.shape[x]
+    if n.rarely():
+        weight = n.normal(w, 3, c, scale=w**-0.5)
+        return [n.op("Einsum", [x, weight], equation=n.pick("nchw,wkc->nchk", "nchw,wkc->nkh"))]
     shape = n.pick((w, 3), (c, w, 3), (batch, 1, w, 3), (1, 1, w, 2))
     y = n.op("MatMul", [x, n.normal(*shape, scale=w**-0.5)])
     if n.coin():

@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 import pytest
 from architectures import Builder
-from cores import banded
+from cores import Cluster, banded, conv_net, image, kind
 from onnx import TensorProto, helper
 from oracle import assert_exact
 from typer.testing import CliRunner
@@ -191,6 +191,24 @@ def test_equal_wishes_share_a_plan() -> None:
     assert [len(each) for each in same] == [1, 1]
     early = ("exit1",)
     assert signature_of(model, submit(early)) == signature_of(model, submit(early, bias=False))
+
+
+def test_an_exit_starts_again_when_a_worker_is_lost_and_the_default_plan_stays() -> None:
+    cluster = Cluster()
+    cluster.deployed()
+    cluster.check(cluster.submit())
+    cluster.when(kind(m.TaskDone), lambda: cluster.kill("pi-2"))
+    request = cluster.submit(outputs=("mean",))
+    outcome = cluster.outcome(request)
+    assert isinstance(outcome.reply, m.Reply) and outcome.reply.failure is None
+    assert outcome.reply.attempts == 2
+    assert_exact(conv_net(), image(), outcome.arrays, outputs=["mean"])
+    assert cluster.check(cluster.submit()).attempts == 1
+    kept = {d.signature.outputs for d in cluster.core.catalogue.deployments.values()}
+    assert kept == {None, ("mean",)}
+    refused = cluster.failure(cluster.submit(outputs=("nope",)))
+    assert refused.error == "InvalidInput" and "['y', 'mean']" in refused.hint
+    cluster.check_idle()
 
 
 # --- on a cluster ---------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -284,6 +285,16 @@ def test_an_input_of_an_absurd_shape_is_refused(shape: tuple[int, int]) -> None:
     value = helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)
     model.graph.input[0].CopyFrom(value)
     refused("input 'x' has the shape", lambda: mi.load(model))
+
+
+def test_what_never_ends_or_is_too_large_is_not_even_read(tmp_path: Path) -> None:
+    refused("is no ONNX file", lambda: mi.load("/dev/zero"))
+    os.mkfifo(tmp_path / "pipe")
+    refused("is no ONNX file", lambda: mi.load(tmp_path / "pipe"))
+    with (tmp_path / "holes").open("wb") as file:
+        file.truncate(3 << 30)
+    refused("is no ONNX file: 3221225472 bytes", lambda: mi.load(tmp_path / "holes"))
+    refused("cannot read", lambda: mi.load("nul\0byte.onnx"))
 
 
 def test_a_folder_is_no_model(tmp_path: Path) -> None:

@@ -121,6 +121,26 @@ def test_groups_that_were_reshaped_to_rows_keep_their_rows_and_columns(opset: in
     check_exact(model, graph, in_bands(graph, 3), values(shape))
 
 
+def test_all_normalisations_of_a_chain_are_taken_apart() -> None:
+    """onnx does not infer what a GroupNormalization makes, so not what lies behind it either."""
+    b, shape = Builder(0, 21), (1, 4, 6, 7)
+    y = b.input("x", shape)
+    chain: list[tuple[str, dict[str, int]]]
+    chain = [("Group", {"num_groups": 2}), ("Instance", {}), ("Group", {"num_groups": 4})]
+    for op_type, attrs in chain:
+        ones = [b.const(np.linspace(0.5, 1.5, 4, dtype=np.float32)) for _ in range(2)]
+        y = b.relu(b.op(f"{op_type}Normalization", [y, *ones], **attrs))
+    out = helper.make_tensor_value_info(b.rename(y, "y"), TensorProto.FLOAT, shape)
+    weights = list(b.initializers.values())
+    # Not by b.model, which infers all types.
+    body = helper.make_graph(b.nodes, "chain", b.inputs, [out], weights)
+    model = helper.make_model(body, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    graph = mi.load(model)
+    assert all(rule_of(op) is not BARRIER for op in graph.ops)
+    assert "InstanceNormalization" not in {op.type for op in graph.ops}
+    check_exact(model, graph, in_bands(graph, 3), values(shape))
+
+
 def test_groups_as_rows_are_still_there_for_who_else_reads_them() -> None:
     model = as_rows(17, (1, 4, 6, 6), 2)
     normal = model.graph.node[1]
@@ -303,6 +323,27 @@ def test_a_product_with_vectors_is_cut_and_summed_in_parts(
     y = b.op("MatMul", [b.input("x", left), b.input("w", right)])
     other = np.random.default_rng(2).standard_normal(right, np.float32)
     passes(b.model([b.rename(y, "y")]), {**values(left), "w": other})
+
+
+@pytest.mark.parametrize(
+    ("equation", "shapes"),
+    [
+        ("nchw,dc->ndhw", [(1, 3, 4, 5), (6, 3)]),
+        ("bhid,bhjd->bhij", [(2, 2, 3, 4), (2, 2, 5, 4)]),
+        ("ij, jk", [(3, 4), (4, 2)]),
+        ("ijk->kj", [(2, 3, 4)]),
+        ("ij->", [(3, 4)]),
+        ("bi,ij,bj->b", [(2, 3), (3, 4), (2, 4)]),
+        ("zya,a", [(2, 3, 4), (4,)]),
+        ("iij->ij", [(3, 3, 2)]),
+    ],
+)
+def test_an_einsum_is_cut_along_its_letters(equation: str, shapes: list[tuple[int, ...]]) -> None:
+    b, rng = Builder(0, 17), np.random.default_rng(3)
+    names = [b.input(f"x{i}", shape) for i, shape in enumerate(shapes)]
+    model = b.model([b.rename(b.op("Einsum", names, equation=equation), "y")])
+    arrays = [rng.standard_normal(shape, np.float32) for shape in shapes]
+    passes(model, dict(zip(names, arrays, strict=True)))
 
 
 @pytest.mark.parametrize("kind", ["MatMul", "Gemm"])

@@ -43,7 +43,7 @@ def test_any_box_of_any_pool(op: str, dilated: bool, data: st.DataObject) -> Non
         "kernel_shape": kernel,
         "strides": pair(1, 5),
         "pads": [*begins, *ends],
-        "ceil_mode": 0 if dilated else data.draw(st.integers(0, 1)),
+        "ceil_mode": data.draw(st.integers(0, 1)),
     }
     if dilated:
         attributes["dilations"] = dilations
@@ -53,7 +53,8 @@ def test_any_box_of_any_pool(op: str, dilated: bool, data: st.DataObject) -> Non
         attributes["p"] = data.draw(st.integers(1, 3))
     shape = (1, 2, *size)
     model = one(op, shape, **attributes)
-    assert [why_barrier(o) for o in mi.load(model).ops if rule_of(o) is BARRIER] == []
+    why = [why_barrier(o) for o in mi.load(model).ops if rule_of(o) is BARRIER]
+    assert why == [] or (dilated and attributes["ceil_mode"])
     check_any_boxes(model, values(shape), data)
 
 

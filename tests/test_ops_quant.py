@@ -31,7 +31,7 @@ from plans import check_text, check_transfers, plans
 from test_planner import PI0, devices
 
 import meshinfer as mi
-from meshinfer.geometry import split_weighted
+from meshinfer.geometry import Interval, split_weighted
 from meshinfer.graph import Graph
 from meshinfer.identity import DeviceId
 from meshinfer.importers.quantised import arrange
@@ -423,3 +423,87 @@ def test_any_plan_of_a_network_of_quantised_operators_gives_the_same_bits(
     data: st.DataObject,
 ) -> None:
     check_any_plan(data, *drawn(data, BLOCKS))
+
+
+# -- single cases ----------------------------------------------------------------------------------
+
+
+def in_parts(graph: Graph, axis: int, parts: int) -> Plan:
+    """All in one stage, each output in even parts along an axis."""
+    tasks: dict[int, list[Shard]] = {}
+    for name in graph.outputs:
+        whole = graph.whole(name)
+        for i, part in enumerate(split_weighted(whole[axis].size, [1.0] * parts)):
+            tasks.setdefault(i, []).append(Shard(name, whole.replace(axis, part)))
+    stage = Stage(0, len(graph.ops), tuple(Task((PI0,), tuple(t)) for t in tasks.values()))
+    return Plan(graph.digest, PI0, PI0, (stage,))
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_product_that_quantises_on_the_way_is_split_along_its_columns(axis: int) -> None:
+    b = Builder(2)
+    weight = b.const(b.rng.integers(-99, 99, (6, 7)).astype(np.int8))
+    scale = b.const((b.rng.random(7) * 0.1).astype(np.float32))
+    inputs = [b.input("x", [2, 5, 6]), weight, scale, b.const(np.zeros(7, np.int8))]
+    bias = b.const(b.rng.standard_normal(7).astype(np.float32))
+    y = b.op("DynamicQuantizeMatMul", [*inputs, bias], domain=MICROSOFT)
+    model = b.model([onnx.helper.make_tensor_value_info(y, FLOAT, [2, 5, 7])])
+    graph = load(model)
+    assert rule_of(graph.ops[0]).split(graph.ops[0]) == (2,)
+    x = {"x": np.random.default_rng(0).standard_normal((2, 5, 6), np.float32)}
+    assert_same_bits(model, graph, in_parts(graph, axis, 2), x)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.5, None])
+def test_the_scale_of_a_dynamic_quantisation_is_that_of_all_rows(value: float | None) -> None:
+    """Where all elements are equal, too: a range without a width has the scale 1."""
+    b = Builder(2)
+    y = b.op("DynamicQuantizeLinear", b.input("x", [1, 3, 8, 5]), 3)
+    model = b.model(list(y))
+    graph = load(model)
+    x = np.random.default_rng(0).standard_normal((1, 3, 8, 5), np.float32)
+    x = x if value is None else np.full_like(x, value)
+    assert_same_bits(model, graph, bands(graph, [3, 1, 2]), {"x": x})
+
+
+def test_a_crop_behind_int8_without_a_zero_point_keeps_negative_values() -> None:
+    """onnxruntime put a QuantizeLinear of uint8 behind the crop."""
+    b = Builder(2)
+    scale = b.const(np.float32(0.05))
+    y = b.op("DequantizeLinear", [b.input("x", [1, 2, 6, 4], INT8), scale])
+    model = b.model([b.rename(y, "y")])
+    graph = load(model)
+    top, middle, end = (
+        Shard("y", graph.whole("y").replace(2, Interval(*rows)))
+        for rows in ((0, 1), (1, 5), (5, 6))
+    )
+    stage = Stage(0, 1, (Task((PI0,), (top, end)), Task((PI0,), (middle,))))
+    x = np.random.default_rng(0).integers(-128, 128, (1, 2, 6, 4)).astype(np.int8)
+    assert_same_bits(model, graph, Plan(graph.digest, PI0, PI0, (stage,)), {"x": x})
+
+
+@pytest.mark.parametrize("element", [np.uint16, np.int16])
+def test_a_model_of_sixteen_bits_tiles_bit_for_bit(element: type) -> None:
+    b = Builder(2, 21)
+    pair = [b.const(np.float32(0.001)), b.const(element(7))]
+    weight = b.const(b.rng.integers(-60, 60, (4, 3, 3, 3)).astype(np.int8))
+    weight = b.op("DequantizeLinear", [weight, b.const(np.float32(0.01)), b.const(np.int8(0))])
+    x = b.op("QuantizeLinear", [b.input("x", [1, 3, 9, 8]), *pair])
+    y = b.op("Conv", [b.op("DequantizeLinear", [x, *pair]), weight], pads=[1, 1, 1, 1])
+    y = b.op("DequantizeLinear", [b.op("QuantizeLinear", [y, *pair]), *pair])
+    model = b.model([b.rename(y, "y")])
+    graph = load(model)
+    arrays = {"x": np.random.default_rng(0).standard_normal((1, 3, 9, 8), np.float32)}
+    assert_same_bits(model, graph, bands(graph, [3, 1, 2]), arrays)
+
+
+def test_types_that_numpy_lacks_are_barriers_that_say_so() -> None:
+    b = Builder(2, 21)
+    zero = onnx.helper.make_tensor("zero", TensorProto.FLOAT8E4M3FN, [], [0.0])
+    b.initializers["zero"] = zero
+    pair = [b.const(np.float32(0.1)), "zero"]
+    x = b.op("QuantizeLinear", [b.input("x", [1, 3]), *pair])
+    graph = load(b.model([b.rename(b.op("DequantizeLinear", [x, *pair]), "y")]))
+    assert {why_barrier(op) for op in graph.ops} == {
+        "numpy has no FLOAT8E4M3FN, so that it cannot be cut"
+    }

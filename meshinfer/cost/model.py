@@ -17,8 +17,8 @@ from meshinfer.ops import BARRIER, Boxes, rule_of
 GLUED = frozenset(
     (
         "Add BatchNormalization Cast Celu Clip Div Elu Erf Gelu HardSigmoid HardSwish Identity "
-        "LeakyRelu Max Min Mish Mul PRelu Pow QLinearAdd QLinearLeakyRelu QLinearMul QLinearSigmoid "
-        "QuantizeLinear Relu Selu Sigmoid Softplus Sqrt Sub Sum Tanh"
+        "LeakyRelu Max Min Mish Mul PRelu Pow QLinearAdd QLinearLeakyRelu QLinearMul "
+        "QLinearSigmoid QuantizeLinear Relu Selu Sigmoid Softplus Sqrt Sub Sum Tanh"
     ).split()
 )
 """Operators that belong to the one before them: fused by onnxruntime, or bound by memory alone."""

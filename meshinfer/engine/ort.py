@@ -77,7 +77,16 @@ class OrtEngine:
                 ),
             ):
                 options.add_session_config_entry(f"session.{key}", value)
-            ort.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
+            try:
+                ort.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
+            except Exception:
+                # A Slice behind an int8 DequantizeLinear: it moves the pair apart and then refuses.
+                ort.InferenceSession(
+                    str(source),
+                    options,
+                    providers=["CPUExecutionProvider"],
+                    disabled_optimizers=["QDQPropagationTransformer"],
+                )
         finally:
             source.unlink()
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from stat import S_ISDIR, S_ISREG
 
 import numpy as np
 import onnx
@@ -23,12 +24,13 @@ from meshinfer import limits
 from meshinfer.errors import InvalidInput
 from meshinfer.graph import Graph
 from meshinfer.image import METADATA_KEY, ImageSpec
+from meshinfer.importers.blocked import arrange_blocked
 from meshinfer.importers.checks import check_model, check_nodes
 from meshinfer.importers.external import check_external, locations, move_weights
 from meshinfer.importers.optimise import GIVEN, MADE, Optimise, optimise
 from meshinfer.importers.picture import with_image_input
 from meshinfer.importers.pruning import keep_outputs
-from meshinfer.importers.sums import bring_together
+from meshinfer.importers.quantised import arrange
 from meshinfer.importers.torch_module import is_torch_module, of_example
 
 Shapes = Mapping[str, Sequence[int]]
@@ -94,13 +96,21 @@ def open_model(model: str | os.PathLike[str] | bytes | onnx.ModelProto | Source)
         data, name = model, "the model"
     elif isinstance(model, str | os.PathLike):
         path = Path(model)
-        name, folder = str(path), path.resolve().parent
+        name = str(path)
         try:
-            data = path.read_bytes()
-        except OSError as error:
+            folder = path.resolve().parent
+            status = path.stat()
+            data = b"" if _is_no_file(status) else path.read_bytes()
+        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
             raise InvalidInput(
-                f"cannot read {name}: {error.strerror}", hint="give the path of an ONNX file"
+                f"cannot read {name}: {getattr(error, 'strerror', error)}",
+                hint="give the path of an ONNX file",
             ) from error
+        if _is_no_file(status):
+            raise InvalidInput(
+                f"{name} is no ONNX file: {status.st_size} bytes, or a device",
+                hint="an ONNX file has less than 2 GB; larger weights lie beside it",
+            )
     else:
         raise InvalidInput(
             f"{type(model).__name__} is no model",
@@ -116,6 +126,12 @@ def open_model(model: str | os.PathLike[str] | bytes | onnx.ModelProto | Source)
     if not proto.graph.node and not proto.graph.output:
         raise InvalidInput(f"{name} holds no graph", hint="export the model again")
     return Source(proto, folder)
+
+
+def _is_no_file(status: os.stat_result) -> bool:
+    """A pipe may never end, and a protobuf above 2 GB cannot be. (Folders say so themselves.)"""
+    kind = status.st_mode
+    return status.st_size > limits.MODEL_FILE_BYTES or not (S_ISREG(kind) or S_ISDIR(kind))
 
 
 def load(
@@ -156,11 +172,12 @@ def load(
         weights = folder if moved else source.folder or folder
         _write(source.proto, folder / GIVEN)
         del source  # onnxruntime makes copies enough
-        sums = through(folder, weights)
+        blocked = through(folder, weights)
         imported = _read(folder / MADE)
     _tidy(imported)
-    bring_together(imported, sums)
-    graph = Graph(imported, sums)
+    arrange_blocked(imported, blocked)
+    arrange(imported)
+    graph = Graph(imported, blocked.sums)
     graph.memo[GIVEN_OPS] = given
     check_nodes(graph)
     return graph

@@ -17,27 +17,31 @@ import onnxruntime as ort
 
 from meshinfer import limits
 from meshinfer.errors import InvalidInput, MeshInferError
+from meshinfer.importers.blocked import Blocked, find_blocked
 from meshinfer.importers.checks import tensor_nbytes, tensors_of, title
 from meshinfer.importers.external import MOVED_FROM_BYTES
 from meshinfer.importers.rewrite import take_apart
-from meshinfer.importers.sums import fused_sums
 from meshinfer.importers.types import infer_types
 
 GIVEN, MADE = "given.onnx", "model.onnx"
 
-Optimise = Callable[[Path, Path], dict[str, int]]
+Optimise = Callable[[Path, Path], Blocked]
 """Makes ``MADE`` (and its weights, beside it) from ``GIVEN`` in the first folder; the weights of
-``GIVEN`` lie in the second. Returns ``fused_sums``. Raises ``InvalidInput``."""
+``GIVEN`` lie in the second. Returns ``find_blocked``. Raises ``InvalidInput``."""
 
 
-def optimise(folder: Path, weights: Path) -> dict[str, int]:
+def optimise(folder: Path, weights: Path) -> Blocked:
     """``Optimise`` in this process."""
     made = folder / MADE
-    take_apart(folder / GIVEN)
+    try:
+        take_apart(folder / GIVEN)
+    except Exception:
+        _optimise(folder / GIVEN, weights, made)  # a malformed model: this says what is wrong
+        raise
     _optimise(folder / GIVEN, weights, made)
     try:
         infer_types(made)
-        return fused_sums(ir.load(made), made)
+        return find_blocked(ir.load(made), made)
     except MeshInferError:
         raise
     except Exception as error:

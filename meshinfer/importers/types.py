@@ -79,7 +79,9 @@ def _ask_onnxruntime(model: onnx.ModelProto, names: list[str], path: Path) -> No
     options.log_severity_level = 4
     question = path.with_name("types.onnx")
     onnx.save(asking, question)
-    session = ort.InferenceSession(str(question), options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(
+        str(question), options, providers=["CPUExecutionProvider"], enable_fallback=0
+    )
     infos = {v.name: v for v in (*model.graph.value_info, *model.graph.output)}
     for found in session.get_outputs():
         info = infos.get(found.name)

@@ -46,6 +46,7 @@ TABLE: dict[str, Rule] = {  # operators of other domains as "domain:type"
     "LRN": pool.LRN,
     "Gemm": matmul.GEMM,
     "MatMul": matmul.MATMUL,
+    "Einsum": matmul.EINSUM,
     "Resize": resize.RESIZE,
     "Upsample": resize.RESIZE,
     **pointwise.ROWS,

@@ -1,10 +1,13 @@
-"""Rules of Gemm and MatMul: boxes of rows and columns of the product, partial sums over K.
+"""Rules of Gemm, MatMul and Einsum: boxes of the product, partial sums over what is summed away.
 
-Sources: the ONNX operators Gemm and MatMul (numpy's matmul with batch broadcasting). A column slice
-takes just those columns of the weights, so no device needs all of a fully connected layer.
+Sources: the ONNX operators Gemm, MatMul (numpy's matmul with batch broadcasting) and Einsum (each
+letter is an axis). A column slice takes just those columns of the weights, so no device needs all
+of a fully connected layer.
 """
 
 from __future__ import annotations
+
+from math import prod
 
 import onnx_ir as ir
 
@@ -90,4 +93,67 @@ MATMUL = Rule(
     objection=_empty_objection,
     reduction=_matmul_reduction,
     flops=_matmul_flops,
+)
+
+# --- Einsum ---------------------------------------------------------------------------------------
+
+
+def _terms(op: Op) -> tuple[list[str], str]:
+    """The letters of each input and of the output."""
+    equation = op.attributes["equation"].decode().replace(" ", "")
+    left, arrow, out = equation.partition("->")
+    if not arrow:  # those that come once, in order of the alphabet
+        out = "".join(sorted(c for c in set(left) - {","} if left.count(c) == 1))
+    return left.split(","), out
+
+
+def _sizes(op: Op) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for i, term in enumerate(_terms(op)[0]):
+        for letter, size in zip(term, op.shape(i), strict=True):
+            found[letter] = max(size, found.get(letter, 0))
+    return found
+
+
+def _summed(op: Op) -> list[str]:
+    terms, out = _terms(op)
+    return [letter for letter in dict.fromkeys("".join(terms)) if letter not in out]
+
+
+def _einsum_objection(op: Op) -> str:
+    terms, _ = _terms(op)
+    if any("." in term for term in terms):
+        return "its equation has an ellipsis"
+    if any(0 in op.shape(i) for i in range(len(op.inputs))):
+        return "it reads values without elements"
+    sizes = _sizes(op)
+    shapes = [tuple(sizes[letter] for letter in term) for term in terms]
+    same = all(shape == op.shape(i) for i, shape in enumerate(shapes))
+    return "" if same else "a letter of its equation has two sizes"
+
+
+def _einsum_footprint(op: Op, outs: Boxes, over: Box | None) -> Boxes:
+    terms, out = _terms(op)
+    ranges = {letter: Interval(0, size) for letter, size in _sizes(op).items()}
+    ranges.update(zip(out, only(outs), strict=True))
+    if over is not None:
+        ranges.update(zip(_summed(op), over, strict=True))
+    return tuple(Box(tuple(ranges[letter] for letter in term)) for term in terms)
+
+
+def _einsum_reduction(op: Op) -> Box | None:
+    summed, sizes = _summed(op), _sizes(op)
+    return Box.whole([sizes[c] for c in summed]) if summed and _adds_exactly(op) else None
+
+
+def _einsum_flops(op: Op, outs: Boxes) -> int:
+    sizes = _sizes(op)
+    return 2 * only(outs).volume * prod(sizes[letter] for letter in _summed(op))
+
+
+EINSUM = Rule(
+    footprint=_einsum_footprint,
+    objection=_einsum_objection,
+    reduction=_einsum_reduction,
+    flops=_einsum_flops,
 )

@@ -40,6 +40,8 @@ def _broadcast(op: Op, outs: Boxes, over: Box | None) -> Boxes:
 
 
 ELEMENTWISE = Rule(footprint=_broadcast, objection=_old)
+ALONE = Rule(footprint=_broadcast)
+"""Of one input, so that no opset has another broadcasting for it."""
 
 
 def _dropout_objection(op: Op) -> str:
@@ -62,7 +64,7 @@ DROPOUT = Rule(footprint=_dropout_footprint, emit=_dropout_emit, objection=_drop
 
 
 ROWS: dict[str, Rule] = {
-    **dict.fromkeys(UNARY, ELEMENTWISE),
+    **dict.fromkeys(UNARY, ALONE),
     **dict.fromkeys(BROADCASTING, ELEMENTWISE),
     "Dropout": DROPOUT,
 }

@@ -107,6 +107,13 @@ def _reduction(op: Op) -> Box | None:
 
 def _most_elements(op: Op) -> int:
     """How many elements partial sums may have in float, by what is done with their sum."""
+    key = ("most elements", op.index)
+    if key not in op.graph.memo:
+        op.graph.memo[key] = _found_elements(op)
+    return int(op.graph.memo[key])
+
+
+def _found_elements(op: Op) -> int:
     x, y = op.inputs[0], op.outputs[0]
     readers = [other for other in op.graph.ops[op.index + 1 :] if y in other.inputs]
     for other in readers:

@@ -32,7 +32,7 @@ from meshinfer.ops.resize_axes import (
 from meshinfer.ops.resize_taps import Array, F
 from meshinfer.ops.rule import Boxes, Emission, Emitter, Rule, only
 
-_PERIOD = 64
+_PERIOD = 4096
 """Scales p/q with p and q up to this are tried for an aligned crop."""
 
 
@@ -220,13 +220,14 @@ class _Sums:
         """The product of the axes' weights on each corner of the cell: linear."""
         axes = resized_axes(self.op)
         parts = {i: [self.part(i, w) for w in axis.weights()] for i, axis in axes.items()}
+        # The last axis first: its gathers copy element by element, and the crop has fewer rows.
         gathered: dict[tuple[int, ...], str] = {(): source}
         terms = []
         for corner in product((0, 1), repeat=len(axes)):
-            for k, (i, axis) in enumerate(axes.items()):
-                if corner[: k + 1] not in gathered:
-                    gathered[corner[: k + 1]] = self.gather(
-                        gathered[corner[:k]], i, axis.taps.index[corner[k]]
+            for k, (i, axis) in reversed(list(enumerate(axes.items()))):
+                if corner[k:] not in gathered:
+                    gathered[corner[k:]] = self.gather(
+                        gathered[corner[k + 1 :]], i, axis.taps.index[corner[k]]
                     )
             factors = [parts[i][t] for i, t in zip(axes, corner, strict=True)]
             weight = factors.pop()

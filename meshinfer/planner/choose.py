@@ -19,6 +19,7 @@ from meshinfer.transfers import derive
 OBJECTIVES = ("latency", "throughput", "memory")
 MANY = 8
 """Up to so many devices every number is tried; beyond, until two more numbers in turn are worse."""
+_QUANTISING = ("QuantizeLinear", "DynamicQuantizeLinear")
 TRIED_APART = 8
 """Most devices that are tried in and out of the plan one by one."""
 
@@ -67,7 +68,9 @@ def make_plan(
     if not graph.ops:
         nothing = Plan(graph.digest, source, sink, ())
         return Planned(nothing, timeline(graph, nothing, profiles), ("nothing to compute",))
-    space = Space.of(graph, fixed_cuts, sums=not strict)
+    # What a partial sum changes in the last bit, a quantisation behind it may make a whole step.
+    sums = not strict and all(op.type not in _QUANTISING for op in graph.ops)
+    space = Space.of(graph, fixed_cuts, sums=sums)
     choice = _Choice(graph, profiles, (source, sink), objective, space)
     order = choice.ordered(able)
     if spread and len(order) > 1:
