@@ -19,7 +19,7 @@ from typing import IO
 import msgspec
 
 from meshinfer import limits
-from meshinfer.errors import InvalidInput
+from meshinfer.errors import ClusterUnavailable, InvalidInput
 from meshinfer.importers.blocked import Blocked
 from meshinfer.protocol.codec import error_of, failure_of
 from meshinfer.protocol.messages import Failure
@@ -45,13 +45,18 @@ class Importer:
         self._process = self._start()
 
     def __call__(self, folder: Path, weights: Path) -> Blocked:
-        """Raises ``InvalidInput`` for a model that is refused, and for one that is too much."""
+        """Raises ``InvalidInput`` for a model that is refused or too much, ``ClusterUnavailable``
+        when closed."""
         job = _Job(str(folder), str(weights))
         status = self._ask(job)
         if status is None and not self._closed:  # killed by somebody
             self._reap()
             self._process = self._start()
             status = self._ask(job)
+        if status is None:
+            raise ClusterUnavailable(
+                "the process that imports models has ended", hint="start the coordinator again"
+            )
         try:
             answer = msgspec.json.decode((folder / _ANSWER).read_bytes(), type=_Answer)
         except (OSError, msgspec.MsgspecError):
@@ -95,8 +100,8 @@ class Importer:
         return int(line) if line else None
 
 
-def _crashed(status: int | None) -> InvalidInput:
-    number = os.WTERMSIG(status) if status is not None and os.WIFSIGNALED(status) else 0
+def _crashed(status: int) -> InvalidInput:
+    number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
     if number == signal.SIGALRM:
         return InvalidInput(
             f"onnxruntime works on the model for more than {limits.IMPORT_S:g} s",

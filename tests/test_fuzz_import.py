@@ -20,7 +20,7 @@ from onnx import AttributeProto, GraphProto, ModelProto, TensorProto, helper, nu
 
 from cluster.importing import Importer
 from meshinfer import limits
-from meshinfer.errors import InvalidInput
+from meshinfer.errors import ClusterUnavailable, InvalidInput
 from meshinfer.importers import load
 
 SIZES = (
@@ -365,5 +365,5 @@ def test_an_importer_that_was_killed_is_there_again() -> None:
         assert imported(importer, SEEDS[0])
     finally:
         importer.close()
-    with pytest.raises(InvalidInput):
+    with pytest.raises(ClusterUnavailable):
         load(SEEDS[0], through=importer)

@@ -217,6 +217,25 @@ def test_the_module_and_the_example_are_left_as_they_were() -> None:
     assert all(p.requires_grad for p in module.parameters())
 
 
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(4, 5, batch_first=True)
+
+    def forward(self, x: Tensor, state: tuple[Tensor, Tensor]) -> Any:
+        return self.lstm(x, state)
+
+
+def test_a_compiled_module_and_one_with_a_state_come_in_without_warnings() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of torch's compiler, on its import
+        conv = torch.compile(nn.Conv2d(3, 2, 3))
+    assert names(mi.from_torch(conv, IMAGE)) == (["input"], ["output"])
+    state = (torch.zeros(1, 2, 5), torch.zeros(1, 2, 5))
+    proto = mi.from_torch(Recurrent(), (torch.ones(2, 3, 4), state))
+    assert names(proto) == (["x", "state.0", "state.1"], ["output_0", "output_1.0", "output_1.1"])
+
+
 def test_dropout_is_off_and_statistics_are_the_trained_ones() -> None:
     module = Exits().train()
     graph = mi.load(module, example={"image": IMAGE})
@@ -290,6 +309,14 @@ def test_a_failure_names_the_line_of_the_model(
 def test_an_example_that_is_none_is_refused(example: Any, told: str) -> None:
     with pytest.raises(mi.InvalidInput, match=told):
         mi.load(Exits(), example=example)
+
+
+def test_torchscript_is_refused_in_words() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        scripted = torch.jit.script(nn.Conv2d(3, 2, 3))
+    with pytest.raises(mi.InvalidInput, match="Conv2d is TorchScript"):
+        mi.from_torch(scripted, IMAGE)
 
 
 @pytest.mark.parametrize("returned", [None, "text", ()])

@@ -55,7 +55,7 @@ def _line(file: str, number: int, function: str) -> str:
 
 def is_users(file: str) -> bool:
     """Whether a file may be the model's: not torch's, the exporter's, Python's or this one."""
-    if file.startswith(("<eval_with_key", "<frozen")):
+    if file.startswith("<") and not file.startswith(("<stdin", "<ipython")):
         return False
     path = Path(file)
     for name in EXPORTERS:

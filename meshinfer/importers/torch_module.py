@@ -22,6 +22,8 @@ import onnx_ir as ir
 from meshinfer.errors import ConfigurationError, InvalidInput, MeshInferError
 from meshinfer.importers.torch_faults import EXPORTERS, advice, is_users, where, words
 
+_FLAT_WEIGHTS = "_flat_weights"
+
 Axes = Mapping[str, Sequence[int | str | None]]
 """Input name -> sizes: a number is fixed, a name or None may vary."""
 
@@ -76,6 +78,12 @@ def _exported(module: Any, example: object, shapes: Axes | None) -> tuple[ir.Mod
             "dict of what forward takes",
         )
     module = getattr(module, "_orig_mod", module)  # what torch.compile wraps
+    if isinstance(module, torch.jit.ScriptModule):
+        raise InvalidInput(
+            f"{getattr(module, 'original_name', 'the module')} is TorchScript, which torch.export "
+            "cannot follow",
+            hint="give the module that was scripted or traced",
+        )
     call = _Call(torch, module, example)
     adapter = _adapter(torch, module, call)
     axes = _dynamic(torch, call, shapes)
@@ -314,7 +322,8 @@ def _export(torch: Any, adapter: Any, call: _Call, axes: Any) -> Any:
 def _passed_on() -> Iterator[None]:
     """Warnings, each once though the model runs twice, and without those of the exporter.
 
-    Its own are deprecations raised in its files, or Python's: for its developers to see.
+    Its own are raised in its files, or Python's: deprecations, for its developers to see, and that
+    torch's recurrent layers assign their weights anew.
     """
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -323,7 +332,8 @@ def _passed_on() -> Iterator[None]:
     seen = set()
     for each in said:
         what = (str(each.message), each.category, each.filename, each.lineno)
-        if what in seen or (issubclass(each.category, own) and not is_users(each.filename)):
+        noise = issubclass(each.category, own) or _FLAT_WEIGHTS in what[0]
+        if what in seen or (noise and not is_users(each.filename)):
             continue
         seen.add(what)
         warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
