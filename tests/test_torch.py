@@ -201,6 +201,11 @@ def test_axes_that_may_vary_are_dynamic_and_all_others_fixed() -> None:
         mi.from_torch(module, IMAGE, shapes={"picture": (1, 3, None, None)})
 
 
+def test_a_module_takes_pixels_with_an_image_spec() -> None:
+    graph = mi.load(Upscaler(), IMAGE, image=mi.ImageSpec(input="image"))
+    assert graph.shape("image") == (1, 24, 24, 3) and graph.numpy_dtype("image") == np.uint8
+
+
 def test_the_module_and_the_example_are_left_as_they_were() -> None:
     def call(self: Calls, image: Tensor, *_: Any) -> Tensor:
         self.calls += 1

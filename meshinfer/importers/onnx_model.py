@@ -150,12 +150,15 @@ def load(
     give arrays instead. ``image``: put this spec's arithmetic in front, so that the input becomes
     uint8 pixels [1, H, W, C], and ``shapes`` speak of those. ``outputs``: only these, without what
     lies behind them and without the inputs that they do not need. A torch module is exported with
-    its ``example``, see ``from_torch``. ``through`` runs what may crash, in
-    this process or another; ``scratch`` is for its files. Raises ``InvalidInput``.
+    its ``example``, see ``from_torch``. ``through`` runs what may crash, in this process or
+    another; ``scratch`` is for its files. Raises ``InvalidInput``.
     """
     if is_torch_module(model):
-        proto, shapes = of_example(model, example, shapes)
-        source = Source(proto, None)
+        proto, sizes = of_example(model, example, shapes)
+        if image is not None and len(sizes.get(image.input, ())) == 4:
+            rows, columns = sizes[image.input][2 if image.layout == "NCHW" else 1 :][:2]
+            sizes[image.input] = (1, rows, columns, image.channels)
+        source, shapes = Source(proto, None), sizes
     else:
         source = _own(open_model(model), model)
     source.check()

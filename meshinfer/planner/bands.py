@@ -35,6 +35,8 @@ class Axes:
     sums: Mapping[str, int]
     """Values that sum over rows, so that bands of rows give parts of the sum: value -> position of
     the rows among the axes of the reduction."""
+    rowed: frozenset[str]
+    """Values whose ``rows`` are rows of an input still, and not features that are cut instead."""
 
     def of(self, value: str, kind: Kind) -> int | None:
         maps = {"rows": self.rows, "channels": self.channels, "batch": self.batch}
@@ -93,6 +95,7 @@ def axes_of(graph: Graph, *, sums: bool = True) -> Axes:
     channels: dict[str, int | None] = {}
     follows: set[int] = set()
     added: dict[str, int] = {}
+    rowed = set(graph.inputs)
     for op in graph.ops:
         for name in op.outputs:
             rows[name] = channels[name] = None
@@ -101,10 +104,12 @@ def axes_of(graph: Graph, *, sums: bool = True) -> Axes:
             continue
         shape = op.out_shape()
         rank = len(shape)
-        axis = _following(op, able, rows)
-        if axis is not None:
+        found = _following(op, able, rows)
+        if found is not None:
             follows.add(op.index)
+            axis, fine = found[0], found[1] in rowed
         else:
+            fine = False
             position = _summing(op, rows) if sums else None
             if position is not None:
                 added[op.outputs[0]] = position
@@ -112,8 +117,9 @@ def axes_of(graph: Graph, *, sums: bool = True) -> Axes:
         for position, name in enumerate(op.outputs):
             if name and len(op.out_shape(position)) == rank:
                 rows[name] = axis
+                rowed.update((name,) if fine else ())
                 channels[name] = 1 if 1 in able and rank >= 3 else axis
-    return Axes(rows, channels, _batch(graph), frozenset(follows), added)
+    return Axes(rows, channels, _batch(graph), frozenset(follows), added, frozenset(rowed))
 
 
 def _able(op: Op) -> list[int]:
@@ -135,7 +141,8 @@ def _batch(graph: Graph) -> dict[str, int | None]:
         return {}
     for op in graph.ops:
         able = _able(op)
-        axis = _following(op, able, found) if able else None
+        followed = _following(op, able, found) if able else None
+        axis = followed[0] if followed is not None else None
         for position, name in enumerate(op.outputs):
             same = name and able and len(op.out_shape(position)) == len(op.out_shape())
             found[name] = axis if same else None
@@ -184,8 +191,10 @@ def _summing(op: Op, rows: Mapping[str, int | None]) -> int | None:
     return None
 
 
-def _following(op: Op, able: Sequence[int], rows: Mapping[str, int | None]) -> int | None:
-    """The output axis along which a slice reads a slice of an input's rows."""
+def _following(
+    op: Op, able: Sequence[int], rows: Mapping[str, int | None]
+) -> tuple[int, str] | None:
+    """The output axis along which a slice reads a slice of an input's rows, and that input."""
     rule = rule_of(op)
     outs = tuple(op.graph.whole(n) if n else None for n in op.outputs)
     for position, name in enumerate(op.inputs):
@@ -207,7 +216,7 @@ def _following(op: Op, able: Sequence[int], rows: Mapping[str, int | None]) -> i
             )
             read = rule.footprint(op, rule.align(op, asked), None)[position]
             if read is not None and read[row].size < all_of_it[row].size:
-                return axis
+                return axis, name
     return None
 
 
@@ -236,7 +245,7 @@ def build(
 
 
 def _grain(size: int, parts: int) -> int:
-    """Channels go in whole blocks of onnxruntime's layout (NCHWc) where there are enough."""
+    """Features go in whole blocks of onnxruntime's layout (NCHWc) where there are enough."""
     least = 4 if size >= 4 * parts else 1  # what it reorders
     return next((g for g in (16, 8) if size >= 2 * g * parts), least)
 
@@ -265,8 +274,8 @@ def _stage(graph: Graph, axes: Axes, block: Block, shares: Mapping[DeviceId, flo
     for name in live:
         cut = cutting(graph, axes, name, block.kind, block.stop)
         assert cut is not None, f"{name} cannot be split"
-        blocked = cut.axis == 1 and len(cut.whole) != 3 and not cut.partial
-        grain = _grain(cut.size, len(shares)) if blocked else 1
+        features = block.kind == "channels" or (block.kind == "rows" and name not in axes.rowed)
+        grain = _grain(cut.size, len(shares)) if features and not cut.partial else 1
         ranges = split_weighted(cut.size, list(shares.values()), grain)
         for device, interval in zip(shares, ranges, strict=True):
             if interval.size > 0:

@@ -25,6 +25,10 @@ HEAVY = frozenset(
 """Operators before which a cut is cheap: nothing is fused across it."""
 
 
+_INTERPOLATING = ("Resize", "Upsample")
+"""Computed in the layout that a convolution before it leaves, and rounded as that one does."""
+
+
 @dataclass(frozen=True, slots=True)
 class Read:
     """A value that a block reads: bytes of all of it, of the sampled band's part, and of what that
@@ -95,6 +99,8 @@ def clean_cuts(graph: Graph, axes: Axes) -> tuple[int, ...]:
     glued = _dequantised(graph)
     for op in graph.ops:
         last = glued_to(graph, op)
+        if last < 0 and op.type in _INTERPOLATING:
+            last = graph.producer.get(op.inputs[0], -1)
         if last >= 0 and not _apart(graph, op, graph.ops[last]):
             glued.update(range(last + 1, op.index + 1))
     barrier = [rule_of(op) is BARRIER for op in graph.ops]
@@ -128,7 +134,8 @@ def _dequantised(graph: Graph) -> set[int]:
 
 def _apart(graph: Graph, op: Op, last: Op) -> bool:
     """Whether glue does not hold: far apart, so that it would forbid every cut between."""
-    return op.type in GLUED - {"QuantizeLinear"} and op.index - last.index > 12
+    loose = op.type in _INTERPOLATING or op.type in GLUED - {"QuantizeLinear"}
+    return loose and op.index - last.index > 12
 
 
 def samples(
