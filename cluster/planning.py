@@ -116,6 +116,8 @@ class PlanningThread:
         try:
             spec = effect.image if effect.signature.picture else None
             graph = self._graph(effect.digest, spec, effect.signature)
+            if effect.strict:
+                graph = graph.as_strict()
             plan, made = self._planned(graph, effect)
             programs = make_programs(graph, plan)
             _refuse_too_long(str(plan), programs)
@@ -145,7 +147,6 @@ class PlanningThread:
             head,
             objective=effect.objective,
             spread=effect.spread,
-            strict=effect.strict,
         )
         validate(graph, planned.plan)
         return planned.plan, report_of(graph, planned.plan, planned.timeline, planned.notes)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -76,8 +76,14 @@ class Graph:
     model: ir.Model
     sums: Mapping[str, int] = field(default_factory=dict)
     """Sums that onnxruntime computes inside a convolution here: value -> which operand that is."""
+    strict: bool = False
+    """Rules grow boxes until the kernels of tiles round as those of the whole model do."""
     memo: dict[tuple[object, ...], Any] = field(default_factory=dict, repr=False)
     """What was worked out about this graph once: constants, digests of weights, rules."""
+
+    def as_strict(self) -> Graph:
+        """The same graph, ``strict``."""
+        return replace(self, strict=True)
 
     @cached_property
     def ops(self) -> tuple[Op, ...]:
@@ -251,9 +257,14 @@ class Graph:
                 stuck.update(range(made + 1, self.last_use.get(name, -1) + 1))
         return tuple(cut for cut in range(1, len(self.ops)) if cut not in stuck)
 
-    @cached_property
+    @property
     def digest(self) -> Digest:
         """SHA-256 over opsets, nodes, types and weights: what makes indices comparable."""
+        if ("digest",) not in self.memo:
+            self.memo["digest",] = self._digest()
+        return Digest(self.memo["digest",])
+
+    def _digest(self) -> Digest:
         total = hashlib.sha256(repr(sorted(self.model.opset_imports.items())).encode())
         for op in self.ops:
             total.update(op.proto.SerializeToString(deterministic=True))

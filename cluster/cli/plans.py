@@ -95,9 +95,9 @@ def plan(
 
     graph, drawn = _graph(model, shape, picture, output)
     head = DeviceId(HEAD)  # a cluster's source and sink
-    planned = make_plan(
-        graph, profiles, head, head, objective=objective, spread=spread, strict=strict
-    )
+    if strict:
+        graph = graph.as_strict()
+    planned = make_plan(graph, profiles, head, head, objective=objective, spread=spread)
     _print(graph, planned, as_json)
     if svg is not None:
         from meshinfer.draw import draw

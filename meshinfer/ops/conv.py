@@ -7,12 +7,12 @@ holds the bias.
 
 from __future__ import annotations
 
+from math import prod
+
 from meshinfer.geometry import Box, Interval, Window
 from meshinfer.graph import Op
+from meshinfer.ops.kernels import BLOCK, in_blocks, sums_alike
 from meshinfer.ops.rule import Boxes, Emission, Emitter, Rule, only
-
-_BLOCK = 16
-"""Channels that onnxruntime's blocked layout (NCHWc) holds together, at most."""
 
 
 def explicit_pads(
@@ -69,12 +69,17 @@ def _align(op: Op, outs: Boxes) -> Boxes:
     groups, in_per_group, per_group = _groups(op)
     channels = box[1]
     first, last = channels.start // per_group, (channels.stop - 1) // per_group
-    if first == last and (in_per_group % _BLOCK or per_group % _BLOCK):
+    if first == last and (in_per_group % BLOCK or per_group % BLOCK):
         # A lone group of several is a plain convolution, which onnxruntime computes in another
         # layout, and rounds otherwise, than groups that do not fill its blocks.
         first, last = (first - 1, last) if first > 0 else (first, min(1, groups - 1))
     if groups > 1 and first != last:  # part of one group is a plain conv; else whole groups only
         box = box.replace(1, Interval(first * per_group, (last + 1) * per_group))
+    if op.graph.strict and not in_blocks(op):
+        whole = Box.whole((*box.shape[:2], *op.out_shape()[2:]))
+        columns, most = (prod(each.shape[2:]) for each in (box, whole))
+        if not sums_alike(columns, most, prod(op.shape(1)[1:])):
+            box = Box((*box.axes[:2], *whole.axes[2:]))
     return (box,)
 
 

@@ -17,6 +17,7 @@ from meshinfer.geometry import Box, Interval, split_weighted
 from meshinfer.graph import Graph, Op
 from meshinfer.identity import DeviceId
 from meshinfer.ops import BARRIER, rule_of
+from meshinfer.ops.kernels import BLOCK
 from meshinfer.plan import Plan, Shard, Stage, Task
 
 Kind = Literal["rows", "channels", "batch"]
@@ -244,10 +245,11 @@ def build(
     return Plan(graph.digest, ends[0], ends[1], stages)
 
 
-def _grain(size: int, parts: int) -> int:
-    """Features go in whole blocks of onnxruntime's layout (NCHWc) where there are enough."""
-    least = 4 if size >= 4 * parts else 1  # what it reorders
-    return next((g for g in (16, 8) if size >= 2 * g * parts), least)
+def _grain(size: int, weights: Sequence[float]) -> int:
+    """Features go in whole blocks of onnxruntime's layout (NCHWc), or in what it can put there,
+    where that leaves something for every device."""
+    least = size * min(weights) / sum(weights)
+    return next((g for g in (BLOCK, 8, 4) if least >= (2 * g if size % g else g)), 1)
 
 
 def _joined(blocks: Sequence[Block]) -> list[Block]:
@@ -275,7 +277,7 @@ def _stage(graph: Graph, axes: Axes, block: Block, shares: Mapping[DeviceId, flo
         cut = cutting(graph, axes, name, block.kind, block.stop)
         assert cut is not None, f"{name} cannot be split"
         features = block.kind == "channels" or (block.kind == "rows" and name not in axes.rowed)
-        grain = _grain(cut.size, len(shares)) if features and not cut.partial else 1
+        grain = _grain(cut.size, list(shares.values())) if features and not cut.partial else 1
         ranges = split_weighted(cut.size, list(shares.values()), grain)
         for device, interval in zip(shares, ranges, strict=True):
             if interval.size > 0:

@@ -42,7 +42,6 @@ def make_plan(
     objective: str = "latency",
     fixed_cuts: Sequence[int] | None = None,
     spread: bool = False,
-    strict: bool = False,
 ) -> Planned:
     """The plan expected to be best on these devices; it passes ``validate``.
 
@@ -50,15 +49,14 @@ def make_plan(
     profile. ``objective``: "latency" (seconds of one request), "throughput" (seconds of the busiest
     device or link) or "memory" (bytes of the fullest device). ``fixed_cuts``: op indices between
     the stages, all of them. ``spread``: use every computing device, and several stages, even where
-    fewer are faster. ``strict``: no partial sums and one numeric class of devices, so that a tile's
-    kernels add in the whole model's order; which sizes take which kernel is onnxruntime's matter.
+    fewer are faster. A strict graph gets no partial sums, and devices of one numeric class only.
     Raises ``ClusterUnavailable`` when no device computes, ``NotEnoughMemory`` when no plan fits,
     ``InvalidInput`` for an unknown objective, a cut that is none, or a device given twice.
     """
     profiles = sorted(profiles, key=lambda p: p.id)
     _check(graph, profiles, objective, fixed_cuts)
     able = [p for p in profiles if p.able]
-    if strict:
+    if graph.strict:
         able = _one_class(able)
     if not able:
         raise ClusterUnavailable(
@@ -69,7 +67,7 @@ def make_plan(
         nothing = Plan(graph.digest, source, sink, ())
         return Planned(nothing, timeline(graph, nothing, profiles), ("nothing to compute",))
     # What a partial sum changes in the last bit, a quantisation behind it may make a whole step.
-    sums = not strict and all(op.type not in _QUANTISING for op in graph.ops)
+    sums = not graph.strict and all(op.type not in _QUANTISING for op in graph.ops)
     space = Space.of(graph, fixed_cuts, sums=sums)
     choice = _Choice(graph, profiles, (source, sink), objective, space)
     order = choice.ordered(able)

@@ -1,0 +1,43 @@
+"""How onnxruntime's CPU kernels add, as far as a tile must know to add in the whole value's order.
+
+A *strict* graph's rules grow a box until its kernel rounds as the whole's does. Source: MLAS
+(onnxruntime/core/mlas/lib: convolve.cpp, sgemm.cpp) and core/optimizer/nchwc_transformer.cc, for
+processors with AVX-512; elsewhere the blocks are smaller, or there are none.
+"""
+
+from __future__ import annotations
+
+from meshinfer.graph import Op
+
+BLOCK = 16
+"""Channels that the blocked layout (NCHWc) holds together."""
+_REORDERED = 4
+"""Channels must be a multiple of this to be put into that layout."""
+_STRIDE = 128
+_LEAST_STRIDE = 16
+
+
+def in_blocks(op: Op) -> bool:
+    """Whether a Conv is computed in the blocked layout, where each output adds by itself."""
+    if len(op.shape(1)) != 4:
+        return False
+    groups, inner = int(op.attributes.get("group", 1)), op.shape(1)[1]
+    outer = op.shape(1)[0]
+    if groups == 1:
+        return inner < BLOCK or inner % _REORDERED == 0
+    depthwise = inner == 1 and outer == groups
+    whole_blocks = inner % BLOCK == 0 and (outer // groups) % BLOCK == 0
+    return outer % _REORDERED == 0 and (depthwise or whole_blocks)
+
+
+def sums_alike(columns: int, whole: int, inner: int) -> bool:
+    """Whether a matrix product of so many columns adds its ``inner`` products in the same blocks
+    as one of ``whole`` columns: few columns go with longer blocks."""
+    return _block(columns, inner) == _block(whole, inner)
+
+
+def _block(columns: int, inner: int) -> int:
+    stride, block = _STRIDE, _STRIDE
+    while columns < inner and stride > _LEAST_STRIDE and stride // 2 >= columns:
+        stride, block = stride // 2, block * 2
+    return min(block, inner)
