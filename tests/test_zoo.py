@@ -5,6 +5,7 @@ Fifteen of torchvision's here, one of each kind; all of them with --full, the la
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +28,13 @@ def clusters() -> Iterator[Clusters]:
         yield made
 
 
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """Gone after the test: pytest would keep gigabytes of weights."""
+    with tempfile.TemporaryDirectory(prefix="meshinfer-zoo-") as made:
+        yield Path(made)
+
+
 def check(clusters: Clusters, name: str, folder: Path) -> None:
     """The refilled model deploys over all devices of each cluster, and its answer is exact."""
     path = zoo.fill_file(name, folder)
@@ -46,18 +54,18 @@ def check(clusters: Clusters, name: str, folder: Path) -> None:
 
 @pytest.mark.parametrize("name", zoo.SAMPLE)
 def test_a_model_of_each_kind_is_exact_on_three_and_on_six_uneven_devices(
-    clusters: Clusters, name: str, tmp_path: Path
+    clusters: Clusters, name: str, folder: Path
 ) -> None:
-    check(clusters, name, tmp_path)
+    check(clusters, name, folder)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", REST)
 def test_every_other_model_is_exact_on_three_and_on_six_uneven_devices(
-    clusters: Clusters, name: str, tmp_path: Path
+    clusters: Clusters, name: str, folder: Path
 ) -> None:
-    check(clusters, name, tmp_path)
+    check(clusters, name, folder)
 
 
 def test_the_zoo_has_every_architecture_and_is_small() -> None:
@@ -72,11 +80,11 @@ def test_the_sample_has_every_kind() -> None:
 
 
 @pytest.mark.parametrize("name", ["squeezenet1_1", "raft_small"])
-def test_refilling_twice_gives_the_same_bytes(name: str, tmp_path: Path) -> None:
-    first, second = (zoo.fill_file(name, tmp_path / part) for part in ("a", "b"))
+def test_refilling_twice_gives_the_same_bytes(name: str, folder: Path) -> None:
+    first, second = (zoo.fill_file(name, folder / part) for part in ("a", "b"))
     assert first.read_bytes() == second.read_bytes()
     weights = f"{name}.onnx.data"
-    assert (tmp_path / "a" / weights).read_bytes() == (tmp_path / "b" / weights).read_bytes()
+    assert (folder / "a" / weights).read_bytes() == (folder / "b" / weights).read_bytes()
     assert zoo.fill(name) == zoo.fill(name)
 
 
@@ -88,8 +96,8 @@ def test_quantising_twice_gives_the_same_model() -> None:
     assert any(t.data_type == onnx.TensorProto.INT8 for t in first.graph.initializer)
 
 
-def test_a_file_holds_the_same_model_as_the_one_in_memory(tmp_path: Path) -> None:
-    path = zoo.fill_file("resnet18", tmp_path)
+def test_a_file_holds_the_same_model_as_the_one_in_memory(folder: Path) -> None:
+    path = zoo.fill_file("resnet18", folder)
     inputs = zoo.inputs("resnet18")
     whole = oracle.reference(zoo.fill("resnet18"), inputs)
     assert oracle.reference(path, inputs)["scores"].tobytes() == whole["scores"].tobytes()
@@ -111,9 +119,9 @@ def test_refilled_tensors_have_the_statistics_of_their_source() -> None:
 
 @pytest.mark.parametrize("name", zoo.SAMPLE)
 def test_a_refilled_model_neither_explodes_nor_saturates_nor_ignores_its_input(
-    name: str, tmp_path: Path
+    name: str, folder: Path
 ) -> None:
-    path = zoo.fill_file(name, tmp_path)
+    path = zoo.fill_file(name, folder)
     first, second = (oracle.reference(path, zoo.inputs(name, seed)) for seed in (0, 9))
     for output, array in first.items():
         assert np.isfinite(array).all()

@@ -11,7 +11,7 @@ from math import prod
 
 from meshinfer.geometry import Box, Interval, Window
 from meshinfer.graph import Op
-from meshinfer.ops.kernels import BLOCK, in_blocks, sums_alike
+from meshinfer.ops.kernels import BLOCK, in_blocks, reordered, sums_alike
 from meshinfer.ops.rule import Boxes, Emission, Emitter, Rule, only
 
 
@@ -75,7 +75,11 @@ def _align(op: Op, outs: Boxes) -> Boxes:
         first, last = (first - 1, last) if first > 0 else (first, min(1, groups - 1))
     if groups > 1 and first != last:  # part of one group is a plain conv; else whole groups only
         box = box.replace(1, Interval(first * per_group, (last + 1) * per_group))
-    if op.graph.strict and not in_blocks(op):
+    if not op.graph.strict:
+        return (box,)
+    if in_blocks(op):
+        box = reordered(box, op.shape(1)[0]) if in_per_group == 1 < groups else box
+    else:
         whole = Box.whole((*box.shape[:2], *op.out_shape()[2:]))
         columns, most = (prod(each.shape[2:]) for each in (box, whole))
         if not sums_alike(columns, most, prod(op.shape(1)[1:])):

@@ -7,6 +7,7 @@ processors with AVX-512; elsewhere the blocks are smaller, or there are none.
 
 from __future__ import annotations
 
+from meshinfer.geometry import Box, Interval
 from meshinfer.graph import Op
 
 BLOCK = 16
@@ -28,6 +29,14 @@ def in_blocks(op: Op) -> bool:
     depthwise = inner == 1 and outer == groups
     whole_blocks = inner % BLOCK == 0 and (outer // groups) % BLOCK == 0
     return outer % _REORDERED == 0 and (depthwise or whole_blocks)
+
+
+def reordered(box: Box, size: int) -> Box:
+    """Channels grown to what can be put into the blocked layout, if all of them can."""
+    if size % _REORDERED:
+        return box
+    start, stop = box[1].start // _REORDERED, -(-box[1].stop // _REORDERED)
+    return box.replace(1, Interval(start * _REORDERED, stop * _REORDERED))
 
 
 def sums_alike(columns: int, whole: int, inner: int) -> bool:

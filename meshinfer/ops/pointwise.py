@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from meshinfer.geometry import Box, Interval
 from meshinfer.graph import Op
+from meshinfer.ops.kernels import reordered
 from meshinfer.ops.rule import Boxes, Emission, Emitter, Rule, only, only_one_output
 
 UNARY = (
@@ -39,7 +40,13 @@ def _broadcast(op: Op, outs: Boxes, over: Box | None) -> Boxes:
     )
 
 
-ELEMENTWISE = Rule(footprint=_broadcast, objection=_old)
+def _in_one_kernel(op: Op, outs: Boxes) -> Boxes:
+    if op.graph.strict and op.outputs[0] in op.graph.sums:
+        return (reordered(only(outs), op.out_shape()[1]),)
+    return outs
+
+
+ELEMENTWISE = Rule(footprint=_broadcast, align=_in_one_kernel, objection=_old)
 ALONE = Rule(footprint=_broadcast)
 """Of one input, so that no opset has another broadcasting for it."""
 
