@@ -32,6 +32,8 @@ COORDINATOR_SILENT_S: Final = 10.0
 NO_WORKER_GRACE_S: Final = 5.0
 REPLAN_SETTLE_S: Final = 0.2
 EXCLUDED_S: Final = 15.0
+INSTALL_ATTEMPTS: Final = 3
+"""What so many devices cannot prepare in turn is the model's fault, not theirs."""
 INSTALL_S: Final = 600.0
 TIMING_GRACE_S: Final = 0.25
 DRAIN_S: Final = 10.0

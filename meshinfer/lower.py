@@ -166,7 +166,7 @@ class _Lowering:
             if wanted != box:
                 crops.append((names[-1], box, wanted, target))
         if op.outputs[0] in self.graph.sums:
-            inputs = self._as_one_kernel(op, inputs)
+            inputs = self._as_one_kernel(job, inputs)
         rule.emit(op, Emission(job.outs, job.ins, job.over, inputs, tuple(names)), self)
         if op.type in _BLOCKS or (op.type in _KEEPS and self.blocked.issuperset(inputs)):
             self.blocked.update(names)
@@ -182,15 +182,17 @@ class _Lowering:
             crop(self, name, held, box, self.crops[name, box])
         return self.crops[name, box]
 
-    def _as_one_kernel(self, op: Op, inputs: tuple[str, ...]) -> tuple[str, ...]:
+    def _as_one_kernel(self, job: Job, inputs: tuple[str, ...]) -> tuple[str, ...]:
         """Operands of a sum that onnxruntime is to compute inside a convolution, which goes first.
 
         The other must be in its blocked layout (NCHWc). What comes from elsewhere, or was cropped,
         is not: a depthwise convolution with ones puts it there and changes no bit.
         """
-        position = self.graph.sums[op.outputs[0]]
+        position = self.graph.sums[job.op.outputs[0]]
         other = inputs[1 - position]
-        channels = self.field.needs[op.inputs[1 - position]][1].size
+        box = job.ins[1 - position]
+        assert box is not None, f"{job.op} lacks an operand"
+        channels = box[1].size
         if other not in self.blocked and channels % _REORDERED == 0:
             ones = self._constant(np.ones((channels, 1, 1, 1), np.float32))
             target = self.fresh(other)

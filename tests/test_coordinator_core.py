@@ -205,6 +205,26 @@ def test_when_nobody_can_prepare_the_deploy_fails() -> None:
     assert answer.failure == failure
 
 
+def test_a_model_that_no_device_prepares_is_not_tried_on_all_of_them_for_ever() -> None:
+    """1. Ten devices refuse, one after another. 2. The first are no longer excluded by the time
+    the last are asked. 3. The deploy fails after INSTALL_ATTEMPTS all the same."""
+    cluster = Cluster()
+    for number in range(3, 11):
+        cluster.join(f"pi-{number}")
+    failure = m.Failure(error="EngineError", message="incompatible dimensions")
+    asked = []
+
+    def prepare(node, effect):  # type: ignore[no-untyped-def]
+        asked.append(effect.deployment)
+        for device in cluster.core.members.devices.values():
+            device.excluded_until = 0.0
+        return e.Prepared(effect.deployment, failure)
+
+    cluster._prepare = prepare  # type: ignore[method-assign]
+    assert cluster.answer(cluster.deploy()).failure == failure
+    assert len(set(asked)) <= limits.INSTALL_ATTEMPTS
+
+
 def test_an_install_that_never_ends_is_given_up() -> None:
     cluster = Cluster()
     cluster.deployed()

@@ -56,12 +56,14 @@ class Model:
     missing: set[str] = field(default_factory=set)
     opened: bool = False
     signatures: list[Signature] = field(default_factory=list)
+    unprepared: dict[Signature, int] = field(default_factory=dict)
 
     def asked_for(self, signature: Signature) -> None:
         """Remember it as the latest. Exits do not push out what answers with all outputs."""
         if signature in self.signatures:
             self.signatures.remove(signature)
         self.signatures.append(signature)
+        self.unprepared = {s: n for s, n in self.unprepared.items() if s in self.signatures}
         whole = [s for s in self.signatures if s.outputs is None]
         exits = [s for s in self.signatures if s.outputs is not None]
         self.signatures = [

@@ -231,6 +231,7 @@ class Deploying:
             return []
         made.phase = Phase.READY
         model = made.model
+        model.unprepared.pop(made.signature, None)
         if not model.version:
             self._catalogue.publish(model)
         note = Note("info", "plan ready", {"model": model.name, "deployment": made.number})
@@ -242,9 +243,11 @@ class Deploying:
         fields = {"device": device.name, "why": failure.message}
         note = Note("error", "a device could not prepare its programs", fields)
         computes = device.name in made.candidates
+        failed = made.model.unprepared.pop(made.signature, 0) + 1
         if computes:
             device.excluded_until = now + limits.EXCLUDED_S
-        if computes and self._members.candidates(now):
+        if computes and failed < limits.INSTALL_ATTEMPTS and self._members.candidates(now):
+            made.model.unprepared[made.signature] = failed
             return [note, *self.retire(made)]
         return [note, *self._plan_failed(made, failure, now)]
 
