@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -154,12 +156,15 @@ def _graph(
     model: str, shape: list[str] | None, picture: Path | None, outputs: list[str] | None
 ) -> tuple[Graph, bytes | None]:
     """The model at its shapes, and the picture's file if it can be drawn."""
+    from cluster.importing import Importer
+    from cluster.pictures import read_picture
     from meshinfer.importers import load, open_model
 
     shapes = parse_shapes(shape)
+    load = partial(load, outputs=outputs or None)
     if picture is None:
-        return load(model, shapes=shapes, outputs=outputs or None), None
-    from cluster.pictures import read_picture
+        with closing(Importer()) as through:  # a model may crash what reads it, but not us
+            return load(model, shapes=shapes, through=through), None
 
     source = open_model(model)
     if source.image is None:
@@ -169,7 +174,8 @@ def _graph(
         )
     pixels = read_picture(picture, source.image).pixels
     shapes = {**(shapes or {}), source.image.input: pixels.shape}
-    graph = load(source, shapes=shapes, image=source.image, outputs=outputs or None)
+    with closing(Importer()) as through:
+        graph = load(source, shapes=shapes, image=source.image, through=through)
     data = picture.read_bytes()
     return graph, data if data.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")) else None
 

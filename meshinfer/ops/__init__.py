@@ -123,6 +123,8 @@ def _objection(op: Op) -> str:
         return "a shape of it depends on the data"
     if any(0 in (graph.shape(n) or ()) for n in op.outputs if n):
         return "its value is empty"
+    if any(0 in (graph.shape(n) or ()) for n in op.inputs if n and not graph.is_initializer(n)):
+        return "it reads a value without elements"
     return rule.objection(op)
 
 

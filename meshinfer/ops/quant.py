@@ -179,11 +179,31 @@ CONV_INTEGER = quantised(CONV, "Conv", (0, 1), along={3: 1}, emit=CONV.emit, exa
 QLINEAR_CONV = quantised(
     CONV, "Conv", (0, 3, 8), along={4: 1, 5: 1}, emit=CONV.emit, objection=_channels_last
 )
-MATMUL_INTEGER = quantised(MATMUL, "MatMul", (0, 1), along={2: -2, 3: -1}, exact=True)
-QLINEAR_MATMUL = quantised(MATMUL, "MatMul", (0, 3), along={1: -2, 2: -2, 4: -1, 5: -1})
+
+
+def _vector(first: int, second: int) -> Callable[[Op], str]:
+    """The parameters of rows and columns would lie along axes that a vector's product lacks."""
+
+    def objection(op: Op) -> str:
+        least = min(len(op.shape(first)), len(op.shape(second)))
+        return "" if least >= 2 else "it multiplies a vector"
+
+    return objection
+
+
+MATMUL_INTEGER = quantised(
+    MATMUL, "MatMul", (0, 1), along={2: -2, 3: -1}, exact=True, objection=_vector(0, 1)
+)
+QLINEAR_MATMUL = quantised(
+    MATMUL, "MatMul", (0, 3), along={1: -2, 2: -2, 4: -1, 5: -1}, objection=_vector(0, 3)
+)
 QGEMM = quantised(GEMM, "Gemm", (0, 3, 6), along={4: 1, 5: 1})
 MATMUL_INTEGER_TO_FLOAT = quantised(
-    MATMUL, "MatMul", (0, 1), along={2: -2, 3: -1, 4: -2, 5: -1, 6: -1}
+    MATMUL,
+    "MatMul",
+    (0, 1),
+    along={2: -2, 3: -1, 4: -2, 5: -1, 6: -1},
+    objection=_vector(0, 1),
 )
 UNARY = quantised(ELEMENTWISE, "Sigmoid", (0,))
 BINARY = quantised(ELEMENTWISE, "Add", (0, 3))

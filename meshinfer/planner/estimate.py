@@ -18,7 +18,7 @@ from meshinfer.planner.bands import Axes, Kind, between, cutting
 HEAVY = frozenset(
     (
         "Conv ConvTranspose ConvInteger QLinearConv Gemm QGemm MatMul MatMulInteger QLinearMatMul "
-        "MatMulIntegerToFloat DynamicQuantizeMatMul MaxPool AveragePool QLinearAveragePool "
+        "Einsum MatMulIntegerToFloat DynamicQuantizeMatMul MaxPool AveragePool QLinearAveragePool "
         "GlobalAveragePool QLinearGlobalAveragePool GlobalMaxPool LpPool Resize Upsample"
     ).split()
 )
