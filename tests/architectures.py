@@ -120,6 +120,10 @@ class Builder:
                         names[i] = name
         return name
 
+    def known(self) -> list[ValueInfoProto]:
+        """Types of values that onnx does not infer."""
+        return []
+
     def model(self, outputs: Sequence[str | ValueInfoProto]) -> ModelProto:
         """The checked model; its outputs' types come from shape inference.
 
@@ -134,6 +138,7 @@ class Builder:
             "graph",
             self.inputs,
             [ValueInfoProto(name=o) if isinstance(o, str) else o for o in outputs],
+            value_info=self.known(),
         )
         domains = {node.domain for node in self.nodes} - {"", "ai.onnx"}
         model = helper.make_model(

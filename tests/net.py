@@ -51,6 +51,14 @@ class Net(Builder):
     def typed(self, name: str) -> onnx.ValueInfoProto:
         return helper.make_tensor_value_info(name, self.type[name], self.shape[name])
 
+    def known(self) -> list[onnx.ValueInfoProto]:
+        """onnx gives up on the function body of a GroupNormalization, now and then."""
+        return [
+            self.typed(node.output[0])
+            for node in self.nodes
+            if node.op_type == "GroupNormalization" and node.output[0] in self.type
+        ]
+
     def normal(self, *shape: int, scale: float = 1.0, dtype: type = np.float32) -> str:
         return self.const((self.rng.standard_normal(shape) * scale).astype(dtype))
 

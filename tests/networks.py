@@ -166,6 +166,7 @@ def statistics(n: Net, x: str) -> str:
         inputs = [x, n.normal(size), n.normal(size)]
         # In one pass: the smaller epsilon, the larger what rounding before it becomes.
         y = n.op("GroupNormalization", inputs, num_groups=groups, epsilon=0.5)
+        n.know(y, n.shape[x], n.type[x])
         return n.know(y, n.shape[x])
     rows = n.op("Reshape", [x, n.ints(0, groups, -1)])  # as torch exports it before opset 21
     ones = [n.const(np.full(groups, value, np.float32)) for value in (1, 0)]
@@ -409,7 +410,7 @@ def classifier(n: Net, x: str) -> list[str]:
 
 def products(n: Net, x: str) -> list[str]:
     batch, c, _, w = n.shape[x]
-    if n.rarely():
+    if n.opset >= 12 and n.rarely():
         weight = n.normal(w, 3, c, scale=w**-0.5)
         return [n.op("Einsum", [x, weight], equation=n.pick("nchw,wkc->nchk", "nchw,wkc->nkh"))]
     shape = n.pick((w, 3), (c, w, 3), (batch, 1, w, 3), (1, 1, w, 2))

@@ -190,7 +190,9 @@ def test_a_device_that_cannot_prepare_is_left_out_for_a_while() -> None:
         return original(node, effect)
 
     cluster._prepare = prepare  # type: ignore[method-assign]
-    cluster.deployed()
+    said = cluster.answer(cluster.deploy()).answer
+    assert isinstance(said, m.Deployed) and said.report is not None
+    assert said.report.notes[0] == "pi-2 is left out: disk full"
     assert {t.device for t in cluster.check(cluster.submit()).tasks} == {"pi-1"}
     cluster._prepare = original  # type: ignore[method-assign]
     cluster.pass_time(limits.EXCLUDED_S + 1.0)

@@ -56,7 +56,7 @@ class Model:
     missing: set[str] = field(default_factory=set)
     opened: bool = False
     signatures: list[Signature] = field(default_factory=list)
-    unprepared: dict[Signature, int] = field(default_factory=dict)
+    unprepared: dict[Signature, tuple[str, ...]] = field(default_factory=dict)
 
     def asked_for(self, signature: Signature) -> None:
         """Remember it as the latest. Exits do not push out what answers with all outputs."""

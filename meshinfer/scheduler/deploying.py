@@ -6,6 +6,8 @@ fails meanwhile never takes down what serves.
 
 from __future__ import annotations
 
+from msgspec.structs import replace
+
 from meshinfer import limits
 from meshinfer.errors import InvalidInput
 from meshinfer.plan import Plan
@@ -30,6 +32,12 @@ from meshinfer.scheduler.events import (
 )
 from meshinfer.scheduler.membership import Device, Membership
 from meshinfer.scheduler.puller import Puller
+
+
+def _with_notes(report: m.Report, notes: tuple[str, ...]) -> m.Report:
+    cut = tuple(note[: limits.REPORT_LINE_CHARS] for note in notes)
+    more: m.Report = replace(report, notes=(*cut, *report.notes)[: limits.REPORT_ENTRIES])
+    return more
 
 
 class Deploying:
@@ -231,7 +239,8 @@ class Deploying:
             return []
         made.phase = Phase.READY
         model = made.model
-        model.unprepared.pop(made.signature, None)
+        if made.report is not None and made.signature in model.unprepared:
+            made.report = _with_notes(made.report, model.unprepared.pop(made.signature))
         if not model.version:
             self._catalogue.publish(model)
         note = Note("info", "plan ready", {"model": model.name, "deployment": made.number})
@@ -243,10 +252,11 @@ class Deploying:
         fields = {"device": device.name, "why": failure.message}
         note = Note("error", "a device could not prepare its programs", fields)
         computes = device.name in made.candidates
-        failed = made.model.unprepared.pop(made.signature, 0) + 1
+        failed = made.model.unprepared.pop(made.signature, ())
+        failed = (*failed, f"{device.name} is left out: {failure.message}")
         if computes:
             device.excluded_until = now + limits.EXCLUDED_S
-        if computes and failed < limits.INSTALL_ATTEMPTS and self._members.candidates(now):
+        if computes and len(failed) < limits.INSTALL_ATTEMPTS and self._members.candidates(now):
             made.model.unprepared[made.signature] = failed
             return [note, *self.retire(made)]
         return [note, *self._plan_failed(made, failure, now)]
