@@ -175,7 +175,10 @@ def load(
         weights = folder if moved else source.folder or folder
         _write(source.proto, folder / GIVEN)
         del source  # onnxruntime makes copies enough
-        blocked = through(folder, weights)
+        try:
+            blocked = through(folder, weights)
+        except InvalidInput as error:
+            raise _at_shapes(error, shapes) from error
         imported = _read(folder / MADE)
     _tidy(imported)
     arrange_blocked(imported, blocked)
@@ -184,6 +187,17 @@ def load(
     graph.memo[GIVEN_OPS] = given
     check_nodes(graph)
     return graph
+
+
+def _at_shapes(error: InvalidInput, shapes: Shapes | None) -> InvalidInput:
+    """The same refusal; where sizes were asked for, they may be the reason."""
+    if not shapes:
+        return error
+    asked = ", ".join(f"{name}={list(shape)}" for name, shape in shapes.items())
+    return InvalidInput(
+        f"{error.message} (with {asked})",
+        hint=f"{error.hint}; not every model with open sizes works at every size",
+    )
 
 
 def _write(proto: onnx.ModelProto, path: Path) -> None:

@@ -51,6 +51,12 @@ class Space:
         ends = (0, *cuts, len(graph.ops))
         return Space(graph, ends, axes, sums_of(graph), fixed_cuts is not None)
 
+    @property
+    def batch(self) -> int:
+        """Images in a request, at least."""
+        sizes = (self.graph.whole(n)[a].size for n, a in self.axes.batch.items() if a is not None)
+        return min(sizes, default=1)
+
     def starts(self, i: int, most: int) -> list[int]:
         """Starts of blocks that end at cut ``i``, descending, with at most so many heavy ops."""
         stop, found = self.cuts[i], [self.cuts[i - 1]]
@@ -101,6 +107,8 @@ def search(
     A longer block that is whole does not swallow a heavy operator that could have been split.
     """
     prices, sums, kinds = _Prices(space, team), space.sums, space.axes.kinds
+    if spread and space.batch < len(team.members):
+        kinds = tuple(kind for kind in kinds if kind != "batch")  # it would leave some idle
     spread = spread and len(team.members) > 1
     splits = {0: 0}  # steps up to each cut with a heavy operator that can be split
     start = State(device=team.source.id)
