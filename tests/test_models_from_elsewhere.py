@@ -27,7 +27,7 @@ from meshinfer import limits
 from meshinfer.geometry import Box, Interval
 from meshinfer.graph import Graph
 from meshinfer.identity import DeviceId
-from meshinfer.ops import rule_of
+from meshinfer.ops import rule_of, why_barrier
 from meshinfer.plan import Plan, Shard, Stage, Task
 from meshinfer.protocol import messages as m
 from meshinfer.scheduler.admission import refuse_deploy
@@ -469,3 +469,22 @@ def test_trimming_spares_the_weights_of_deployed_models(tmp_path: Path) -> None:
         thread.close()
     assert files <= set(path.parent.iterdir())
     assert not store.path(other).exists()
+
+
+def test_weights_standardised_by_the_older_exporter_are_barriers_that_say_so() -> None:
+    """BiT and NFNet: a batch normalisation of weights, in training form, before a convolution."""
+    b = Builder(0)
+    b.opset = 13
+    x = b.input("x", [1, 3, 12, 10])
+    weights = b.const(np.random.default_rng(0).standard_normal((1, 8, 27), np.float32))
+    ones, zeros = b.const(np.ones(8, np.float32)), b.const(np.zeros(8, np.float32))
+    named = ["normed", "m", "v", "sm", "sv"]
+    b.nodes.append(
+        onnx.helper.make_node("BatchNormalization", [weights, ones, zeros, zeros, ones], named)
+    )
+    kernel = b.op("Reshape", ["normed", b.const(np.array([8, 3, 3, 3]))])
+    y = b.op("Conv", [x, kernel], pads=[1] * 4)
+    model = b.model([b.rename(b.relu(y), "y")])
+    graph = mi.load(model)
+    reasons = {why_barrier(op) for op in graph.ops if op.type == "BatchNormalization"}
+    assert reasons and all("training form" in why for why in reasons)

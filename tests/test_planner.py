@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -361,3 +362,59 @@ def test_more_devices_than_rows() -> None:
     x = picture(proto)
     planned = make_plan(g, devices(20, speed=1e6), PI0, PI0, spread=True)
     oracle.assert_exact(proto, x, mi.run_plan(g, planned.plan, x))
+
+
+# -- batches ---------------------------------------------------------------------------------------
+
+
+def convolutions(batch: int) -> ModelProto:
+    b = Builder(0)
+    x = b.input("image", [batch, 3, 32, 24])
+    for cin, cout in ((3, 8), (8, 8), (8, 16)):
+        x = b.relu(b.conv(x, cin, cout, 3))
+    return b.model([b.rename(x, "y")])
+
+
+def test_a_batch_is_split_where_there_are_images_enough() -> None:
+    proto = convolutions(8)
+    g = mi.load(proto)
+    equal = [replace(p, flops_per_s=1e8) for p in devices(4)]
+    planned = make_plan(g, equal, PI0, PI0, spread=True).plan
+    parts = [task.outputs[0].box for stage in planned.stages for task in stage.tasks]
+    assert {box[0].size for box in parts} == {2} and {box[2].size for box in parts} == {32}
+    assert len(planned.devices()) == 4
+    oracle.assert_exact(proto, picture(proto), mi.run_plan(g, planned, picture(proto)))
+
+
+@pytest.mark.parametrize("batch", [2, 3])
+def test_a_batch_smaller_than_the_cluster_leaves_no_device_idle_when_spread(batch: int) -> None:
+    proto = convolutions(batch)
+    g = mi.load(proto)
+    planned = make_plan(g, devices(4, speed=1e8), PI0, PI0, spread=True).plan
+    assert len(planned.devices()) == 4
+    oracle.assert_exact(proto, picture(proto), mi.run_plan(g, planned, picture(proto)))
+
+
+def test_the_rows_of_a_video_are_cut_and_not_its_few_frames() -> None:
+    b = Builder(0)
+    weights = b.const(np.random.default_rng(0).standard_normal((4, 3, 3, 3, 3), np.float32))
+    y = b.op("Conv", [b.input("clip", [1, 3, 4, 24, 20]), weights], pads=[1] * 6)
+    proto = b.model([b.rename(b.relu(y), "y")])
+    g = mi.load(proto)
+    planned = make_plan(g, devices(3, speed=1e8), PI0, PI0, spread=True).plan
+    boxes = [task.outputs[0].box for task in planned.stages[-1].tasks]
+    assert [box[2].size for box in boxes] == [4, 4, 4] and sum(box[3].size for box in boxes) == 24
+    x = {"clip": np.random.default_rng(1).standard_normal((1, 3, 4, 24, 20), np.float32)}
+    oracle.assert_exact(proto, x, mi.run_plan(g, planned, x))
+
+
+def test_a_mean_over_rows_is_summed_in_bands_unless_the_graph_is_strict() -> None:
+    b = Builder(0)
+    x = b.relu(b.conv(b.input("image", [1, 3, 64, 48]), 3, 16, 3))
+    proto = b.model([b.rename(b.op("GlobalAveragePool", [x]), "y")])
+    for strict in (False, True):
+        g = mi.load(proto).as_strict() if strict else mi.load(proto)
+        planned = make_plan(g, devices(3, speed=1e8), PI0, PI0, spread=True).plan
+        shards = [s for stage in planned.stages for task in stage.tasks for s in task.outputs]
+        assert any(shard.over is not None for shard in shards) is not strict
+        oracle.assert_exact(proto, picture(proto), mi.run_plan(g, planned, picture(proto)))
