@@ -6,6 +6,7 @@ in the core or in a thread beside it, is logged with its traceback and ends the 
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import Counter, deque
@@ -165,7 +166,8 @@ class Loop:
 def report(error: Exception) -> Failure:
     """Log an exception that should not have happened; the failure that it is."""
     if not isinstance(error, MeshInferError):
-        structlog.get_logger().error("a defect of MeshInfer", exc_info=error)
+        with contextlib.suppress(OSError, ValueError):  # nobody listens; the failure goes on
+            structlog.get_logger().error("a defect of MeshInfer", exc_info=error)
     return failure_of(error)
 
 

@@ -33,7 +33,8 @@ def configure(level: str = "info", form: str = "text", *, name: str = "") -> Non
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(chosen),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        # Asked for at each line: who embeds us may replace stderr, and close the old one.
+        logger_factory=lambda *_: structlog.PrintLogger(sys.stderr),
         cache_logger_on_first_use=False,
     )
 

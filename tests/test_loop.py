@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from functools import partial
 
-from cluster.loop import Loop
+import pytest
+import structlog
+
+from cluster import telemetry
+from cluster.loop import Loop, report
 from cluster.security import generate_keypair
 from cluster.transport import Endpoint, Plane, Transport
 from meshinfer.protocol.records import BESIDE_COORDINATOR, Peer
@@ -42,3 +48,20 @@ def test_who_is_beside_the_coordinator_is_reached_by_the_address_that_led_to_it(
     loop = Loop(Script(), partial(Recording, "me#1", KEY), lambda effect: None, coordinator)
     assert loop.run() is None
     assert Recording.seen == [("head#1", "198.51.100.3", 1), ("pi#1", "192.0.2.7", 2)]
+
+
+def test_a_defect_is_told_on_when_nobody_can_read_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who embeds us may replace stderr and close the old one, or close the one there is."""
+    before = structlog.get_config()
+    first, second = io.StringIO(), io.StringIO()
+    try:
+        monkeypatch.setattr(sys, "stderr", first)
+        telemetry.configure()
+        monkeypatch.setattr(sys, "stderr", second)
+        first.close()
+        assert report(ZeroDivisionError("planted")).message
+        assert "planted" in second.getvalue()
+        second.close()
+        assert "planted" in report(ZeroDivisionError("planted")).message
+    finally:
+        structlog.configure(**before)
