@@ -76,7 +76,7 @@ def test_two_coordinators_of_one_name_on_one_host_are_both_seen(
     key = generate_keypair().public
     second = _announce(cluster, port=5002, key=key)
     try:
-        found = browse(cluster, timeout_s=6.0, interfaces=LO, until=2)
+        found = browse(cluster, timeout_s=20.0, interfaces=LO, until=2)
         assert {(one.port, one.fingerprint) for one in found} == {
             (5000, fingerprint(KEY)),
             (5002, fingerprint(key)),
@@ -98,7 +98,7 @@ def test_the_goodbye_makes_a_running_browser_forget_at_once(
     zeroconf = Zeroconf(interfaces=LO, use_asyncio=False)
     try:
         browser = ServiceBrowser(zeroconf, SERVICE, handlers=[changed])
-        assert appeared.wait(5.0)
+        assert appeared.wait(15.0)
         announced.close()
         announced.close()
         assert not announced.active
