@@ -44,9 +44,14 @@ def cluster(shared: mi.LocalCluster) -> mi.LocalCluster:
     return shared
 
 
-def hurt(cluster: mi.LocalCluster, rng: random.Random) -> str:
-    """Kill a worker and add one, or kill its process only; always leaves some to work."""
-    i = rng.randrange(len(cluster.names()))
+def hurt(cluster: mi.LocalCluster, rng: random.Random, working: set[str]) -> str:
+    """Kill a worker and add one, or kill its process only; always leaves some to work.
+
+    One of those ``working`` if any lives: one that is still starting has nothing to lose, and where
+    processes start slowly a random victim nearly always is.
+    """
+    names = cluster.names()
+    i = rng.choice([i for i, n in enumerate(names) if n in working] or list(range(len(names))))
     if rng.random() < 0.5:
         return f"crash {cluster.crash(i)}"
     killed = cluster.kill(i)
@@ -54,11 +59,16 @@ def hurt(cluster: mi.LocalCluster, rng: random.Random) -> str:
 
 
 def survive(cluster: mi.LocalCluster, seed: int, requests: int, kills: int) -> int:
-    """Requests with kills in between; how many took more than one attempt."""
+    """Bursts of requests, a kill in the middle of each; how many took more than one attempt.
+
+    Three of four kills come once the one before is got over, so that they meet requests at work
+    even where a process starts slowly; the others may come in the middle of that.
+    """
     rng = random.Random(seed)
-    when = set(rng.sample(range(2, requests), kills))
+    burst = requests // kills
     history: list[str] = []
     retried = 0
+    working: set[str] = set()  # by the last answer
     with cluster.client() as client:
         client.deploy("net", MODEL, spread=True)
         open_: deque[tuple[int, Future[mi.Result]]] = deque()
@@ -67,16 +77,23 @@ def survive(cluster: mi.LocalCluster, seed: int, requests: int, kills: int) -> i
             number, future = open_.popleft()
             result = future.result(WITHIN_S)
             assert_exact(MODEL, IMAGES[number % 4], result.outputs)
+            working.clear()
+            working.update(result.timing.compute_s)
             return result.attempts > 1
 
         try:
-            for number in range(requests):
-                while len(open_) >= 6:
+            for first in range(0, requests, burst):
+                patient = rng.random() < 0.75
+                while open_ and patient and not working & set(cluster.names()):
                     retried += settle()
-                open_.append((number, client.submit("net", IMAGES[number % 4], deadline_s=50)))
-                if number in when:
-                    time.sleep(rng.uniform(0, 0.02))
-                    history.append(f"{number}: {hurt(cluster, rng)}")
+                while len(open_) > burst:
+                    retried += settle()
+                for number in range(first, first + burst):
+                    image = IMAGES[number % 4]
+                    open_.append((number, client.submit("net", image, deadline_s=50)))
+                time.sleep(rng.uniform(0, 0.02))
+                history.append(f"{first}: {hurt(cluster, rng, working)}")
+                working.clear()
             while open_:
                 retried += settle()
         except BaseException as error:
