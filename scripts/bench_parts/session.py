@@ -1,0 +1,131 @@
+"""The measured client, a process on lab device 0: deploys, asks, streams, and keeps each answer."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import xxhash
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench_parts.child import serve, take_stdout
+
+import meshinfer as mi
+
+
+class Session:
+    """``folder`` gets every answer once, named by its content: the benchmark checks them."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.client = mi.Client(
+            options["address"],
+            keyring=options["keyring"],
+            cluster=options["cluster"],
+            timeout_s=60.0,
+        )
+        self.folder = Path(options["folder"])
+        self.requests: list[Any] = []
+
+    def do(self, command: dict[str, Any]) -> Any:
+        """One command, by its ``do``."""
+        what = command.pop("do")
+        return getattr(self, f"do_{what}")(**command)
+
+    def do_devices(self) -> Any:
+        """The cluster's devices, as it describes them."""
+        return msgspec.to_builtins(self.client.devices())
+
+    def do_deploy(self, name: str, path: str, objective: str, timeout_s: float) -> dict[str, Any]:
+        """Deploy a file; seconds it took, the plan, the report in lines and its expectation."""
+        began = time.perf_counter()
+        made = self.client.deploy(name, path, objective=objective, timeout_s=timeout_s)
+        report = made.report
+        return {
+            "deploy_s": time.perf_counter() - began,
+            "version": made.version,
+            "plan": made.plan,
+            "expected_s": report.expected_s if report else None,
+            "bound": report.bound if report else "",
+            "report": msgspec.to_builtins(report) if report else None,
+            "lines": list(report.lines) if report else [],
+        }
+
+    def do_load(self, inputs: list[str]) -> int:
+        """The pictures that are asked from now on; their number."""
+        self.requests = []
+        for path in inputs:
+            arrays = dict(np.load(path))
+            self.requests.append(arrays.get("picture", arrays))
+        return len(self.requests)
+
+    def do_infer(self, name: str, which: list[int], deadline_s: float) -> list[dict[str, Any]]:
+        """These pictures, one after another; of each the time by this clock and what it says."""
+        found = []
+        for i in which:
+            began = time.perf_counter()
+            result = self.client.infer(name, self.requests[i], deadline_s=deadline_s)
+            wall_s = time.perf_counter() - began
+            found.append({"request": i, "wall_s": wall_s, **self._told(result)})
+        return found
+
+    def do_stream(
+        self, name: str, frames: int, around: int, in_flight: int, deadline_s: float
+    ) -> dict[str, Any]:
+        """Frames a second while ``client.map`` is full: ``around`` frames before and after count
+        for nothing."""
+        total = frames + 2 * around
+        ends, told = [], []
+        given = (self.requests[i % len(self.requests)] for i in range(total))
+        results: Iterator[mi.Result] = self.client.map(
+            name, given, max_in_flight=in_flight, deadline_s=deadline_s
+        )
+        for i, result in enumerate(results):
+            ends.append(time.perf_counter())
+            told.append({"request": i % len(self.requests), **self._told(result)})
+        took_s = ends[around + frames - 1] - ends[around - 1]
+        return {"frame_s": took_s / frames, "frames": total, "results": told}
+
+    def _told(self, result: mi.Result) -> dict[str, Any]:
+        return {
+            "answer": self._kept(result.outputs),
+            "timing": msgspec.to_builtins(
+                {
+                    "total_s": result.timing.total_s,
+                    "queue_s": result.timing.queue_s,
+                    "tasks": result.timing.tasks,
+                }
+            ),
+            "plan": xxhash.xxh3_64_hexdigest(result.plan.encode()),
+            "attempts": result.attempts,
+            "degraded": result.degraded,
+        }
+
+    def _kept(self, outputs: Mapping[str, Any]) -> str:
+        """The file name of an answer; written when it is new."""
+        state = xxhash.xxh3_128()
+        for name, array in sorted(outputs.items()):
+            state.update(name.encode())
+            state.update(np.ascontiguousarray(array).data)
+        path = self.folder / f"{state.hexdigest()}.npz"
+        if not path.exists():
+            np.savez(path, **outputs)
+        return path.name
+
+
+def main() -> None:
+    answers = take_stdout()
+    session = Session(json.loads(sys.argv[1]))
+    with session.client:
+        answers.write(json.dumps({"answer": "ready"}) + "\n")
+        serve(answers, session.do)
+
+
+if __name__ == "__main__":
+    main()
