@@ -23,10 +23,11 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """One request's parts in seconds, in order, with the label at its left."""
+    """One request's parts in seconds, in order; its label at the left, its whole at the right."""
 
     label: str
     parts: Mapping[str, float]
+    whole: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,10 @@ def speedups(title: str, series: Mapping[str, Sequence[Point]]) -> str:
     parts = [_text(left, 16, title, "title")]
     for n in range(0, math.floor(highest) + 1):
         _, y = at(1, n)
-        parts += [_line(left, y, width - right, y, "grid"), _text(left - 6, y + 4, f"{n}", "tick", "end")]
+        parts += [
+            _line(left, y, width - right, y, "grid"),
+            _text(left - 6, y + 4, f"{n}", "tick", "end"),
+        ]
     for n in sorted({p.devices for points in series.values() for p in points}):
         x, _ = at(n, 0)
         parts.append(_text(x, height - bottom + 16, f"{n}", "tick", "middle"))
@@ -130,8 +134,7 @@ def bars(rows: Sequence[Bar], kinds: Mapping[str, str]) -> str:
             if long > 40:
                 parts.append(_text(x + long / 2, y + 12, f"{value / total:.0%}", "inbar", "middle"))
             x += long
-        seconds = sum(row.parts.values())
-        parts.append(_text(width - right + 8, y + 12.5, duration(seconds), "label"))
+        parts.append(_text(width - right + 8, y + 12.5, duration(row.whole), "label"))
     return _svg(width, len(rows) * (tall + gap), "where the time goes", parts)
 
 
@@ -151,7 +154,7 @@ def scatter(dots: Sequence[Dot], links: Sequence[str]) -> str:
     band = [at(p, m) for p, m in (*corners, (first * 1.2, first), (first, first))]
     parts = ['<path d="M' + " L".join(f"{x:.1f} {y:.1f}" for x, y in band) + 'Z" class="band"/>']
     for exponent in range(math.floor(low), math.ceil(high) + 1):
-        for digit in (1, 2, 5):
+        for digit in (1, 2, 5) if high - low > 1 else (1, 1.5, 2, 3, 4, 5, 6, 8):
             value = digit * 10**exponent
             if not first <= value <= last:
                 continue

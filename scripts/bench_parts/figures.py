@@ -173,7 +173,7 @@ GOALS = (
         "yolo608",
         "6",
         None,
-        "payload_mb",
+        "wire_mb",
         8.5,
         5.0,
         unit="MB",
@@ -185,7 +185,7 @@ GOALS = (
     Goal("MobileNetV2, any number, any link", "mobilenet_v2", "*", None, "speedup", 0.97, 2.0),
     Goal("VGG-16, mixed 1:1:½:¼", "vgg16", "mixed", GIGABIT, "speedup", 2.2, 2.55),
     Goal("throughput, 6 devices", "*", "6", None, "speedup", 5.4, 5.8, objective="throughput"),
-    Goal("whole model on a worker's engine", "*", "1", None, "worker_ratio", 0.97, 1.0),
+    Goal("whole model on one worker (its task)", "*", "1", None, "worker_ratio", 0.97, 1.0),
     Goal(
         "YOLOv2-16 608², 6: memory of plain's",
         "yolo608",
@@ -194,10 +194,19 @@ GOALS = (
         "memory_share",
         1 / 3,
         None,
+        unit="",
         most=True,
     ),
     Goal(
-        "predicted against measured", "*", "*", None, "predicted_off", 0.20, 0.10, unit="", most=True
+        "predicted against measured",
+        "*",
+        "*",
+        None,
+        "predicted_off",
+        0.20,
+        0.10,
+        unit="",
+        most=True,
     ),
 )
 

@@ -6,23 +6,27 @@ of one run before and one after the clusters, over its own latency.
 
 from __future__ import annotations
 
-import contextlib
 import statistics
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import oracle
+
 from bench_parts.figures import bound_s, breakdown, middle, spread
 from bench_parts.models import Model, make
 from bench_parts.page import link_name
 from bench_parts.rig import ANSWER_S, Baseline, Counters, Rig, Setup
-
 from meshinfer import limits
 from meshinfer.plan import Plan
+
+IN_FLIGHT_A_DEVICE = 2
+_BEGAN = time.monotonic()
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +41,13 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """How much is measured. ``frames``: of a stream in each of ``stream_rounds``."""
+    """How much is measured. ``frames``: of a stream in each of ``stream_rounds``. ``tries``: of the
+    baseline with each number of threads."""
 
     rounds: int
     stream_rounds: int
     frames: int
+    tries: int
     warm_ups: int = 2
 
 
@@ -94,7 +100,7 @@ class Rigs:
     """Running clusters by setup. ``keep``: for the next model too, instead of fresh ones."""
 
     def __init__(self, folder: Path, deploy_cores: float, keep: bool) -> None:
-        self._folder, self._deploy_cores, self._keep = folder, deploy_cores, keep
+        self._folder, self.deploy_cores, self._keep = folder, deploy_cores, keep
         self._running: dict[Setup, Rig] = {}
         self._made = 0
 
@@ -102,7 +108,7 @@ class Rigs:
         if setup not in self._running:
             self._made += 1
             folder = self._folder / f"rig-{self._made}"
-            self._running[setup] = Rig(setup, folder, self._deploy_cores)
+            self._running[setup] = Rig(setup, folder, self.deploy_cores)
         return self._running[setup]
 
     def done(self, job: Job) -> None:
@@ -111,19 +117,25 @@ class Rigs:
             self.close()
 
     def close(self) -> None:
-        with contextlib.ExitStack() as stack:
-            for rig in self._running.values():
-                stack.callback(rig.close)
-            self._running.clear()
+        rigs = list(self._running.values())
+        self._running.clear()
+        if rigs:  # each waits for its coordinator to drain
+            with ThreadPoolExecutor(len(rigs)) as pool:
+                for closed in [pool.submit(rig.close) for rig in rigs]:
+                    closed.result()
 
 
 def measure(job: Job, rigs: Rigs, cores: float, effort: Effort, folder: Path) -> Iterator[Any]:
-    """Rows of a job, as builtins. ``cores``: of the baseline's device. Raises ``Wrong``."""
+    """Rows of a job, as builtins. ``cores``: of the baseline's device.
+
+    Raises ``Wrong``, ``Broken`` and MeshInfer's errors.
+    """
     model = make(job.model, folder)
     inputs = _saved(model, folder)
     answers = Answers(model)
     input_bytes = model.requests[0].nbytes
-    with Baseline(cores, model, [p for p, _ in inputs], folder) as baseline:
+    plain_inputs = [p for p, _ in inputs]
+    with Baseline(cores, model, plain_inputs, folder, rigs.deploy_cores, effort.tries) as baseline:
         say(f"  plain: {baseline.threads} threads, {min(baseline.tried.values()) * 1e3:.0f} ms")
         latency = [
             _deployed(rigs.get(setup), model, "latency", [p for _, p in inputs], answers, effort)
@@ -175,7 +187,9 @@ def _deployed(
     for i in range(max(effort.warm_ups, len(model.requests))):
         _keep(series, answers, _infer(rig, model, objective, i), counted=False)
     if objective == "throughput":
-        _keep(series, answers, _stream(rig, model, 0, objective)["results"], counted=False)
+        _keep(
+            series, answers, _stream(rig, model, 1, len(rig.setup.cores))["results"], counted=False
+        )
     say(f"  deployed on {rig.setup.name} for {objective} in {made['deploy_s']:.1f} s")
     return series
 
@@ -220,14 +234,13 @@ def _round(
         series.rig.read_memory()
 
 
-def _stream(rig: Rig, model: Model, frames: int, objective: str) -> dict[str, Any]:
-    around = 2 * len(rig.setup.cores)
+def _stream(rig: Rig, model: Model, frames: int, around: int) -> dict[str, Any]:
     answer: dict[str, Any] = rig.ask(
         do="stream",
-        name=f"{model.name}-{objective}",
-        frames=frames or around,
+        name=f"{model.name}-throughput",
+        frames=frames,
         around=around,
-        in_flight=around,
+        in_flight=IN_FLIGHT_A_DEVICE * len(rig.setup.cores),
         deadline_s=min(ANSWER_S, limits.REQUEST_DEADLINE_S),
     )
     return answer
@@ -238,7 +251,8 @@ def _stream_round(
 ) -> None:
     alone = baseline.run(1)["wall_s"]
     before = series.rig.counters()
-    found = _stream(series.rig, model, effort.frames, "throughput")
+    around = IN_FLIGHT_A_DEVICE * len(series.rig.setup.cores)
+    found = _stream(series.rig, model, effort.frames, around)
     used = series.rig.counters().since(before)
     alone += baseline.run(1)["wall_s"]
     series.baseline_s.append(statistics.fmean(alone))
@@ -379,5 +393,5 @@ def _memory(series: Series, plain: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def say(text: str) -> None:
-    """Progress, to stderr."""
-    print(text, file=sys.stderr, flush=True)
+    """Progress, to stderr, with the seconds since the start."""
+    print(f"{time.monotonic() - _BEGAN:5.0f} s  {text}", file=sys.stderr, flush=True)

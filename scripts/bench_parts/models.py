@@ -88,9 +88,7 @@ def yolo(size: int) -> onnx.ModelProto:
     for i, layer in enumerate(YOLO_LAYERS):
         if layer is None:
             nodes.append(
-                helper.make_node(
-                    "MaxPool", [value], [f"v{i}"], kernel_shape=[2, 2], strides=[2, 2]
-                )
+                helper.make_node("MaxPool", [value], [f"v{i}"], kernel_shape=[2, 2], strides=[2, 2])
             )
             value, side = f"v{i}", side // 2
             continue

@@ -183,7 +183,7 @@ def _breakdown(rows: Sequence[Mapping[str, Any]]) -> str:
         f'<span class="key {kind}"><i></i>{escape(name)}: {escape(_PART_TEXTS[name])}</span>'
         for name, kind in kinds.items()
     )
-    drawn = bars([Bar(r["short"], r["breakdown"]) for r in shown], kinds)
+    drawn = bars([Bar(r["short"], r["breakdown"], r["latency_s"]["median"]) for r in shown], kinds)
     return (
         f'<section><h2>Where the time of one request goes</h2><p class="legend">{keys}</p>'
         f'<div class="scroll">{drawn}</div></section>'
@@ -279,7 +279,8 @@ def _all_rows(rows: Sequence[Mapping[str, Any]]) -> str:
                 f"{r['bound_speedup']:.2f}×",
                 f"{r['efficiency']:.0%}",
                 f"{r['payload_mb']:.2f} <small>/ {r['wire_mb']:.2f}</small>",
-                " ".join(f"{c * 1e3:.0f}" for c in r["cpu_s"]) + f" <small>{r['cpu_even_s'] * 1e3:.0f}</small>",
+                " ".join(f"{c * 1e3:.0f}" for c in r["cpu_s"])
+                + f" <small>{r['cpu_even_s'] * 1e3:.0f}</small>",
                 f"{r['used']} in {r['stages']}",
                 str(s["count"]),
                 "bits" if r["identical"] else "✓" if not r["wrong"] else f"{r['wrong']} wrong",

@@ -47,6 +47,7 @@ class Plain:
 def main() -> None:
     answers = take_stdout()
     plain = Plain(json.loads(sys.argv[1]))
+    answers.write(json.dumps({"answer": "ready"}) + "\n")
     serve(answers, plain.do)
 
 

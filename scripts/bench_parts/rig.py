@@ -17,12 +17,11 @@ from typing import Any
 
 from bench_parts.child import Peer, forget_peak, memory
 from bench_parts.models import Model
-
 from cluster.lab import DeviceSpec, Lab
 
 _HERE = Path(__file__).resolve().parent
 _START_S = 180.0
-DEPLOY_S = 600.0
+DEPLOY_S = 580.0
 ANSWER_S = 600.0
 
 
@@ -64,7 +63,7 @@ class WorkerMemory:
     serving: int = 0
 
 
-@dataclass(slots=True)
+@dataclass
 class Rig:
     """A lab with a running cluster and its client on device 0.
 
@@ -92,9 +91,9 @@ class Rig:
         """By the device's name in the cluster."""
         return {spec.name: spec.cpu for spec in self.lab.devices}
 
-    def ask(self, timeout_s: float = ANSWER_S, **command: Any) -> Any:
+    def ask(self, **command: Any) -> Any:
         """The client's answer. Raises ``Broken``."""
-        return self.client.ask(command, timeout_s)
+        return self.client.ask(command, ANSWER_S)
 
     def load(self, model: Model, inputs: Sequence[Path]) -> None:
         """The client takes these pictures from now on."""
@@ -103,14 +102,13 @@ class Rig:
     def deploy(self, model: Model, objective: str) -> dict[str, Any]:
         """Deploy it under the name of model and objective; see ``Session.do_deploy``."""
         self._forget_peaks()
-        with self._lifted():
+        with lifted(self.lab, self.deploy_cores):
             made: dict[str, Any] = self.ask(
-                DEPLOY_S,
                 do="deploy",
                 name=f"{model.name}-{objective}",
                 path=str(model.path),
                 objective=objective,
-                timeout_s=DEPLOY_S - 10,
+                timeout_s=DEPLOY_S,
             )
         self.deployed += 1
         for each, (_, peak) in zip(self.workers, self._memory(), strict=True):
@@ -153,10 +151,11 @@ class Rig:
             "cluster": self.cluster.name,
             "folder": str(self.folder),
         }
-        self.client = self._stack.enter_context(
-            spawn(self.lab, "session.py", options, self.folder / "client.log")
-        )
-        assert self.client.hear(_START_S) == "ready"
+        with lifted(self.lab, self.deploy_cores):
+            self.client = self._stack.enter_context(
+                spawn(self.lab, "session.py", options, self.folder / "client.log")
+            )
+            assert self.client.hear(_START_S) == "ready"
         self.workers = [WorkerMemory(now) for now, _ in self._memory()]
         before, since = self.counters(), time.monotonic()
         time.sleep(1.0)
@@ -174,25 +173,19 @@ class Rig:
         for pid in self._pids():
             forget_peak(pid)
 
-    @contextlib.contextmanager
-    def _lifted(self) -> Iterator[None]:
-        if not self.deploy_cores:
-            yield
-            return
-        specs = self.lab.devices
-        for i, spec in enumerate(specs):
-            self.lab.set_cpu(i, max(spec.cpu, self.deploy_cores))
-        try:
-            yield
-        finally:
-            for i, spec in enumerate(specs):
-                self.lab.set_cpu(i, spec.cpu)
-
 
 class Baseline:
     """Plain onnxruntime on one device of its own, with the better of 1 and 2 threads."""
 
-    def __init__(self, cores: float, model: Model, inputs: Sequence[Path], folder: Path) -> None:
+    def __init__(
+        self,
+        cores: float,
+        model: Model,
+        inputs: Sequence[Path],
+        folder: Path,
+        load_cores: float,
+        tries: int,
+    ) -> None:
         self.cores = cores
         self._stack = contextlib.ExitStack()
         try:
@@ -206,9 +199,11 @@ class Baseline:
                     "threads": threads,
                 }
                 log = folder / f"plain-{threads}.log"
-                peer = self._stack.enter_context(spawn(lab, "plain.py", options, log))
+                with lifted(lab, load_cores):
+                    peer = self._stack.enter_context(spawn(lab, "plain.py", options, log))
+                    assert peer.hear(_START_S) == "ready"
                 peer.ask({"run": 1}, ANSWER_S)  # the first touches all the memory
-                tried[threads] = min(peer.ask({"run": 2}, ANSWER_S)["wall_s"]), peer
+                tried[threads] = min(peer.ask({"run": tries}, ANSWER_S)["wall_s"]), peer
             self.tried = {threads: best_s for threads, (best_s, _) in tried.items()}
             self.threads = min(tried, key=lambda n: tried[n][0])
             for threads, (_, peer) in tried.items():
@@ -232,6 +227,18 @@ class Baseline:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+@contextlib.contextmanager
+def lifted(lab: Lab, cores: float) -> Iterator[None]:
+    """Each device has at least so many cores inside the block; 0: its own, as always."""
+    for i, spec in enumerate(lab.devices):
+        lab.set_cpu(i, max(spec.cpu, cores))
+    try:
+        yield
+    finally:
+        for i, spec in enumerate(lab.devices):
+            lab.set_cpu(i, spec.cpu)
 
 
 def spawn(lab: Lab, script: str, options: dict[str, Any], log: Path) -> Peer:

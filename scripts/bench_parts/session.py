@@ -15,9 +15,8 @@ import xxhash
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench_parts.child import serve, take_stdout
-
 import meshinfer as mi
+from bench_parts.child import serve, take_stdout
 
 
 class Session:
