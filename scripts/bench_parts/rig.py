@@ -77,6 +77,8 @@ class Rig:
     workers: list[WorkerMemory] = field(default_factory=list)
     deployed: int = 0
     idle_cores: float = 0.0
+    start_s: float = 0.0
+    start_cpu_s: float = 0.0
 
     def __post_init__(self) -> None:
         self._stack = contextlib.ExitStack()
@@ -102,6 +104,7 @@ class Rig:
     def deploy(self, model: Model, objective: str) -> dict[str, Any]:
         """Deploy it under the name of model and objective; see ``Session.do_deploy``."""
         self._forget_peaks()
+        before = self.counters()
         with lifted(self.lab, self.deploy_cores):
             made: dict[str, Any] = self.ask(
                 do="deploy",
@@ -110,6 +113,7 @@ class Rig:
                 objective=objective,
                 timeout_s=DEPLOY_S,
             )
+        made["deploy_cpu_s"] = sum(self.counters().since(before).cpu_s)
         self.deployed += 1
         for each, (_, peak) in zip(self.workers, self._memory(), strict=True):
             each.install = max(each.install, peak - each.idle)
@@ -143,6 +147,7 @@ class Rig:
             DeviceSpec(f"pi-{i}", cores, None, self.setup.link_bits_per_s)
             for i, cores in enumerate(self.setup.cores)
         ]
+        began = time.monotonic()
         self.lab = self._stack.enter_context(Lab(specs))
         self.cluster = self.lab.start_cluster(plaintext=self.setup.plaintext)
         options = {
@@ -158,6 +163,7 @@ class Rig:
             assert self.client.hear(_START_S) == "ready"
         self.workers = [WorkerMemory(now) for now, _ in self._memory()]
         before, since = self.counters(), time.monotonic()
+        self.start_s, self.start_cpu_s = since - began, sum(before.cpu_s)
         time.sleep(1.0)
         used = self.counters().since(before)
         self.idle_cores = sum(used.cpu_s) / (time.monotonic() - since)
