@@ -92,7 +92,7 @@ class Rigs:
             folder = self._folder / f"rig-{self._made}"
             rig = self._running[setup] = Rig(setup, folder, self.deploy_cores)
             say(
-                f"  {setup.name} devices up in {rig.start_s:.1f} s ({rig.start_cpu_s:.1f} s of CPU),"
+                f"  {setup.name} up in {rig.start_s:.1f} s ({rig.start_cpu_s:.1f} s of CPU),"
                 f" idle at {rig.idle_cores:.1%} of a core"
             )
         return self._running[setup]
