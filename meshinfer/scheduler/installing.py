@@ -35,6 +35,11 @@ class Deployment:
     peers: dict[str, str]
     missing: set[str] = field(default_factory=set)
 
+    @property
+    def tasks(self) -> int:
+        """How many of them compute."""
+        return sum(p.model is not None for p in self.programs.values())
+
 
 class Installing:
     """Mutable: owned by the worker's core."""
