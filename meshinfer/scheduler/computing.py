@@ -7,10 +7,9 @@ dropped: tasks are pure, and the coordinator has started, or will start, what is
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from meshinfer import limits
-from meshinfer.mapreduce import reduce, scatter
 from meshinfer.plan import Shard
 from meshinfer.protocol import messages as m
 from meshinfer.protocol.codec import ProtocolError, array_of, describe, payload_of
@@ -19,6 +18,7 @@ from meshinfer.scheduler.events import Array, Compute, Computed, Effect, Note, P
 from meshinfer.scheduler.held import Held
 from meshinfer.scheduler.installing import COORDINATOR, Deployment
 from meshinfer.scheduler.outbox import Numbered, Outbox
+from meshinfer.scheduler.recipe import Cut, Gathering
 
 SOURCE: m.Place = (-1, 0)
 _NEVER = (-1, "", -1)
@@ -168,8 +168,8 @@ class Computing:
                 text = f"input {output.name} has shape {array.shape}, not {output.shard.box.shape}"
                 return [_failed(name, request.attempt, SOURCE, text)]
         request.scattered = True
-        arrays = {o.shard: request.fed[o.name] for o in program.outputs}
-        effects, _ = self._send_on(name, request, deployment, program, arrays, now)
+        arrays = [request.fed[o.name] for o in program.outputs]
+        effects, _ = self._send_on(name, request, deployment, SOURCE, arrays, now)
         return effects
 
     def deliver(
@@ -200,32 +200,31 @@ class Computing:
         """A piece has come (from a peer or from this device): compute when it was the last one."""
         if consumer in request.begun:
             return []  # it came twice
-        program = self._deployments[request.deployment].programs.get(consumer)
-        wanted = () if program is None else program.inputs
-        fits = piece.box.shape == array.shape or not piece.box.axes
-        if not fits or not any(p.shard == piece for value in wanted for p in value.pieces):
+        gathering = request.pieces.get(consumer)
+        if gathering is None:
+            recipe = self._deployments[request.deployment].recipes.get(consumer)
+            gathering = None if recipe is None else Gathering(recipe)
+        if gathering is None or not gathering.put(piece, array):
             return [Note("warning", "a piece that nobody awaits", {"piece": str(piece)})]
-        assert program is not None
-        held = request.pieces.setdefault(consumer, {})
-        held[piece] = array
-        if not _complete(program, held):
+        request.pieces[consumer] = gathering
+        if not gathering.complete:
             return []
-        if program.model is None:
+        if gathering.recipe.program.model is None:
             return self._try_sink(name, request, now)
-        self._begin(name, request, consumer, _merge(program, held))
+        self._begin(name, request, consumer, gathering.inputs())
         return self._compute_next(now)
 
     def _try_sink(self, name: str, request: Held, now: float) -> list[Effect]:
         """The sink's part: when all outputs are here and the client is known, merge and answer."""
         if not request.client:
             return []
-        for place, program in self._deployments[request.deployment].programs.items():
-            if program.model is not None or place == SOURCE or place in request.begun:
+        for place, recipe in self._deployments[request.deployment].recipes.items():
+            if recipe.program.model is not None or place == SOURCE or place in request.begun:
                 continue
-            held = request.pieces.get(place, {})
-            if _complete(program, held):
+            gathering = request.pieces.get(place) or Gathering(recipe)
+            if gathering.complete:
                 request.begun.add(place)
-                return self._answer(name, request, place, _merge(program, held), now)
+                return self._answer(name, request, place, gathering.inputs(), now)
         return []
 
     def _answer(
@@ -275,9 +274,9 @@ class Computing:
         if event.error is not None:
             return [_failed(event.request, request.attempt, event.place, event.error)]
         deployment = self._deployments[request.deployment]
-        program = deployment.programs[event.place]
-        arrays = {o.shard: a for o, a in zip(program.outputs, event.outputs, strict=True)}
-        effects, sent = self._send_on(event.request, request, deployment, program, arrays, now)
+        effects, sent = self._send_on(
+            event.request, request, deployment, event.place, event.outputs, now
+        )
         done = m.Done(place=event.place, compute_s=event.compute_s, sent_bytes=sent)
         request.done.append(done)
         if len(request.done) < deployment.tasks:
@@ -289,23 +288,24 @@ class Computing:
         name: str,
         request: Held,
         deployment: Deployment,
-        program: m.Program,
-        arrays: dict[Shard, Array],
+        place: m.Place,
+        arrays: Sequence[Array],
         now: float,
     ) -> tuple[list[Effect], int]:
         """Cut what was made for each task that reads it; and how many bytes leave this device."""
         effects: list[Effect] = []
-        local: list[tuple[m.Send, Array]] = []
+        local: list[Cut] = []
         sent = 0
-        for send in program.sends:
-            array = _cut(arrays, send.piece)
+        for cut in deployment.recipes[place].cuts:
+            send = cut.send
             if send.device == self._device:
-                local.append((send, array))
+                local.append(cut)
                 continue
+            array = cut.of(arrays)
             try:
                 tensor = describe(send.piece.value, array)
             except ValueError as error:
-                return [_failed(name, request.attempt, program.place, str(error))], 0
+                return [_failed(name, request.attempt, place, str(error))], 0
             message = m.Deliver(
                 id=0,
                 request=name,
@@ -318,8 +318,9 @@ class Computing:
             payload = payload_of(array)  # the one copy of what is sent, where rows are strided
             sent += len(payload)
             effects.append(self.outbox.send(deployment.peers[send.device], message, payload, now))
-        for send, array in local:
-            effects += self._place(name, request, send.consumer, send.piece, array, now)
+        for cut in local:
+            consumer, piece = cut.send.consumer, cut.send.piece
+            effects += self._place(name, request, consumer, piece, cut.of(arrays), now)
         return effects, sent
 
     def next_deadline(self) -> float | None:
@@ -338,28 +339,6 @@ class Computing:
                 )
                 effects.append(_tell(word))
         return effects
-
-
-def _complete(program: m.Program, held: Mapping[Shard, Array]) -> bool:
-    return all(p.shard in held for value in program.inputs for p in value.pieces)
-
-
-def _merge(program: m.Program, held: Mapping[Shard, Array]) -> dict[str, Array]:
-    return {
-        value.name: reduce(value.box.box, [(p.shard, held[p.shard]) for p in value.pieces])
-        for value in program.inputs
-    }
-
-
-def _cut(arrays: dict[Shard, Array], piece: Shard) -> Array:
-    for shard, array in arrays.items():
-        if (
-            shard.value == piece.value
-            and shard.over == piece.over
-            and shard.box.contains(piece.box)
-        ):
-            return scatter(array, shard.box, piece.box)
-    raise AssertionError(f"{piece} is not among {list(arrays)}")
 
 
 def _failed(name: str, attempt: int, place: m.Place, text: str) -> Send:

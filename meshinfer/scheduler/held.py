@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from meshinfer.plan import Shard
 from meshinfer.protocol import messages as m
 from meshinfer.scheduler.events import Array
+from meshinfer.scheduler.recipe import Gathering
 
 
 @dataclass(slots=True)
@@ -24,7 +24,7 @@ class Held:
     turn: int = -1
     fed: dict[str, Array] = field(default_factory=dict)
     scattered: bool = False
-    pieces: dict[m.Place, dict[Shard, Array]] = field(default_factory=dict)
+    pieces: dict[m.Place, Gathering] = field(default_factory=dict)
     begun: set[m.Place] = field(default_factory=set)
     done: list[m.Done] = field(default_factory=list)
 
