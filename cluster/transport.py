@@ -191,7 +191,7 @@ class Transport:
         deadline = time.monotonic() + timeout_s
         while True:
             wait_s = 0.0 if self._lost else max(0.0, deadline - time.monotonic())
-            if any(key not in self._links for key in self._backlogs):
+            if self._backlogs and any(key not in self._links for key in self._backlogs):
                 # POLLOUT of a ROUTER speaks of any peer, not of this one: try again by time.
                 wait_s = min(wait_s, self._retry_s)
             ready = dict(self._poller.poll(math.ceil(wait_s * 1000)))
@@ -202,10 +202,12 @@ class Transport:
             if self._backlogs:
                 self._flush()
             incoming: list[Incoming] = []
-            for plane in (Plane.CONTROL, Plane.BULK):
-                self._drain(plane, ready, incoming)
-            incoming += [Lost(plane, peer, why) for (plane, peer), why in self._lost.items()]
-            self._lost.clear()
+            readable = [self._data[s] for s in ready if s in self._data]
+            for plane in (Plane.CONTROL, Plane.BULK) if readable else ():
+                self._drain([ends for ends in readable if ends.plane is plane], incoming)
+            if self._lost:
+                incoming += [Lost(plane, peer, why) for (plane, peer), why in self._lost.items()]
+                self._lost.clear()
             if incoming or woken or time.monotonic() >= deadline:
                 return incoming
 
@@ -276,17 +278,10 @@ class Transport:
 
     # --- receiving ------------------------------------------------------------------------
 
-    def _drain(self, plane: Plane, ready: dict[Any, int], incoming: list[Incoming]) -> None:
-        """One message from each readable socket in turn, until all are empty or enough is read."""
-        sources = [
-            ends
-            for source, events in ready.items()
-            if events & sockets.POLLIN and (ends := self._data.get(source)) and ends.plane is plane
-        ]
-        if not sources:
-            return
+    def _drain(self, sources: list[sockets.Port | sockets.Link], incoming: list[Incoming]) -> None:
+        """One message from each of these sockets in turn, until all are empty or enough is read."""
         self._turn += 1  # whoever was cut off by the bound is not always the same
-        first = self._turn % len(sources)
+        first = self._turn % len(sources) if sources else 0
         sources = sources[first:] + sources[:first]
         count = size = 0
         while sources:

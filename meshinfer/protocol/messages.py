@@ -293,11 +293,14 @@ class Reply(Message, frozen=True):
     failure: Failure | None = None
 
 
+Acks = Annotated[tuple[Count, ...], Meta(max_length=limits.ACKS_AT_ONCE)]
+
+
 # --- Tensors (bulk) -----------------------------------------------------------------------------
 
 
 class Deliver(Message, frozen=True):
-    """A piece of a value for a task; raw bytes behind. ``id`` is acknowledged."""
+    """A piece of a value for a task; raw bytes behind. ``id`` is acknowledged, and ``acks`` are."""
 
     id: Count
     request: Name
@@ -306,6 +309,7 @@ class Deliver(Message, frozen=True):
     consumer: Place
     piece: Shard
     tensor: Tensor
+    acks: Acks = ()
 
 
 class Feed(Message, frozen=True):
@@ -330,7 +334,7 @@ class Answer(Message, frozen=True):
 class Ack(Message, frozen=True):
     """``Deliver``, ``Feed`` or ``Answer`` with these ids have arrived."""
 
-    ids: Annotated[tuple[Count, ...], Meta(max_length=limits.ACKS_AT_ONCE)]
+    ids: Acks
 
 
 # --- Questions ----------------------------------------------------------------------------------

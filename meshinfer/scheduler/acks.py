@@ -1,4 +1,4 @@
-"""Acknowledgements wait a moment for company: one message a peer carries those of many pieces.
+"""Acknowledgements wait a moment for company: a piece for the peer carries them, or one message.
 
 A message costs more than the few bytes in it, on a slow device most of all. Senders wait for
 seconds before they send again, so that a short delay changes nothing; much data is told of at once.
@@ -41,6 +41,17 @@ class AckBox:
         waiting.nbytes += nbytes
         if len(waiting.ids) >= limits.ACKS_AT_ONCE or waiting.nbytes >= limits.ACK_BYTES:
             waiting.due = min(waiting.due, now)
+
+    def take(self, peer: str) -> tuple[int, ...]:
+        """What a piece that goes to this peer now can carry along."""
+        waiting = self._waiting.pop(peer, None)
+        if waiting is None:
+            return ()
+        ids = tuple(waiting.ids)
+        if len(ids) > limits.ACKS_AT_ONCE:
+            self._waiting[peer] = waiting
+            waiting.ids = waiting.ids[limits.ACKS_AT_ONCE :]
+        return ids[: limits.ACKS_AT_ONCE]
 
     def due(self, now: float) -> list[Effect]:
         """Tell those peers whose time has come."""

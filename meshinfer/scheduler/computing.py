@@ -175,6 +175,7 @@ class Computing:
     def deliver(
         self, peer: str, message: m.Deliver, payload: memoryview, now: float
     ) -> list[Effect]:
+        self.outbox.acknowledge(message.acks)
         self.acks.add(peer, message.id, len(payload), now)
         # Pieces are sent when all devices have installed: an unknown deployment is a retired one.
         if message.deployment not in self._deployments:
@@ -314,6 +315,7 @@ class Computing:
                 consumer=send.consumer,
                 piece=send.piece,
                 tensor=tensor,
+                acks=self.acks.take(deployment.peers[send.device]),
             )
             payload = payload_of(array)  # the one copy of what is sent, where rows are strided
             sent += len(payload)
