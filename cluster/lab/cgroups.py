@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -24,6 +25,7 @@ SHORTEST_QUOTA_US: Final = 1000  # the kernel's
 _LONG_PERIOD_US: Final = 4000
 _REMOVE_S: Final = 10.0
 _POLL_S: Final = 0.01
+_SOON_S: Final = 0.0005
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,7 @@ class Cgroups(Protocol):
     def folders(self, lab: str, group: str = "") -> list[Path]: ...
     def set_cpu(self, lab: str, group: str, cores: float | None) -> None: ...
     def set_memory(self, lab: str, group: str, nbytes: int | None) -> None: ...
+    def set_weight(self, lab: str, devices: int) -> None: ...
     def usage(self, lab: str, group: str) -> GroupUsage: ...
     def reset_peak(self, lab: str, group: str) -> None: ...
 
@@ -94,6 +97,10 @@ class CgroupsV1:
         _write(folder / "memory.limit_in_bytes", limit)
         if both.exists():
             _write(both, limit)
+
+    def set_weight(self, lab: str, devices: int) -> None:
+        """Against what else runs here, each device counts as a process, not all of them as one."""
+        _write(self._folder("cpu", lab, "") / "cpu.shares", 1024 * devices)
 
     def usage(self, lab: str, group: str) -> GroupUsage:
         memory = self._folder("memory", lab, group)
@@ -144,6 +151,10 @@ class CgroupsV2:
         swap = folder / "memory.swap.max"
         if swap.exists():
             _write(swap, "max" if nbytes is None else 0)
+
+    def set_weight(self, lab: str, devices: int) -> None:
+        """Against what else runs here, each device counts as a process, not all of them as one."""
+        _write(self._folder(lab, "") / "cpu.weight", min(100 * devices, 10_000))
 
     def usage(self, lab: str, group: str) -> GroupUsage:
         folder = self._folder(lab, group)
@@ -210,6 +221,16 @@ def entering(folders: Sequence[Path]) -> list[str]:
     """A command's beginning: what follows runs in these groups from its first instruction on."""
     script = 'while [ "$1" != -- ]; do echo $$ >"$1" || exit 126; shift; done; shift; exec "$@"'
     return ["sh", "-c", script, "sh", *(str(folder / "cgroup.procs") for folder in folders), "--"]
+
+
+def wait_until_in(folders: Sequence[Path], process: subprocess.Popen) -> None:
+    """Until a process that began with ``entering`` is in the last of the groups, or has ended."""
+    deadline = time.monotonic() + _REMOVE_S
+    while process.poll() is None and time.monotonic() < deadline:
+        with suppress(FileNotFoundError):
+            if str(process.pid) in _read(folders[-1] / "cgroup.procs").split():
+                return
+        time.sleep(_SOON_S)
 
 
 def processes(groups: Cgroups, lab: str) -> dict[str, list[int]]:

@@ -9,14 +9,13 @@ from typing import Final
 import msgspec
 
 from cluster.client import Client
-from cluster.coordinator import HEAD
 from meshinfer.errors import MeshInferError
 
 _POLL_S: Final = 0.05
 
 
 class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The coordinator, its keyring, the names of the workers to wait for, and how long."""
+    """The coordinator, its keyring, the names of the devices to wait for, and how long."""
 
     address: str
     keyring: str
@@ -27,11 +26,11 @@ class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def wait(request: Request) -> str:
     """Empty once all are there, else what is missing."""
     deadline = time.monotonic() + request.timeout_s
-    wanted = {*request.names, HEAD}
+    wanted = set(request.names)
     with Client(request.address, keyring=request.keyring, timeout_s=request.timeout_s) as client:
         while missing := wanted - {device.device for device in client.devices()}:
             if time.monotonic() > deadline:
-                return f"workers {', '.join(sorted(missing))} did not join"
+                return f"devices {', '.join(sorted(missing))} did not join"
             time.sleep(_POLL_S)
     return ""
 

@@ -63,6 +63,11 @@ class Lab:
             self.close()
             raise
 
+    @staticmethod
+    def names() -> list[str]:
+        """Of all labs on this machine, also of those that a killed process left behind."""
+        return record.all_names()
+
     @classmethod
     def attach(cls, name: str) -> Lab:
         """A lab that was made elsewhere. ``close`` takes it down, leaving the block does not."""
@@ -84,8 +89,13 @@ class Lab:
         return self._record.devices
 
     @property
+    def owner(self) -> int | None:
+        """The process whose end is the lab's; None: it stays until it is taken down."""
+        return None if self._record.owner is None else self._record.owner.pid
+
+    @property
     def in_use(self) -> bool:
-        """Whether the process whose lab it is lives."""
+        """Whether its owner lives."""
         return self._record.in_use
 
     @property
@@ -136,6 +146,8 @@ class Lab:
         """
         process = subprocess.Popen(self.command(i, argv, limits=limits), **popen)
         self._processes = [p for p in self._processes if p.poll() is None] + [process]
+        group = _group(i) if limits else FREE
+        cgroups.wait_until_in(self._groups.folders(self.name, group), process)
         return process
 
     def start_cluster(
@@ -189,15 +201,17 @@ class Lab:
         return self
 
     def __exit__(self, *_: object) -> None:
-        owner = self._record.owner
-        if owner is not None and owner.pid == os.getpid():
+        if self.owner == os.getpid():
             self.close()
+        elif self._cluster is not None:
+            self._cluster.stop()
 
     # --- inside
 
     def _make(self) -> None:
         network.create(self.name, [device.link_bits_per_s for device in self.devices])
         self._groups.create(self.name, FREE)
+        self._groups.set_weight(self.name, len(self.devices))
         for i, device in enumerate(self.devices):
             self._groups.create(self.name, _group(i))
             self._groups.set_cpu(self.name, _group(i), device.cpu)

@@ -51,29 +51,26 @@ def claim(name: str, devices: tuple[DeviceSpec, ...]) -> Record:
     """Write down a new lab of this process. Raises for a name that is no name, or taken."""
     check_name(name)
     FOLDER.mkdir(mode=0o700, parents=True, exist_ok=True)
-    pid = os.getpid()
-    owner = Owner(pid, _started(pid) or 0)
-    record = Record(name, devices, owner, f"{tempfile.gettempdir()}/meshinfer-lab-{name}")
+    owner = Owner(os.getpid(), _started(os.getpid()) or 0)
+    record = Record(name, devices, owner, tempfile.mkdtemp(prefix=f"meshinfer-lab-{name}-"))
+    part = _write(record)
     try:
-        with _path(name).open("xb") as file:
-            file.write(msgspec.json.encode(record))
+        os.link(part, _path(name))  # whole from the first moment on; fails if there is one
     except FileExistsError as error:
+        Path(record.state).rmdir()
         raise ConfigurationError(
             f"there is a lab {name!r} already",
             hint=f"choose another name, or remove that one: meshinfer lab down {name}",
         ) from error
-    # Of a lab whose record was lost: its folder's contents are not ours.
-    shutil.rmtree(record.state, ignore_errors=True)
-    Path(record.state).mkdir(mode=0o700)
+    finally:
+        part.unlink()
     return record
 
 
 def give_up(record: Record) -> Record:
     """The lab shall outlive this process."""
     free = msgspec.structs.replace(record, owner=None)
-    part = _path(record.name).with_suffix(".part")
-    part.write_bytes(msgspec.json.encode(free))
-    os.replace(part, _path(record.name))
+    os.replace(_write(free), _path(record.name))
     return free
 
 
@@ -85,8 +82,8 @@ def read(name: str) -> Record:
     except FileNotFoundError as error:
         there = ", ".join(all_names()) or "none"
         raise InvalidInput(f"no lab {name!r}", hint=f"there are: {there}") from error
-    except msgspec.DecodeError:  # its maker was killed as it wrote: nothing but the name is known
-        return Record(name, (), None, f"{tempfile.gettempdir()}/meshinfer-lab-{name}")
+    except msgspec.DecodeError:  # of another version: its name is enough to remove it
+        return Record(name, (), None, "")
 
 
 def all_names() -> list[str]:
@@ -98,7 +95,8 @@ def take_down(record: Record, groups: Cgroups) -> None:
     """Remove all of a lab: its processes, groups, namespaces, files. Again is no error."""
     cgroups.remove(groups, record.name)
     network.remove(record.name)
-    shutil.rmtree(record.state, ignore_errors=True)
+    if record.state:
+        shutil.rmtree(record.state, ignore_errors=True)
     _path(record.name).unlink(missing_ok=True)
 
 
@@ -109,6 +107,12 @@ def check_name(name: str) -> None:
 
 def _path(name: str) -> Path:
     return FOLDER / f"{name}.json"
+
+
+def _write(record: Record) -> Path:
+    part = FOLDER / f"{record.name}.{os.getpid()}.part"
+    part.write_bytes(msgspec.json.encode(record))
+    return part
 
 
 def _started(pid: int) -> int | None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 import psutil
 
-from cluster.coordinator import Address, CoordinatorOptions
+from cluster.coordinator import HEAD, Address, CoordinatorOptions
 from cluster.worker import WorkerOptions
 from meshinfer.errors import ClusterUnavailable, ConfigurationError
 
@@ -84,21 +84,21 @@ class LabCluster:
 
     def worker_pids(self) -> dict[int, int]:
         """Worker process by device; not of one that is killed, or just being started again."""
-        found = {}
-        for i, supervisor in sorted(self._workers.items()):
-            with suppress(psutil.NoSuchProcess):
-                for child in psutil.Process(supervisor.pid).children():
-                    found[i] = child.pid
-        return found
+        children = {i: self._children(each) for i, each in sorted(self._workers.items())}
+        return {i: pids[0] for i, pids in children.items() if pids}
 
     # --- faults
 
     def kill(self, i: int) -> None:
         """SIGKILL a device's worker and supervisor, as if its power went."""
-        worker = self._workers.pop(i)
+        supervisor = self._workers.pop(i)
         self._paused.discard(i)
-        _signal(worker, signal.SIGKILL)
-        worker.wait(_STOP_S)
+        dying = {supervisor.pid, *self._children(supervisor)}
+        _signal(supervisor, signal.SIGKILL)
+        supervisor.wait(_STOP_S)
+        deadline = time.monotonic() + _STOP_S  # its folder is free for the next once it is gone
+        while dying & set(self._lab.processes(i)) and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
 
     def crash(self, i: int) -> None:
         """SIGKILL a device's worker process only: its supervisor starts it again."""
@@ -124,15 +124,11 @@ class LabCluster:
 
     def wait(self) -> None:
         """Until every worker that is not paused or killed has joined, or ``ClusterUnavailable``."""
-        wanted = {
-            self._lab.devices[i].name: process.pid
-            for i, process in self._workers.items()
-            if i not in self._paused
-        }
+        workers = [self._lab.devices[i].name for i in self._workers if i not in self._paused]
         request = {
             "address": self.coordinator,
             "keyring": str(self.keyring),
-            "names": sorted(wanted),
+            "names": [HEAD, *workers],
             "timeout_s": _START_S,
         }
         # Without the device's limits: it only looks on.
@@ -215,6 +211,12 @@ class LabCluster:
             env=environment,
             start_new_session=True,  # Ctrl-C goes to the user's program, which closes the lab
         )
+
+    @staticmethod
+    def _children(supervisor: subprocess.Popen) -> list[int]:
+        with suppress(psutil.NoSuchProcess):
+            return [child.pid for child in psutil.Process(supervisor.pid).children()]
+        return []
 
 
 def _daemon(module: str, options: Mapping[str, Any]) -> Sequence[str]:

@@ -96,9 +96,11 @@ def clean_cuts(graph: Graph, axes: Axes) -> tuple[int, ...]:
     Kept are those before a heavy operator, around a barrier and where bands stop being bands. In a
     long graph that offers none of these nearby, others are kept too.
     """
-    glued = _dequantised(graph)
+    glued, scales = _dequantised(graph), _scales(graph)
+    for first, product in scales.items():
+        glued.update(range(first + 1, product + 1))
     for op in graph.ops:
-        last = glued_to(graph, op)
+        last = -1 if op.index in scales else glued_to(graph, op)
         if last < 0 and op.type in _INTERPOLATING:
             last = graph.producer.get(op.inputs[0], -1)
         if last >= 0 and not _apart(graph, op, graph.ops[last]):
@@ -109,10 +111,32 @@ def clean_cuts(graph: Graph, axes: Axes) -> tuple[int, ...]:
         if cut in glued:
             continue
         op = graph.ops[cut]
-        wanted = op.type in HEAVY or op.type == "DequantizeLinear"
+        wanted = op.type in HEAVY or op.type == "DequantizeLinear" or cut in scales
         if wanted or barrier[cut] or barrier[cut - 1] or cut not in axes.follows:
             kept.append(cut)
     return tuple(kept)
+
+
+def _scales(graph: Graph) -> dict[int, int]:
+    """By the index of a multiplication with one constant: the matrix product that reads it.
+
+    onnxruntime takes such a scale into the product (MatMulScaleFusion) and rounds otherwise where
+    it stands alone: of an attention's query and key, a cut before the first leaves both inside.
+    """
+    found: dict[int, int] = {}
+    for op in graph.ops:
+        for name in op.inputs if op.type == "MatMul" else ():
+            made = graph.producer.get(name, -1)
+            if made >= 0 and _is_scale(graph, graph.ops[made]):
+                found[made] = op.index
+    return found
+
+
+def _is_scale(graph: Graph, op: Op) -> bool:
+    if op.type not in ("Mul", "Div") or op.index - glued_to(graph, op) > 12:
+        return False
+    factors = op.inputs[op.type == "Div" :]
+    return any(graph.is_initializer(n) and graph.whole(n).volume == 1 for n in factors)
 
 
 def _dequantised(graph: Graph) -> set[int]:

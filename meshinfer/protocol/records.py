@@ -136,13 +136,18 @@ class Program(Record, frozen=True):
     sends: tuple[Send, ...] = ()
 
 
-class TaskTime(Record, frozen=True):
-    """What one task took on its device. ``sent_bytes`` left the device for others."""
+class Done(Record, frozen=True):
+    """What one task took. ``sent_bytes`` left its device for others."""
 
-    device: Name
     place: Place
     compute_s: Seconds
     sent_bytes: Count
+
+
+class TaskTime(Done, frozen=True):
+    """What one task took, and on which device."""
+
+    device: Name
 
 
 class DeviceInfo(Record, frozen=True):
