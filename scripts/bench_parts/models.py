@@ -194,8 +194,8 @@ MODELS: dict[str, tuple[str, Callable[[Path], tuple[Path, list[Request]]]]] = {
     "vgg16": ("VGG-16, 224²", _from_zoo("vgg16")),
     "resnet50": ("ResNet-50, 224²", _from_zoo("resnet50")),
     "mobilenet_v2": ("MobileNetV2, 224²", _from_zoo("mobilenet_v2")),
-    "yolo416": ("YOLOv2, first 16 layers, 416²", _yolo(416)),
-    "yolo608": ("YOLOv2, first 16 layers, 608²", _yolo(608)),
+    "yolo416": ("YOLOv2-16, 416²", _yolo(416)),
+    "yolo608": ("YOLOv2-16, 608²", _yolo(608)),
     "upscale1080": ("Upscaler, 960×540 to 1080p", _upscaler(960, 540)),
     "upscale2160": ("Upscaler, 1080p to 2160p", _upscaler(1920, 1080)),
 }

@@ -293,7 +293,7 @@ def _all_rows(rows: Sequence[Mapping[str, Any]]) -> str:
         "speedup",
         "bound",
         "efficiency",
-        "MB a frame / on the wire",
+        "MB a frame that tasks sent / all on the wire",
         "CPU ms a frame by device, even share",
         "devices, stages",
         "rounds",
