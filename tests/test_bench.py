@@ -232,14 +232,15 @@ def test_the_client_keeps_every_answer_and_they_are_the_oracles(
 ) -> None:
     model, files = small
     with mi.LocalCluster(2) as cluster:
-        options = {
+        place = {
             "address": cluster.address,
             "keyring": str(cluster.keyring),
             "cluster": cluster.cluster,
-            "folder": str(tmp_path),
         }
-        with start("session.py", options, tmp_path) as peer:
+        with start("session.py", {"folder": str(tmp_path)}, tmp_path) as peer:
             assert peer.hear(60) == "ready"
+            peer.ask({"do": "connect", **place}, 60)
+            assert peer.ask({"do": "settle", "timeout_s": 20}, 60) >= 0
             assert peer.ask({"do": "load", "inputs": [str(f) for f in files]}, 60) == 2
             deploy = {"name": "m", "path": str(model.path), "objective": "latency"}
             made = peer.ask({"do": "deploy", **deploy, "timeout_s": 60}, 90)

@@ -9,18 +9,21 @@ import contextlib
 import json
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench_parts.child import Peer, forget_peak, memory
+from bench_parts.child import Broken, Peer, forget_peak, memory
 from bench_parts.models import Model
 from cluster.lab import DeviceSpec, Lab
 
 _HERE = Path(__file__).resolve().parent
 _START_S = 180.0
+_SETTLE_S = 60.0
+_POLL_S = 0.01
 DEPLOY_S = 580.0
 ANSWER_S = 600.0
 
@@ -67,8 +70,8 @@ class WorkerMemory:
 class Rig:
     """A lab with a running cluster and its client on device 0.
 
-    ``deploy_cores``: each device's while a model is deployed; 0 leaves its quota as it is. The
-    cluster is started, and so measures its devices, under the real quota.
+    ``deploy_cores``: each device's until its worker begins, and while a model is deployed; 0 leaves
+    its quota as it is. Workers and links are measured under the real quota.
     """
 
     setup: Setup
@@ -79,6 +82,7 @@ class Rig:
     idle_cores: float = 0.0
     start_s: float = 0.0
     start_cpu_s: float = 0.0
+    links: int = 0
 
     def __post_init__(self) -> None:
         self._stack = contextlib.ExitStack()
@@ -149,18 +153,20 @@ class Rig:
         ]
         began = time.monotonic()
         self.lab = self._stack.enter_context(Lab(specs))
-        self.cluster = self.lab.start_cluster(plaintext=self.setup.plaintext)
-        options = {
-            "address": self.cluster.coordinator,
-            "keyring": str(self.cluster.keyring),
-            "cluster": self.cluster.name,
-            "folder": str(self.folder),
-        }
-        with lifted(self.lab, self.deploy_cores):
+        options = {"folder": str(self.folder)}
+        with _starting(self.lab, self.deploy_cores):
             self.client = self._stack.enter_context(
                 spawn(self.lab, "session.py", options, self.folder / "client.log")
             )
             assert self.client.hear(_START_S) == "ready"
+            self.cluster = self.lab.start_cluster(plaintext=self.setup.plaintext)
+        self.ask(
+            do="connect",
+            address=self.cluster.coordinator,
+            keyring=str(self.cluster.keyring),
+            cluster=self.cluster.name,
+        )
+        self.links = self.ask(do="settle", timeout_s=_SETTLE_S)
         self.workers = [WorkerMemory(now) for now, _ in self._memory()]
         before, since = self.counters(), time.monotonic()
         self.start_s, self.start_cpu_s = since - began, sum(before.cpu_s)
@@ -245,6 +251,43 @@ def lifted(lab: Lab, cores: float) -> Iterator[None]:
     finally:
         for i, spec in enumerate(lab.devices):
             lab.set_cpu(i, spec.cpu)
+
+
+@contextlib.contextmanager
+def _starting(lab: Lab, cores: float) -> Iterator[None]:
+    """As ``lifted``, but each device only until its worker process begins.
+
+    So coordinator, supervisors and client are up soon, and a worker imports, measures itself and
+    joins under the real quota. Raises ``Broken`` if a worker began unnoticed.
+    """
+    waiting, over = set(range(len(lab.devices))) if cores else set(), threading.Event()
+
+    def watch() -> None:
+        while waiting and not over.is_set():
+            for i in sorted(waiting):
+                if any(_is_worker(pid) for pid in lab.processes(i)):
+                    lab.set_cpu(i, lab.devices[i].cpu)
+                    waiting.discard(i)
+            time.sleep(_POLL_S)
+
+    for i, spec in enumerate(lab.devices):
+        lab.set_cpu(i, max(spec.cpu, cores))
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()
+    if waiting:
+        raise Broken(f"the workers of devices {sorted(waiting)} began unnoticed, too fast")
+
+
+def _is_worker(pid: int) -> bool:
+    try:
+        return b"\0cluster.worker\0" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:  # it has ended
+        return False
 
 
 def spawn(lab: Lab, script: str, options: dict[str, Any], log: Path) -> Peer:

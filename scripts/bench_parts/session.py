@@ -18,17 +18,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import meshinfer as mi
 from bench_parts.child import serve, take_stdout
 
+_SETTLED_S, _POLL_S = 1.5, 0.1
+
 
 class Session:
     """``folder`` gets every answer once, named by its content: the benchmark checks them."""
 
     def __init__(self, options: dict[str, Any]) -> None:
-        self.client = mi.Client(
-            options["address"],
-            keyring=options["keyring"],
-            cluster=options["cluster"],
-            timeout_s=60.0,
-        )
         self.folder = Path(options["folder"])
         self.requests: list[Any] = []
 
@@ -37,9 +33,29 @@ class Session:
         what = command.pop("do")
         return getattr(self, f"do_{what}")(**command)
 
+    def do_connect(self, address: str, keyring: str, cluster: str) -> None:
+        """Connect to a cluster; before, only this process's imports were done."""
+        self.client = mi.Client(address, keyring=keyring, cluster=cluster, timeout_s=60.0)
+
     def do_devices(self) -> Any:
         """The cluster's devices, as it describes them."""
         return msgspec.to_builtins(self.client.devices())
+
+    def do_settle(self, timeout_s: float) -> int:
+        """Wait until no more links become known (a plan made before knows less); how many are."""
+        deadline = time.monotonic() + timeout_s
+        known, since = -1, time.monotonic()
+        while (now := time.monotonic()) < deadline:
+            devices = self.client.devices()
+            if not hasattr(devices[0], "links"):  # a version that measures none
+                return 0
+            found = sum(len(d.links) + (d.link is not None) for d in devices)
+            if found != known:
+                known, since = found, now
+            if now - since > _SETTLED_S:
+                break
+            time.sleep(_POLL_S)
+        return known
 
     def do_deploy(self, name: str, path: str, objective: str, timeout_s: float) -> dict[str, Any]:
         """Deploy a file; seconds it took, the plan, the report in lines and its expectation."""
@@ -121,9 +137,10 @@ class Session:
 def main() -> None:
     answers = take_stdout()
     session = Session(json.loads(sys.argv[1]))
-    with session.client:
-        answers.write(json.dumps({"answer": "ready"}) + "\n")
-        serve(answers, session.do)
+    answers.write(json.dumps({"answer": "ready"}) + "\n")
+    serve(answers, session.do)
+    if hasattr(session, "client"):
+        session.client.close()
 
 
 if __name__ == "__main__":
