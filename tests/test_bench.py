@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -356,6 +357,31 @@ def test_what_cannot_be_measured_is_said_before_anything_starts(
     done = bench(*words)
     assert done.returncode == 2
     assert said in done.stderr
+
+
+def test_the_page_can_be_written_again_from_what_was_measured(tmp_path: Path) -> None:
+    measured, html = tmp_path / "bench.json", tmp_path / "bench.html"
+    measured.write_text(json.dumps(results(row())))
+    assert bench("--page", str(measured), "--html", str(html)).returncode == 0
+    assert html.read_text() == page(results(row()))
+
+
+def test_without_root_it_says_so_and_ends(tmp_path: Path) -> None:
+    """In a user namespace of its own root is nobody, too."""
+    leave = ["unshare", "--user"] if os.geteuid() == 0 else []
+    if leave and subprocess.run([*leave, "true"], capture_output=True).returncode:
+        pytest.skip("no user namespaces here")
+    done = subprocess.run(
+        [*leave, sys.executable, str(ROOT / "scripts" / "bench"), "--json", tmp_path / "no.json"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 78
+    assert "needs root" in done.stderr
+    assert "hint: run it with sudo" in done.stderr
+    assert not (tmp_path / "no.json").exists()
 
 
 @pytest.mark.root

@@ -256,8 +256,9 @@ def _memory(rows: Sequence[Mapping[str, Any]]) -> str:
     )
     return (
         "<section><h2>Peak memory</h2><p>Resident memory of the processes (VmHWM). Idle: a worker "
-        "that has joined; plain onnxruntime before its session. Only rows whose cluster had "
-        f"deployed nothing before.</p>{_table(head, lines)}</section>"
+        "that has joined; plain onnxruntime before its session. The coordinator and the client, on "
+        "device 0 only, are not in it. Only rows whose cluster had deployed nothing before.</p>"
+        f"{_table(head, lines)}</section>"
     )
 
 
