@@ -19,6 +19,7 @@ from meshinfer.plan import Shard
 
 # isort: off
 from meshinfer.protocol.records import (  # one import and not twenty
+    Assigned as Assigned,
     Blob as Blob,
     Count as Count,
     DeviceInfo as DeviceInfo,
@@ -219,12 +220,14 @@ class Start(Message, frozen=True):
     """To the source and the sink: run this attempt; the answer goes to ``client``.
 
     The coordinator numbers attempts upwards over all requests, so that none comes twice for an id.
+    ``assigned``: who takes the tasks that have several devices.
     """
 
     request: Name
     attempt: Count
     deployment: Count
     client: Name
+    assigned: tuple[Assigned, ...] = ()
 
 
 class TasksDone(Message, frozen=True):
@@ -297,7 +300,10 @@ class Reply(Message, frozen=True):
 
 
 class Deliver(Message, frozen=True):
-    """A piece of a value for a task; raw bytes behind. ``id`` is acknowledged."""
+    """A piece of a value for a task; raw bytes behind. ``id`` is acknowledged.
+
+    ``assigned`` as in ``Start``, for the receiver's own sends.
+    """
 
     id: Count
     request: Name
@@ -306,6 +312,7 @@ class Deliver(Message, frozen=True):
     consumer: Place
     piece: Shard
     tensor: Tensor
+    assigned: tuple[Assigned, ...] = ()
 
 
 class Feed(Message, frozen=True):

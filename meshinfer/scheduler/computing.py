@@ -73,7 +73,7 @@ class Computing:
         request = self._current(message.request, message.attempt, message.deployment, now)
         if request is None:
             return []
-        request.client = message.client
+        request.client, request.assigned = message.client, message.assigned
         effects = self._scatter(message.request, request, now)
         effects += self._begin_without_inputs(message.request, request, now)
         return effects + self._try_sink(message.request, request, now)
@@ -150,7 +150,8 @@ class Computing:
     def _begin_without_inputs(self, name: str, request: Held, now: float) -> list[Effect]:
         """Tasks that read nothing but weights have no last piece to wait for."""
         for place, program in self._deployments[request.deployment].programs.items():
-            if program.model is not None and not program.inputs and place not in request.begun:
+            free = program.model is not None and not program.inputs and place not in request.begun
+            if free and request.takes(program, self._device):
                 self._begin(name, request, place, {})
         return self._compute_next(now)
 
@@ -182,6 +183,7 @@ class Computing:
         request = self._current(message.request, message.attempt, message.deployment, now)
         if request is None:
             return []
+        request.assigned = message.assigned
         try:
             array = array_of(message.tensor, payload)
         except ProtocolError as error:
@@ -279,10 +281,12 @@ class Computing:
         arrays = {o.shard: a for o, a in zip(program.outputs, event.outputs, strict=True)}
         effects, sent = self._send_on(event.request, request, deployment, program, arrays, now)
         done = m.Done(place=event.place, compute_s=event.compute_s, sent_bytes=sent)
+        if program.devices:  # told at once: it says how busy this device still is
+            return [*effects, _tell_done(event.request, request, [done])]
         request.done.append(done)
         if len(request.done) < deployment.tasks:
             return effects  # told with the last one: the answer cannot come before it
-        return [*effects, _tell_done(event.request, request)]
+        return [*effects, _tell_done(event.request, request, request.done)]
 
     def _send_on(
         self,
@@ -297,9 +301,9 @@ class Computing:
         effects: list[Effect] = []
         local: list[tuple[m.Send, Array]] = []
         sent = 0
-        for send in program.sends:
+        for send, device in request.routes(program.sends):
             array = _cut(arrays, send.piece)
-            if send.device == self._device:
+            if device == self._device:
                 local.append((send, array))
                 continue
             try:
@@ -314,10 +318,11 @@ class Computing:
                 consumer=send.consumer,
                 piece=send.piece,
                 tensor=tensor,
+                assigned=request.assigned,
             )
             payload = payload_of(array)  # the one copy of what is sent, where rows are strided
             sent += len(payload)
-            effects.append(self.outbox.send(deployment.peers[send.device], message, payload, now))
+            effects.append(self.outbox.send(deployment.peers[device], message, payload, now))
         for send, array in local:
             effects += self._place(name, request, send.consumer, send.piece, array, now)
         return effects, sent
@@ -366,8 +371,8 @@ def _failed(name: str, attempt: int, place: m.Place, text: str) -> Send:
     return _tell(m.TaskFailed(request=name, attempt=attempt, place=place, text=text[:4000]))
 
 
-def _tell_done(name: str, request: Held) -> Send:
-    return _tell(m.TasksDone(request=name, attempt=request.attempt, tasks=tuple(request.done)))
+def _tell_done(name: str, request: Held, done: list[m.Done]) -> Send:
+    return _tell(m.TasksDone(request=name, attempt=request.attempt, tasks=tuple(done)))
 
 
 def _tell(message: m.AnyMessage) -> Send:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from meshinfer.plan import Shard
@@ -27,10 +28,30 @@ class Held:
     pieces: dict[m.Place, dict[Shard, Array]] = field(default_factory=dict)
     begun: set[m.Place] = field(default_factory=set)
     done: list[m.Done] = field(default_factory=list)
+    assigned: tuple[m.Assigned, ...] = ()
+
+    def routes(self, sends: Iterable[m.Send]) -> Iterator[tuple[m.Send, str]]:
+        """Each send with the device that takes the task it is for."""
+        for send in sends:
+            if not send.others:
+                yield send, send.device
+                continue
+            devices = (send.device, *send.others)
+            for stage, task, k in self.assigned:
+                if (stage, task) == send.consumer and 0 <= k < len(devices):
+                    yield send, devices[k]
+
+    def takes(self, program: m.Program, device: str) -> bool:
+        """Whether this device is to run a task in this attempt."""
+        return not program.devices or any(
+            (stage, task) == program.place and program.devices[k : k + 1] == (device,)
+            for stage, task, k in self.assigned
+        )
 
     def renew(self, attempt: int, deployment: int) -> None:
         """Start over under a newer attempt; what the client fed stays."""
         self.attempt, self.deployment, self.scattered = attempt, deployment, False
+        self.assigned = ()
         self.pieces.clear()
         self.begun.clear()
         self.done.clear()

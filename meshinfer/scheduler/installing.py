@@ -37,8 +37,8 @@ class Deployment:
 
     @property
     def tasks(self) -> int:
-        """How many of them compute."""
-        return sum(p.model is not None for p in self.programs.values())
+        """How many of them compute, in every attempt and nowhere else."""
+        return sum(p.model is not None and not p.devices for p in self.programs.values())
 
 
 class Installing:
