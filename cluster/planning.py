@@ -19,6 +19,7 @@ from cluster.loop import Post, report, start_thread
 from cluster.storing import perform
 from meshinfer import limits
 from meshinfer.cost import DeviceProfile, timeline
+from meshinfer.cost.expected import expected_seconds
 from meshinfer.errors import InvalidInput
 from meshinfer.graph import Graph
 from meshinfer.identity import DeviceId
@@ -125,7 +126,14 @@ class PlanningThread:
                 if self._store.missing((digest,)):
                     self._store.put(digest, data())
             self._store.trim(keep={*self._models, *chain(*self._models.values())})
-            return PlanReady(effect.deployment, str(plan), programs.by_device, made)
+            return PlanReady(
+                effect.deployment,
+                str(plan),
+                programs.by_device,
+                made,
+                window=plan.window,
+                expected=expected_seconds(graph, plan, _profiles(effect)),
+            )
         except Exception as error:
             return PlanReady(effect.deployment, failure=report(error))
 

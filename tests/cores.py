@@ -23,7 +23,8 @@ from onnx import TensorProto, helper, numpy_helper
 from oracle import assert_exact
 
 from meshinfer import limits
-from meshinfer.cost import timeline
+from meshinfer.cost import DeviceProfile, timeline
+from meshinfer.cost.expected import expected_seconds
 from meshinfer.engine import EngineError
 from meshinfer.engine.ort import OrtEngine, OrtPrepared
 from meshinfer.graph import Graph
@@ -102,7 +103,7 @@ def _imported(model: bytes, spec: str | None, signature: e.Signature):  # type: 
 def _planned(
     model: bytes, spec: str | None, signature: e.Signature, names: tuple[str, ...], head: str,
     text: str | None,
-) -> tuple[str, Programs, Report]:  # fmt: skip
+) -> tuple[str, Programs, Report, Plan]:  # fmt: skip
     graph = _imported(model, spec, signature)
     if text is None:
         plan = banded(graph, names, head)
@@ -110,7 +111,7 @@ def _planned(
         plan = Plan.parse(text)
     validate(graph, plan)
     report = report_of(graph, plan, timeline(graph, plan, []))
-    return str(plan), make_programs(graph, plan), report
+    return str(plan), make_programs(graph, plan), report, plan
 
 
 def banded(graph: Graph, names: Sequence[str], head: str) -> Plan:
@@ -189,6 +190,8 @@ class Cluster:
         self.story: deque[tuple[float, str]] = deque(maxlen=20_000)
         self.sent: Counter[str] = Counter()
         self.kernel_fault: Callable[[Node, e.Compute], str | None] = lambda node, job: None
+        self.slowness: dict[str, float] = {}
+        """How many times longer than COMPUTE_S a task takes on a device; 1 where not said."""
         self.plan_fault: Callable[[e.MakePlan], m.Failure | None] = lambda effect: None
         self._delay = delay
         self._events: list[tuple[float, int, Node, e.Event]] = []
@@ -511,7 +514,8 @@ class Cluster:
             case e.Discard(deployment):
                 node.prepared.pop(deployment, None)
             case e.Compute():
-                self.post(node, self._compute(node, effect), COMPUTE_S)
+                took = COMPUTE_S * self.slowness.get(node.name, 1.0)
+                self.post(node, self._compute(node, effect, took), took)
             case e.OpenModel():
                 self.post(node, self._open(node, effect), PLAN_S)
             case e.MakePlan():
@@ -557,13 +561,13 @@ class Cluster:
         except EngineError as error:
             return e.Prepared(effect.deployment, failure_of(error))
 
-    def _compute(self, node: Node, job: e.Compute) -> e.Computed:
+    def _compute(self, node: Node, job: e.Compute, took: float) -> e.Computed:
         error = self.kernel_fault(node, job)
         if error is not None:
             return e.Computed(job.request, job.attempt, job.place, (), 0.0, error)
         session = node.prepared[job.deployment][job.place]
         outputs = tuple(session.run(job.inputs))
-        return e.Computed(job.request, job.attempt, job.place, outputs, COMPUTE_S)
+        return e.Computed(job.request, job.attempt, job.place, outputs, took)
 
     def _open(self, node: Node, effect: e.OpenModel) -> e.ModelOpened:
         try:
@@ -584,13 +588,22 @@ class Cluster:
         try:
             spec = effect.image if effect.signature.picture else None
             model = node.blobs[effect.digest]
-            text, programs, report = _planned(
+            text, programs, report, plan = _planned(
                 model, spec, effect.signature, names, effect.head, effect.plan
             )
             for digest, data in programs.blobs.items():
                 if digest not in node.blobs:
                     node.blobs[digest] = bytes(data())
-            return e.PlanReady(effect.deployment, text, programs.by_device, report)
+            profiles = [
+                DeviceProfile(DeviceId(c.device), c.flops_per_s, 1e6 / c.flops_per_s)
+                for c in effect.candidates
+            ]
+            graph = _imported(model, spec, effect.signature)
+            expected = expected_seconds(graph, plan, profiles)
+            return e.PlanReady(
+                effect.deployment, text, programs.by_device, report,
+                window=plan.window, expected=expected,
+            )  # fmt: skip
         except Exception as error:
             return e.PlanReady(effect.deployment, failure=failure_of(error))
 
@@ -633,7 +646,9 @@ class Cluster:
     def check_invariants(self) -> None:
         core = self.core
         running = [r for r in core.requests.values() if r.deployment is not None]
-        assert len(running) <= limits.RUNNING_REQUESTS + 1
+        counts = Counter(r.deployment.number for r in running)
+        for made in core.catalogue.deployments.values():
+            assert counts[made.number] <= made.most_running + 1
         for request in running:
             assert request.deployment.number in core.catalogue.deployments, "runs on a retired one"
         for made in core.catalogue.deployments.values():

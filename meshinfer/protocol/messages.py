@@ -19,6 +19,7 @@ from meshinfer.plan import Shard
 
 # isort: off
 from meshinfer.protocol.records import (  # one import and not twenty
+    Assigned as Assigned,
     Blob as Blob,
     Count as Count,
     DeviceInfo as DeviceInfo,
@@ -219,12 +220,14 @@ class Start(Message, frozen=True):
     """To the source and the sink: run this attempt; the answer goes to ``client``.
 
     The coordinator numbers attempts upwards over all requests, so that none comes twice for an id.
+    ``assigned``: who takes the tasks that have several devices.
     """
 
     request: Name
     attempt: Count
     deployment: Count
     client: Name
+    assigned: tuple[Assigned, ...] = ()
 
 
 class TasksDone(Message, frozen=True):
@@ -300,7 +303,10 @@ Acks = Annotated[tuple[Count, ...], Meta(max_length=limits.ACKS_AT_ONCE)]
 
 
 class Deliver(Message, frozen=True):
-    """A piece of a value for a task; raw bytes behind. ``id`` is acknowledged, and ``acks`` are."""
+    """A piece of a value for a task; raw bytes behind. ``id`` is acknowledged, and ``acks`` are.
+
+    ``assigned`` as in ``Start``, for the receiver's own sends.
+    """
 
     id: Count
     request: Name
@@ -310,6 +316,7 @@ class Deliver(Message, frozen=True):
     piece: Shard
     tensor: Tensor
     acks: Acks = ()
+    assigned: tuple[Assigned, ...] = ()
 
 
 class Feed(Message, frozen=True):

@@ -6,24 +6,17 @@ that an older attempt has merged is as good, since tasks are pure.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from meshinfer import limits
 from meshinfer.protocol import messages as m
 from meshinfer.scheduler.admission import refuse, same_body, signature_of
+from meshinfer.scheduler.assigning import Try, assign, open_work
 from meshinfer.scheduler.catalogue import Catalogue, Deployment, Model
 from meshinfer.scheduler.events import Effect, Note, Plane, Send, Signature
 from meshinfer.scheduler.membership import Membership
-
-
-@dataclass(slots=True)
-class Try:
-    """One attempt: the deployment that it runs under, and the tasks that are done."""
-
-    deployment: Deployment
-    tasks: dict[m.Place, m.TaskTime] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -54,6 +47,10 @@ class Request:
     @property
     def waiting(self) -> bool:
         return self.deployment is None and self.merged is None
+
+    @property
+    def runs(self) -> bool:
+        return self.deployment is not None and self.merged is None
 
     def grace_ends(self) -> float | None:
         """Until when a merged answer waits for the times of its tasks."""
@@ -124,13 +121,14 @@ class Answering:
         tried = None if request is None else request.tried.get(message.attempt)
         if tried is None:
             return []
-        for done in message.tasks:
-            tried.tasks[done.place] = m.TaskTime(
+        for done in message.tasks:  # of two that took a task, the first is who did it
+            took = m.TaskTime(
                 device=device.name,
                 place=done.place,
                 compute_s=done.compute_s,
                 sent_bytes=done.sent_bytes,
             )
+            tried.tasks.setdefault(done.place, took)
         return []
 
     def merged(self, peer: str, message: m.Merged, now: float) -> list[Effect]:
@@ -238,12 +236,14 @@ class Answering:
 
     def start_waiting(self, now: float) -> list[Effect]:
         effects: list[Effect] = []
-        running = sum(not r.waiting for r in self.open.values())
+        running = Counter(r.deployment.number for r in self.open.values() if r.deployment)
         for request in list(self.open.values()):
-            if running >= limits.RUNNING_REQUESTS:
-                break
+            if not request.waiting:
+                continue
             made = self._catalogue.serving(request.model, request.signature)
-            if not request.waiting or made is None or self._is_leaving(made, now):
+            if made is None or running[made.number] >= made.most_running:
+                continue
+            if self._is_leaving(made, now):
                 continue
             if len(request.tried) >= limits.ATTEMPTS_PER_REQUEST:
                 failure = m.Failure(
@@ -254,7 +254,7 @@ class Answering:
                 effects += self._fail(request, failure, now)
                 continue
             effects += self._begin(request, made, now)
-            running += 1
+            running[made.number] += 1
         return effects
 
     def _is_leaving(self, made: Deployment, now: float) -> bool:
@@ -293,19 +293,27 @@ class Answering:
     def _begin(self, request: Request, made: Deployment, now: float) -> list[Effect]:
         self._attempts += 1
         request.attempt, request.deployment, request.merged = self._attempts, made, None
-        request.tried[request.attempt] = Try(made)
+        tried = request.tried[request.attempt] = Try(made, now)
+        if made.choices:
+            others = [r.tried[r.attempt] for r in self.open.values() if r.runs and r is not request]
+            chosen = assign(made, open_work(others, self._seconds), self._seconds)
+            tried.assigned = {place: (device,) for place, device in chosen.items()}
         request.started = now if request.started is None else request.started
         start = m.Start(
             request=request.id,
             attempt=request.attempt,
             deployment=made.number,
             client=request.client,
+            assigned=tried.on_wire(),
         )
         return [
             _to(made.members[name], start)
             for name, programs in sorted(made.programs.items())
             if any(p.model is None or not p.inputs for p in programs)
         ]
+
+    def _seconds(self, made: Deployment, place: m.Place, device: str) -> float:
+        return made.expected.get((place, device), 1.0)
 
     def _complete(self, request: Request, merged: float, tried: Try) -> list[Effect]:
         assert request.started is not None

@@ -93,7 +93,11 @@ class Phase(Enum):
 
 @dataclass(slots=True)
 class Deployment:
-    """A plan for a (model, signature), on the devices named by their incarnation."""
+    """A plan for a (model, signature), on the devices named by their incarnation.
+
+    ``choices``: the devices of each task that may go to several. ``expected``: the seconds of each
+    task on each device that may get it. ``window``: requests in flight, as the plan says.
+    """
 
     number: int
     model: Model
@@ -106,11 +110,19 @@ class Deployment:
     report: m.Report | None = None
     programs: Mapping[str, tuple[m.Program, ...]] = field(default_factory=dict)
     waiting: set[str] = field(default_factory=set)
+    choices: Mapping[m.Place, tuple[str, ...]] = field(default_factory=dict)
+    expected: Mapping[tuple[m.Place, str], float] = field(default_factory=dict)
+    window: int = 1
+
+    @property
+    def most_running(self) -> int:
+        """Requests that may run under it at once."""
+        return min(max(self.window, limits.RUNNING_REQUESTS), limits.WINDOW)
 
     @property
     def tasks(self) -> int:
         """How many tasks a request computes."""
-        return sum(p.model is not None for each in self.programs.values() for p in each)
+        return len({p.place for each in self.programs.values() for p in each if p.model})
 
 
 @dataclass(slots=True)

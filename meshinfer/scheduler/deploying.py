@@ -15,6 +15,7 @@ from meshinfer.protocol import messages as m
 from meshinfer.protocol.codec import header_bytes
 from meshinfer.scheduler.admission import refuse_deploy, refuse_model
 from meshinfer.scheduler.answering import Answering, unavailable
+from meshinfer.scheduler.assigning import choices_of
 from meshinfer.scheduler.catalogue import Catalogue, Deployment, Model, Phase
 from meshinfer.scheduler.events import (
     BlobsFound,
@@ -207,6 +208,8 @@ class Deploying:
             return self._plan_failed(made, failure, now)
         made.plan, made.report, made.programs = event.plan, event.report, event.programs
         made.members = {n: made.members[n] for n in event.programs}
+        made.choices, made.expected = choices_of(event.programs), event.expected
+        made.window = event.window
         made.phase, made.waiting, made.since = Phase.INSTALLING, set(event.programs), now
         sends = [self._install(made, self._members.devices[name]) for name in sorted(made.members)]
         largest = max(header_bytes(send.message) for send in sends)
@@ -223,7 +226,8 @@ class Deploying:
 
     def _install(self, made: Deployment, device: Device) -> Send:
         programs = made.programs[device.name]
-        receivers = {send.device for program in programs for send in program.sends}
+        sends = [send for program in programs for send in program.sends]
+        receivers = {name for send in sends for name in (send.device, *send.others)}
         peers = tuple(self._members.devices[name].bulk for name in sorted(receivers))
         return _to(device.peer, m.Install(deployment=made.number, programs=programs, peers=peers))
 

@@ -113,13 +113,18 @@ class ModelOpened:
 
 @dataclass(frozen=True, slots=True)
 class PlanReady:
-    """Answer to ``MakePlan``: the plan's text and each device's programs, or why there is none."""
+    """Answer to ``MakePlan``: the plan's text and each device's programs, or why there is none.
+
+    ``expected``: seconds of each task on each device that may get it.
+    """
 
     deployment: int
     plan: str = ""
     programs: Mapping[str, tuple[Program, ...]] = field(default_factory=dict)
     report: Report | None = None
     failure: Failure | None = None
+    window: int = 1
+    expected: Mapping[tuple[Place, str], float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
