@@ -26,16 +26,18 @@ class OpKind(IntEnum):
     """Convolutions in groups that fill the blocked layout (NCHWc)."""
     LOOSE = 4
     """Convolutions in groups outside that layout: copied and multiplied group by group."""
-    MATRIX = 5
+    ODD = 5
+    """Depthwise convolutions outside that layout, of a number of channels that no block fits."""
+    MATRIX = 6
     """Matrix products of many rows."""
-    VECTOR = 6
+    VECTOR = 7
     """Matrix products of few rows: as fast as the weights are read, which are not cached."""
-    INT8 = 7
-    WINDOW = 8
+    INT8 = 8
+    WINDOW = 9
     """Pooling."""
-    FUNCTION = 9
+    FUNCTION = 10
     """Pointwise with an exponential or the like inside, and normalisation, an element."""
-    OTHER = 10
+    OTHER = 11
     """All else; most of it is bound by the bytes that it moves."""
 
 
@@ -96,7 +98,7 @@ def _convolution(op: Op) -> OpKind:
         few = op.type == "Conv" and weights[1] < FEW_CHANNELS
         return OpKind.FIRST if few else OpKind.DENSE
     if op.type != "Conv" or not in_blocks(op):
-        return OpKind.LOOSE
+        return OpKind.ODD if weights[1] == 1 else OpKind.LOOSE
     return OpKind.DEPTHWISE if weights[1] == 1 else OpKind.GROUPED
 
 

@@ -26,6 +26,7 @@ from meshinfer.protocol.records import (  # one import and not twenty
     Facts as Facts,
     Failure as Failure,
     Hex as Hex,
+    Link as Link,
     ModelInfo as ModelInfo,
     Name as Name,
     Output as Output,
