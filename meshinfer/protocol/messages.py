@@ -114,6 +114,18 @@ class Dismiss(Message, frozen=True):
     """The coordinator needs the worker no more."""
 
 
+class MeasureLink(Message, frozen=True):
+    """Measure the link to this peer: echoes over the bulk plane."""
+
+    peer: Peer
+
+
+class LinkMeasured(Message, frozen=True):
+    """What a link came to; its numbers are 0 where no echo came back."""
+
+    link: Link
+
+
 class Closing(Message, frozen=True):
     """The coordinator stops; workers look for it again, clients fail what is open."""
 
@@ -332,6 +344,18 @@ class Answer(Message, frozen=True):
     count: Count
 
 
+class Echo(Message, frozen=True):
+    """Say that this has arrived, with all that is behind it, at once."""
+
+    id: Count
+
+
+class Echoed(Message, frozen=True):
+    """The ``Echo`` with this id has arrived."""
+
+    id: Count
+
+
 class Ack(Message, frozen=True):
     """``Deliver``, ``Feed`` or ``Answer`` with these ids have arrived."""
 
@@ -361,6 +385,7 @@ class Models(Message, frozen=True):
 
 AnyMessage = (
     Hello | Welcome | Refused | Heartbeat | Alive | Who | Probe | Goodbye | Dismiss | Closing
+    | MeasureLink | LinkMeasured | Echo | Echoed
     | Want | Chunk | Gone | Deploy | Deployed | Install | Installed | Forget
     | Submit | Start | TasksDone | TaskFailed | Unreachable | Merged | Release | Cancel | Reply
     | Deliver | Feed | Answer | Ack | ListDevices | Devices | ListModels | Models

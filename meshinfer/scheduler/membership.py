@@ -150,6 +150,8 @@ class Membership:
 
     def remove(self, device: Device, now: float) -> None:
         del self.devices[device.name]
+        for other in self.devices.values():
+            other.links.pop(device.name, None)
         self.changed_at = now
 
     def silent(self, now: float) -> list[Device]:
