@@ -64,7 +64,8 @@ def _missing(members: Membership, now: float) -> tuple[Device, Device] | None:
             for other in others[i + 1 :]:
                 if other.name not in device.links:
                     return device, other
-    return None
+    # Once more, from the other end: as devices join they are busy, which is not the link's fault.
+    return next(((head, d) for d in others if d.name not in head.links), None)
 
 
 class LinkMeter:
