@@ -29,6 +29,13 @@ ACK_DELAY_S: Final = 0.2
 ACKS_AT_ONCE: Final = 64
 ACK_BYTES: Final = 1 * MIB
 RESEND_AFTER_LOSS_S: Final = 0.2
+LINK_ECHOES: Final = 6
+LINK_BYTES: Final = (256 << 10, 1 << 20)
+LINK_LONG_S: Final = 0.05
+LINK_MEASURE_S: Final = 3.0
+LINK_ASKED_S: Final = 5.0
+LINKED_DEVICES: Final = 12
+"""Up to so many devices the links of all pairs are measured; of more, those with the head."""
 SLOWEST_LINK_BYTES_PER_S: Final = 250_000
 PULLS_AT_ONCE: Final = 4
 COORDINATOR_SILENT_S: Final = 10.0
@@ -93,6 +100,7 @@ NAME_CHARS: Final = 512
 IMAGE_PIXELS: Final = 100_000_000
 IMAGE_FILE_BYTES: Final = 256 * MIB
 DEVICES: Final = 1024
+OPERATOR_KINDS: Final = 64
 
 # Importing. Weights come on top of the memory; a value that is folded from constants is a weight.
 SUBGRAPH_DEPTH: Final = 32
@@ -110,6 +118,7 @@ LAB_MEMORY_BYTES: Final = (16 * MIB, 1 << 40)
 LAB_LINK_BITS_PER_S: Final = (1e5, 1e10)
 
 assert BLOB_CHUNK_BYTES <= FRAME_BYTES * FRAMES_PER_MESSAGE
+assert LINK_MEASURE_S < LINK_ASKED_S
 assert HEARTBEAT_S * 3 <= DEAD_AFTER_S
 assert ACK_DELAY_S * 10 <= ACK_TIMEOUT_S
 assert RUNNING_REQUESTS <= WINDOW <= QUEUE_REQUESTS

@@ -27,6 +27,7 @@ from meshinfer.protocol.records import (  # one import and not twenty
     Facts as Facts,
     Failure as Failure,
     Hex as Hex,
+    Link as Link,
     ModelInfo as ModelInfo,
     Name as Name,
     Output as Output,
@@ -112,6 +113,18 @@ class Goodbye(Message, frozen=True):
 
 class Dismiss(Message, frozen=True):
     """The coordinator needs the worker no more."""
+
+
+class MeasureLink(Message, frozen=True):
+    """Measure the link to this peer: echoes over the bulk plane."""
+
+    peer: Peer
+
+
+class LinkMeasured(Message, frozen=True):
+    """What a link came to; its numbers are 0 where no echo came back."""
+
+    link: Link
 
 
 class Closing(Message, frozen=True):
@@ -338,6 +351,18 @@ class Answer(Message, frozen=True):
     count: Count
 
 
+class Echo(Message, frozen=True):
+    """Say that this has arrived, with all that is behind it, at once."""
+
+    id: Count
+
+
+class Echoed(Message, frozen=True):
+    """The ``Echo`` with this id has arrived."""
+
+    id: Count
+
+
 class Ack(Message, frozen=True):
     """``Deliver``, ``Feed`` or ``Answer`` with these ids have arrived."""
 
@@ -367,6 +392,7 @@ class Models(Message, frozen=True):
 
 AnyMessage = (
     Hello | Welcome | Refused | Heartbeat | Alive | Who | Probe | Goodbye | Dismiss | Closing
+    | MeasureLink | LinkMeasured | Echo | Echoed
     | Want | Chunk | Gone | Deploy | Deployed | Install | Installed | Forget
     | Submit | Start | TasksDone | TaskFailed | Unreachable | Merged | Release | Cancel | Reply
     | Deliver | Feed | Answer | Ack | ListDevices | Devices | ListModels | Models

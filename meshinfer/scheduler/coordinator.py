@@ -31,6 +31,7 @@ from meshinfer.scheduler.events import (
     StopRequested,
     Ticked,
 )
+from meshinfer.scheduler.links import LinkRounds
 from meshinfer.scheduler.membership import Device, Membership
 
 
@@ -44,6 +45,7 @@ class CoordinatorCore:
         self.catalogue = Catalogue(first_deployment=epoch << 24)
         self._answering = Answering(self.members, self.catalogue)
         self._deploying = Deploying(self.members, self.catalogue, self._answering)
+        self._links = LinkRounds()
         self._bulk = bulk
         self._stop_due: float | None = None
         self._now = 0.0
@@ -81,7 +83,7 @@ class CoordinatorCore:
     def next_deadline(self) -> float | None:
         """When to tick; every event deals with all that is due, so only times ahead count."""
         times = [*self._answering.next_deadlines(), *self._deploying.next_deadlines()]
-        for other in (self.members.next_deadline(), self._stop_due):
+        for other in (self.members.next_deadline(), self._links.next_deadline(), self._stop_due):
             if other is not None:
                 times.append(other)
         return min((t for t in times if t > self._now), default=None)
@@ -121,6 +123,9 @@ class CoordinatorCore:
                 return self._answering.task_failed(message, now)
             case m.Unreachable() if device is not None:
                 return self._unreachable(device, message, now)
+            case m.LinkMeasured() if device is not None:
+                self._links.measured(device, message.link)
+                return []
             case m.Installed() if device is not None:
                 return self._deploying.installed(peer, message, now)
             case m.Goodbye() if device is not None:
@@ -227,6 +232,7 @@ class CoordinatorCore:
         effects += self._answering.start_waiting(now)
         effects += self._deploying.retire_unused(now)
         effects += self._dismiss_drained()
+        effects += self._links.next(self.members, now, busy=bool(self.requests))
         if self._stop_due is not None and (now >= self._stop_due or not self.requests):
             effects += [_to(peer, m.Closing()) for peer in self._everybody()]
             effects.append(Stop())
