@@ -19,7 +19,7 @@ from cluster.loop import Post, report, start_thread
 from cluster.storing import perform
 from meshinfer import limits
 from meshinfer.cost import DeviceProfile, timeline
-from meshinfer.cost.expected import expected_seconds
+from meshinfer.cost.expected import expected_seconds, is_better
 from meshinfer.errors import InvalidInput
 from meshinfer.graph import Graph
 from meshinfer.identity import DeviceId
@@ -120,6 +120,11 @@ class PlanningThread:
             if effect.strict:
                 graph = graph.as_strict()
             plan, made = self._planned(graph, effect)
+            profiles = _profiles(effect)
+            if effect.present is not None and not is_better(
+                graph, plan, Plan.parse(effect.present), profiles, effect.objective
+            ):
+                return PlanReady(effect.deployment, kept=True)
             programs = make_programs(graph, plan)
             _refuse_too_long(str(plan), programs)
             for digest, data in programs.blobs.items():
@@ -132,7 +137,7 @@ class PlanningThread:
                 programs.by_device,
                 made,
                 window=plan.window,
-                expected=expected_seconds(graph, plan, _profiles(effect)),
+                expected=expected_seconds(graph, plan, profiles),
             )
         except Exception as error:
             return PlanReady(effect.deployment, failure=report(error))
@@ -213,7 +218,7 @@ def _profiles(effect: MakePlan) -> list[DeviceProfile]:
     return [
         DeviceProfile(
             id=DeviceId(c.device),
-            flops_per_s=c.flops_per_s,
+            flops_per_s=c.flops_per_s / c.slowdown,
             memory_bytes=c.memory_bytes,
             numeric_class=c.engine,
         )

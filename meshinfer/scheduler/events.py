@@ -115,7 +115,8 @@ class ModelOpened:
 class PlanReady:
     """Answer to ``MakePlan``: the plan's text and each device's programs, or why there is none.
 
-    ``expected``: seconds of each task on each device that may get it.
+    ``expected``: seconds of each task on each device that may get it. ``kept``: the present plan is
+    as good; there is no other.
     """
 
     deployment: int
@@ -124,6 +125,7 @@ class PlanReady:
     report: Report | None = None
     failure: Failure | None = None
     window: int = 1
+    kept: bool = False
     expected: Mapping[tuple[Place, str], float] = field(default_factory=dict)
 
 
@@ -260,17 +262,24 @@ class Signature:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A device that may get work."""
+    """A device that may get work.
+
+    ``slowdown``: how many times longer than its profile says it takes, as was measured of late.
+    """
 
     device: str
     flops_per_s: float
     memory_bytes: int
     engine: str
+    slowdown: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class MakePlan:
-    """Import for a signature, plan (or take ``plan``), lower, store the blobs -> ``PlanReady``."""
+    """Import for a signature, plan (or take ``plan``), lower, store the blobs -> ``PlanReady``.
+
+    ``present``: the plan that serves; it is kept unless the new one is better by REPLAN_GAIN.
+    """
 
     deployment: int
     digest: str
@@ -282,6 +291,7 @@ class MakePlan:
     objective: str
     spread: bool
     strict: bool
+    present: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
