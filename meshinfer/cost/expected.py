@@ -1,12 +1,14 @@
-"""How long each task of a plan is expected to take on each device that may get it."""
+"""How long each task takes on each device that may get it, and whether another plan is worth it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
+from meshinfer import limits
 from meshinfer.cost.model import field_work, seconds
 from meshinfer.cost.profile import DeviceProfile
+from meshinfer.cost.timeline import timeline
 from meshinfer.graph import Graph
 from meshinfer.halo import receptive_field
 from meshinfer.plan import Plan
@@ -26,3 +28,15 @@ def expected_seconds(
                 if math.isfinite(took):
                     found[(s, t), device] = took
     return found
+
+
+def is_better(
+    graph: Graph, plan: Plan, present: Plan, profiles: Sequence[DeviceProfile], objective: str
+) -> bool:
+    """Whether a plan is expected to beat the present one by REPLAN_GAIN: a change costs."""
+    if present.graph != graph.digest:
+        return True
+    new, old = (timeline(graph, each, profiles) for each in (plan, present))
+    if objective == "throughput":
+        return new.bottleneck_s * limits.REPLAN_GAIN < old.bottleneck_s
+    return new.total_s * limits.REPLAN_GAIN < old.total_s

@@ -7,35 +7,13 @@ attempts that run; nothing is stored, so nothing can be counted twice or forgott
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 
 from meshinfer.protocol import messages as m
 from meshinfer.scheduler.catalogue import Deployment
+from meshinfer.scheduler.request import Try
 
 Seconds = Callable[[Deployment, m.Place, str], float]
 """How long a task of a deployment takes on a device, as is known now."""
-
-
-@dataclass(slots=True)
-class Try:
-    """One attempt: the deployment that it runs under, who took what, and the tasks that are done.
-
-    ``assigned``: the devices of each task that had a choice, the first one first.
-    """
-
-    deployment: Deployment
-    since: float = 0.0
-    assigned: dict[m.Place, tuple[str, ...]] = field(default_factory=dict)
-    tasks: dict[m.Place, m.TaskTime] = field(default_factory=dict)
-
-    def on_wire(self) -> tuple[m.Assigned, ...]:
-        """The assignment as messages carry it."""
-        choices = self.deployment.choices
-        return tuple(
-            (*place, choices[place].index(device))
-            for place, devices in self.assigned.items()
-            for device in devices
-        )
 
 
 def choices_of(programs: Mapping[str, tuple[m.Program, ...]]) -> dict[m.Place, tuple[str, ...]]:

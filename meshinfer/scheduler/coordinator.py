@@ -11,7 +11,8 @@ from collections import OrderedDict
 
 from meshinfer import limits
 from meshinfer.protocol import messages as m
-from meshinfer.scheduler.answering import Answering, Request
+from meshinfer.scheduler.answering import Answering
+from meshinfer.scheduler.balance import Balance
 from meshinfer.scheduler.catalogue import Catalogue
 from meshinfer.scheduler.deploying import Deploying
 from meshinfer.scheduler.events import (
@@ -33,6 +34,7 @@ from meshinfer.scheduler.events import (
 )
 from meshinfer.scheduler.links import LinkRounds
 from meshinfer.scheduler.membership import Device, Membership
+from meshinfer.scheduler.request import Request
 
 
 class CoordinatorCore:
@@ -43,8 +45,9 @@ class CoordinatorCore:
         # Numbers of an earlier coordinator must mean nothing here: its workers may join late.
         epoch = int.from_bytes(hashlib.sha256(bulk.id.encode()).digest()[:4])
         self.catalogue = Catalogue(first_deployment=epoch << 24)
-        self._answering = Answering(self.members, self.catalogue)
-        self._deploying = Deploying(self.members, self.catalogue, self._answering)
+        self._balance = Balance()
+        self._answering = Answering(self.members, self.catalogue, self._balance)
+        self._deploying = Deploying(self.members, self.catalogue, self._answering, self._balance)
         self._links = LinkRounds()
         self._bulk = bulk
         self._stop_due: float | None = None
@@ -67,9 +70,9 @@ class CoordinatorCore:
             case PeerLost():
                 effects = self._lost(event, now)
             case BlobsFound():
-                effects = self._deploying.found(event, now)
+                effects = self._deploying.fetching.found(event, now)
             case BlobWritten():
-                effects = self._deploying.written(event)
+                effects = self._deploying.fetching.written(event)
             case ModelOpened():
                 effects = self._deploying.opened(event)
             case PlanReady():
@@ -98,9 +101,9 @@ class CoordinatorCore:
             case m.Want():
                 return [ServeBlob(peer, message.digest, message.offset, message.length)]
             case m.Chunk():
-                return self._deploying.chunk(peer, message, event.payload, now)
+                return self._deploying.fetching.chunk(peer, message, event.payload, now)
             case m.Gone():
-                return self._deploying.gone(peer, message.digest)
+                return self._deploying.fetching.gone(peer, message.digest)
             case m.Probe() | m.Ack():
                 return []
             case _ if not self.members.knows(peer):
@@ -116,7 +119,7 @@ class CoordinatorCore:
                 self.members.heard(peer, message, now)
                 return [] if device is not None else [_to(peer, m.Alive())]
             case m.TasksDone() if device is not None:
-                return self._answering.tasks_done(peer, message)
+                return self._answering.tasks_done(peer, message, now)
             case m.Merged() if device is not None:
                 return self._answering.merged(peer, message, now)
             case m.TaskFailed() if device is not None:
@@ -137,7 +140,7 @@ class CoordinatorCore:
             case m.Cancel():
                 return self._answering.cancel(peer, message)
             case m.Deploy():
-                return self._deploying.deploy(peer, message, now)
+                return self._deploying.fetching.deploy(peer, message, now)
             case m.ListDevices():
                 devices = self.members.infos(now)
                 return [_to(peer, m.Devices(call=message.call, devices=devices))]
@@ -192,7 +195,7 @@ class CoordinatorCore:
 
     def _lost(self, event: PeerLost, now: float) -> list[Effect]:
         if event.plane is Plane.BULK:
-            self._deploying.connection_cut(event.peer, now)
+            self._deploying.fetching.connection_cut(event.peer, now)
             return []
         if not event.peer:  # some connection was reset: find out whose
             return [_to(peer, m.Probe()) for peer in self._everybody()]
@@ -205,6 +208,7 @@ class CoordinatorCore:
     def _device_lost(self, device: Device, why: str, now: float) -> list[Effect]:
         head = self.members.head
         self.members.remove(device, now)
+        self._balance.forget(device.name)
         effects: list[Effect] = [
             Note("warning", "device lost", {"device": device.name, "why": why})
         ]
@@ -243,7 +247,7 @@ class CoordinatorCore:
         for device in self.members.silent(now):
             effects += self._device_lost(device, f"no heartbeat for {limits.DEAD_AFTER_S} s", now)
         for peer in self.members.gone_clients(now):
-            effects += self._deploying.client_gone(peer)
+            effects += self._deploying.fetching.client_gone(peer)
             effects += self._answering.client_gone(peer)
         return effects
 
