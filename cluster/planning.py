@@ -19,6 +19,7 @@ from cluster.loop import Post, report, start_thread
 from cluster.storing import perform
 from meshinfer import limits
 from meshinfer.cost import DeviceProfile, timeline
+from meshinfer.cost.expected import expected_seconds, is_better
 from meshinfer.errors import InvalidInput
 from meshinfer.graph import Graph
 from meshinfer.identity import DeviceId
@@ -41,6 +42,7 @@ from meshinfer.scheduler.events import (
     Signature,
     WriteBlob,
 )
+from meshinfer.scheduler.profiles import profile_of
 
 
 class PlanningThread:
@@ -119,13 +121,25 @@ class PlanningThread:
             if effect.strict:
                 graph = graph.as_strict()
             plan, made = self._planned(graph, effect)
+            profiles = _profiles(effect)
+            if effect.present is not None and not is_better(
+                graph, plan, Plan.parse(effect.present), profiles, effect.objective
+            ):
+                return PlanReady(effect.deployment, kept=True)
             programs = make_programs(graph, plan)
             _refuse_too_long(str(plan), programs)
             for digest, data in programs.blobs.items():
                 if self._store.missing((digest,)):
                     self._store.put(digest, data())
             self._store.trim(keep={*self._models, *chain(*self._models.values())})
-            return PlanReady(effect.deployment, str(plan), programs.by_device, made)
+            return PlanReady(
+                effect.deployment,
+                str(plan),
+                programs.by_device,
+                made,
+                window=plan.window,
+                expected=expected_seconds(graph, plan, profiles),
+            )
         except Exception as error:
             return PlanReady(effect.deployment, failure=report(error))
 
@@ -202,15 +216,7 @@ class PlanningThread:
 
 
 def _profiles(effect: MakePlan) -> list[DeviceProfile]:
-    return [
-        DeviceProfile(
-            id=DeviceId(c.device),
-            flops_per_s=c.flops_per_s,
-            memory_bytes=c.memory_bytes,
-            numeric_class=c.engine,
-        )
-        for c in effect.candidates
-    ]
+    return [profile_of(c.device, c.facts, c.link, c.slowdown) for c in effect.candidates]
 
 
 def _input(value: onnx.ValueInfoProto) -> tuple[str, tuple[int | None, ...] | None]:

@@ -29,6 +29,13 @@ ACK_DELAY_S: Final = 0.2
 ACKS_AT_ONCE: Final = 64
 ACK_BYTES: Final = 1 * MIB
 RESEND_AFTER_LOSS_S: Final = 0.2
+LINK_ECHOES: Final = 6
+LINK_BYTES: Final = (256 << 10, 1 << 20)
+LINK_LONG_S: Final = 0.05
+LINK_MEASURE_S: Final = 3.0
+LINK_ASKED_S: Final = 5.0
+LINKED_DEVICES: Final = 12
+"""Up to so many devices the links of all pairs are measured; of more, those with the head."""
 SLOWEST_LINK_BYTES_PER_S: Final = 250_000
 PULLS_AT_ONCE: Final = 4
 COORDINATOR_SILENT_S: Final = 10.0
@@ -54,8 +61,18 @@ DISCOVERY_TXT_BYTES: Final = 512
 
 # Requests.
 QUEUE_REQUESTS: Final = 256
+MAP_AHEAD: Final = 4
 ATTEMPTS_PER_REQUEST: Final = 20
 RUNNING_REQUESTS: Final = 4
+WINDOW: Final = 128
+PACE_SAMPLES: Final = 8
+PACE_SAMPLES_LEAST: Final = 4
+PACE_DEVIATION: Final = 1.15
+PACE_FORGOTTEN_S: Final = 30.0
+PACE_FORGOTTEN_MOST_S: Final = 600.0
+PACES_KEPT: Final = 256
+REPLAN_GAIN: Final = 1.10
+REPLAN_EVERY_S: Final = 5.0
 KERNEL_FAILURES_PER_REQUEST: Final = 3
 ORPHAN_INPUT_S: Final = 600.0
 REQUEST_DEADLINE_S: Final = 300.0
@@ -91,6 +108,7 @@ NAME_CHARS: Final = 512
 IMAGE_PIXELS: Final = 100_000_000
 IMAGE_FILE_BYTES: Final = 256 * MIB
 DEVICES: Final = 1024
+OPERATOR_KINDS: Final = 64
 
 # Importing. Weights come on top of the memory; a value that is folded from constants is a weight.
 SUBGRAPH_DEPTH: Final = 32
@@ -108,8 +126,11 @@ LAB_MEMORY_BYTES: Final = (16 * MIB, 1 << 40)
 LAB_LINK_BITS_PER_S: Final = (1e5, 1e10)
 
 assert BLOB_CHUNK_BYTES <= FRAME_BYTES * FRAMES_PER_MESSAGE
+assert LINK_MEASURE_S < LINK_ASKED_S
 assert HEARTBEAT_S * 3 <= DEAD_AFTER_S
 assert ACK_DELAY_S * 10 <= ACK_TIMEOUT_S
+assert PACE_SAMPLES_LEAST <= PACE_SAMPLES
+assert RUNNING_REQUESTS <= WINDOW <= QUEUE_REQUESTS
 assert PLAN_TEXT_BYTES <= CONTROL_FRAME_BYTES
 assert BLOB_CHUNK_BYTES < BACKLOG_BYTES
 assert BLOB_WANT_BYTES <= BLOB_CHUNK_BYTES

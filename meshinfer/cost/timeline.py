@@ -11,8 +11,9 @@ import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from meshinfer.cost.model import Work, field_work, seconds
+from meshinfer.cost.model import field_work, seconds
 from meshinfer.cost.profile import DeviceProfile
+from meshinfer.cost.work import Work
 from meshinfer.geometry import Box
 from meshinfer.graph import Graph
 from meshinfer.identity import DeviceId

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from meshinfer.cost.model import GLUED, flops_of, glued_to, whole_flops
+from meshinfer.cost import Work, glued_to, op_work
+from meshinfer.cost.model import GLUED, job_work
 from meshinfer.geometry import Box
 from meshinfer.graph import Graph, Op
 from meshinfer.ops import BARRIER, is_random, rule_of
@@ -49,45 +50,26 @@ class Sample:
 
     size: int
     share: float
-    flops: float
-    nbytes: float
+    work: Work
     reads: tuple[Read, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Sums:
-    """Work of ops ``[0, i)`` computed whole, for every ``i``."""
+    """Work of ops ``[0, i)`` computed whole, for every ``i``; its FLOPs; how many are heavy."""
 
+    work: tuple[Work, ...]
     flops: tuple[float, ...]
-    nbytes: tuple[float, ...]
     heavy: tuple[int, ...]
 
 
 def sums_of(graph: Graph) -> Sums:
     """Prefix sums over the graph."""
-    flops, nbytes, heavy = [0.0], [0.0], [0]
+    work, heavy = [Work()], [0]
     for op in graph.ops:
-        outs = tuple(graph.whole(n) if n else None for n in op.outputs)
-        ins = tuple(graph.whole(n) if n else None for n in (*op.inputs, *op.captured))
-        flops.append(flops[-1] + whole_flops(graph, op))
-        nbytes.append(nbytes[-1] + _bytes(graph, op, outs, ins))
+        work.append(work[-1] + op_work(graph, op))
         heavy.append(heavy[-1] + (op.type in HEAVY))
-    return Sums(tuple(flops), tuple(nbytes), tuple(heavy))
-
-
-def _bytes(graph: Graph, op: Op, outs: Sequence[Box | None], ins: Sequence[Box | None]) -> int:
-    """Bytes that an op touches inside a block: a glued one only its other inputs."""
-    glue = glued_to(graph, op)
-    names = (*op.inputs, *op.captured)
-    total = 0
-    for name, box in zip(names, ins, strict=False):
-        if name and box is not None and (glue < 0 or graph.producer.get(name) != glue):
-            total += graph.nbytes(name, box)
-    if glue < 0:
-        for name, box in zip(op.outputs, outs, strict=False):
-            if name and box is not None:
-                total += graph.nbytes(name, box)
-    return total
+    return Sums(tuple(work), tuple(w.flops for w in work), tuple(heavy))
 
 
 def clean_cuts(graph: Graph, axes: Axes) -> tuple[int, ...]:
@@ -174,7 +156,7 @@ def samples(
     outside: dict[str, None] = {}  # values that are read so far and made before this op
     parts_of: dict[str, Box] = {}  # which part of its sum, for partial sums
     found: dict[int, Sample] = {}
-    flops = nbytes = 0.0
+    work = Work()
     size, share, largest = 0, 1.0, -1
     wanted = set(starts)
     for op in reversed(graph.ops[min(starts, default=stop) : stop]):
@@ -202,8 +184,7 @@ def samples(
             over = parts_of.get(op.outputs[0])
             outs = rule.align(op, asked)
             ins = rule.footprint(op, outs, over)
-            flops += whole_flops(graph, op) if rule is BARRIER else flops_of(op, outs, over)
-            nbytes += _bytes(graph, op, outs, ins)
+            work += job_work(graph, op, outs, ins, over)
             for name, read in zip((*op.inputs, *op.captured), ins, strict=False):
                 if name and read is not None:
                     needs[name] = needs[name].hull(read) if name in needs else read
@@ -211,7 +192,7 @@ def samples(
                         outside[name] = None
         if op.index in wanted and size:
             reads = _reads(graph, axes, {name: needs[name] for name in outside}, (low, high))
-            found[op.index] = Sample(size, share, flops, nbytes, reads)
+            found[op.index] = Sample(size, share, work, reads)
     return found
 
 

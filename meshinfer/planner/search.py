@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from meshinfer.cost.profile import DeviceProfile
+from meshinfer.cost import DeviceProfile, variable_seconds
 from meshinfer.geometry import split_weighted
 from meshinfer.graph import Graph
 from meshinfer.identity import DeviceId
@@ -175,6 +175,7 @@ class _Prices:
         self.ends = {p.id: p for p in (team.source, team.sink, *team.members)}
         self.weights = team.weights
         self.total = sum(self.weights.values())
+        self._sums: dict[DeviceId, list[float]] = {}
         self._portions: dict[int, list[float]] = {}
         self._reads: dict[tuple[int, int], list[tuple[str, int]]] = {}
 
@@ -186,19 +187,27 @@ class _Prices:
         return self._portions[size]
 
     def split(self, sample: Sample, start: int, stop: int, before: State) -> float:
-        sums = self.space.sums
-        flops = sums.flops[stop] - sums.flops[start]
-        nbytes = sums.nbytes[stop] - sums.nbytes[start]
-        more_flops = max(0.0, sample.flops - sample.share * flops)
-        more_bytes = max(0.0, sample.nbytes - sample.share * nbytes)
         compute = max(
-            (g * flops + more_flops) / p.flops_per_s
-            + (g * nbytes + more_bytes) / p.copy_bytes_per_s
-            + p.overhead_s
+            self.band(p, g, sample, start, stop)
             for g, p in zip(self.portions(sample.size), self.team.members, strict=True)
             if g > 0
         )
         return compute + self.fetch(sample.reads, before)
+
+    def band(self, p: DeviceProfile, g: float, sample: Sample, start: int, stop: int) -> float:
+        """Seconds of a share ``g`` of a split block; what the sample computes beyond its share is
+        the overlap of any band."""
+        whole = self.block(p, start, stop)
+        sampled = variable_seconds(sample.work, p.unit_costs)
+        return g * whole + max(0.0, sampled - sample.share * whole) + p.overhead_s
+
+    def block(self, p: DeviceProfile, start: int, stop: int) -> float:
+        """Seconds of ops ``[start, stop)`` computed whole, without the fixed cost of a task."""
+        if p.id not in self._sums:
+            costs = p.unit_costs
+            self._sums[p.id] = [variable_seconds(w, costs) for w in self.space.sums.work]
+        sums = self._sums[p.id]
+        return sums[stop] - sums[start]
 
     def fetch(self, reads: Sequence[Read], before: State) -> float:
         """Seconds until every device has its inputs."""
@@ -232,9 +241,7 @@ class _Prices:
         return self._reads[start, stop]
 
     def whole(self, start: int, stop: int, before: State, place: DeviceProfile) -> float:
-        sums, seconds = self.space.sums, place.overhead_s
-        seconds += (sums.flops[stop] - sums.flops[start]) / place.flops_per_s
-        seconds += (sums.nbytes[stop] - sums.nbytes[start]) / place.copy_bytes_per_s
+        seconds = place.overhead_s + self.block(place, start, stop)
         moved = 0.0
         for name, nbytes in self.inputs(start, stop):
             made = self.space.graph.producer.get(name, -1) >= 0

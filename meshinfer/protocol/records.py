@@ -51,6 +51,9 @@ class Peer(Record, frozen=True, forbid_unknown_fields=False):
 class Facts(Record, frozen=True, forbid_unknown_fields=False):
     """What a device says of itself. ``flops_per_s`` is measured on its engine.
 
+    ``memory_bytes`` is what MeshInfer may use. ``cpu_quota``: processors granted, 0 for all.
+    ``rates``: FLOP/s by ``cost.OpKind``, 0 where unknown; ``memory_bytes_per_s``, ``kernel_s`` and
+    ``overhead_s`` as in ``cost.DeviceProfile``, 0 where unknown.
     ``last_exit`` is why its worker process ended the last time, as its supervisor saw it.
     """
 
@@ -64,8 +67,24 @@ class Facts(Record, frozen=True, forbid_unknown_fields=False):
     threads: Count = 1
     last_exit: str = ""
     flops_per_s: Rate = 0.0
+    cpu_quota: Rate = 0.0
+    rates: Annotated[tuple[Rate, ...], Meta(max_length=limits.OPERATOR_KINDS)] = ()
+    memory_bytes_per_s: Rate = 0.0
+    kernel_s: Seconds = 0.0
+    overhead_s: Seconds = 0.0
     computes: bool = True
     head: bool = False
+
+
+class Link(Record, frozen=True):
+    """What transfers from one device to ``peer`` came to, encrypted and acknowledged.
+
+    ``bytes_per_s``: of long messages; ``latency_s``: one way, of short ones. 0 where unknown.
+    """
+
+    peer: Name
+    bytes_per_s: Rate = 0.0
+    latency_s: Seconds = 0.0
 
 
 class Failure(Record, frozen=True, forbid_unknown_fields=False):
@@ -107,12 +126,21 @@ class Value(Record, frozen=True):
     pieces: tuple[Piece, ...]
 
 
+Assigned = tuple[int, int, int]
+"""A task (stage, task) of several devices, and which of them takes it for this attempt: its
+position among the task's devices. Two entries of one task: both do."""
+
+
 class Send(Record, frozen=True):
-    """A piece of what a task made, for a task on ``device``."""
+    """A piece of what a task made, for a task on ``device``.
+
+    Where ``others`` may take that task as well, the attempt's assignment says which of them does.
+    """
 
     piece: Shard
     device: Name
     consumer: Place
+    others: tuple[Name, ...] = ()
 
 
 class Output(Record, frozen=True):
@@ -125,10 +153,12 @@ class Output(Record, frozen=True):
 class Program(Record, frozen=True):
     """A task, lowered for its device. ``model`` and ``weights`` are blobs by SHA-256.
 
-    The source and the sink are programs too, without a model.
+    The source and the sink are programs too, without a model. ``devices``: all that have this
+    program, where the task may go to any of them; empty where it is this device's alone.
     """
 
     place: Place
+    devices: tuple[Name, ...] = ()
     model: Hex | None = None
     weights: tuple[Hex, ...] = ()
     inputs: tuple[Value, ...] = ()
@@ -151,7 +181,8 @@ class TaskTime(Done, frozen=True):
 
 
 class DeviceInfo(Record, frozen=True):
-    """A device as ``meshinfer devices`` shows it."""
+    """A device as ``meshinfer devices`` shows it. ``link``: to the coordinator's own device;
+    ``links``: to others that it has sent to."""
 
     device: Name
     state: str
@@ -159,6 +190,8 @@ class DeviceInfo(Record, frozen=True):
     heard_s: Seconds
     computing: str = ""
     tasks_done: Count = 0
+    link: Link | None = None
+    links: Annotated[tuple[Link, ...], Meta(max_length=limits.DEVICES)] = ()
 
 
 class ModelInfo(Record, frozen=True):

@@ -13,7 +13,16 @@ from typing import Any
 import numpy as np
 
 from meshinfer.protocol.codec import Buffer
-from meshinfer.protocol.messages import AnyMessage, Failure, Peer, Place, Program, Report
+from meshinfer.protocol.messages import (
+    AnyMessage,
+    Facts,
+    Failure,
+    Link,
+    Peer,
+    Place,
+    Program,
+    Report,
+)
 
 Array = np.ndarray[Any, Any]
 
@@ -113,13 +122,20 @@ class ModelOpened:
 
 @dataclass(frozen=True, slots=True)
 class PlanReady:
-    """Answer to ``MakePlan``: the plan's text and each device's programs, or why there is none."""
+    """Answer to ``MakePlan``: the plan's text and each device's programs, or why there is none.
+
+    ``expected``: seconds of each task on each device that may get it. ``kept``: the present plan is
+    as good; there is no other.
+    """
 
     deployment: int
     plan: str = ""
     programs: Mapping[str, tuple[Program, ...]] = field(default_factory=dict)
     report: Report | None = None
     failure: Failure | None = None
+    window: int = 1
+    kept: bool = False
+    expected: Mapping[tuple[Place, str], float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,17 +271,25 @@ class Signature:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A device that may get work."""
+    """A device that may get work: what it said of itself, its link to the head if measured, and
+    its links to other devices that it has sent to.
+
+    ``slowdown``: how many times longer than its profile says it takes, as was measured of late.
+    """
 
     device: str
-    flops_per_s: float
-    memory_bytes: int
-    engine: str
+    facts: Facts
+    link: Link | None = None
+    links: tuple[Link, ...] = ()
+    slowdown: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class MakePlan:
-    """Import for a signature, plan (or take ``plan``), lower, store the blobs -> ``PlanReady``."""
+    """Import for a signature, plan (or take ``plan``), lower, store the blobs -> ``PlanReady``.
+
+    ``present``: the plan that serves; it is kept unless the new one is better by REPLAN_GAIN.
+    """
 
     deployment: int
     digest: str
@@ -277,6 +301,7 @@ class MakePlan:
     objective: str
     spread: bool
     strict: bool
+    present: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
