@@ -115,6 +115,7 @@ def row(**changes: Any) -> dict[str, Any]:
         "efficiency": speed / 6,
         "predicted_s": 0.24,
         "predicted_off": 0.04,
+        "predicted_against_s": 0.25,
         "predicted_bound": "compute of pi-0",
         "breakdown": {"even share": 0.2, "rest": 0.04, "wait": 0.01},
         "payload_mb": 3.0,
@@ -123,6 +124,7 @@ def row(**changes: Any) -> dict[str, Any]:
         "cpu_even_s": 0.05,
         "used": 6,
         "stages": 8,
+        "plans_seen": 1,
         "answers": 5,
         "wrong": 0,
         "identical": True,
@@ -249,7 +251,9 @@ def test_the_client_keeps_every_answer_and_they_are_the_oracles(
             assert mi.Plan.parse(made["plan"]).devices()
             told = peer.ask({"do": "infer", "name": "m", "which": [0, 1], "deadline_s": 60}, 90)
             sizes = {"frames": 4, "around": 2, "in_flight": 3}
+            plans = peer.ask({"do": "plans"}, 60)
             found = peer.ask({"do": "stream", "name": "m", **sizes, "deadline_s": 60}, 90)
+    assert plans == {told[0]["plan"]: made["plan"]}
     assert found["frames"] == len(found["results"]) == 8
     assert found["frame_s"] > 0
     for result in (*told, *found["results"]):

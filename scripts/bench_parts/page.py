@@ -191,7 +191,7 @@ def _breakdown(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _predicted(rows: Sequence[Mapping[str, Any]]) -> str:
-    shown = [r for r in rows if r["objective"] == "latency" and r.get("predicted_s")]
+    shown = [r for r in rows if r["predicted_off"] is not None]
     if not shown:
         return ""
     links = sorted({r["link_bits_per_s"] for r in shown}, reverse=True)
@@ -199,7 +199,7 @@ def _predicted(rows: Sequence[Mapping[str, Any]]) -> str:
         Dot(
             r["short"],
             r["predicted_s"],
-            r["latency_s"]["median"],
+            r["predicted_against_s"],
             links.index(r["link_bits_per_s"]),
         )
         for r in shown
@@ -209,8 +209,8 @@ def _predicted(rows: Sequence[Mapping[str, Any]]) -> str:
         (
             escape(r["short"]),
             duration(r["predicted_s"]),
-            duration(r["latency_s"]["median"]),
-            f"{r['predicted_s'] / r['latency_s']['median'] - 1:+.0%}",
+            duration(r["predicted_against_s"]),
+            f"{r['predicted_s'] / r['predicted_against_s'] - 1:+.0%}",
             escape(r["predicted_bound"]),
         )
         for r in worst
@@ -282,7 +282,8 @@ def _all_rows(rows: Sequence[Mapping[str, Any]]) -> str:
                 f"{r['payload_mb']:.2f} <small>/ {r['wire_mb']:.2f}</small>",
                 " ".join(f"{c * 1e3:.0f}" for c in r["cpu_s"])
                 + f" <small>{r['cpu_even_s'] * 1e3:.0f}</small>",
-                f"{r['used']} in {r['stages']}",
+                f"{r['used']} in {r['stages']}"
+                + (f", {r['plans_seen']} plans" if r["plans_seen"] > 1 else ""),
                 str(s["count"]),
                 "bits" if r["identical"] else "✓" if not r["wrong"] else f"{r['wrong']} wrong",
             )

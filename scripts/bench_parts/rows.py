@@ -84,7 +84,7 @@ def row_of(
         "degraded": sum(r["degraded"] for r in series.results),
         "retried": sum(r["attempts"] > 1 for r in series.results),
         "raw": {"baseline_s": series.baseline_s, "latency_s": series.latency_s},
-        **_planned(series, latency.median),
+        **_planned(series),
         **_times(series, baseline, alone_s),
         **_memory(series, plain),
     }
@@ -96,14 +96,21 @@ def _payload_mb(results: Sequence[Mapping[str, Any]]) -> float:
     return statistics.median(sent) / 1e6
 
 
-def _planned(series: Series, measured_s: float) -> dict[str, Any]:
-    made = series.made
-    plan = Plan.parse(made["plan"])
+def _planned(series: Series) -> dict[str, Any]:
+    """The last plan that answered. What was expected is held against requests under the plan of
+    the deployment, not under one that took over as devices turned out faster or slower."""
+    made, texts = series.made, series.rig.ask(do="plans")
+    last = texts[series.results[-1]["plan"]]
+    plan = Plan.parse(last)
     expected = made["expected_s"] or 0.0
-    latency = series.objective == "latency"
+    under = [
+        r["wall_s"] for r in series.results if "wall_s" in r and texts[r["plan"]] == made["plan"]
+    ]
+    against = statistics.median(under) if under else None
     return {
         "predicted_s": expected,
-        "predicted_off": abs(expected / measured_s - 1) if expected and latency else None,
+        "predicted_against_s": against,
+        "predicted_off": abs(expected / against - 1) if expected and against else None,
         "predicted_bound": made["bound"],
         "deploy_s": made["deploy_s"],
         "deploy_cpu_s": made["deploy_cpu_s"],
@@ -111,7 +118,8 @@ def _planned(series: Series, measured_s: float) -> dict[str, Any]:
         "stages": len(plan.stages),
         "mode": plan.mode,
         "plans_seen": len({r["plan"] for r in series.results}),
-        "plan": made["plan"],
+        "plan": last,
+        "plan_deployed": made["plan"],
         "report": made["report"],
     }
 

@@ -27,6 +27,7 @@ class Session:
     def __init__(self, options: dict[str, Any]) -> None:
         self.folder = Path(options["folder"])
         self.requests: list[Any] = []
+        self.plans: dict[str, str] = {}
 
     def do(self, command: dict[str, Any]) -> Any:
         """One command, by its ``do``."""
@@ -107,7 +108,13 @@ class Session:
         took_s = ends[around + frames - 1] - ends[around - 1]
         return {"frame_s": took_s / frames, "frames": total, "results": told}
 
+    def do_plans(self) -> dict[str, str]:
+        """Every plan that answered, by the digest that the answers have."""
+        return self.plans
+
     def _told(self, result: mi.Result) -> dict[str, Any]:
+        plan = xxhash.xxh3_64_hexdigest(result.plan.encode())
+        self.plans.setdefault(plan, result.plan)
         return {
             "answer": self._kept(result.outputs),
             "timing": msgspec.to_builtins(
@@ -117,7 +124,7 @@ class Session:
                     "tasks": result.timing.tasks,
                 }
             ),
-            "plan": xxhash.xxh3_64_hexdigest(result.plan.encode()),
+            "plan": plan,
             "attempts": result.attempts,
             "degraded": result.degraded,
         }
