@@ -70,8 +70,13 @@ class Flow:
         return total
 
 
-def derive(graph: Graph, plan: Plan) -> Flow:
+Known = dict[tuple[int, int, tuple[Shard, ...]], Field]
+"""Fields by the stage's ends and the task's outputs, for whoever derives many plans of a graph."""
+
+
+def derive(graph: Graph, plan: Plan, known: Known | None = None) -> Flow:
     """Intersect what each task needs with what earlier tasks (or the source) hold."""
+    known = {} if known is None else known
     source, sink = TaskRef(-1, 0), TaskRef(len(plan.stages), 0)
     holders: dict[str, list[tuple[Shard, TaskRef, DeviceId]]] = {
         name: [(Shard(name, graph.whole(name)), source, plan.source)] for name in graph.inputs
@@ -90,7 +95,10 @@ def derive(graph: Graph, plan: Plan) -> Flow:
     for s, stage in enumerate(plan.stages):
         refs = [TaskRef(s, t) for t in range(len(stage.tasks))]
         for ref, task in zip(refs, stage.tasks, strict=True):
-            fields[ref] = receptive_field(graph, stage, task)
+            key = (stage.start, stage.stop, task.outputs)
+            if key not in known:
+                known[key] = receptive_field(graph, stage, task)
+            fields[ref] = known[key]
             for value in fields[ref].fetches:
                 fetch(value, fields[ref].needs[value], ref, task.devices[0])
         for ref, task in zip(refs, stage.tasks, strict=True):

@@ -22,7 +22,8 @@ class DeviceProfile:
     fixed cost of a task. ``bandwidth_bytes_per_s``, ``latency_s``: of its link, each way at once.
     ``memory_bytes``: what MeshInfer may use, 0 where unknown. ``numeric_class``: devices of one
     class give equal bits. ``computes``: False for one that only holds data.
-    ``memory_bytes_per_s``: of its memory, 0 to derive it from ``flops_per_s``.
+    ``memory_bytes_per_s``: of its memory, 0 to derive it from ``flops_per_s``. ``host``: the
+    machine that it runs on and whose link it shares, "" where that is unknown.
     """
 
     id: DeviceId
@@ -34,6 +35,11 @@ class DeviceProfile:
     numeric_class: str = ""
     computes: bool = True
     memory_bytes_per_s: float = 0.0
+    host: str = ""
+
+    def beside(self, other: DeviceProfile) -> bool:
+        """Whether the two share a machine, so that nothing between them crosses a link."""
+        return self.id == other.id or bool(self.host and self.host == other.host)
 
     @property
     def able(self) -> bool:

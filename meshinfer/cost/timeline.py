@@ -2,7 +2,8 @@
 
 A list schedule over the derived transfers (Graham 1969): a task starts when its inputs are there
 and its device is free; a message when it is ready and both links are. Links are full duplex
-(switched Ethernet): a device may send one message and receive another at the same time.
+(switched Ethernet): a device may send one message and receive another at the same time. Devices on
+one host share its link, and reach each other without it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from meshinfer.transfers import Flow, TaskRef, derive
 
 MESSAGE_BYTES = 256
 """Header of a message beside its tensors."""
+BESIDE_BYTES_PER_S = 500e6
+"""Between two processes on one machine, encryption included. An assumption."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +52,7 @@ class TransferSpan:
 
 @dataclass(frozen=True, slots=True)
 class DeviceUse:
-    """What one device does for one request.
+    """What one device does for one request, on average where requests go to different devices.
 
     ``peak_bytes``: its weights for the whole plan and the values of its largest task.
     """
@@ -82,29 +85,51 @@ class Timeline:
 
 
 def timeline(
-    graph: Graph, plan: Plan, profiles: Sequence[DeviceProfile], *, flow: Flow | None = None
+    graph: Graph,
+    plan: Plan,
+    profiles: Sequence[DeviceProfile],
+    *,
+    flow: Flow | None = None,
+    works: Mapping[TaskRef, Work] | None = None,
 ) -> Timeline:
     """Predict a plan's course. A device without a profile holds data over a default link.
 
-    A task with backups runs on its first device. A task on a device that cannot compute never ends:
-    the total is infinite. ``flow``: what ``derive`` made of this plan, if it is at hand.
+    A task with several devices runs on its first one, and holds its weights on all. With several
+    requests in flight (``window``) it runs on each of them for its share of the requests, in
+    proportion to speed, which ``devices`` and ``bottleneck_s`` (seconds between two answers) tell. A
+    task on a device that cannot compute never ends: the total is infinite. ``flow``: what
+    ``derive`` made of this plan, ``works``: what its fields take, if they are at hand.
     """
     flow = flow if flow is not None else derive(graph, plan)
     run = _Run(flow, {p.id: p for p in profiles}, _messages(graph, flow))
-    run.works = {ref: field_work(graph, f) for ref, f in flow.fields.items()}
+    run.works = works or {ref: field_work(graph, f) for ref, f in flow.fields.items()}
     run.go()
     use = _uses(graph, flow, run)
-    links = [
-        max(u.bytes_sent, u.bytes_received) / run.profile(u.id).bandwidth_bytes_per_s for u in use
-    ]
     return Timeline(
         total_s=run.ready.get(flow.sink, 0.0),
         tasks=tuple(run.tasks),
         transfers=tuple(run.sent),
         devices=use,
         bound=run.bound(),
-        bottleneck_s=max([*(u.busy_s for u in use), *links], default=0.0),
+        bottleneck_s=max([*(u.busy_s for u in use), *_busy_links(run, use)], default=0.0),
     )
+
+
+def _busy_links(run: _Run, use: Sequence[DeviceUse]) -> list[float]:
+    """Seconds that each host's link is busy for one request, the busier way."""
+    out: dict[str, float] = {}
+    into: dict[str, float] = {}
+    for u in use:
+        profile = run.profile(u.id)
+        host, speed = _link(profile), max(profile.bandwidth_bytes_per_s, 1e-9)
+        out[host] = out.get(host, 0.0) + u.bytes_sent / speed
+        into[host] = into.get(host, 0.0) + u.bytes_received / speed
+    return [max(out[host], into[host]) for host in out]
+
+
+def _link(profile: DeviceProfile) -> str:
+    """Whose link a device sends over: its host's, where that is known."""
+    return f"host {profile.host}" if profile.host else f"device {profile.id}"
 
 
 _Message = tuple[TaskRef, TaskRef, int]
@@ -115,9 +140,7 @@ def _messages(graph: Graph, flow: Flow) -> list[_Message]:
     total: dict[tuple[TaskRef, TaskRef], int] = {}
     for t in flow.transfers:
         key = (t.producer, t.consumer)
-        total[key] = total.get(key, 0) + (
-            0 if t.local else graph.nbytes(t.piece.value, t.piece.box)
-        )
+        total[key] = total.get(key, 0) + graph.nbytes(t.piece.value, t.piece.box)
     return [(a, b, n) for (a, b), n in total.items()]
 
 
@@ -132,7 +155,7 @@ class _Run:
     flow: Flow
     profiles: Mapping[DeviceId, DeviceProfile]
     messages: list[_Message]
-    works: dict[TaskRef, Work] = field(default_factory=dict)
+    works: Mapping[TaskRef, Work] = field(default_factory=dict)
     tasks: list[TaskSpan] = field(default_factory=list)
     sent: list[TransferSpan] = field(default_factory=list)
     ready: dict[TaskRef, float] = field(default_factory=dict)
@@ -154,7 +177,7 @@ class _Run:
         self.place = dict.fromkeys(self.queues, 0)
         self.free: dict[DeviceId, tuple[float, TaskRef | None]] = {}
         self.heap: list[tuple[float, int]] = []
-        links: dict[tuple[DeviceId, str], tuple[float, int | None]] = {}
+        links: dict[tuple[str, str], tuple[float, int | None]] = {}
         self._finish(self.flow.source, 0.0)
         for device in self.queues:
             self._advance(device)
@@ -185,14 +208,16 @@ class _Run:
             self._finish(ref, start + took)
 
     def _send(
-        self, i: int, ready: float, links: dict[tuple[DeviceId, str], tuple[float, int | None]]
+        self, i: int, ready: float, links: dict[tuple[str, str], tuple[float, int | None]]
     ) -> None:
         producer, consumer, nbytes = self.messages[i]
         sender, receiver = self.flow.device(producer), self.flow.device(consumer)
+        a, b = self.profile(sender), self.profile(receiver)
         end = ready
-        if sender != receiver:
-            a, b = self.profile(sender), self.profile(receiver)
-            out, into = (sender, "out"), (receiver, "in")
+        if a.beside(b):
+            end += 0.0 if sender == receiver else nbytes / BESIDE_BYTES_PER_S
+        else:
+            out, into = (_link(a), "out"), (_link(b), "in")
             (t_out, m_out), (t_in, m_in) = links.get(out, (0.0, None)), links.get(into, (0.0, None))
             start = max(ready, t_out, t_in)
             slow = a if a.bandwidth_bytes_per_s <= b.bandwidth_bytes_per_s else b
@@ -206,7 +231,7 @@ class _Run:
             self.sent.append(TransferSpan(producer, consumer, sender, receiver, nbytes, start, end))
         if end >= self.ready.get(consumer, 0.0):
             self.ready[consumer] = end
-            self.late[consumer] = i if sender != receiver else producer
+            self.late[consumer] = producer if a.beside(b) else i
         self.missing[consumer] -= 1
         if not self.missing[consumer] and consumer != self.flow.sink:
             self._advance(receiver)
@@ -226,20 +251,25 @@ class _Run:
 def _uses(graph: Graph, flow: Flow, run: _Run) -> tuple[DeviceUse, ...]:
     weights: dict[DeviceId, dict[tuple[str, Box], int]] = {}
     largest: dict[DeviceId, int] = {}
-    for ref, found in flow.fields.items():
-        held = weights.setdefault(flow.device(ref), {})
-        for name in found.weights:
-            held[name, found.needs[name]] = graph.nbytes(name, found.needs[name])
-        device = flow.device(ref)
-        largest[device] = max(largest.get(device, 0), run.works[ref].peak_bytes)
     busy: dict[DeviceId, float] = {}
-    for span in run.tasks:
-        busy[span.device] = busy.get(span.device, 0.0) + span.end_s - span.start_s
-    out: dict[DeviceId, int] = {}
-    into: dict[DeviceId, int] = {}
-    for message in run.sent:
-        out[message.sender] = out.get(message.sender, 0) + message.nbytes
-        into[message.receiver] = into.get(message.receiver, 0) + message.nbytes
+    portions = {ref: _portions(flow, run, ref) for ref in (*flow.fields, flow.source, flow.sink)}
+    for ref, found in flow.fields.items():
+        for device in flow.plan.stages[ref.stage].tasks[ref.task].devices:
+            held = weights.setdefault(device, {})
+            for name in found.weights:
+                held[name, found.needs[name]] = graph.nbytes(name, found.needs[name])
+            largest[device] = max(largest.get(device, 0), run.works[ref].peak_bytes)
+        for device, portion in portions[ref].items():
+            took = seconds(run.works[ref], run.profile(device)) if portion else 0.0
+            busy[device] = busy.get(device, 0.0) + portion * took
+    out: dict[DeviceId, float] = {}
+    into: dict[DeviceId, float] = {}
+    for producer, consumer, nbytes in run.messages:
+        for sender, one in portions[producer].items():
+            for receiver, other in portions[consumer].items():
+                if not run.profile(sender).beside(run.profile(receiver)):
+                    out[sender] = out.get(sender, 0.0) + nbytes * one * other
+                    into[receiver] = into.get(receiver, 0.0) + nbytes * one * other
     names = dict.fromkeys((flow.plan.source, *flow.plan.devices(), flow.plan.sink))
     uses = []
     for device in names:
@@ -248,10 +278,22 @@ def _uses(graph: Graph, flow: Flow, run: _Run) -> tuple[DeviceUse, ...]:
             DeviceUse(
                 device,
                 busy.get(device, 0.0),
-                out.get(device, 0),
-                into.get(device, 0),
+                round(out.get(device, 0)),
+                round(into.get(device, 0)),
                 total,
                 total + largest.get(device, 0),
             )
         )
     return tuple(uses)
+
+
+def _portions(flow: Flow, run: _Run, ref: TaskRef) -> dict[DeviceId, float]:
+    """The share of the requests for which each device runs a task, in proportion to its speed."""
+    if ref not in flow.fields:
+        return {flow.device(ref): 1.0}
+    devices = flow.plan.stages[ref.stage].tasks[ref.task].devices
+    if flow.plan.window == 1 or len(devices) == 1:
+        return {devices[0]: 1.0}
+    speeds = {d: 1 / max(1e-9, seconds(run.works[ref], run.profile(d))) for d in devices}
+    total = sum(speeds.values())
+    return {d: speed / total for d, speed in speeds.items()} if total else {devices[0]: 1.0}

@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from meshinfer.cost.model import GLUED, flops_of, glued_to, whole_flops
-from meshinfer.geometry import Box
+from meshinfer.geometry import Box, Interval
 from meshinfer.graph import Graph, Op
 from meshinfer.ops import BARRIER, is_random, rule_of
-from meshinfer.planner.bands import Axes, Kind, between, cutting
+from meshinfer.planner.axes import Axes, Kind
+from meshinfer.planner.bands import Cutting, between, cutting, groups_of
 
 HEAVY = frozenset(
     (
@@ -44,10 +45,12 @@ class Read:
 class Sample:
     """One band of a block: its work, recomputation included, and what it reads.
 
-    ``size``: length of the axis along which the main output is cut; ``share``: the band's of it.
+    ``size``, ``inner``: lengths of the axes along which the main output is cut; ``share``: the
+    band's of it.
     """
 
     size: int
+    inner: int
     share: float
     flops: float
     nbytes: float
@@ -138,6 +141,20 @@ def _apart(graph: Graph, op: Op, last: Op) -> bool:
     return loose and op.index - last.index > 12
 
 
+def middle(kind: Kind, parts: int) -> tuple[float, float, float, float]:
+    """The fractions of both axes that a device in the middle gets, of so many equal ones."""
+    groups = groups_of(kind, parts)
+    return (*_middle(len(groups)), *_middle(groups[len(groups) // 2]))
+
+
+def _middle(parts: int) -> tuple[float, float]:
+    return (0.5, 1.0) if parts == 2 else (0.5 - 0.5 / parts, 0.5 + 0.5 / parts)
+
+
+def _cell(cut: Cutting, at: tuple[float, float, float, float]) -> tuple[Interval, Interval]:
+    return between(cut.size, *at[:2]), between(cut.inner_size, *at[2:])
+
+
 def samples(
     graph: Graph, axes: Axes, stop: int, starts: Sequence[int], kind: Kind, parts: int
 ) -> dict[int, Sample]:
@@ -145,13 +162,14 @@ def samples(
 
     ``starts`` descend from ``stop``.
     """
-    low, high = (0.5, 1.0) if parts == 2 else (0.5 - 0.5 / parts, 0.5 + 0.5 / parts)
+    at = middle(kind, parts)
     needs: dict[str, Box] = {}
     outside: dict[str, None] = {}  # values that are read so far and made before this op
     parts_of: dict[str, Box] = {}  # which part of its sum, for partial sums
     found: dict[int, Sample] = {}
     flops = nbytes = 0.0
-    size, share, largest = 0, 1.0, -1
+    main: tuple[int, int, float] = (0, 0, 1.0)
+    largest = -1
     wanted = set(starts)
     for op in reversed(graph.ops[min(starts, default=stop) : stop]):
         for name in op.outputs:
@@ -162,14 +180,15 @@ def samples(
             cut = cutting(graph, axes, name, kind, stop)
             if cut is None:
                 return found
-            interval = between(cut.size, low, high)
-            shard = cut.part(graph, name, interval)
+            outer, inner = _cell(cut, at)
+            shard = cut.part(graph, name, outer, inner)
             if shard.over is not None:
                 parts_of[name] = shard.over
             needs[name] = needs[name].hull(shard.box) if name in needs else shard.box
             if graph.nbytes(name) > largest:
                 largest = graph.nbytes(name)
-                size, share = cut.size, interval.size / cut.size
+                share = outer.size * inner.size / (cut.size * cut.inner_size)
+                main = (cut.size, cut.inner_size, share)
         if is_random(op):
             return found
         asked = tuple(needs.get(n) if n else None for n in op.outputs)
@@ -185,24 +204,23 @@ def samples(
                     needs[name] = needs[name].hull(read) if name in needs else read
                     if not graph.is_initializer(name):
                         outside[name] = None
-        if op.index in wanted and size:
-            reads = _reads(graph, axes, {name: needs[name] for name in outside}, (low, high))
-            found[op.index] = Sample(size, share, flops, nbytes, reads)
+        if op.index in wanted and main[0]:
+            reads = _reads(graph, axes, {name: needs[name] for name in outside}, parts)
+            found[op.index] = Sample(*main, flops, nbytes, reads)
     return found
 
 
-def _reads(
-    graph: Graph, axes: Axes, needs: Mapping[str, Box], at: tuple[float, float]
-) -> tuple[Read, ...]:
+def _reads(graph: Graph, axes: Axes, needs: Mapping[str, Box], parts: int) -> tuple[Read, ...]:
     reads = []
     for value, box in needs.items():
         need = graph.nbytes(value, box)
         missing: dict[Kind, int] = {}
-        for kind in axes.kinds:
-            axis = axes.of(value, kind)
+        for kind in axes.kinds(parts):
             missing[kind] = need
+            axis, inner = axes.of(value, kind), axes.inner(value, kind)
             if axis is not None and (kind != "rows" or value not in axes.sums):
-                own = between(graph.whole(value)[axis].size, *at).intersect(box[axis]).size
-                missing[kind] -= need * max(0, own) // box[axis].size
+                cut = Cutting(axis, graph.whole(value), inner)
+                own = cut.part(graph, value, *_cell(cut, middle(kind, parts))).box.intersect(box)
+                missing[kind] -= need * own.volume // box.volume
         reads.append(Read(value, graph.nbytes(value), need, missing))
     return tuple(reads)
