@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from meshinfer.geometry import Box
 from meshinfer.graph import Graph
@@ -16,8 +17,7 @@ from meshinfer.identity import DeviceId
 from meshinfer.plan import Plan, Shard
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class TaskRef:
+class TaskRef(NamedTuple):  # a tuple, since planning hashes millions of them
     """A task by its place in the plan. The source is stage -1, the sink stage ``len(stages)``."""
 
     stage: int
@@ -70,13 +70,8 @@ class Flow:
         return total
 
 
-Known = dict[tuple[int, int, tuple[Shard, ...]], Field]
-"""Fields by the stage's ends and the task's outputs, for whoever derives many plans of a graph."""
-
-
-def derive(graph: Graph, plan: Plan, known: Known | None = None) -> Flow:
+def derive(graph: Graph, plan: Plan) -> Flow:
     """Intersect what each task needs with what earlier tasks (or the source) hold."""
-    known = {} if known is None else known
     source, sink = TaskRef(-1, 0), TaskRef(len(plan.stages), 0)
     holders: dict[str, list[tuple[Shard, TaskRef, DeviceId]]] = {
         name: [(Shard(name, graph.whole(name)), source, plan.source)] for name in graph.inputs
@@ -95,10 +90,7 @@ def derive(graph: Graph, plan: Plan, known: Known | None = None) -> Flow:
     for s, stage in enumerate(plan.stages):
         refs = [TaskRef(s, t) for t in range(len(stage.tasks))]
         for ref, task in zip(refs, stage.tasks, strict=True):
-            key = (stage.start, stage.stop, task.outputs)
-            if key not in known:
-                known[key] = receptive_field(graph, stage, task)
-            fields[ref] = known[key]
+            fields[ref] = receptive_field(graph, stage, task)
             for value in fields[ref].fetches:
                 fetch(value, fields[ref].needs[value], ref, task.devices[0])
         for ref, task in zip(refs, stage.tasks, strict=True):

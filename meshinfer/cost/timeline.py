@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from meshinfer.cost.model import Work, field_work, seconds
 from meshinfer.cost.profile import DeviceProfile
 from meshinfer.geometry import Box
 from meshinfer.graph import Graph
+from meshinfer.halo import Field
 from meshinfer.identity import DeviceId
 from meshinfer.plan import Plan
 from meshinfer.transfers import Flow, TaskRef, derive
@@ -84,33 +85,71 @@ class Timeline:
         return DeviceUse(device, 0.0, 0, 0, 0, 0)
 
 
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a task takes and holds on any device. ``weights``: a number for each box of an
+    initializer, the same for the same box, and its bytes."""
+
+    work: Work
+    weights: Mapping[int, int]
+
+
+Boxes = dict[tuple[str, Box], int]
+"""Boxes of initializers, numbered as they come."""
+
+Message = tuple[TaskRef, TaskRef, int]
+"""Producer, consumer, bytes."""
+
+
+def load_of(graph: Graph, field: Field, numbers: Boxes) -> Load:
+    """The load of a task with this field."""
+    weights = {}
+    for name in field.weights:
+        key = (name, field.needs[name])
+        weights[numbers.setdefault(key, len(numbers))] = graph.nbytes(*key)
+    return Load(field_work(graph, field), weights)
+
+
 def timeline(
-    graph: Graph,
-    plan: Plan,
-    profiles: Sequence[DeviceProfile],
-    *,
-    flow: Flow | None = None,
-    works: Mapping[TaskRef, Work] | None = None,
+    graph: Graph, plan: Plan, profiles: Sequence[DeviceProfile], *, flow: Flow | None = None
 ) -> Timeline:
     """Predict a plan's course. A device without a profile holds data over a default link.
 
     A task with several devices runs on its first one, and holds its weights on all. With several
     requests in flight (``window``) it runs on each of them for its share of the requests, in
-    proportion to speed, which ``devices`` and ``bottleneck_s`` (seconds between two answers) tell. A
-    task on a device that cannot compute never ends: the total is infinite. ``flow``: what
-    ``derive`` made of this plan, ``works``: what its fields take, if they are at hand.
+    proportion to speed, which ``devices`` and ``bottleneck_s`` (seconds between two answers) tell.
+    A task on a device that cannot compute never ends: the total is infinite. ``flow``: what
+    ``derive`` made of this plan, if it is at hand.
     """
     flow = flow if flow is not None else derive(graph, plan)
-    run = _Run(flow, {p.id: p for p in profiles}, _messages(graph, flow))
-    run.works = works or {ref: field_work(graph, f) for ref, f in flow.fields.items()}
+    total: dict[tuple[TaskRef, TaskRef], int] = {}
+    for t in flow.transfers:
+        key = (t.producer, t.consumer)
+        total[key] = total.get(key, 0) + graph.nbytes(t.piece.value, t.piece.box)
+    numbers: Boxes = {}
+    loads = {ref: load_of(graph, f, numbers) for ref, f in flow.fields.items()}
+    return predict(plan, profiles, loads, [(a, b, n) for (a, b), n in total.items()])
+
+
+def predict(
+    plan: Plan,
+    profiles: Sequence[DeviceProfile],
+    loads: Mapping[TaskRef, Load],
+    messages: Sequence[Message],
+    *,
+    brief: bool = False,
+) -> Timeline:
+    """The timeline of tasks with these loads, in plan order, and these messages, in order of their
+    consumers. ``brief``: without its transfers, and without what bounds it."""
+    run = _Run(plan, {p.id: p for p in profiles}, loads, messages, brief)
     run.go()
-    use = _uses(graph, flow, run)
+    use = _uses(run)
     return Timeline(
-        total_s=run.ready.get(flow.sink, 0.0),
+        total_s=run.ready.get(run.sink, 0.0),
         tasks=tuple(run.tasks),
         transfers=tuple(run.sent),
         devices=use,
-        bound=run.bound(),
+        bound="" if brief else run.bound(),
         bottleneck_s=max([*(u.busy_s for u in use), *_busy_links(run, use)], default=0.0),
     )
 
@@ -132,38 +171,68 @@ def _link(profile: DeviceProfile) -> str:
     return f"host {profile.host}" if profile.host else f"device {profile.id}"
 
 
-_Message = tuple[TaskRef, TaskRef, int]
-
-
-def _messages(graph: Graph, flow: Flow) -> list[_Message]:
-    """(producer, consumer, bytes), one for each pair of tasks, in plan order."""
-    total: dict[tuple[TaskRef, TaskRef], int] = {}
-    for t in flow.transfers:
-        key = (t.producer, t.consumer)
-        total[key] = total.get(key, 0) + graph.nbytes(t.piece.value, t.piece.box)
-    return [(a, b, n) for (a, b), n in total.items()]
-
-
 _Cause = tuple[str, float, "TaskRef | int | None"]
 """What is waited for: its name, its seconds, and what it waited for (a task, or a message)."""
 
 
-@dataclass
+@dataclass(slots=True)
+class _Way:
+    """From one device to another: no link if they are beside each other."""
+
+    beside: bool
+    out: str = ""
+    into: str = ""
+    s_per_byte: float = 1 / BESIDE_BYTES_PER_S
+    latency_s: float = 0.0
+    slow: DeviceId = DeviceId("")
+    ends: tuple[DeviceId, DeviceId] = (DeviceId(""), DeviceId(""))
+
+
 class _Run:
     """The schedule while it is made; times in seconds."""
 
-    flow: Flow
-    profiles: Mapping[DeviceId, DeviceProfile]
-    messages: list[_Message]
-    works: Mapping[TaskRef, Work] = field(default_factory=dict)
-    tasks: list[TaskSpan] = field(default_factory=list)
-    sent: list[TransferSpan] = field(default_factory=list)
-    ready: dict[TaskRef, float] = field(default_factory=dict)
-    cause: dict[TaskRef | int, _Cause] = field(default_factory=dict)
-    late: dict[TaskRef, TaskRef | int | None] = field(default_factory=dict)
+    def __init__(
+        self,
+        plan: Plan,
+        profiles: Mapping[DeviceId, DeviceProfile],
+        loads: Mapping[TaskRef, Load],
+        messages: Sequence[Message],
+        brief: bool,
+    ) -> None:
+        self.plan, self.profiles, self.loads = plan, profiles, loads
+        self.messages, self.brief = messages, brief
+        self.source, self.sink = TaskRef(-1, 0), TaskRef(len(plan.stages), 0)
+        self.tasks: list[TaskSpan] = []
+        self.sent: list[TransferSpan] = []
+        self.ready: dict[TaskRef, float] = {}
+        self.cause: dict[TaskRef | int, _Cause] = {}
+        self.late: dict[TaskRef, TaskRef | int | None] = {}
+        self.where: dict[TaskRef, DeviceId] = {self.source: plan.source, self.sink: plan.sink}
+        self.queues: dict[DeviceId, list[TaskRef]] = {}
+        for ref in loads:
+            device = plan.stages[ref.stage].tasks[ref.task].devices[0]
+            self.where[ref] = device
+            self.queues.setdefault(device, []).append(ref)
+        self.ways: dict[tuple[DeviceId, DeviceId], _Way] = {}
 
     def profile(self, device: DeviceId) -> DeviceProfile:
         return self.profiles.get(device) or DeviceProfile(device, 0.0, computes=False)
+
+    def way(self, sender: DeviceId, receiver: DeviceId) -> _Way:
+        known = self.ways.get((sender, receiver))
+        if known is None:
+            a, b = self.profile(sender), self.profile(receiver)
+            if sender == receiver:
+                known = _Way(True, s_per_byte=0.0)
+            elif a.beside(b):
+                known = _Way(True)
+            else:
+                slow = a if a.bandwidth_bytes_per_s <= b.bandwidth_bytes_per_s else b
+                pace = 1 / max(slow.bandwidth_bytes_per_s, 1e-9)
+                late = max(a.latency_s, b.latency_s)
+                known = _Way(False, _link(a), _link(b), pace, late, slow.id, (sender, receiver))
+            self.ways[sender, receiver] = known
+        return known
 
     def go(self) -> None:
         self.outgoing: dict[TaskRef, list[int]] = {}
@@ -171,19 +240,17 @@ class _Run:
         for i, (producer, consumer, _) in enumerate(self.messages):
             self.outgoing.setdefault(producer, []).append(i)
             self.missing[consumer] = self.missing.get(consumer, 0) + 1
-        self.queues: dict[DeviceId, list[TaskRef]] = {}
-        for ref in self.flow.fields:
-            self.queues.setdefault(self.flow.device(ref), []).append(ref)
         self.place = dict.fromkeys(self.queues, 0)
         self.free: dict[DeviceId, tuple[float, TaskRef | None]] = {}
         self.heap: list[tuple[float, int]] = []
-        links: dict[tuple[str, str], tuple[float, int | None]] = {}
-        self._finish(self.flow.source, 0.0)
+        self.out: dict[str, tuple[float, int | None]] = {}
+        self.into: dict[str, tuple[float, int | None]] = {}
+        self._finish(self.source, 0.0)
         for device in self.queues:
             self._advance(device)
         while self.heap:
             ready, i = heapq.heappop(self.heap)
-            self._send(i, ready, links)
+            self._send(i, ready)
 
     def _finish(self, ref: TaskRef, now: float) -> None:
         for i in self.outgoing.get(ref, ()):
@@ -199,47 +266,46 @@ class _Run:
             free, before = self.free.get(device, (0.0, None))
             there = self.ready.get(ref, 0.0)
             start = max(free, there)
-            took = seconds(self.works[ref], self.profile(device))
-            waited = before if free > there else self.late.get(ref)
-            self.cause[ref] = (f"compute of {device}", took, waited)
-            self.tasks.append(TaskSpan(ref, device, start, start + took, self.works[ref]))
+            work = self.loads[ref].work
+            took = seconds(work, self.profile(device))
+            if not self.brief:
+                waited = before if free > there else self.late.get(ref)
+                self.cause[ref] = (f"compute of {device}", took, waited)
+            self.tasks.append(TaskSpan(ref, device, start, start + took, work))
             self.free[device] = (start + took, ref)
             self.place[device] += 1
             self._finish(ref, start + took)
 
-    def _send(
-        self, i: int, ready: float, links: dict[tuple[str, str], tuple[float, int | None]]
-    ) -> None:
+    def _send(self, i: int, ready: float) -> None:
         producer, consumer, nbytes = self.messages[i]
-        sender, receiver = self.flow.device(producer), self.flow.device(consumer)
-        a, b = self.profile(sender), self.profile(receiver)
-        end = ready
-        if a.beside(b):
-            end += 0.0 if sender == receiver else nbytes / BESIDE_BYTES_PER_S
+        way = self.way(self.where[producer], self.where[consumer])
+        if way.beside:
+            end = ready + nbytes * way.s_per_byte
         else:
-            out, into = (_link(a), "out"), (_link(b), "in")
-            (t_out, m_out), (t_in, m_in) = links.get(out, (0.0, None)), links.get(into, (0.0, None))
+            t_out, m_out = self.out.get(way.out, (0.0, None))
+            t_in, m_in = self.into.get(way.into, (0.0, None))
             start = max(ready, t_out, t_in)
-            slow = a if a.bandwidth_bytes_per_s <= b.bandwidth_bytes_per_s else b
-            busy = (nbytes + MESSAGE_BYTES) / max(slow.bandwidth_bytes_per_s, 1e-9)
-            end = start + busy + max(a.latency_s, b.latency_s)
-            waited: TaskRef | int | None = producer
-            if start > ready:
-                waited, slow = (m_out, a) if t_out >= t_in else (m_in, b)
-            links[out] = links[into] = (start + busy, i)
-            self.cause[i] = (f"link of {slow.id}", end - start, waited)
-            self.sent.append(TransferSpan(producer, consumer, sender, receiver, nbytes, start, end))
+            done = start + (nbytes + MESSAGE_BYTES) * way.s_per_byte
+            end = done + way.latency_s
+            self.out[way.out] = self.into[way.into] = (done, i)
+            if not self.brief:
+                waited: TaskRef | int | None = producer
+                slow, ends = way.slow, way.ends
+                if start > ready:
+                    waited, slow = (m_out, ends[0]) if t_out >= t_in else (m_in, ends[1])
+                self.cause[i] = (f"link of {slow}", end - start, waited)
+                self.sent.append(TransferSpan(producer, consumer, *ends, nbytes, start, end))
         if end >= self.ready.get(consumer, 0.0):
             self.ready[consumer] = end
-            self.late[consumer] = producer if a.beside(b) else i
+            self.late[consumer] = producer if way.beside else i
         self.missing[consumer] -= 1
-        if not self.missing[consumer] and consumer != self.flow.sink:
-            self._advance(receiver)
+        if not self.missing[consumer] and consumer != self.sink:
+            self._advance(self.where[consumer])
 
     def bound(self) -> str:
         """The largest share of the critical path, walked back from the sink."""
         shares: dict[str, float] = {}
-        at: TaskRef | int | None = self.late.get(self.flow.sink)
+        at: TaskRef | int | None = self.late.get(self.sink)
         while at is not None and at in self.cause:
             name, took, at = self.cause[at]
             shares[name] = shares.get(name, 0.0) + took
@@ -248,52 +314,50 @@ class _Run:
         return min(shares, key=lambda name: (-shares[name], name))
 
 
-def _uses(graph: Graph, flow: Flow, run: _Run) -> tuple[DeviceUse, ...]:
-    weights: dict[DeviceId, dict[tuple[str, Box], int]] = {}
+def _uses(run: _Run) -> tuple[DeviceUse, ...]:
+    weights: dict[DeviceId, dict[int, int]] = {}
     largest: dict[DeviceId, int] = {}
     busy: dict[DeviceId, float] = {}
-    portions = {ref: _portions(flow, run, ref) for ref in (*flow.fields, flow.source, flow.sink)}
-    for ref, found in flow.fields.items():
-        for device in flow.plan.stages[ref.stage].tasks[ref.task].devices:
-            held = weights.setdefault(device, {})
-            for name in found.weights:
-                held[name, found.needs[name]] = graph.nbytes(name, found.needs[name])
-            largest[device] = max(largest.get(device, 0), run.works[ref].peak_bytes)
-        for device, portion in portions[ref].items():
-            took = seconds(run.works[ref], run.profile(device)) if portion else 0.0
-            busy[device] = busy.get(device, 0.0) + portion * took
+    portions: dict[TaskRef, dict[DeviceId, float]] = {}
+    for ref, load in run.loads.items():
+        devices = run.plan.stages[ref.stage].tasks[ref.task].devices
+        for device in devices:
+            weights.setdefault(device, {}).update(load.weights)
+            largest[device] = max(largest.get(device, 0), load.work.peak_bytes)
+        if run.plan.window > 1 and len(devices) > 1:
+            portions[ref] = _portions(run, ref, devices)
+    for span in run.tasks:
+        for device, portion in portions.get(span.ref, {span.device: 1.0}).items():
+            took = span.end_s - span.start_s
+            if device != span.device:
+                took = seconds(span.work, run.profile(device))
+            busy[device] = busy.get(device, 0.0) + (portion * took if portion else 0.0)
     out: dict[DeviceId, float] = {}
     into: dict[DeviceId, float] = {}
     for producer, consumer, nbytes in run.messages:
-        for sender, one in portions[producer].items():
-            for receiver, other in portions[consumer].items():
-                if not run.profile(sender).beside(run.profile(receiver)):
+        a, b = run.where[producer], run.where[consumer]
+        if producer not in portions and consumer not in portions:
+            if not run.way(a, b).beside:
+                out[a] = out.get(a, 0.0) + nbytes
+                into[b] = into.get(b, 0.0) + nbytes
+            continue
+        for sender, one in portions.get(producer, {a: 1.0}).items():
+            for receiver, other in portions.get(consumer, {b: 1.0}).items():
+                if not run.way(sender, receiver).beside:
                     out[sender] = out.get(sender, 0.0) + nbytes * one * other
                     into[receiver] = into.get(receiver, 0.0) + nbytes * one * other
-    names = dict.fromkeys((flow.plan.source, *flow.plan.devices(), flow.plan.sink))
     uses = []
-    for device in names:
-        total = sum(weights.get(device, {}).values())
-        uses.append(
-            DeviceUse(
-                device,
-                busy.get(device, 0.0),
-                round(out.get(device, 0)),
-                round(into.get(device, 0)),
-                total,
-                total + largest.get(device, 0),
-            )
-        )
+    for device in dict.fromkeys((run.plan.source, *run.plan.devices(), run.plan.sink)):
+        held = sum(weights.get(device, {}).values())
+        sent, received = round(out.get(device, 0)), round(into.get(device, 0))
+        peak = held + largest.get(device, 0)
+        uses.append(DeviceUse(device, busy.get(device, 0.0), sent, received, held, peak))
     return tuple(uses)
 
 
-def _portions(flow: Flow, run: _Run, ref: TaskRef) -> dict[DeviceId, float]:
+def _portions(run: _Run, ref: TaskRef, devices: Sequence[DeviceId]) -> dict[DeviceId, float]:
     """The share of the requests for which each device runs a task, in proportion to its speed."""
-    if ref not in flow.fields:
-        return {flow.device(ref): 1.0}
-    devices = flow.plan.stages[ref.stage].tasks[ref.task].devices
-    if flow.plan.window == 1 or len(devices) == 1:
-        return {devices[0]: 1.0}
-    speeds = {d: 1 / max(1e-9, seconds(run.works[ref], run.profile(d))) for d in devices}
+    work = run.loads[ref].work
+    speeds = {d: 1 / max(1e-9, seconds(work, run.profile(d))) for d in devices}
     total = sum(speeds.values())
     return {d: speed / total for d, speed in speeds.items()} if total else {devices[0]: 1.0}

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from meshinfer.cost import DeviceProfile, Timeline, Work, field_work, timeline
+from meshinfer.cost import DeviceProfile, Load, Timeline, predict
 from meshinfer.graph import Graph
 from meshinfer.identity import DeviceId
-from meshinfer.plan import Plan, Stage
-from meshinfer.planner.bands import Block, explicit, stage_of
+from meshinfer.plan import Plan
+from meshinfer.planner.bands import Block, explicit
+from meshinfer.planner.parts import Parts
 from meshinfer.planner.search import Team
 from meshinfer.planner.space import Space
-from meshinfer.transfers import Known, derive
+from meshinfer.transfers import TaskRef
 
 MOST_IN_FLIGHT = 64
 
@@ -53,12 +54,10 @@ class Choice:
     order: tuple[DeviceProfile, ...] = ()
     effort: int = 0
     seen: dict[tuple[Block, ...], Candidate] = field(default_factory=dict)
-    _fields: Known = field(default_factory=dict)
-    _works: dict[int, Work] = field(default_factory=dict)
-    _stages: dict[Block, Stage] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.by_id = {p.id: p for p in self.profiles}
+        self.parts = Parts(self.graph, self.space.axes)
 
     def profile(self, device: DeviceId) -> DeviceProfile:
         return self.by_id.get(device) or DeviceProfile(device, 0.0, computes=False)
@@ -90,10 +89,7 @@ class Choice:
         """The candidate of a layout, remembered. ``shares``: for blocks that do not say."""
         layout = explicit(blocks, shares)
         if layout not in self.seen:
-            for block in layout:
-                if block not in self._stages:
-                    self._stages[block] = stage_of(self.graph, self.space.axes, block)
-            stages = tuple(self._stages[block] for block in layout)
+            stages = tuple(self.parts.stage(block) for block in layout)
             plan = Plan(self.graph.digest, *self.ends, stages)
             if self.objective == "throughput":
                 window = min(MOST_IN_FLIGHT, 2 * len(plan.devices()))
@@ -104,18 +100,18 @@ class Choice:
                 for block in layout
                 for held in (allowed(block.start, block.stop),)
             )
-            self.seen[layout] = Candidate(name, layout, plan, self._timeline(plan), breach)
+            found = self._timeline(plan, layout)
+            self.seen[layout] = Candidate(name, layout, plan, found, breach)
         return self.seen[layout]
 
-    def _timeline(self, plan: Plan) -> Timeline:
-        flow = derive(self.graph, plan, self._fields)
-        works = {}
-        for ref, found in flow.fields.items():
-            if id(found) not in self._works:
-                self._works[id(found)] = field_work(self.graph, found)
-            works[ref] = self._works[id(found)]
-        self.effort += len(works)
-        return timeline(self.graph, plan, self.profiles, flow=flow, works=works)
+    def _timeline(self, plan: Plan, layout: Sequence[Block]) -> Timeline:
+        loads: dict[TaskRef, Load] = {}
+        for s, block in enumerate(layout):
+            for t, load in enumerate(self.parts.loads(block)):
+                loads[self.parts.ref(s, t)] = load
+        self.effort += len(loads)
+        messages = self.parts.messages(layout)
+        return predict(plan, self.profiles, loads, messages, brief=True)
 
     def excess(self, c: Candidate) -> int:
         """Bytes by which a candidate's devices exceed what they granted, added up."""

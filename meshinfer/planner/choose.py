@@ -86,7 +86,8 @@ def make_plan(
     if choice.excess(best) > 0:
         raise too_large(choice, best)
     validate(graph, best.plan)
-    return Planned(best.plan, best.timeline, tuple(notes_of(choice, best, spread)))
+    course = timeline(graph, best.plan, profiles)
+    return Planned(best.plan, course, tuple(notes_of(choice, best, course, spread)))
 
 
 def _search(choice: Choice, *, spread: bool) -> Candidate:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from meshinfer.cost import DeviceProfile
+from meshinfer.cost import DeviceProfile, Timeline
 from meshinfer.errors import InvalidInput, NotEnoughMemory
 from meshinfer.identity import DeviceId
 from meshinfer.planner.bands import Block
@@ -16,10 +16,11 @@ TRIED_APART = 8
 """Most devices that are tried in and out of the plan one by one."""
 
 
-def notes_of(choice: Choice, best: Candidate, spread: bool) -> Iterator[str]:
+def notes_of(
+    choice: Choice, best: Candidate, course: Timeline, spread: bool
+) -> Iterator[str]:
     """What is expected, what bounds it, bytes, who is idle and why, and what else was tried."""
     used, order = best.plan.devices(), choice.order
-    course = best.timeline
     yield (
         f"expected {course.total_s * 1e3:.1f} ms on {len(used)} of {len(order)} computing devices "
         f"in {len(best.plan.stages)} stages, bound by {course.bound}"
