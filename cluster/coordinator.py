@@ -205,7 +205,7 @@ class Head:
         transport = Transport(f"{HEAD}#{incarnation}", self._keyring.member, server)
         port = transport.bind(Plane.BULK, self._shared or EVERYWHERE)
         control = Endpoint(self._host, self._control_port, self._keyring.coordinator_public)
-        facts = profiler.facts(threads=0, flops_per_s=0.0, engine="none", computes=False)
+        facts = profiler.facts(threads=0, engine="none", measured=None)
         hello = m.Hello(
             role="worker",
             device=HEAD,

@@ -26,6 +26,7 @@ import psutil
 
 from cluster.client import Client
 from cluster.coordinator import HEAD, Address, CoordinatorOptions
+from cluster.profiler import Measured, measure
 from cluster.worker import WorkerOptions
 from meshinfer.errors import ClusterUnavailable, InvalidInput
 
@@ -78,7 +79,7 @@ class LocalCluster:
         self._folder = Path(tempfile.mkdtemp(prefix="meshinfer-local-"))
         self._workers: list[_Worker] = []
         self._made = 0
-        self._flops = 0.0
+        self._measured: Measured | None = None
         self._coordinator: subprocess.Popen[bytes] | None = None
         self._address: Address | None = None
         try:
@@ -195,11 +196,9 @@ class LocalCluster:
         self._address = msgspec.json.decode(path.read_bytes(), type=Address)
 
     def _start_worker(self, speed: float) -> str:
-        if not self._flops:
-            from cluster.profiler import measure_flops
-
+        if self._measured is None:
             # All run on this machine: measured once, since together they would disturb each other.
-            self._flops = measure_flops(self._threads)
+            self._measured = measure(self._threads)
         name = f"worker-{self._made}"
         self._made += 1
         options = WorkerOptions(
@@ -210,7 +209,7 @@ class LocalCluster:
             coordinator=None if self._discovery else self.address,
             interfaces=(LOOPBACK,),
             threads=self._threads,
-            flops_per_s=self._flops,
+            measured=self._measured,
             speed=speed,
             log_level=self._log_level,
             parent=os.getpid(),

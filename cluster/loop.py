@@ -124,7 +124,6 @@ class Loop:
                 self._do(item)
             else:
                 self._handle(item)
-        due = self._core.next_deadline()
         if due is not None and due <= time.monotonic():
             self._handle(Ticked())
 

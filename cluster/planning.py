@@ -18,7 +18,7 @@ from cluster.importing import Importer
 from cluster.loop import Post, report, start_thread
 from cluster.storing import perform
 from meshinfer import limits
-from meshinfer.cost import DeviceProfile, timeline
+from meshinfer.cost import timeline
 from meshinfer.errors import InvalidInput
 from meshinfer.graph import Graph
 from meshinfer.identity import DeviceId
@@ -41,6 +41,7 @@ from meshinfer.scheduler.events import (
     Signature,
     WriteBlob,
 )
+from meshinfer.scheduler.profiles import profile_of
 
 
 class PlanningThread:
@@ -131,7 +132,7 @@ class PlanningThread:
 
     def _planned(self, graph: Graph, effect: MakePlan) -> tuple[Plan, Report]:
         """A valid plan, given or searched, and what it comes to."""
-        profiles = _profiles(effect)
+        profiles = [profile_of(c.device, c.facts, c.link) for c in effect.candidates]
         given = self._given_plan(graph, effect)
         if given is not None:
             validate(graph, given)
@@ -199,18 +200,6 @@ class PlanningThread:
         ) and len(self._graphs) > 1:
             self._graphs.popitem(last=False)
         return found[0]
-
-
-def _profiles(effect: MakePlan) -> list[DeviceProfile]:
-    return [
-        DeviceProfile(
-            id=DeviceId(c.device),
-            flops_per_s=c.flops_per_s,
-            memory_bytes=c.memory_bytes,
-            numeric_class=c.engine,
-        )
-        for c in effect.candidates
-    ]
 
 
 def _input(value: onnx.ValueInfoProto) -> tuple[str, tuple[int | None, ...] | None]:

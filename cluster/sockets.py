@@ -31,6 +31,11 @@ NOT_OURS: Final = (
 )
 CANNOT_CONNECT: Final = "nobody answers at this address"
 
+# Plain integers: each operation on zmq's flags makes a new enum member, 1 us, many times a message.
+POLLIN: Final = int(zmq.POLLIN)
+_EVENTS: Final = int(zmq.EVENTS)
+_NOW: Final = int(zmq.DONTWAIT)
+_NOW_AND_MORE: Final = int(zmq.DONTWAIT | zmq.SNDMORE)
 _ZERO_COPY_BYTES: Final = 64 * 1024  # below, the bookkeeping costs more than the copy
 _CURVE_BYTES: Final = 33  # what CURVE adds to a frame (RFC 26: name, nonce, flags, MAC)
 UNKNOWN: Final = -1
@@ -170,7 +175,7 @@ def send_whole(to: Socket, frames: Frames) -> bool:
     taken = True
     last = len(frames) - 1
     for index, frame in enumerate(frames):
-        flags = zmq.DONTWAIT | (zmq.SNDMORE if index < last else 0)
+        flags = _NOW_AND_MORE if index < last else _NOW
         try:
             to.send(frame, flags, copy=frame_size(frame) < _ZERO_COPY_BYTES)
         except zmq.Again:
@@ -184,10 +189,12 @@ def send_whole(to: Socket, frames: Frames) -> bool:
 
 def receive_whole(source: Socket) -> list[zmq.Frame] | None:
     """One whole message, None if there is none; of too many frames only as many as show that."""
+    if not int(source.getsockopt(_EVENTS)) & POLLIN:  # cheaper than to be told by an exception
+        return None
     frames: list[zmq.Frame] = []
     while True:
         try:
-            frame = source.recv(zmq.DONTWAIT, copy=False)
+            frame = source.recv(_NOW, copy=False)
         except zmq.Again:  # libzmq shows a message only when all of it is there
             return None
         if len(frames) < limits.FRAMES_PER_MESSAGE + 2:  # routing id, and one too many
@@ -294,3 +301,28 @@ class Backlog:
 
     messages: deque[tuple[Frames, int]] = field(default_factory=deque)
     size: int = 0
+
+
+def heard_of(link: Link, event: int, value: int) -> str:
+    """Note what a link's monitor says. The reason to call it lost, if it is one that is new."""
+    reason = ""
+    if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+        link.up, link.said = True, ""
+    elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+        # ZAP: 300 try again, 400 refused, 500 the gatekeeper has a bug.
+        reason = REFUSED if value == 400 else f"{REFUSED} (ZAP status {value})"
+        link.refused = True
+    elif event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
+        reason = NOT_OURS
+        link.refused = True
+    elif event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
+        reason = NOT_OURS
+    elif event == zmq.EVENT_DISCONNECTED and link.up:
+        link.up = False
+        reason = LOST
+    elif event == zmq.EVENT_CLOSED:
+        reason = CANNOT_CONNECT
+    if not reason or reason == link.said:
+        return ""
+    link.said = reason
+    return reason

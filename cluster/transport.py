@@ -23,11 +23,8 @@ import zmq
 from cluster import sockets
 from cluster.security import Gatekeeper, KeyPair, generate_keypair
 from cluster.sockets import (
-    CANNOT_CONNECT,
     LOST,
     NO_ROUTE,
-    NOT_OURS,
-    REFUSED,
     Endpoint,
     Frames,
     Incoming,
@@ -65,6 +62,8 @@ class Transport:
         self._backlogs: dict[tuple[Plane, str], sockets.Backlog] = {}
         self._lost: dict[tuple[Plane, str], str] = {}
         self._poller = zmq.Poller()
+        self._data: dict[sockets.Socket, sockets.Port | sockets.Link] = {}
+        self._monitors: set[sockets.Socket] = set()
         self._retry_s = _RETRY_S
         self._turn = 0
         self._owner = (os.getpid(), threading.get_ident())
@@ -107,9 +106,8 @@ class Transport:
         monitor = None
         if plane is Plane.CONTROL:  # a cut on bulk is repaired by resending, and is no death
             monitor = bound.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-            self._poller.register(monitor, zmq.POLLIN)
-        self._poller.register(bound, zmq.POLLIN)
         self._ports[plane] = sockets.Port(plane, bound, monitor)
+        self._register(self._ports[plane])
         return int(bound.get_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
 
     def connect(self, plane: Plane, peer: str, endpoint: Endpoint) -> None:
@@ -131,8 +129,7 @@ class Transport:
             sockets.close_socket(dealer, monitor)
             raise sockets.address_error(endpoint.host, endpoint.port) from error
         self._links[plane, peer] = sockets.Link(plane, dealer, monitor, peer, endpoint)
-        self._poller.register(dealer, zmq.POLLIN)
-        self._poller.register(monitor, zmq.POLLIN)
+        self._register(self._links[plane, peer])
 
     def disconnect(self, peer: str) -> None:
         """Close our connections to this peer and forget what was not sent to it."""
@@ -153,7 +150,7 @@ class Transport:
             self._flush()
             time.sleep(_RETRY_S)
         linger_ms = math.ceil(max(0.0, deadline - time.monotonic()) * 1000)
-        for ends in self._ends():
+        for ends in self._data.values():
             sockets.close_socket(ends.socket, ends.monitor, linger_ms)
         if self._gatekeeper is not None:
             self._gatekeeper.stop()
@@ -163,6 +160,7 @@ class Transport:
         self._context.term()  # waits for linger at most
         self._links.clear()
         self._ports.clear()
+        self._data.clear()
         self._backlogs.clear()
 
     # --- messages -------------------------------------------------------------------------
@@ -193,7 +191,7 @@ class Transport:
         deadline = time.monotonic() + timeout_s
         while True:
             wait_s = 0.0 if self._lost else max(0.0, deadline - time.monotonic())
-            if any(key not in self._links for key in self._backlogs):
+            if self._backlogs and any(key not in self._links for key in self._backlogs):
                 # POLLOUT of a ROUTER speaks of any peer, not of this one: try again by time.
                 wait_s = min(wait_s, self._retry_s)
             ready = dict(self._poller.poll(math.ceil(wait_s * 1000)))
@@ -204,10 +202,12 @@ class Transport:
             if self._backlogs:
                 self._flush()
             incoming: list[Incoming] = []
-            for plane in (Plane.CONTROL, Plane.BULK):
-                self._drain(plane, ready, incoming)
-            incoming += [Lost(plane, peer, why) for (plane, peer), why in self._lost.items()]
-            self._lost.clear()
+            readable = [self._data[s] for s in ready if s in self._data]
+            for plane in (Plane.CONTROL, Plane.BULK) if readable else ():
+                self._drain([ends for ends in readable if ends.plane is plane], incoming)
+            if self._lost:
+                incoming += [Lost(plane, peer, why) for (plane, peer), why in self._lost.items()]
+                self._lost.clear()
             if incoming or woken or time.monotonic() >= deadline:
                 return incoming
 
@@ -278,13 +278,8 @@ class Transport:
 
     # --- receiving ------------------------------------------------------------------------
 
-    def _drain(self, plane: Plane, ready: dict[Any, int], incoming: list[Incoming]) -> None:
-        """One message from each readable socket in turn, until all are empty or enough is read."""
-        sources = [
-            ends
-            for ends in self._ends()
-            if ends.plane is plane and ready.get(ends.socket, 0) & zmq.POLLIN
-        ]
+    def _drain(self, sources: list[sockets.Port | sockets.Link], incoming: list[Incoming]) -> None:
+        """One message from each of these sockets in turn, until all are empty or enough is read."""
         self._turn += 1  # whoever was cut off by the bound is not always the same
         first = self._turn % len(sources) if sources else 0
         sources = sources[first:] + sources[:first]
@@ -332,6 +327,8 @@ class Transport:
 
     def _watch(self, ready: dict[Any, int]) -> None:
         """Turn the sockets' own events into losses."""
+        if ready.keys().isdisjoint(self._monitors):
+            return
         for port in self._ports.values():
             if port.monitor in ready:
                 for event, value in sockets.monitor_events(port.monitor):
@@ -340,7 +337,9 @@ class Transport:
         for link in self._links.values():
             if link.monitor in ready:
                 for event, value in sockets.monitor_events(link.monitor):
-                    self._link_event(link, event, value)
+                    reason = sockets.heard_of(link, event, value)
+                    if reason:
+                        self._lost.setdefault((link.plane, link.peer), reason)
 
     def _lost_connection(self, port: sockets.Port, connection: int) -> None:
         """libzmq names only the descriptor: whoever spoke by it last is lost.
@@ -354,36 +353,20 @@ class Transport:
             elif spoke_by == sockets.UNKNOWN:
                 self._lost.setdefault((port.plane, ""), LOST)
 
-    def _link_event(self, link: sockets.Link, event: int, value: int) -> None:
-        reason = ""
-        if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-            link.up, link.said = True, ""
-        elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
-            # ZAP: 300 try again, 400 refused, 500 the gatekeeper has a bug.
-            reason = REFUSED if value == 400 else f"{REFUSED} (ZAP status {value})"
-            link.refused = True
-        elif event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
-            reason = NOT_OURS
-            link.refused = True
-        elif event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
-            reason = NOT_OURS
-        elif event == zmq.EVENT_DISCONNECTED and link.up:
-            link.up = False
-            reason = LOST
-        elif event == zmq.EVENT_CLOSED:
-            reason = CANNOT_CONNECT
-        if reason and reason != link.said:
-            link.said = reason
-            self._lost.setdefault((link.plane, link.peer), reason)
-
     # --- sockets --------------------------------------------------------------------------
 
-    def _ends(self) -> list[sockets.Port | sockets.Link]:
-        return [*self._ports.values(), *self._links.values()]
+    def _register(self, ends: sockets.Port | sockets.Link) -> None:
+        self._data[ends.socket] = ends
+        self._poller.register(ends.socket, zmq.POLLIN)
+        if ends.monitor is not None:
+            self._monitors.add(ends.monitor)
+            self._poller.register(ends.monitor, zmq.POLLIN)
 
     def _drop(self, link: sockets.Link) -> None:
         self._poller.unregister(link.socket)
         self._poller.unregister(link.monitor)
+        del self._data[link.socket]
+        self._monitors.discard(link.monitor)
         sockets.close_socket(link.socket, link.monitor)
         del self._links[link.plane, link.peer]
         self._backlogs.pop((link.plane, link.peer), None)

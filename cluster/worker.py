@@ -55,8 +55,10 @@ class WorkerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     """Settings of one worker, as ``meshinfer worker`` and LocalCluster hand them over.
 
     ``speed`` below 1 emulates a slower device: after each task the compute thread sleeps in
-    proportion to the CPU time it took. ``flops_per_s``: 0 measures. ``interfaces``: addresses for
-    mDNS; None chooses. ``last_exit`` comes from the supervisor. ``parent``: process to end with.
+    proportion to the CPU time it took. ``measured``: this device's speeds; None measures.
+    ``memory_bytes``: what MeshInfer may use; 0 for what the kernel grants. ``interfaces``:
+    addresses for mDNS; None chooses. ``last_exit`` comes from the supervisor. ``parent``: process
+    to end with.
     ``beside``: on the host of a coordinator that listens at all addresses; so does this worker.
     """
 
@@ -67,7 +69,8 @@ class WorkerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     coordinator: str | None = None
     interfaces: tuple[str, ...] | None = None
     threads: int = 1
-    flops_per_s: float = 0.0
+    measured: profiler.Measured | None = None
+    memory_bytes: int = 0
     speed: float = 1.0
     log_level: str = "info"
     log_form: str = "text"
@@ -202,9 +205,14 @@ def _hello(
     options: WorkerOptions, identity: str, host: str, port: int, key: str, engine: OrtEngine
 ) -> m.Hello:
     device, _, incarnation = identity.rpartition("#")
-    flops = options.flops_per_s or profiler.measure_flops(options.threads)
+    measured = options.measured or profiler.measured_once(
+        Path(options.state_dir), engine.name, options.threads
+    )
     facts = profiler.facts(
-        threads=options.threads, flops_per_s=flops * options.speed, engine=engine.name
+        threads=options.threads,
+        engine=engine.name,
+        measured=measured.slowed(options.speed),
+        memory_bytes=options.memory_bytes,
     )
     return m.Hello(
         role="worker",

@@ -25,6 +25,9 @@ DEAD_AFTER_S: Final = 2.0
 HELLO_RETRY_S: Final = 1.0
 ACK_TIMEOUT_S: Final = 3.0
 ACK_TRIES: Final = 5
+ACK_DELAY_S: Final = 0.2
+ACKS_AT_ONCE: Final = 64
+ACK_BYTES: Final = 1 * MIB
 RESEND_AFTER_LOSS_S: Final = 0.2
 SLOWEST_LINK_BYTES_PER_S: Final = 250_000
 PULLS_AT_ONCE: Final = 4
@@ -88,6 +91,7 @@ NAME_CHARS: Final = 512
 IMAGE_PIXELS: Final = 100_000_000
 IMAGE_FILE_BYTES: Final = 256 * MIB
 DEVICES: Final = 1024
+OPERATOR_KINDS: Final = 64
 
 # Importing. Weights come on top of the memory; a value that is folded from constants is a weight.
 SUBGRAPH_DEPTH: Final = 32
@@ -98,8 +102,15 @@ IMPORT_COPIES: Final = 3
 IMPORT_S: Final = 60.0
 IMPORT_BYTES_PER_S: Final = 25_000_000
 
+# The virtual lab.
+LAB_DEVICES: Final = 64
+LAB_CORES: Final = (0.01, 64.0)
+LAB_MEMORY_BYTES: Final = (16 * MIB, 1 << 40)
+LAB_LINK_BITS_PER_S: Final = (1e5, 1e10)
+
 assert BLOB_CHUNK_BYTES <= FRAME_BYTES * FRAMES_PER_MESSAGE
 assert HEARTBEAT_S * 3 <= DEAD_AFTER_S
+assert ACK_DELAY_S * 10 <= ACK_TIMEOUT_S
 assert PLAN_TEXT_BYTES <= CONTROL_FRAME_BYTES
 assert BLOB_CHUNK_BYTES < BACKLOG_BYTES
 assert BLOB_WANT_BYTES <= BLOB_CHUNK_BYTES

@@ -103,3 +103,17 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         if os.environ.get("CI") == "true":
             pytest.fail(f"{reason}, and CI must run it", pytrace=False)
         pytest.skip(f"{reason}: sudo scripts/test")
+
+
+@pytest.fixture
+def lab_here() -> None:
+    """A lab can be on this machine; where CI lacks what it takes, that is a failure."""
+    from cluster.lab.lab import available
+    from meshinfer.errors import ConfigurationError
+
+    try:
+        available()
+    except ConfigurationError as error:
+        if os.environ.get("CI") == "true":
+            pytest.fail(f"{error}, and CI must run it", pytrace=False)
+        pytest.skip(str(error))

@@ -159,8 +159,8 @@ def test_a_request_whose_devices_are_lost_over_and_over_fails(
     monkeypatch.setattr(limits, "ATTEMPTS_PER_REQUEST", 2)
     cluster = Cluster(("pi-1", "pi-2", "pi-3"))
     cluster.deployed()
-    cluster.when(kind(m.TaskDone, by="pi-1", attempt=1), lambda: cluster.kill("pi-1"))
-    cluster.when(kind(m.TaskDone, by="pi-2", attempt=2), lambda: cluster.kill("pi-2"))
+    cluster.when(kind(m.Deliver, by="pi-1", attempt=1), lambda: cluster.kill("pi-1"))
+    cluster.when(kind(m.Deliver, by="pi-2", attempt=2), lambda: cluster.kill("pi-2"))
     reply = cluster.reply(cluster.submit())
     assert reply.failure is not None and reply.failure.error == "WorkerLost"
     assert "2 times" in reply.failure.message and reply.attempts == 2

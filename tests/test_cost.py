@@ -11,8 +11,9 @@ import pytest
 from architectures import Builder, unet
 
 import meshinfer as mi
-from meshinfer.cost import DeviceProfile, Work, field_work, seconds, timeline
+from meshinfer.cost import DeviceProfile, OpKind, Work, field_work, seconds, timeline
 from meshinfer.cost.model import whole_flops
+from meshinfer.cost.profile import RATIOS
 from meshinfer.geometry import Box, split_even
 from meshinfer.graph import Graph
 from meshinfer.halo import receptive_field
@@ -39,6 +40,7 @@ def profile(device: DeviceId, **changes: float) -> DeviceProfile:
         "bandwidth_bytes_per_s": 1e5,
         "latency_s": 0.25,
         "memory_bytes_per_s": 1e30,
+        "message_s": 0.0,
     }
     return DeviceProfile(device, **{**plain, **changes})
 
@@ -62,13 +64,14 @@ def bands(g: Graph, cuts: tuple[int, ...], devices: tuple[DeviceId, ...]) -> Pla
 
 CONV = 2 * 2 * 64 * 18  # operations of one convolution: 2 channels of 64 elements, 18 products each
 RELU = 2 * 64
+TIME = (CONV / RATIOS[OpKind.FIRST] + RELU) / 1e6  # of both at 1e6 FLOP/s: the channels are few
 
 
 def test_one_device_alone_takes_just_its_operations() -> None:
     g = chain()
     found = timeline(g, bands(g, (), (A,)), [profile(A)])
     assert sum(whole_flops(g, op) for op in g.ops) == 2 * (CONV + RELU)
-    assert found.total_s == pytest.approx(2 * (CONV + RELU) / 1e6)
+    assert found.total_s == pytest.approx(2 * TIME)
     assert found.transfers == ()
     assert found.bound == "compute of a"
     assert found.use(A).busy_s == found.total_s == found.bottleneck_s
@@ -80,11 +83,12 @@ def test_overhead_and_bytes_are_added() -> None:
     field = receptive_field(g, *_only(bands(g, (), (A,))))
     work = field_work(g, field)
     weights = sum(g.nbytes(name) for name in field.weights)
-    # Each convolution reads one value and its weights and writes one; Relus are fused.
-    assert work.nbytes == 4 * g.nbytes("y") + weights
-    assert seconds(work, profile(A, overhead_s=3.0, memory_bytes_per_s=10.0)) == pytest.approx(
-        work.flops / 1e6 + work.nbytes / 10 + 3
-    )
+    # Each convolution reads one value and its weights and writes one; Relus are fused. What comes
+    # in and what goes out is read and written once more.
+    assert work.nbytes == 4 * g.nbytes("y") + weights + 2 * 2 * g.nbytes("y")
+    assert work.kernels == 2
+    slow = profile(A, overhead_s=3.0, memory_bytes_per_s=10.0, kernel_s=0.5)
+    assert seconds(work, slow) == pytest.approx(2 * TIME + work.nbytes / 10 + 2 * 0.5 + 3)
     assert seconds(work, profile(A, flops_per_s=0.0)) == math.inf
 
 
@@ -107,7 +111,7 @@ def test_a_halo_costs_its_bytes_and_a_latency() -> None:
     plan = bands(g, (2,), (A, B))
     found = timeline(g, plan, [profile(A), profile(B)])
     row = 2 * 8 * 4
-    half = (CONV + RELU) / 2 / 1e6
+    half = TIME / 2
     sent = {(t.sender, t.receiver, t.producer.stage): t for t in found.transfers}
     assert {k: t.nbytes for k, t in sent.items()} == {
         (A, B, -1): 5 * row,  # scatter: its four rows and one of halo
@@ -188,7 +192,7 @@ def test_source_and_sink_need_no_profile() -> None:
 
 
 def test_work_is_nothing_by_default_and_derived_memory_speed_follows_the_processor() -> None:
-    assert Work() == Work(0, 0, 0)
+    assert (Work().flops, Work().nbytes, Work().kernels, Work().peak_bytes) == (0, 0, 0, 0)
     assert DeviceProfile(A, 2e9).copy_bytes_per_s == 2 * DeviceProfile(A, 1e9).copy_bytes_per_s
     assert DeviceProfile(A, 1e9, computes=False).able is False
     assert Box.whole((1, 2, 8, 8)).volume * 4 == chain().nbytes("y")

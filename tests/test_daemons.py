@@ -22,6 +22,7 @@ from processes import alive, eventually, image, small_model
 
 import meshinfer as mi
 from cluster.coordinator import CoordinatorOptions
+from cluster.profiler import Measured
 from cluster.security import new_keyring, write_keyring
 from cluster.worker import WorkerOptions
 from meshinfer.protocol import messages as m
@@ -77,7 +78,8 @@ def end_of(process: subprocess.Popen[str]) -> tuple[int, str]:
 def worker_options(folder: Path, keyring: Path, port: int, cluster: str) -> WorkerOptions:
     return WorkerOptions(
         name="w", cluster=cluster, state_dir=str(folder), keyring=str(keyring),
-        coordinator=f"127.0.0.1:{port}", flops_per_s=1e9, parent=os.getpid(),
+        coordinator=f"127.0.0.1:{port}", measured=Measured((1e9,), 1e9, 0.0, 0.001),
+        parent=os.getpid(),
     )  # fmt: skip
 
 

@@ -197,7 +197,7 @@ def test_an_exit_starts_again_when_a_worker_is_lost_and_the_default_plan_stays()
     cluster = Cluster()
     cluster.deployed()
     cluster.check(cluster.submit())
-    cluster.when(kind(m.TaskDone), lambda: cluster.kill("pi-2"))
+    cluster.when(kind(m.Deliver, by="pi-1"), lambda: cluster.kill("pi-2"))
     request = cluster.submit(outputs=("mean",))
     outcome = cluster.outcome(request)
     assert isinstance(outcome.reply, m.Reply) and outcome.reply.failure is None

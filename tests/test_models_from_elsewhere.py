@@ -30,6 +30,7 @@ from meshinfer.identity import DeviceId
 from meshinfer.ops import rule_of, why_barrier
 from meshinfer.plan import Plan, Shard, Stage, Task
 from meshinfer.protocol import messages as m
+from meshinfer.protocol.messages import Facts
 from meshinfer.scheduler.admission import refuse_deploy
 from meshinfer.scheduler.catalogue import Catalogue
 from meshinfer.scheduler.events import (
@@ -456,7 +457,7 @@ def test_trimming_spares_the_weights_of_deployed_models(tmp_path: Path) -> None:
         for file in (*files, store.path(other)):
             os.utime(file, (1, 1))  # long ago
         signature = Signature(False, (("x", (1, 160)),))
-        candidates = (Candidate("worker", 1e9, 1 << 30, "onnxruntime"),)
+        candidates = (Candidate("worker", Facts(flops_per_s=1e9, memory_bytes=1 << 30)),)
         making = MakePlan(
             deployment=1, digest=path.name, image=None, signature=signature,
             candidates=candidates, head="head", plan=None, objective="latency", spread=False,

@@ -33,7 +33,7 @@ from meshinfer.protocol.codec import (
 
 MESSAGES = typing.get_args(m.AnyMessage)
 NAME = st.text(st.characters(codec="utf-8"), min_size=1, max_size=8)
-ONE = m.Ack(id=7)
+ONE = m.Ack(ids=(7,))
 
 
 def made(kind: typing.Any) -> st.SearchStrategy[typing.Any]:
@@ -141,14 +141,15 @@ def test_an_array_that_lies_unaligned_in_a_frame_is_made_usable() -> None:
 @pytest.mark.parametrize(
     "document",
     [
-        [{"type": "Ack", "id": 1, "more": 2}, 0, 0],
+        [{"type": "Ack", "ids": [1], "more": 2}, 0, 0],
         [{"type": "Ack"}, 0, 0],
-        [{"type": "Ack", "id": -1}, 0, 0],
-        [{"type": "Ack", "id": "1"}, 0, 0],
+        [{"type": "Ack", "ids": [-1]}, 0, 0],
+        [{"type": "Ack", "ids": ["1"]}, 0, 0],
+        [{"type": "Ack", "ids": [1] * (limits.ACKS_AT_ONCE + 1)}, 0, 0],
         [{"type": "Nonsense", "id": 1}, 0, 0],
         [{"id": 1}, 0, 0],
-        [{"type": "Ack", "id": 1}, 0, 0, 0],
-        {"message": {"type": "Ack", "id": 1}},
+        [{"type": "Ack", "ids": [1]}, 0, 0, 0],
+        {"message": {"type": "Ack", "ids": [1]}},
         [{"type": "Gone", "digest": "A" * 64}, 0, 0],
         [{"type": "Gone", "digest": "a" * 64 + "\n"}, 0, 0],
         [{"type": "Release", "request": ""}, 0, 0],

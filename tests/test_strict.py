@@ -12,14 +12,17 @@ import numpy as np
 import oracle
 import pytest
 from architectures import Builder
+from hypothesis import given
+from hypothesis import strategies as st
 from onnx import ModelProto
 
 import meshinfer as mi
 from meshinfer.cost import DeviceProfile
 from meshinfer.errors import InvalidInput
+from meshinfer.geometry import Interval
 from meshinfer.identity import DeviceId
 from meshinfer.legality import refuse_sums
-from meshinfer.ops.kernels import sums_alike
+from meshinfer.ops.kernels import filled, sums_alike
 from meshinfer.planner import make_plan
 
 HEAD = DeviceId("head")
@@ -86,6 +89,40 @@ def mean_of(channels: int) -> Callable[[], ModelProto]:
     return build
 
 
+def attention(scaled: bool) -> ModelProto:
+    """Two blocks over the patches of an image and a class token, which alone is asked for.
+
+    ``scaled``: the square root of the scale on the query and on the key each, as torch exports it;
+    onnxruntime takes both into the product.
+    """
+    b = Builder(0)
+    pixels = b.conv(b.input("image", [1, 3, 40, 40]), 3, 64, 8, stride=8, pads=0)
+    patches = b.op("Reshape", [pixels, b.const(np.array([1, 64, 25]))])
+    token = b.const(b.rng.standard_normal((1, 1, 64), np.float32))
+    x = b.op("Concat", [token, b.op("Transpose", [patches], perm=[0, 2, 1])], axis=1)
+    split, back = b.const(np.array([1, 26, 2, 32])), b.const(np.array([1, 26, 64]))
+    factor = b.const(np.array(0.42044820762685725, np.float32))
+
+    def weights() -> str:
+        return b.const(b.rng.standard_normal((64, 64), np.float32) / np.float32(8))
+
+    for _ in range(2):
+        q, k, v = (
+            b.op(
+                "Transpose",
+                [b.op("Reshape", [b.op("MatMul", [x, weights()]), split])],
+                perm=perm,
+            )
+            for perm in ([0, 2, 1, 3], [0, 2, 3, 1], [0, 2, 1, 3])
+        )
+        if scaled:
+            q, k = b.op("Mul", [q, factor]), b.op("Mul", [k, factor])
+        heads = b.op("MatMul", [b.op("Softmax", [b.op("MatMul", [q, k])], axis=-1), v])
+        merged = b.op("Reshape", [b.op("Transpose", [heads], perm=[0, 2, 1, 3]), back])
+        x = b.op("Add", [x, b.op("MatMul", [merged, weights()])])
+    return b.model([b.rename(b.op("Gather", [x, b.const(np.array(0))], axis=1), "y")])
+
+
 CASES: dict[str, Callable[[], ModelProto]] = {
     "sums of whole blocks": lambda: residual(32),
     "sums of one and a half": lambda: residual(24),
@@ -95,6 +132,9 @@ CASES: dict[str, Callable[[], ModelProto]] = {
     "small maps": small_maps,
     "means of whole blocks": mean_of(96),
     "means of broken blocks": mean_of(200),
+    "means of odd channels": mean_of(201),
+    "an attention": lambda: attention(scaled=False),
+    "an attention with scales": lambda: attention(scaled=True),
 }
 
 
@@ -125,6 +165,18 @@ def test_a_plan_that_sums_in_parts_is_none_for_a_strict_deployment() -> None:
     assert "over" in str(plan) or "sum" in str(plan)
     with pytest.raises(InvalidInput, match="strict"):
         refuse_sums(plan)
+
+
+@given(st.integers(1, 80), st.data())
+def test_channels_fill_blocks_of_either_size_just_if_all_of_them_do(
+    size: int, data: st.DataObject
+) -> None:
+    start = data.draw(st.integers(0, size - 1))
+    asked = Interval(start, data.draw(st.integers(start + 1, size)))
+    grown = filled(asked, size)
+    assert 0 <= grown.start <= asked.start < asked.stop <= grown.stop <= size
+    for block in (8, 16):
+        assert (grown.size % block == 0) == (size % block == 0)
 
 
 def test_few_columns_add_in_longer_blocks() -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import pytest
 import zmq
 
-from cluster import transport
+from cluster import sockets
 from cluster.security import KeyPair, Keyring, generate_keypair, new_keyring
 from cluster.transport import Endpoint, Incoming, Lost, Plane, Received, Transport
 from meshinfer import limits
@@ -236,7 +236,7 @@ def test_another_member_key_is_refused_and_says_so_until_it_is_allowed(net: Net)
     control = endpoints[Plane.CONTROL]
     client.connect(Plane.CONTROL, "hub", control)
     assert client.send(Plane.CONTROL, "hub", [b"let me in"])
-    assert pump(client, hub) == [Lost(Plane.CONTROL, "hub", transport.REFUSED)]
+    assert pump(client, hub) == [Lost(Plane.CONTROL, "hub", sockets.REFUSED)]
     assert not client.send(Plane.CONTROL, "hub", [b"let me in"])
     assert pump(hub, client, within_s=0.2) == []
     hub.gatekeeper.allow(stranger.public)
@@ -271,7 +271,7 @@ def test_a_server_without_encryption_gets_nothing_and_is_named(net: Net) -> None
         port = plain.bind_to_random_port(f"tcp://{HOST}")
         client.connect(Plane.CONTROL, "hub", Endpoint(HOST, port, net.own.public))
         assert client.send(Plane.CONTROL, "hub", [b"hello"])
-        assert pump(client) == [Lost(Plane.CONTROL, "hub", transport.NOT_OURS)]
+        assert pump(client) == [Lost(Plane.CONTROL, "hub", sockets.NOT_OURS)]
         assert not plain.poll(200)
 
 
@@ -281,8 +281,8 @@ def test_a_server_with_another_key_gets_nothing_and_is_told_apart(net: Net) -> N
     wrong = Endpoint(HOST, endpoints[Plane.CONTROL].port, generate_keypair().public)
     client.connect(Plane.CONTROL, "hub", wrong)
     assert client.send(Plane.CONTROL, "hub", [b"hello"])
-    assert pump(client, hub) == [Lost(Plane.CONTROL, "hub", transport.NOT_OURS)]
-    assert "key" in transport.NOT_OURS and transport.REFUSED not in transport.NOT_OURS
+    assert pump(client, hub) == [Lost(Plane.CONTROL, "hub", sockets.NOT_OURS)]
+    assert "key" in sockets.NOT_OURS and sockets.REFUSED not in sockets.NOT_OURS
     assert pump(client, hub, within_s=0.6) == [], "one loss for one outage, however often tried"
     client.connect(Plane.CONTROL, "hub", endpoints[Plane.CONTROL])  # another endpoint: replaced
     greet(hub, client, planes=[Plane.CONTROL])
@@ -296,7 +296,7 @@ def test_a_dead_gatekeeper_admits_nobody(net: Net) -> None:
         assert client.send(plane, "hub", [b"hello"])
     heard = pump(client, hub, until=lambda heard: len(heard) >= 2)
     assert {(one.plane, one.reason) for one in lost(heard)} == {
-        (plane, transport.NOT_OURS) for plane in Plane
+        (plane, sockets.NOT_OURS) for plane in Plane
     }
     assert pump(hub, client, within_s=0.3) == []
 
@@ -306,7 +306,7 @@ def test_nobody_at_the_address_is_told_once(net: Net) -> None:
         port = free.getsockname()[1]
     client = net.transport("pi-1#1")
     client.connect(Plane.BULK, "hub", Endpoint(HOST, port, net.own.public))
-    assert pump(client) == [Lost(Plane.BULK, "hub", transport.CANNOT_CONNECT)]
+    assert pump(client) == [Lost(Plane.BULK, "hub", sockets.CANNOT_CONNECT)]
     assert pump(client, within_s=0.4) == []
 
 
@@ -317,7 +317,7 @@ def test_a_message_to_an_unknown_peer_is_not_sent_and_a_hint_comes(net: Net) -> 
         for plane in Plane:
             assert not one.send(plane, "nobody", [b"hello"])
             assert not one.send(plane, "nobody", [b"hello"])
-            assert one.receive(0.0) == [Lost(plane, "nobody", transport.NO_ROUTE)]
+            assert one.receive(0.0) == [Lost(plane, "nobody", sockets.NO_ROUTE)]
         assert one.receive(0.0) == []
 
 
@@ -402,7 +402,7 @@ def test_a_peer_that_comes_back_under_its_name_takes_it_over(net: Net) -> None:
     before.close()
     assert pump(hub, after, within_s=0.3) == [], "the name lives on by its new connection"
     after.close()
-    assert pump(hub) == [Lost(Plane.CONTROL, "pi-1#1", transport.LOST)]
+    assert pump(hub) == [Lost(Plane.CONTROL, "pi-1#1", sockets.LOST)]
 
 
 CHILD = """
@@ -438,8 +438,8 @@ def test_a_killed_process_is_noticed_within_a_second_by_both_sides_of_the_link(n
         pump(caller, hub, within_s=0.3)
         os.kill(child.pid, signal.SIGKILL)
         killed = time.monotonic()
-        assert pump(hub) == [Lost(Plane.CONTROL, "pi-1#1", transport.LOST)]
-        assert lost(pump(caller))[0] == Lost(Plane.CONTROL, "pi-1#1", transport.LOST)
+        assert pump(hub) == [Lost(Plane.CONTROL, "pi-1#1", sockets.LOST)]
+        assert lost(pump(caller))[0] == Lost(Plane.CONTROL, "pi-1#1", sockets.LOST)
         assert time.monotonic() - killed < 1.0
     finally:
         child.kill()
@@ -448,7 +448,7 @@ def test_a_killed_process_is_noticed_within_a_second_by_both_sides_of_the_link(n
         if not hub.send(Plane.BULK, "pi-1#1", [b"hello"]):
             break
         time.sleep(0.01)
-    assert hub.receive(0.0) == [Lost(Plane.BULK, "pi-1#1", transport.NO_ROUTE)]
+    assert hub.receive(0.0) == [Lost(Plane.BULK, "pi-1#1", sockets.NO_ROUTE)]
 
 
 def test_a_link_reconnects_by_itself_when_its_server_is_back(net: Net) -> None:
@@ -458,8 +458,8 @@ def test_a_link_reconnects_by_itself_when_its_server_is_back(net: Net) -> None:
     hub.close()
     heard = pump(client, until=lambda heard: len(heard) >= 4)
     assert [one.reason for one in lost(heard) if one.plane is Plane.BULK] == [
-        transport.LOST,
-        transport.CANNOT_CONNECT,
+        sockets.LOST,
+        sockets.CANNOT_CONNECT,
     ]
     again = Transport("hub", net.ring.member, net.own)
     net.transports.append(again)
@@ -478,8 +478,8 @@ def test_connecting_twice_changes_nothing_and_disconnecting_forgets(net: Net) ->
     client.disconnect("hub")
     client.disconnect("hub")
     assert not client.send(Plane.CONTROL, "hub", [b"hello"])
-    assert client.receive(0.0) == [Lost(Plane.CONTROL, "hub", transport.NO_ROUTE)]
-    assert pump(hub) == [Lost(Plane.CONTROL, "pi-1#1", transport.LOST)]
+    assert client.receive(0.0) == [Lost(Plane.CONTROL, "hub", sockets.NO_ROUTE)]
+    assert pump(hub) == [Lost(Plane.CONTROL, "pi-1#1", sockets.LOST)]
 
 
 # --- full pipes --------------------------------------------------------------------------------
@@ -522,8 +522,8 @@ def test_a_backlog_for_a_peer_that_dies_is_dropped_with_a_hint(net: Net) -> None
     client.close()
     heard = pump(hub, until=lambda heard: len(heard) >= 2)
     assert set(lost(heard)) == {
-        Lost(Plane.CONTROL, "pi-1#1", transport.LOST),
-        Lost(Plane.BULK, "pi-1#1", transport.NO_ROUTE),
+        Lost(Plane.CONTROL, "pi-1#1", sockets.LOST),
+        Lost(Plane.BULK, "pi-1#1", sockets.NO_ROUTE),
     }
     assert hub.counters["dropped with its peer"] > 0
 

@@ -119,9 +119,11 @@ def test_another_coordinator_finds_nothing_installed() -> None:
 
 
 def feed(core: WorkerCore, turn: int, peer: str = "ann#1") -> list[e.Effect]:
+    """What comes of it, with its acknowledgement, which waits for others."""
     array = np.zeros((2,), np.float32)
     message = m.Feed(id=1, request="r", tensor=describe("x", array), turn=turn)
-    return core.handle(e.Arrived(peer, message, payload_of(array)), 1.0)
+    effects = core.handle(e.Arrived(peer, message, payload_of(array)), 1.0)
+    return effects + core._computing.acks.flush()
 
 
 def test_inputs_that_come_after_the_release_are_dropped_but_not_those_of_a_new_turn() -> None:
@@ -183,8 +185,8 @@ def test_a_piece_for_an_unknown_deployment_is_acknowledged_and_dropped() -> None
     cluster.when(lambda s, r, x: isinstance(x, m.Deliver) and (seen.append(x) or True), list)
     cluster.check(cluster.submit())
     core = alone()
-    effects = core.handle(e.Arrived("head#1", seen[0], memoryview(b"")), 1.0)
-    assert messages(effects) == ["Ack"] and core.idle
+    assert core.handle(e.Arrived("head#1", seen[0], memoryview(b"")), 1.0) == []
+    assert messages(core._computing.acks.flush()) == ["Ack"] and core.idle
 
 
 def test_a_piece_of_an_older_attempt_is_acknowledged_but_never_used() -> None:
@@ -209,7 +211,7 @@ def test_a_piece_of_an_older_attempt_is_acknowledged_but_never_used() -> None:
             tensor=describe("x", array),
         )
         effects = core.handle(e.Arrived("head#1", piece, payload_of(array)), 1.0)
-        assert messages(effects) == ["Ack"]
+        assert messages(core._computing.acks.flush()) == ["Ack"]
         made.append([x.attempt for x in effects if isinstance(x, e.Compute)])
     assert made == [[], [2]]
 
@@ -237,7 +239,7 @@ def test_a_task_of_a_retired_deployment_that_was_computing_is_wasted_and_harmles
     """1. pi-1 computes; 2. pi-2 dies: the deployment is forgotten; 3. pi-1 is done with it."""
     cluster = Cluster()
     cluster.deployed()
-    cluster.when(kind(m.TaskDone, by="pi-2"), lambda: cluster.kill("pi-2"))
+    cluster.when(kind(m.Deliver, by="pi-2"), lambda: cluster.kill("pi-2"))
     assert cluster.check(cluster.submit()).attempts == 2
     cluster.check_idle()
 
@@ -251,3 +253,56 @@ def test_the_heartbeat_tells_what_is_computed_and_since_when() -> None:
     cluster.settle(lambda: core._computing.running is not None)
     beat = core._heartbeat(cluster.now + 2.0)
     assert "(0, 0)" in beat.computing and beat.since_s == pytest.approx(2.0, abs=0.01)
+
+
+def test_pieces_of_one_peer_are_acknowledged_together_after_a_moment() -> None:
+    """1. three inputs of ann, one of bob; 2. nothing is said; 3. soon there is one Ack for each."""
+    core = alone()
+    told(core, welcome(), 0.0)
+    core.handle(e.Ticked(), 1.0)
+    array = np.zeros((2,), np.float32)
+    for number, peer in ((1, "ann#1"), (2, "ann#1"), (7, "bob#1"), (3, "ann#1")):
+        piece = m.Feed(id=number, request=f"{peer} {number}", tensor=describe("x", array))
+        effects = core.handle(e.Arrived(peer, piece, payload_of(array)), 1.0)
+        assert messages(effects) == []
+    assert core.next_deadline() == 1.0 + limits.ACK_DELAY_S
+    assert core.handle(e.Ticked(), 1.0 + limits.ACK_DELAY_S) == [
+        e.Send(e.Plane.BULK, "ann#1", m.Ack(ids=(1, 2, 3))),
+        e.Send(e.Plane.BULK, "bob#1", m.Ack(ids=(7,))),
+    ]
+    assert core.next_deadline() == 1.0 + limits.HEARTBEAT_S
+
+
+def test_much_data_is_acknowledged_at_once_and_a_device_that_ends_owes_nobody() -> None:
+    core = alone()
+    told(core, welcome(), 0.0)
+    core.handle(e.Ticked(), 1.0)
+    large, small = (np.zeros((n,), np.uint8) for n in (limits.ACK_BYTES, 1))
+    for number, array in ((1, large), (2, small)):
+        piece = m.Feed(id=number, request="r", tensor=describe(f"x{number}", array))
+        core.handle(e.Arrived("ann#1", piece, payload_of(array)), 1.0)
+        assert core.next_deadline() == 1.0
+    assert core.handle(e.Ticked(), 1.0) == [e.Send(e.Plane.BULK, "ann#1", m.Ack(ids=(1, 2)))]
+    core.handle(e.Arrived("ann#1", piece, payload_of(array)), 1.0)
+    assert messages(told(core, m.Dismiss(), 1.0)) == ["Ack"]
+
+
+def test_a_device_tells_of_its_tasks_once_for_a_request() -> None:
+    cluster = Cluster()
+    cluster.deployed()
+    before = cluster.sent["TasksDone"]
+    reply = cluster.check(cluster.submit())
+    assert len(reply.tasks) == 6 and cluster.sent["TasksDone"] - before == 2
+
+
+def test_a_stream_of_requests_needs_far_fewer_acknowledgements_than_pieces() -> None:
+    cluster = Cluster()
+    cluster.deployed()
+    cluster.pass_time(1.0)
+    before = cluster.sent.copy()
+    for i in range(10):
+        cluster.check(cluster.submit(image(i)), image(i))
+    cluster.pass_time(1.0)
+    sent = cluster.sent - before
+    pieces = sent["Deliver"] + sent["Feed"] + sent["Answer"]
+    assert pieces > 100 and sent["Ack"] < pieces / 2

@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 import meshinfer
 from cluster.cli.daemons import coordinator, worker
+from cluster.cli.lab import lab
 from cluster.cli.options import settings
 from cluster.cli.plans import plan
 from cluster.cli.requests import deploy, devices, infer
@@ -83,6 +84,7 @@ app = typer.Typer(
 )
 for _command in (coordinator, worker, devices, deploy, infer, plan, demo):
     app.command()(_command)
+app.add_typer(lab, name="lab")
 
 
 def _version(value: bool) -> None:

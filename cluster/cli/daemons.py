@@ -106,6 +106,9 @@ def worker(
     state_dir: StateDir = None,
     interface: Interfaces = None,
     threads: Threads = None,
+    memory: Annotated[
+        int, typer.Option(min=0, help="MB that MeshInfer may use; 0: all that is left.")
+    ] = 0,
     speed: Annotated[float, typer.Option(min=0.001, max=1.0, hidden=True)] = 1.0,
     log_level: LogLevel = "info",
     log_form: LogForm = "text",
@@ -131,7 +134,11 @@ def worker(
         log=(log_level, log_form),
     )
     options = msgspec.structs.replace(
-        options, coordinator=coordinator, interfaces=_interfaces(interface, True), speed=speed
+        options,
+        coordinator=coordinator,
+        interfaces=_interfaces(interface, True),
+        speed=speed,
+        memory_bytes=memory * 1_000_000,
     )
     # Nothing of what was imported here shall cost the Pi memory.
     os.execv(sys.executable, _supervisor(options))

@@ -135,18 +135,13 @@ def _described(
 
 
 def _measured(client: Client, mbit: float) -> list[DeviceProfile]:
-    """The devices of a cluster as they measured themselves."""
-    from meshinfer.cost import DeviceProfile
-    from meshinfer.identity import DeviceId
+    """The devices of a cluster as they measured themselves; ``mbit`` where a link was not."""
+    from meshinfer.protocol.messages import Link
+    from meshinfer.scheduler.profiles import profile_of
 
+    assumed = Link(peer=HEAD, bytes_per_s=mbit * 1e6 / 8)
     return [
-        DeviceProfile(
-            id=DeviceId(info.device),
-            flops_per_s=info.facts.flops_per_s,
-            memory_bytes=info.facts.memory_bytes,
-            numeric_class=info.facts.engine,
-            bandwidth_bytes_per_s=mbit * 1e6 / 8,
-        )
+        profile_of(info.device, info.facts, info.link or assumed)
         for info in client.devices()
         if info.facts.computes and info.state == "ready"
     ]

@@ -39,10 +39,14 @@ if TYPE_CHECKING:
     import numpy as np
 
     from cluster.client import Client, Result
-    from meshinfer.protocol.messages import DeviceInfo, ModelInfo
+    from meshinfer.protocol.messages import DeviceInfo, Facts, ModelInfo
 
 _IN_FLIGHT = 8
 _TOP = 5
+_HEADER = (
+    "DEVICE STATE CORES THREADS MEMORY ARCH ENGINE CONV-GFLOP/S DEPTHWISE MATRIX INT8 TASK-MS "
+    "LINK-MBIT/S LATENCY-MS TASKS LAST-EXIT"
+).split()
 
 
 def devices(
@@ -62,24 +66,36 @@ def devices(
 
         typer.echo(json.dumps(msgspec.to_builtins(found), indent=2))
         return
-    header = "DEVICE STATE CORES THREADS MEMORY ARCH ENGINE GFLOP/S TASKS LAST-EXIT".split()
-    typer.echo(columns(header, [_row(device) for device in found]))
+    typer.echo(columns(_HEADER, [_row(device) for device in found]))
 
 
 def _row(info: DeviceInfo) -> list[str]:
-    facts = info.facts
+    facts, link = info.facts, info.link
     return [
         info.device,
         info.state,
-        str(facts.cores),
+        f"{facts.cpu_quota:.2g} of {facts.cores}" if facts.cpu_quota else str(facts.cores),
         str(facts.threads or "-"),
         f"{facts.memory_bytes / 2**30:.1f} GiB",
         facts.architecture,
         facts.engine,
-        f"{facts.flops_per_s / 1e9:.1f}" if facts.computes else "-",
+        *(_speeds(facts) if facts.computes else ["-"] * 5),
+        f"{link.bytes_per_s * 8e-6:.0f}" if link and link.bytes_per_s else "-",
+        f"{link.latency_s * 1e3:.2f}" if link and link.latency_s else "-",
         str(info.tasks_done),
         facts.last_exit or "-",
     ]
+
+
+def _speeds(facts: Facts) -> list[str]:
+    """GFLOP/s of the kinds that most of the time goes to, and the fixed cost of a task in ms."""
+    from meshinfer.cost import OpKind
+
+    kinds = (OpKind.DENSE, OpKind.DEPTHWISE, OpKind.MATRIX, OpKind.INT8)
+    rates = [facts.rates[kind] if kind < len(facts.rates) else 0.0 for kind in kinds]
+    rates[0] = rates[0] or facts.flops_per_s
+    shown = [f"{rate / 1e9:.3g}" if rate else "-" for rate in rates]
+    return [*shown, f"{facts.overhead_s * 1e3:.2f}" if facts.overhead_s else "-"]
 
 
 def deploy(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from meshinfer.cost.model import Work, field_work, glued_to, seconds
+from meshinfer.cost.kinds import OpKind, kind_of
+from meshinfer.cost.model import field_work, glued_to, op_work, seconds, variable_seconds
 from meshinfer.cost.profile import DeviceProfile
 from meshinfer.cost.timeline import (
     Boxes,
@@ -16,6 +17,7 @@ from meshinfer.cost.timeline import (
     predict,
     timeline,
 )
+from meshinfer.cost.work import Work
 
 __all__ = [
     "Boxes",
@@ -23,14 +25,18 @@ __all__ = [
     "DeviceUse",
     "Load",
     "Message",
+    "OpKind",
     "TaskSpan",
     "Timeline",
     "TransferSpan",
     "Work",
     "field_work",
     "glued_to",
+    "kind_of",
     "load_of",
+    "op_work",
     "predict",
     "seconds",
     "timeline",
+    "variable_seconds",
 ]

@@ -3,27 +3,49 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
+from meshinfer.cost.kinds import OpKind
 from meshinfer.identity import DeviceId
 
-BYTES_PER_FLOP = 0.2
+BYTES_PER_FLOP = 0.5
 """Memory bandwidth that goes with a speed, where none was measured.
 
-An assumption, not measured here: about 4 GB/s beside 20 GFLOP/s, the order of a Raspberry Pi 4. A
-ratio and not a constant, since a quota on the processor slows both alike.
+A fit over 11 networks on one core of the machine of ``kinds`` gives 52 GB/s beside 91 GFLOP/s: most
+of what a kernel reads is in a cache. A ratio and not a constant, since a quota on the processor
+slows both alike.
 """
+
+RATIOS: dict[OpKind, float] = {
+    OpKind.DENSE: 1.0,
+    OpKind.FIRST: 0.8,
+    OpKind.DEPTHWISE: 0.33,
+    OpKind.GROUPED: 1.0,
+    OpKind.LOOSE: 0.4,
+    OpKind.ODD: 0.07,
+    OpKind.MATRIX: 0.9,
+    OpKind.VECTOR: 0.18,
+    OpKind.INT8: 2.2,
+    OpKind.WINDOW: 0.02,
+    OpKind.FUNCTION: 0.025,
+    OpKind.OTHER: 1.0,
+}
+"""Speeds of the kinds relative to dense convolutions, where they were not measured: from the same
+fit."""
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceProfile:
     """One device as measured. ``cluster.profiler`` makes these; tests write them by hand.
 
-    ``flops_per_s``: sustained speed of convolutions, counting a multiply-add as 2. ``overhead_s``:
-    fixed cost of a task. ``bandwidth_bytes_per_s``, ``latency_s``: of its link, each way at once.
-    ``memory_bytes``: what MeshInfer may use, 0 where unknown. ``numeric_class``: devices of one
-    class give equal bits. ``computes``: False for one that only holds data.
-    ``memory_bytes_per_s``: of its memory, 0 to derive it from ``flops_per_s``. ``host``: the
-    machine that it runs on and whose link it shares, "" where that is unknown.
+    ``flops_per_s``: sustained speed of dense convolutions, counting a multiply-add as 2.
+    ``overhead_s``: fixed cost of a task. ``bandwidth_bytes_per_s``, ``latency_s``: of its link,
+    each way at once. ``memory_bytes``: what MeshInfer may use, 0 where unknown. ``numeric_class``:
+    devices of one class give equal bits. ``computes``: False for one that only holds data.
+    ``memory_bytes_per_s``: of its memory, 0 to derive it from ``flops_per_s``. ``rates``: FLOP/s by
+    ``OpKind``, empty to derive them. ``kernel_s``: fixed cost of one kernel. ``host``: the machine
+    that it runs on and whose link it shares, "" where that is unknown. ``message_s``: time of its
+    processor that a message takes, sent or received.
     """
 
     id: DeviceId
@@ -35,7 +57,10 @@ class DeviceProfile:
     numeric_class: str = ""
     computes: bool = True
     memory_bytes_per_s: float = 0.0
+    rates: tuple[float, ...] = ()
+    kernel_s: float = 0.0
     host: str = ""
+    message_s: float = 0.0002
 
     def beside(self, other: DeviceProfile) -> bool:
         """Whether the two share a machine, so that nothing between them crosses a link."""
@@ -50,3 +75,22 @@ class DeviceProfile:
     def copy_bytes_per_s(self) -> float:
         """Memory bandwidth, measured or derived."""
         return self.memory_bytes_per_s or self.flops_per_s * BYTES_PER_FLOP
+
+    def rate(self, kind: OpKind) -> float:
+        """FLOP/s of a kind, measured or derived."""
+        if kind < len(self.rates) and self.rates[kind] > 0:
+            return self.rates[kind]
+        return self.flops_per_s * RATIOS[kind]
+
+    @property
+    def unit_costs(self) -> tuple[float, ...]:
+        """Seconds of one unit of each amount of a ``Work``. Infinite where it cannot compute."""
+        return _unit_costs(self)
+
+
+@lru_cache(maxsize=1024)
+def _unit_costs(profile: DeviceProfile) -> tuple[float, ...]:
+    if not profile.able:
+        return (float("inf"),) * (len(OpKind) + 2)
+    rates = (1.0 / profile.rate(kind) for kind in OpKind)
+    return (*rates, 1.0 / profile.copy_bytes_per_s, profile.kernel_s)

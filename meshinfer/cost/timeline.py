@@ -12,8 +12,9 @@ import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from meshinfer.cost.model import Work, field_work, seconds
+from meshinfer.cost.model import field_work, seconds
 from meshinfer.cost.profile import DeviceProfile
+from meshinfer.cost.work import Work
 from meshinfer.geometry import Box
 from meshinfer.graph import Graph
 from meshinfer.halo import Field
@@ -180,12 +181,13 @@ class _Way:
     """From one device to another: no link if they are beside each other."""
 
     beside: bool
+    sender: DeviceId
+    receiver: DeviceId
+    slow: DeviceId
+    s_per_byte: float
+    latency_s: float = 0.0
     out: str = ""
     into: str = ""
-    s_per_byte: float = 1 / BESIDE_BYTES_PER_S
-    latency_s: float = 0.0
-    slow: DeviceId = DeviceId("")
-    ends: tuple[DeviceId, DeviceId] = (DeviceId(""), DeviceId(""))
 
 
 class _Run:
@@ -222,24 +224,27 @@ class _Run:
         known = self.ways.get((sender, receiver))
         if known is None:
             a, b = self.profile(sender), self.profile(receiver)
-            if sender == receiver:
-                known = _Way(True, s_per_byte=0.0)
-            elif a.beside(b):
-                known = _Way(True)
+            slow = a if a.bandwidth_bytes_per_s <= b.bandwidth_bytes_per_s else b
+            if a.beside(b):
+                pace = 0.0 if sender == receiver else 1 / BESIDE_BYTES_PER_S
+                known = _Way(True, sender, receiver, slow.id, pace)
             else:
-                slow = a if a.bandwidth_bytes_per_s <= b.bandwidth_bytes_per_s else b
                 pace = 1 / max(slow.bandwidth_bytes_per_s, 1e-9)
                 late = max(a.latency_s, b.latency_s)
-                known = _Way(False, _link(a), _link(b), pace, late, slow.id, (sender, receiver))
+                known = _Way(False, sender, receiver, slow.id, pace, late, _link(a), _link(b))
             self.ways[sender, receiver] = known
         return known
 
     def go(self) -> None:
         self.outgoing: dict[TaskRef, list[int]] = {}
         self.missing: dict[TaskRef, int] = {}
+        self.talk: dict[TaskRef, int] = {}
         for i, (producer, consumer, _) in enumerate(self.messages):
             self.outgoing.setdefault(producer, []).append(i)
             self.missing[consumer] = self.missing.get(consumer, 0) + 1
+            if self.where[producer] != self.where[consumer]:
+                self.talk[producer] = self.talk.get(producer, 0) + 1
+                self.talk[consumer] = self.talk.get(consumer, 0) + 1
         self.place = dict.fromkeys(self.queues, 0)
         self.free: dict[DeviceId, tuple[float, TaskRef | None]] = {}
         self.heap: list[tuple[float, int]] = []
@@ -267,7 +272,7 @@ class _Run:
             there = self.ready.get(ref, 0.0)
             start = max(free, there)
             work = self.loads[ref].work
-            took = seconds(work, self.profile(device))
+            took = self.seconds(ref, device)
             if not self.brief:
                 waited = before if free > there else self.late.get(ref)
                 self.cause[ref] = (f"compute of {device}", took, waited)
@@ -275,6 +280,11 @@ class _Run:
             self.free[device] = (start + took, ref)
             self.place[device] += 1
             self._finish(ref, start + took)
+
+    def seconds(self, ref: TaskRef, device: DeviceId) -> float:
+        """How long a task keeps a device busy, with its messages."""
+        profile = self.profile(device)
+        return seconds(self.loads[ref].work, profile) + self.talk.get(ref, 0) * profile.message_s
 
     def _send(self, i: int, ready: float) -> None:
         producer, consumer, nbytes = self.messages[i]
@@ -290,11 +300,11 @@ class _Run:
             self.out[way.out] = self.into[way.into] = (done, i)
             if not self.brief:
                 waited: TaskRef | int | None = producer
-                slow, ends = way.slow, way.ends
+                slow, a, b = way.slow, way.sender, way.receiver
                 if start > ready:
-                    waited, slow = (m_out, ends[0]) if t_out >= t_in else (m_in, ends[1])
+                    waited, slow = (m_out, a) if t_out >= t_in else (m_in, b)
                 self.cause[i] = (f"link of {slow}", end - start, waited)
-                self.sent.append(TransferSpan(producer, consumer, *ends, nbytes, start, end))
+                self.sent.append(TransferSpan(producer, consumer, a, b, nbytes, start, end))
         if end >= self.ready.get(consumer, 0.0):
             self.ready[consumer] = end
             self.late[consumer] = producer if way.beside else i
@@ -330,7 +340,7 @@ def _uses(run: _Run) -> tuple[DeviceUse, ...]:
         for device, portion in portions.get(span.ref, {span.device: 1.0}).items():
             took = span.end_s - span.start_s
             if device != span.device:
-                took = seconds(span.work, run.profile(device))
+                took = run.seconds(span.ref, device)
             busy[device] = busy.get(device, 0.0) + (portion * took if portion else 0.0)
     out: dict[DeviceId, float] = {}
     into: dict[DeviceId, float] = {}
@@ -357,7 +367,6 @@ def _uses(run: _Run) -> tuple[DeviceUse, ...]:
 
 def _portions(run: _Run, ref: TaskRef, devices: Sequence[DeviceId]) -> dict[DeviceId, float]:
     """The share of the requests for which each device runs a task, in proportion to its speed."""
-    work = run.loads[ref].work
-    speeds = {d: 1 / max(1e-9, seconds(work, run.profile(d))) for d in devices}
+    speeds = {d: 1 / max(1e-9, run.seconds(ref, d)) for d in devices}
     total = sum(speeds.values())
     return {d: speed / total for d, speed in speeds.items()} if total else {devices[0]: 1.0}

@@ -135,7 +135,7 @@ def _legend(
 ) -> Iterator[str]:
     flops: Counter[DeviceId] = Counter()
     for ref, found in flow.fields.items():
-        flops[flow.device(ref)] += field_work(graph, found).flops
+        flops[flow.device(ref)] += int(field_work(graph, found).flops)
     total = sum(flops.values()) or 1
     sent: Counter[DeviceId] = Counter()
     for (sender, _), n in flow.bytes_between(graph).items():

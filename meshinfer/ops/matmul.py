@@ -7,6 +7,7 @@ of a fully connected layer.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 
 import onnx_ir as ir
@@ -19,6 +20,22 @@ from meshinfer.ops.rule import Boxes, Emission, Emitter, Rule, only
 
 def _gemm_k(op: Op) -> int:
     return op.shape(0)[0 if op.attributes.get("transA", 0) else 1]
+
+
+def _no_single_row(op: Op, outs: Boxes, rows: Sequence[int]) -> Boxes:
+    """In a strict graph, unless the whole has but one row along these axes: MLAS has a kernel for
+    one row (SgemmKernelM1), which adds otherwise. Packed weights, of two axes, go without it."""
+    box, size = only(outs), op.out_shape()
+    packed = op.graph.is_initializer(op.inputs[1]) and len(op.shape(1)) == 2
+    several = [axis for axis in rows if size[axis] > 1]
+    if packed or not several or not op.graph.strict or any(box[axis].size > 1 for axis in several):
+        return outs
+    start = min(box[several[-1]].start, size[several[-1]] - 2)
+    return (box.replace(several[-1], Interval(start, start + 2)),)
+
+
+def _gemm_align(op: Op, outs: Boxes) -> Boxes:
+    return _no_single_row(op, outs, (0,))
 
 
 def _gemm_footprint(op: Op, outs: Boxes, over: Box | None) -> Boxes:
@@ -62,11 +79,21 @@ def _empty_objection(op: Op) -> str:
 
 GEMM = Rule(
     footprint=_gemm_footprint,
+    align=_gemm_align,
     emit=_gemm_emit,
     objection=_gemm_objection,
     reduction=_gemm_reduction,
     flops=_gemm_flops,
 )
+
+
+def _matmul_align(op: Op, outs: Boxes) -> Boxes:
+    """A matrix on the right makes one product: all axes of the left but the last are its rows."""
+    left, right = len(op.shape(0)), len(op.shape(1))
+    if left < 2 or right < 2:
+        return outs
+    last = len(only(outs)) - 2
+    return _no_single_row(op, outs, range(last + 1) if right == 2 else (last,))
 
 
 def _matmul_footprint(op: Op, outs: Boxes, over: Box | None) -> Boxes:
@@ -90,6 +117,7 @@ def _matmul_flops(op: Op, outs: Boxes) -> int:
 
 MATMUL = Rule(
     footprint=_matmul_footprint,
+    align=_matmul_align,
     objection=_empty_objection,
     reduction=_matmul_reduction,
     flops=_matmul_flops,

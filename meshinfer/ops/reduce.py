@@ -17,7 +17,7 @@ from math import prod
 
 from meshinfer.geometry import Box, Interval
 from meshinfer.graph import Op
-from meshinfer.ops.kernels import BLOCK
+from meshinfer.ops.kernels import filled
 from meshinfer.ops.rule import Boxes, Emission, Emitter, Rule, only
 
 _SUMS = ("GlobalAveragePool", "ReduceMean", "ReduceSum")
@@ -56,29 +56,15 @@ def _objection(op: Op) -> str:
 
 
 def _align(op: Op, outs: Boxes) -> Boxes:
-    """A variance in one pass is made for the whole batch and all groups at once, where they are of
+    """A strict mean of channels adds otherwise where they fill onnxruntime's blocks.
+
+    A variance in one pass is made for the whole batch and all groups at once, where they are of
     no multiple of four elements: onnxruntime adds four at a time, from multiples of 16 bytes."""
     if op.type == "GlobalAveragePool" and op.graph.strict:
-        return (_blocked_alike(op, only(outs)),)
+        box = only(outs)
+        return (box.replace(1, filled(box[1], op.shape(0)[1])),)
     odd = prod(op.shape(0)[axis] for axis in _axes(op)) % 4 != 0
     return (Box.whole(op.out_shape()),) if odd and _most_elements(op) == 0 else outs
-
-
-def _blocked_alike(op: Op, box: Box) -> Box:
-    """Channels that fill the blocks of onnxruntime's layout if the whole value's do, and else do
-    not: it adds otherwise there."""
-    channels, size = box[1], op.shape(0)[1]
-    if size % BLOCK == 0:
-        start, stop = channels.start // BLOCK * BLOCK, -(-channels.stop // BLOCK) * BLOCK
-        return box.replace(1, Interval(start, stop))
-    if channels.size % BLOCK == 0:
-        more = (
-            (channels.start, channels.stop + 1)
-            if channels.stop < size
-            else (channels.start - 1, channels.stop)
-        )
-        return box.replace(1, Interval(*more))
-    return box
 
 
 def _footprint(op: Op, outs: Boxes, over: Box | None) -> Boxes:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import isqrt
 
 from meshinfer.geometry import Box, Interval, split_even, split_weighted
@@ -184,7 +185,7 @@ def _cells(
     """What each device gets of the first axis, and of the second. Some are empty."""
     groups, cells = groups_of(kind, len(weights)), []
     borders = [sum(groups[:g]) for g in range(len(groups) + 1)]
-    members = [weights[a:b] for a, b in zip(borders, borders[1:], strict=False)]
+    members = [weights[a:b] for a, b in pairwise(borders)]
     sums = [sum(each) for each in members]
     grain = 1 if by_rows or cut.partial else _grain(cut.size, sums)
     for outer, own in zip(split_weighted(cut.size, sums, grain), members, strict=True):

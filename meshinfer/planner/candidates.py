@@ -1,4 +1,4 @@
-"""Candidates: whole plans with their timelines, made from layouts of blocks, and how they compare."""
+"""Candidates: whole plans made from layouts of blocks, with timelines, and how they compare."""
 
 from __future__ import annotations
 

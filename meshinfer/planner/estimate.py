@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from meshinfer.cost.model import GLUED, flops_of, glued_to, whole_flops
+from meshinfer.cost import Work, glued_to, op_work
+from meshinfer.cost.model import GLUED, job_work
 from meshinfer.geometry import Box, Interval
 from meshinfer.graph import Graph, Op
 from meshinfer.ops import BARRIER, is_random, rule_of
@@ -52,45 +53,26 @@ class Sample:
     size: int
     inner: int
     share: float
-    flops: float
-    nbytes: float
+    work: Work
     reads: tuple[Read, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Sums:
-    """Work of ops ``[0, i)`` computed whole, for every ``i``."""
+    """Work of ops ``[0, i)`` computed whole, for every ``i``; its FLOPs; how many are heavy."""
 
+    work: tuple[Work, ...]
     flops: tuple[float, ...]
-    nbytes: tuple[float, ...]
     heavy: tuple[int, ...]
 
 
 def sums_of(graph: Graph) -> Sums:
     """Prefix sums over the graph."""
-    flops, nbytes, heavy = [0.0], [0.0], [0]
+    work, heavy = [Work()], [0]
     for op in graph.ops:
-        outs = tuple(graph.whole(n) if n else None for n in op.outputs)
-        ins = tuple(graph.whole(n) if n else None for n in (*op.inputs, *op.captured))
-        flops.append(flops[-1] + whole_flops(graph, op))
-        nbytes.append(nbytes[-1] + _bytes(graph, op, outs, ins))
+        work.append(work[-1] + op_work(graph, op))
         heavy.append(heavy[-1] + (op.type in HEAVY))
-    return Sums(tuple(flops), tuple(nbytes), tuple(heavy))
-
-
-def _bytes(graph: Graph, op: Op, outs: Sequence[Box | None], ins: Sequence[Box | None]) -> int:
-    """Bytes that an op touches inside a block: a glued one only its other inputs."""
-    glue = glued_to(graph, op)
-    names = (*op.inputs, *op.captured)
-    total = 0
-    for name, box in zip(names, ins, strict=False):
-        if name and box is not None and (glue < 0 or graph.producer.get(name) != glue):
-            total += graph.nbytes(name, box)
-    if glue < 0:
-        for name, box in zip(op.outputs, outs, strict=False):
-            if name and box is not None:
-                total += graph.nbytes(name, box)
-    return total
+    return Sums(tuple(work), tuple(w.flops for w in work), tuple(heavy))
 
 
 def clean_cuts(graph: Graph, axes: Axes) -> tuple[int, ...]:
@@ -99,9 +81,11 @@ def clean_cuts(graph: Graph, axes: Axes) -> tuple[int, ...]:
     Kept are those before a heavy operator, around a barrier and where bands stop being bands. In a
     long graph that offers none of these nearby, others are kept too.
     """
-    glued = _dequantised(graph)
+    glued, scales = _dequantised(graph), _scales(graph)
+    for first, product in scales.items():
+        glued.update(range(first + 1, product + 1))
     for op in graph.ops:
-        last = glued_to(graph, op)
+        last = -1 if op.index in scales else glued_to(graph, op)
         if last < 0 and op.type in _INTERPOLATING:
             last = graph.producer.get(op.inputs[0], -1)
         if last >= 0 and not _apart(graph, op, graph.ops[last]):
@@ -112,10 +96,32 @@ def clean_cuts(graph: Graph, axes: Axes) -> tuple[int, ...]:
         if cut in glued:
             continue
         op = graph.ops[cut]
-        wanted = op.type in HEAVY or op.type == "DequantizeLinear"
+        wanted = op.type in HEAVY or op.type == "DequantizeLinear" or cut in scales
         if wanted or barrier[cut] or barrier[cut - 1] or cut not in axes.follows:
             kept.append(cut)
     return tuple(kept)
+
+
+def _scales(graph: Graph) -> dict[int, int]:
+    """By the index of a multiplication with one constant: the matrix product that reads it.
+
+    onnxruntime takes such a scale into the product (MatMulScaleFusion) and rounds otherwise where
+    it stands alone: of an attention's query and key, a cut before the first leaves both inside.
+    """
+    found: dict[int, int] = {}
+    for op in graph.ops:
+        for name in op.inputs if op.type == "MatMul" else ():
+            made = graph.producer.get(name, -1)
+            if made >= 0 and _is_scale(graph, graph.ops[made]):
+                found[made] = op.index
+    return found
+
+
+def _is_scale(graph: Graph, op: Op) -> bool:
+    if op.type not in ("Mul", "Div") or op.index - glued_to(graph, op) > 12:
+        return False
+    factors = op.inputs[op.type == "Div" :]
+    return any(graph.is_initializer(n) and graph.whole(n).volume == 1 for n in factors)
 
 
 def _dequantised(graph: Graph) -> set[int]:
@@ -155,19 +161,29 @@ def _cell(cut: Cutting, at: tuple[float, float, float, float]) -> tuple[Interval
     return between(cut.size, *at[:2]), between(cut.inner_size, *at[2:])
 
 
+Cells = dict[tuple[str, int], dict[Kind, Box]]
+"""The part of a value that the device in the middle of so many holds, for each kind of split."""
+
+
 def samples(
-    graph: Graph, axes: Axes, stop: int, starts: Sequence[int], kind: Kind, parts: int
+    graph: Graph,
+    axes: Axes,
+    stop: int,
+    starts: Sequence[int],
+    kind: Kind,
+    parts: int,
+    cells: Cells,
 ) -> dict[int, Sample]:
     """A sample for each block ``[start, stop)`` that can be cut this way into ``parts``.
 
-    ``starts`` descend from ``stop``.
+    ``starts`` descend from ``stop``; ``cells`` is filled and reused.
     """
     at = middle(kind, parts)
     needs: dict[str, Box] = {}
     outside: dict[str, None] = {}  # values that are read so far and made before this op
     parts_of: dict[str, Box] = {}  # which part of its sum, for partial sums
     found: dict[int, Sample] = {}
-    flops = nbytes = 0.0
+    work = Work()
     main: tuple[int, int, float] = (0, 0, 1.0)
     largest = -1
     wanted = set(starts)
@@ -197,30 +213,46 @@ def samples(
             over = parts_of.get(op.outputs[0])
             outs = rule.align(op, asked)
             ins = rule.footprint(op, outs, over)
-            flops += whole_flops(graph, op) if rule is BARRIER else flops_of(op, outs, over)
-            nbytes += _bytes(graph, op, outs, ins)
+            work += job_work(graph, op, outs, ins, over)
             for name, read in zip((*op.inputs, *op.captured), ins, strict=False):
                 if name and read is not None:
                     needs[name] = needs[name].hull(read) if name in needs else read
                     if not graph.is_initializer(name):
                         outside[name] = None
         if op.index in wanted and main[0]:
-            reads = _reads(graph, axes, {name: needs[name] for name in outside}, parts)
-            found[op.index] = Sample(*main, flops, nbytes, reads)
+            reads = _reads(graph, axes, {name: needs[name] for name in outside}, parts, cells)
+            found[op.index] = Sample(*main, work, reads)
     return found
 
 
-def _reads(graph: Graph, axes: Axes, needs: Mapping[str, Box], parts: int) -> tuple[Read, ...]:
+def _reads(
+    graph: Graph, axes: Axes, needs: Mapping[str, Box], parts: int, cells: Cells
+) -> tuple[Read, ...]:
     reads = []
     for value, box in needs.items():
-        need = graph.nbytes(value, box)
-        missing: dict[Kind, int] = {}
-        for kind in axes.kinds(parts):
-            missing[kind] = need
-            axis, inner = axes.of(value, kind), axes.inner(value, kind)
-            if axis is not None and (kind != "rows" or value not in axes.sums):
-                cut = Cutting(axis, graph.whole(value), inner)
-                own = cut.part(graph, value, *_cell(cut, middle(kind, parts))).box.intersect(box)
-                missing[kind] -= need * own.volume // box.volume
+        key = (value, parts)
+        if key not in cells:
+            cells[key] = _held(graph, axes, value, parts)
+        need, volume = graph.nbytes(value, box), box.volume
+        missing = dict.fromkeys(axes.kinds(parts), need)
+        for kind, held in cells[key].items():
+            missing[kind] -= need * _common(held, box) // volume
         reads.append(Read(value, graph.nbytes(value), need, missing))
     return tuple(reads)
+
+
+def _held(graph: Graph, axes: Axes, value: str, parts: int) -> dict[Kind, Box]:
+    found: dict[Kind, Box] = {}
+    for kind in axes.kinds(parts):
+        axis, inner = axes.of(value, kind), axes.inner(value, kind)
+        if axis is not None and (kind != "rows" or value not in axes.sums):
+            cut = Cutting(axis, graph.whole(value), inner)
+            found[kind] = cut.part(graph, value, *_cell(cut, middle(kind, parts))).box
+    return found
+
+
+def _common(one: Box, other: Box) -> int:
+    volume = 1
+    for (a, b), (c, d) in zip(one.axes, other.axes, strict=True):
+        volume *= max(0, (b if b < d else d) - (a if a > c else c))
+    return volume

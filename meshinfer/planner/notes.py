@@ -16,9 +16,7 @@ TRIED_APART = 8
 """Most devices that are tried in and out of the plan one by one."""
 
 
-def notes_of(
-    choice: Choice, best: Candidate, course: Timeline, spread: bool
-) -> Iterator[str]:
+def notes_of(choice: Choice, best: Candidate, course: Timeline, spread: bool) -> Iterator[str]:
     """What is expected, what bounds it, bytes, who is idle and why, and what else was tried."""
     used, order = best.plan.devices(), choice.order
     yield (

@@ -69,10 +69,11 @@ class Parts:
         where = {}  # op -> its stage
         for s, block in enumerate(layout):
             where.update(dict.fromkeys(range(block.start, block.stop), s))
-        for s, block in enumerate((*layout, None)):
-            stages = tuple(sorted({where[op] for op in self._made_by(block)}))
+        ends: list[Block | None] = [*layout, None]
+        for s, end in enumerate(ends):
+            stages = tuple(sorted({where[op] for op in self._made_by(end)}))
             makers = tuple(layout[i] for i in stages)
-            for maker, producer, consumer, nbytes in self._messages(block, makers):
+            for maker, producer, consumer, nbytes in self._messages(end, makers):
                 sender = _SOURCE if maker == _SOURCE else stages[maker]
                 found.append((self.ref(sender, producer), self.ref(s, consumer), nbytes))
         return found
@@ -125,6 +126,8 @@ def _common(graph: Graph, held: Shard, box: Box) -> int | None:
         if high <= low:
             return None if held.box != box else graph.nbytes(held.value, box)
         volume *= high - low
-    return graph.nbytes(held.value, None) if not box.axes else int(
-        volume * graph.itemsize(held.value) + 0.999
+    return (
+        graph.nbytes(held.value, None)
+        if not box.axes
+        else int(volume * graph.itemsize(held.value) + 0.999)
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import pairwise
 
-from meshinfer.cost import DeviceProfile
+from meshinfer.cost import DeviceProfile, variable_seconds
 from meshinfer.identity import DeviceId
 from meshinfer.planner.bands import Block, splittable
 from meshinfer.planner.candidates import Candidate, Choice
@@ -72,9 +72,7 @@ def big(choice: Choice, fastest: DeviceId) -> list[Block]:
     picked = {min(cuts[1:-1], key=lambda c: abs(flops[c] - g)) for g in goals if cuts[1:-1]}
     picked |= {c for c in cuts[1:-1] if c not in choice.space.axes.follows}
     bounds = sorted({cuts[0], cuts[-1], *picked})
-    return [
-        Block(a, b, None if _can_split(choice, a, b) else fastest) for a, b in pairwise(bounds)
-    ]
+    return [Block(a, b, None if _can_split(choice, a, b) else fastest) for a, b in pairwise(bounds)]
 
 
 def _can_split(choice: Choice, start: int, stop: int) -> bool:
@@ -129,8 +127,7 @@ def pipeline(choice: Choice, members: tuple[DeviceProfile, ...]) -> list[Block]:
     lives[cuts[-1]] = sum(graph.nbytes(n) for n in graph.outputs)
 
     def busy(a: int, b: int, p: DeviceProfile) -> float:
-        compute = (sums.flops[b] - sums.flops[a]) / p.flops_per_s
-        compute += (sums.nbytes[b] - sums.nbytes[a]) / p.copy_bytes_per_s + p.overhead_s
+        compute = variable_seconds(sums.work[b] - sums.work[a], p.unit_costs) + p.overhead_s
         return max(compute, max(lives[a], lives[b]) / p.bandwidth_bytes_per_s)
 
     best: list[dict[int, tuple[float, int]]] = [{0: (0.0, 0)}]

@@ -71,7 +71,9 @@ def balance(choice: Choice, best: Candidate, rounds: int = 4) -> Candidate:
     for how in (_by_duration, _by_end):
         for _ in range(rounds):
             weights = how(choice, best)
-            blocks = [replace(b, shares=weights.get(i, b.shares)) for i, b in enumerate(best.blocks)]
+            blocks = [
+                replace(b, shares=weights.get(i, b.shares)) for i, b in enumerate(best.blocks)
+            ]
             rival = choice.candidate(_variant(best, "balanced"), blocks, {})
             if not choice.key(rival) < choice.key(best):
                 best = _one_by_one(choice, best, weights)

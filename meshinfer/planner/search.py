@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from meshinfer.cost.profile import DeviceProfile
+from meshinfer.cost import DeviceProfile, variable_seconds
 from meshinfer.geometry import split_weighted
 from meshinfer.identity import DeviceId
 from meshinfer.planner.axes import Kind
@@ -128,11 +128,13 @@ class Prices:
     def __init__(self, space: Space, team: Team) -> None:
         self.space, self.team = space, team
         self.latency = max(p.latency_s for p in (*team.members, team.source, team.sink))
+        self.message_s = max(p.message_s for p in team.members)
         self.link = min(p.bandwidth_bytes_per_s for p in team.members)
         known = (*team.alone, team.source, team.sink, *team.members)
         self.ends = {p.id: p for p in known}
         self.weights = team.weights
         self.total = sum(self.weights.values())
+        self._sums: dict[DeviceId, list[float]] = {}
         self._portions: dict[tuple[Kind, int, int], list[float]] = {}
 
     def of(self, blocks: Sequence[Block], most: int = HEAVY_A_BLOCK) -> float:
@@ -177,32 +179,36 @@ class Prices:
         return self._portions[key]
 
     def body(self, block: Block, found: Mapping[int, Sample]) -> float:
-        """Seconds until the slowest has computed a block."""
-        sums, start, stop = self.space.sums, block.start, block.stop
-        flops = sums.flops[stop] - sums.flops[start]
-        nbytes = sums.nbytes[stop] - sums.nbytes[start]
+        """Seconds until the slowest has computed a block; what the sample computes beyond its share
+        is the overlap of any part."""
+        start, stop = block.start, block.stop
         if block.whole_on is not None:
             place = self.ends[block.whole_on]
-            return flops / place.flops_per_s + nbytes / place.copy_bytes_per_s + place.overhead_s
-        sample = found[start]
-        more_flops = max(0.0, sample.flops - sample.share * flops)
-        more_bytes = max(0.0, sample.nbytes - sample.share * nbytes)
+            return self._seconds(place, start, stop) + place.overhead_s
+        sample, slowest = found[start], 0.0
         portions = self.portions(block.kind, sample.size, sample.inner)
-        return max(
-            (g * flops + more_flops) / p.flops_per_s
-            + (g * nbytes + more_bytes) / p.copy_bytes_per_s
-            + p.overhead_s
-            for g, p in zip(portions, self.team.members, strict=True)
-            if g > 0
-        )
+        for g, p in zip(portions, self.team.members, strict=True):
+            if g > 0:
+                whole = self._seconds(p, start, stop)
+                more = variable_seconds(sample.work, p.unit_costs) - sample.share * whole
+                slowest = max(slowest, g * whole + max(0.0, more) + p.overhead_s)
+        return slowest
+
+    def _seconds(self, p: DeviceProfile, start: int, stop: int) -> float:
+        """Seconds of ops ``[start, stop)`` computed whole, without the fixed cost of a task."""
+        if p.id not in self._sums:
+            costs = p.unit_costs
+            self._sums[p.id] = [variable_seconds(w, costs) for w in self.space.sums.work]
+        sums = self._sums[p.id]
+        return sums[stop] - sums[start]
 
     def fetch(self, block: Block, found: Mapping[int, Sample], before: State) -> float:
         """Seconds until every device of a block has its inputs."""
         if block.whole_on is not None:
             return self._whole(block, before)
-        return self._parts(found[block.start].reads, before)
+        return self._parts(found[block.start].reads, before, block.kind)
 
-    def _parts(self, reads: Sequence[Read], before: State) -> float:
+    def _parts(self, reads: Sequence[Read], before: State, kind: Kind) -> float:
         near: dict[DeviceId, float] = {}
         halo = 0.0
         for read in reads:
@@ -215,6 +221,11 @@ class Prices:
                 near[holder.id] = near.get(holder.id, 0.0) + read.need * others
         seconds = halo / self.link
         seconds += sum(b / self.ends[d].bandwidth_bytes_per_s for d, b in near.items())
+        if halo:
+            others = len(self.team.members) - 1
+            beside = {"rows": 2, "batch": 2, "grid": 5}.get(kind, others)
+            talk = min(others, beside) if before.kind == kind else others
+            seconds += 2 * talk * self.message_s
         return seconds + (self.latency if halo or near else 0.0)
 
     def _holder(self, made: bool, before: State) -> DeviceProfile:
@@ -228,7 +239,8 @@ class Prices:
                 moved += nbytes * (1 - self.weights.get(place.id, 0.0) / self.total)
             elif not self._holder(made, before).beside(place):
                 moved += nbytes
-        return self._move(moved, place)
+        talk = len(self.team.members) if moved and before.kind is not None else 0
+        return self._move(moved, place) + talk * self.message_s
 
     def gather(self, state: State) -> float:
         """Seconds until the sink has the answer."""

@@ -8,14 +8,12 @@ from dataclasses import dataclass, field
 from meshinfer.graph import Graph
 from meshinfer.identity import DeviceId
 from meshinfer.planner.axes import Axes, Kind, axes_of
-from meshinfer.planner.estimate import Sample, Sums, clean_cuts, samples, sums_of
+from meshinfer.planner.estimate import Cells, Sample, Sums, clean_cuts, samples, sums_of
 from meshinfer.planner.pins import Pins
 
 HEAVY_A_BLOCK = 12
 CHANNEL_HEAVY = 2
 """Most heavy operators in a fused block; in channel slices each one more reads everything again."""
-SMALL = 10
-"""Up to so many ends of blocks, blocks of any length are tried."""
 
 
 @dataclass
@@ -32,6 +30,7 @@ class Space:
     _samples: dict[tuple[int, Kind, int], tuple[int, dict[int, Sample]]] = field(
         default_factory=dict
     )
+    _cells: Cells = field(default_factory=dict)
     _reads: dict[tuple[int, int], list[tuple[str, int]]] = field(default_factory=dict)
 
     @staticmethod
@@ -62,7 +61,7 @@ class Space:
         if self.fixed:
             return found
         for start in reversed(self.cuts[: i - 1]):
-            if self.sums.heavy[stop] - self.sums.heavy[start] > most and len(self.cuts) > SMALL:
+            if self.sums.heavy[stop] - self.sums.heavy[start] > most:
                 break
             found.append(start)
         return found
@@ -73,7 +72,8 @@ class Space:
         key = (i, kind, parts)
         if self._samples.get(key, (0, {}))[0] < most:
             starts = self.starts(i, most)
-            found = samples(self.graph, self.axes, self.cuts[i], starts, kind, parts)
+            stop, axes = self.cuts[i], self.axes
+            found = samples(self.graph, axes, stop, starts, kind, parts, self._cells)
             self._samples[key] = (most, found)
         return self._samples[key][1]
 

@@ -16,72 +16,36 @@ from msgspec import Meta
 
 from meshinfer import limits
 from meshinfer.plan import Shard
-from meshinfer.protocol.records import (
+
+# isort: off
+from meshinfer.protocol.records import (  # one import and not twenty
     Blob as Blob,
-)
-from meshinfer.protocol.records import (
     Count as Count,
-)
-from meshinfer.protocol.records import (
     DeviceInfo as DeviceInfo,
-)
-from meshinfer.protocol.records import (
+    Done as Done,
     Facts as Facts,
-)
-from meshinfer.protocol.records import (
     Failure as Failure,
-)
-from meshinfer.protocol.records import (
     Hex as Hex,
-)
-from meshinfer.protocol.records import (
+    Link as Link,
     ModelInfo as ModelInfo,
-)
-from meshinfer.protocol.records import (
     Name as Name,
-)
-from meshinfer.protocol.records import (
     Output as Output,
-)
-from meshinfer.protocol.records import (
     Peer as Peer,
-)
-from meshinfer.protocol.records import (
     Piece as Piece,
-)
-from meshinfer.protocol.records import (
     Place as Place,
-)
-from meshinfer.protocol.records import (
     Program as Program,
-)
-from meshinfer.protocol.records import (
     Rate as Rate,
-)
-from meshinfer.protocol.records import (
     Record as Record,
-)
-from meshinfer.protocol.records import (
     Seconds as Seconds,
-)
-from meshinfer.protocol.records import (
     Send as Send,
-)
-from meshinfer.protocol.records import (
     Shape as Shape,
-)
-from meshinfer.protocol.records import (
     TaskTime as TaskTime,
-)
-from meshinfer.protocol.records import (
     Tensor as Tensor,
-)
-from meshinfer.protocol.records import (
     Text as Text,
-)
-from meshinfer.protocol.records import (
     Value as Value,
 )
+
+# isort: on
 from meshinfer.protocol.report import Report as Report
 
 PROTOCOL = (1, 1)
@@ -264,12 +228,12 @@ class Start(Message, frozen=True):
     client: Name
 
 
-class TaskDone(Message, frozen=True):
+class TasksDone(Message, frozen=True):
+    """Tasks of an attempt that this device has done; those of one device are told together."""
+
     request: Name
     attempt: Count
-    place: Place
-    compute_s: Seconds
-    sent_bytes: Count
+    tasks: tuple[Done, ...]
 
 
 class TaskFailed(Message, frozen=True):
@@ -330,11 +294,14 @@ class Reply(Message, frozen=True):
     failure: Failure | None = None
 
 
+Acks = Annotated[tuple[Count, ...], Meta(max_length=limits.ACKS_AT_ONCE)]
+
+
 # --- Tensors (bulk) -----------------------------------------------------------------------------
 
 
 class Deliver(Message, frozen=True):
-    """A piece of a value for a task; raw bytes behind. ``id`` is acknowledged."""
+    """A piece of a value for a task; raw bytes behind. ``id`` is acknowledged, and ``acks`` are."""
 
     id: Count
     request: Name
@@ -343,6 +310,7 @@ class Deliver(Message, frozen=True):
     consumer: Place
     piece: Shard
     tensor: Tensor
+    acks: Acks = ()
 
 
 class Feed(Message, frozen=True):
@@ -365,9 +333,9 @@ class Answer(Message, frozen=True):
 
 
 class Ack(Message, frozen=True):
-    """``Deliver``, ``Feed`` or ``Answer`` with this id has arrived."""
+    """``Deliver``, ``Feed`` or ``Answer`` with these ids have arrived."""
 
-    id: Count
+    ids: Acks
 
 
 # --- Questions ----------------------------------------------------------------------------------
@@ -394,6 +362,6 @@ class Models(Message, frozen=True):
 AnyMessage = (
     Hello | Welcome | Refused | Heartbeat | Alive | Who | Probe | Goodbye | Dismiss | Closing
     | Want | Chunk | Gone | Deploy | Deployed | Install | Installed | Forget
-    | Submit | Start | TaskDone | TaskFailed | Unreachable | Merged | Release | Cancel | Reply
+    | Submit | Start | TasksDone | TaskFailed | Unreachable | Merged | Release | Cancel | Reply
     | Deliver | Feed | Answer | Ack | ListDevices | Devices | ListModels | Models
 )  # fmt: skip

@@ -51,6 +51,9 @@ class Peer(Record, frozen=True, forbid_unknown_fields=False):
 class Facts(Record, frozen=True, forbid_unknown_fields=False):
     """What a device says of itself. ``flops_per_s`` is measured on its engine.
 
+    ``memory_bytes`` is what MeshInfer may use. ``cpu_quota``: processors granted, 0 for all.
+    ``rates``: FLOP/s by ``cost.OpKind``, 0 where unknown; ``memory_bytes_per_s``, ``kernel_s`` and
+    ``overhead_s`` as in ``cost.DeviceProfile``, 0 where unknown.
     ``last_exit`` is why its worker process ended the last time, as its supervisor saw it.
     """
 
@@ -64,8 +67,24 @@ class Facts(Record, frozen=True, forbid_unknown_fields=False):
     threads: Count = 1
     last_exit: str = ""
     flops_per_s: Rate = 0.0
+    cpu_quota: Rate = 0.0
+    rates: Annotated[tuple[Rate, ...], Meta(max_length=limits.OPERATOR_KINDS)] = ()
+    memory_bytes_per_s: Rate = 0.0
+    kernel_s: Seconds = 0.0
+    overhead_s: Seconds = 0.0
     computes: bool = True
     head: bool = False
+
+
+class Link(Record, frozen=True):
+    """What transfers from one device to ``peer`` came to, encrypted and acknowledged.
+
+    ``bytes_per_s``: of long messages; ``latency_s``: one way, of short ones. 0 where unknown.
+    """
+
+    peer: Name
+    bytes_per_s: Rate = 0.0
+    latency_s: Seconds = 0.0
 
 
 class Failure(Record, frozen=True, forbid_unknown_fields=False):
@@ -136,17 +155,23 @@ class Program(Record, frozen=True):
     sends: tuple[Send, ...] = ()
 
 
-class TaskTime(Record, frozen=True):
-    """What one task took on its device. ``sent_bytes`` left the device for others."""
+class Done(Record, frozen=True):
+    """What one task took. ``sent_bytes`` left its device for others."""
 
-    device: Name
     place: Place
     compute_s: Seconds
     sent_bytes: Count
 
 
+class TaskTime(Done, frozen=True):
+    """What one task took, and on which device."""
+
+    device: Name
+
+
 class DeviceInfo(Record, frozen=True):
-    """A device as ``meshinfer devices`` shows it."""
+    """A device as ``meshinfer devices`` shows it. ``link``: to the coordinator's own device;
+    ``links``: to others that it has sent to."""
 
     device: Name
     state: str
@@ -154,6 +179,8 @@ class DeviceInfo(Record, frozen=True):
     heard_s: Seconds
     computing: str = ""
     tasks_done: Count = 0
+    link: Link | None = None
+    links: Annotated[tuple[Link, ...], Meta(max_length=limits.DEVICES)] = ()
 
 
 class ModelInfo(Record, frozen=True):

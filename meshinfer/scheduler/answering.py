@@ -116,18 +116,20 @@ class Answering:
             request.deployment, request.merged = None, None
         return []
 
-    def task_done(self, peer: str, message: m.TaskDone) -> list[Effect]:
+    def tasks_done(self, peer: str, message: m.TasksDone) -> list[Effect]:
         device = self._members.by_peer(peer)
         assert device is not None
-        device.tasks_done += 1
+        device.tasks_done += len(message.tasks)
         request = self.open.get(message.request)
         tried = None if request is None else request.tried.get(message.attempt)
-        if tried is not None:
-            tried.tasks[message.place] = m.TaskTime(
+        if tried is None:
+            return []
+        for done in message.tasks:
+            tried.tasks[done.place] = m.TaskTime(
                 device=device.name,
-                place=message.place,
-                compute_s=message.compute_s,
-                sent_bytes=message.sent_bytes,
+                place=done.place,
+                compute_s=done.compute_s,
+                sent_bytes=done.sent_bytes,
             )
         return []
 

@@ -14,6 +14,7 @@ from msgspec import structs
 from meshinfer import limits
 from meshinfer.protocol import messages as m
 from meshinfer.protocol.codec import ProtocolError, array_of, describe, payload_of
+from meshinfer.scheduler.acks import AckBox
 from meshinfer.scheduler.events import (
     Array,
     Arrived,
@@ -69,6 +70,7 @@ class ClientCore:
         self._requests: dict[str, _Request] = {}
         self._questions: dict[str, _Question] = {}
         self._outbox = Outbox()
+        self._acks = AckBox()
         self._hello_due = 0.0
         self._beat_due = 0.0
         self._heard = 0.0
@@ -105,7 +107,8 @@ class ClientCore:
                     self._tell(m.Cancel(request=name, turn=r.turn))
                     for name, r in self._requests.items()
                 ]
-                return [*cancels, *self._fail_all("the client was closed"), Stop()]
+                failed = self._fail_all("the client was closed")
+                return [*cancels, *failed, *self._acks.flush(), Stop()]
             case _:
                 raise AssertionError(f"a client has no use for {event}")
 
@@ -118,8 +121,8 @@ class ClientCore:
         times = [self._beat_due if self._welcome is not None else self._hello_due]
         times += [r.deadline + LATE_S for r in self._requests.values()]
         times += [q.deadline for q in self._questions.values()]
-        due = self._outbox.next_deadline()
-        return min(times if due is None else [*times, due])
+        others = (self._outbox.next_deadline(), self._acks.next_deadline())
+        return min((*times, *(t for t in others if t is not None)))
 
     # --- messages
 
@@ -130,9 +133,10 @@ class ClientCore:
         message = event.message
         match message:
             case m.Answer():
-                return self._answered(event.peer, message, event.payload)
+                self._acks.add(event.peer, message.id, len(event.payload), now)
+                return self._answered(message, event.payload)
             case m.Ack():
-                self._outbox.acknowledge(message.id)
+                self._outbox.acknowledge(message.ids)
                 return []
             case m.Want():
                 return [ServeBlob(event.peer, message.digest, message.offset, message.length)]
@@ -220,21 +224,20 @@ class ClientCore:
                 effects.append(self._tell(question.message))
         return effects
 
-    def _answered(self, peer: str, message: m.Answer, payload: memoryview) -> list[Effect]:
-        ack: list[Effect] = [Send(Plane.BULK, peer, m.Ack(id=message.id))]
+    def _answered(self, message: m.Answer, payload: memoryview) -> list[Effect]:
         request = self._requests.get(message.request)
         if request is None:
-            return ack
+            return []
         try:
             array = array_of(message.tensor, payload)
         except ProtocolError as error:
-            return [*ack, Note("warning", "bad answer", {"why": str(error)})]
+            return [Note("warning", "bad answer", {"why": str(error)})]
         answers = request.answers.setdefault(message.attempt, {})
         answers[message.tensor.name] = array
         if len(answers) < message.count:
-            return ack
+            return []
         request.answers = {-1: answers}  # whole; any attempt's answer is right
-        return ack + self._try_resolve(message.request, request)
+        return self._try_resolve(message.request, request)
 
     def _try_resolve(self, name: str, request: _Request) -> list[Effect]:
         reply = request.reply
@@ -262,7 +265,7 @@ class ClientCore:
             if self._welcome is not None:
                 effects += self._rejoin(now + limits.HELLO_RETRY_S)
         again, _ = self._outbox.resend_due(now)
-        effects += again
+        effects += self._acks.due(now) + again
         for name in [n for n, r in self._requests.items() if r.deadline + LATE_S <= now]:
             effects += self._give_up(name)
         for call in [c for c, q in self._questions.items() if q.deadline <= now]:

@@ -7,46 +7,22 @@ dropped: tasks are pure, and the coordinator has started, or will start, what is
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 
 from meshinfer import limits
-from meshinfer.mapreduce import reduce, scatter
 from meshinfer.plan import Shard
 from meshinfer.protocol import messages as m
 from meshinfer.protocol.codec import ProtocolError, array_of, describe, payload_of
+from meshinfer.scheduler.acks import AckBox
 from meshinfer.scheduler.events import Array, Compute, Computed, Effect, Note, Plane, Send
+from meshinfer.scheduler.held import Held
 from meshinfer.scheduler.installing import COORDINATOR, Deployment
 from meshinfer.scheduler.outbox import Numbered, Outbox
+from meshinfer.scheduler.recipe import Cut, Gathering
 
 SOURCE: m.Place = (-1, 0)
 _NEVER = (-1, "", -1)
 """What is known of a request that was not released: attempt, client and turn."""
-
-
-@dataclass(slots=True)
-class _Request:
-    """One request on this device, under its newest attempt.
-
-    ``giver`` and ``turn``: the client that gave ``fed``, and how often it had submitted by then.
-    """
-
-    since: float
-    attempt: int = 0
-    deployment: int = -1
-    client: str = ""
-    giver: str = ""
-    turn: int = -1
-    fed: dict[str, Array] = field(default_factory=dict)
-    scattered: bool = False
-    pieces: dict[m.Place, dict[Shard, Array]] = field(default_factory=dict)
-    begun: set[m.Place] = field(default_factory=set)
-
-    def renew(self, attempt: int, deployment: int) -> None:
-        """Start over under a newer attempt; what the client fed stays."""
-        self.attempt, self.deployment, self.scattered = attempt, deployment, False
-        self.pieces.clear()
-        self.begun.clear()
 
 
 class Computing:
@@ -54,10 +30,11 @@ class Computing:
 
     def __init__(self, device: str, deployments: Mapping[int, Deployment]) -> None:
         self.outbox = Outbox()
+        self.acks = AckBox()
         self.running: tuple[Compute, float] | None = None
         self._device = device
         self._deployments = deployments
-        self._requests: dict[str, _Request] = {}
+        self._requests: dict[str, Held] = {}
         self._released: OrderedDict[str, tuple[int, str, int]] = OrderedDict()
         self._queue: deque[Compute] = deque()
 
@@ -69,25 +46,26 @@ class Computing:
 
     def feed(self, peer: str, message: m.Feed, payload: memoryview, now: float) -> list[Effect]:
         name = message.request
-        ack: list[Effect] = [Send(Plane.BULK, peer, m.Ack(id=message.id))]
         _, client, turn = self._released.get(name, _NEVER)
-        if peer == client and message.turn <= turn:
-            return ack
+        stale = peer == client and message.turn <= turn
+        if not stale and name not in self._requests and len(self._requests) >= limits.FED_REQUESTS:
+            note = Note("warning", "too many inputs wait here", {"request": name})
+            return [note]  # not acknowledged: the client sends it again later
+        self.acks.add(peer, message.id, len(payload), now)
+        if stale:
+            return []
         try:
             array = array_of(message.tensor, payload)
         except ProtocolError as error:
-            return [*ack, Note("warning", "bad input", {"why": str(error)})]
-        if name not in self._requests and len(self._requests) >= limits.FED_REQUESTS:
-            note = Note("warning", "too many inputs wait here", {"request": name})
-            return [note]  # not acknowledged: the client sends it again later
+            return [Note("warning", "bad input", {"why": str(error)})]
         request = self._request(name, now)
         if peer == request.giver and message.turn < request.turn:
-            return ack
+            return []
         if (peer, message.turn) != (request.giver, request.turn):
             request.giver, request.turn = peer, message.turn
             request.fed.clear()
         request.fed[message.tensor.name] = array
-        return ack + self._scatter(name, request, now)
+        return self._scatter(name, request, now)
 
     def start(self, message: m.Start, now: float) -> list[Effect]:
         if message.deployment not in self._deployments:
@@ -137,9 +115,9 @@ class Computing:
                 del self._requests[name]
                 self._drop_work(name)
 
-    def _keep_inputs(self, name: str, old: _Request) -> None:
+    def _keep_inputs(self, name: str, old: Held) -> None:
         if old.fed:
-            self._requests[name] = _Request(old.since, giver=old.giver, turn=old.turn, fed=old.fed)
+            self._requests[name] = Held(old.since, giver=old.giver, turn=old.turn, fed=old.fed)
 
     def _drop_work(self, name: str) -> None:
         """What is queued and what is under way to other tasks; answers to the client stay."""
@@ -150,12 +128,12 @@ class Computing:
         self._queue = deque(c for c in self._queue if c.request != name)
         self.outbox.forget(piece)
 
-    def _request(self, name: str, now: float) -> _Request:
+    def _request(self, name: str, now: float) -> Held:
         if name not in self._requests:
-            self._requests[name] = _Request(now)
+            self._requests[name] = Held(now)
         return self._requests[name]
 
-    def _current(self, name: str, attempt: int, deployment: int, now: float) -> _Request | None:
+    def _current(self, name: str, attempt: int, deployment: int, now: float) -> Held | None:
         """The request under this attempt; None when the attempt is stale."""
         if attempt <= self._released.get(name, _NEVER)[0]:
             return None
@@ -169,14 +147,14 @@ class Computing:
 
     # --- pieces
 
-    def _begin_without_inputs(self, name: str, request: _Request, now: float) -> list[Effect]:
+    def _begin_without_inputs(self, name: str, request: Held, now: float) -> list[Effect]:
         """Tasks that read nothing but weights have no last piece to wait for."""
         for place, program in self._deployments[request.deployment].programs.items():
             if program.model is not None and not program.inputs and place not in request.begun:
                 self._begin(name, request, place, {})
         return self._compute_next(now)
 
-    def _scatter(self, name: str, request: _Request, now: float) -> list[Effect]:
+    def _scatter(self, name: str, request: Held, now: float) -> list[Effect]:
         """The source's part: cut the inputs and send them to the tasks, once all are here."""
         deployment = self._deployments.get(request.deployment)
         if deployment is None or request.scattered or not request.client:
@@ -190,32 +168,31 @@ class Computing:
                 text = f"input {output.name} has shape {array.shape}, not {output.shard.box.shape}"
                 return [_failed(name, request.attempt, SOURCE, text)]
         request.scattered = True
-        arrays = {o.shard: request.fed[o.name] for o in program.outputs}
-        effects, _ = self._send_on(name, request, deployment, program, arrays, now)
+        arrays = [request.fed[o.name] for o in program.outputs]
+        effects, _ = self._send_on(name, request, deployment, SOURCE, arrays, now)
         return effects
 
     def deliver(
         self, peer: str, message: m.Deliver, payload: memoryview, now: float
     ) -> list[Effect]:
-        ack: list[Effect] = [Send(Plane.BULK, peer, m.Ack(id=message.id))]
+        self.outbox.acknowledge(message.acks)
+        self.acks.add(peer, message.id, len(payload), now)
         # Pieces are sent when all devices have installed: an unknown deployment is a retired one.
         if message.deployment not in self._deployments:
-            return ack
+            return []
         request = self._current(message.request, message.attempt, message.deployment, now)
         if request is None:
-            return ack
+            return []
         try:
             array = array_of(message.tensor, payload)
         except ProtocolError as error:
-            return [*ack, Note("warning", "bad piece", {"why": str(error), "peer": peer})]
-        return ack + self._place(
-            message.request, request, message.consumer, message.piece, array, now
-        )
+            return [Note("warning", "bad piece", {"why": str(error), "peer": peer})]
+        return self._place(message.request, request, message.consumer, message.piece, array, now)
 
     def _place(
         self,
         name: str,
-        request: _Request,
+        request: Held,
         consumer: m.Place,
         piece: Shard,
         array: Array,
@@ -224,36 +201,35 @@ class Computing:
         """A piece has come (from a peer or from this device): compute when it was the last one."""
         if consumer in request.begun:
             return []  # it came twice
-        program = self._deployments[request.deployment].programs.get(consumer)
-        wanted = () if program is None else program.inputs
-        fits = piece.box.shape == array.shape or not piece.box.axes
-        if not fits or not any(p.shard == piece for value in wanted for p in value.pieces):
+        gathering = request.pieces.get(consumer)
+        if gathering is None:
+            recipe = self._deployments[request.deployment].recipes.get(consumer)
+            gathering = None if recipe is None else Gathering(recipe)
+        if gathering is None or not gathering.put(piece, array):
             return [Note("warning", "a piece that nobody awaits", {"piece": str(piece)})]
-        assert program is not None
-        held = request.pieces.setdefault(consumer, {})
-        held[piece] = array
-        if not _complete(program, held):
+        request.pieces[consumer] = gathering
+        if not gathering.complete:
             return []
-        if program.model is None:
+        if gathering.recipe.program.model is None:
             return self._try_sink(name, request, now)
-        self._begin(name, request, consumer, _merge(program, held))
+        self._begin(name, request, consumer, gathering.inputs())
         return self._compute_next(now)
 
-    def _try_sink(self, name: str, request: _Request, now: float) -> list[Effect]:
+    def _try_sink(self, name: str, request: Held, now: float) -> list[Effect]:
         """The sink's part: when all outputs are here and the client is known, merge and answer."""
         if not request.client:
             return []
-        for place, program in self._deployments[request.deployment].programs.items():
-            if program.model is not None or place == SOURCE or place in request.begun:
+        for place, recipe in self._deployments[request.deployment].recipes.items():
+            if recipe.program.model is not None or place == SOURCE or place in request.begun:
                 continue
-            held = request.pieces.get(place, {})
-            if _complete(program, held):
+            gathering = request.pieces.get(place) or Gathering(recipe)
+            if gathering.complete:
                 request.begun.add(place)
-                return self._answer(name, request, place, _merge(program, held), now)
+                return self._answer(name, request, place, gathering.inputs(), now)
         return []
 
     def _answer(
-        self, name: str, request: _Request, place: m.Place, outputs: dict[str, Array], now: float
+        self, name: str, request: Held, place: m.Place, outputs: dict[str, Array], now: float
     ) -> list[Effect]:
         effects: list[Effect] = []
         try:
@@ -270,9 +246,7 @@ class Computing:
 
     # --- computing
 
-    def _begin(
-        self, name: str, request: _Request, place: m.Place, inputs: dict[str, Array]
-    ) -> None:
+    def _begin(self, name: str, request: Held, place: m.Place, inputs: dict[str, Array]) -> None:
         request.begun.add(place)
         request.pieces.pop(place, None)
         self._queue.append(Compute(name, request.attempt, request.deployment, place, inputs))
@@ -297,44 +271,42 @@ class Computing:
             effects = self._finish(event, request, now)
         return effects + self._compute_next(now)  # else one wasted task
 
-    def _finish(self, event: Computed, request: _Request, now: float) -> list[Effect]:
+    def _finish(self, event: Computed, request: Held, now: float) -> list[Effect]:
         if event.error is not None:
             return [_failed(event.request, request.attempt, event.place, event.error)]
         deployment = self._deployments[request.deployment]
-        program = deployment.programs[event.place]
-        arrays = {o.shard: a for o, a in zip(program.outputs, event.outputs, strict=True)}
-        effects, sent = self._send_on(event.request, request, deployment, program, arrays, now)
-        done = m.TaskDone(
-            request=event.request,
-            attempt=event.attempt,
-            place=event.place,
-            compute_s=event.compute_s,
-            sent_bytes=sent,
+        effects, sent = self._send_on(
+            event.request, request, deployment, event.place, event.outputs, now
         )
-        return [*effects, _tell(done)]
+        done = m.Done(place=event.place, compute_s=event.compute_s, sent_bytes=sent)
+        request.done.append(done)
+        if len(request.done) < deployment.tasks:
+            return effects  # told with the last one: the answer cannot come before it
+        return [*effects, _tell_done(event.request, request)]
 
     def _send_on(
         self,
         name: str,
-        request: _Request,
+        request: Held,
         deployment: Deployment,
-        program: m.Program,
-        arrays: dict[Shard, Array],
+        place: m.Place,
+        arrays: Sequence[Array],
         now: float,
     ) -> tuple[list[Effect], int]:
         """Cut what was made for each task that reads it; and how many bytes leave this device."""
         effects: list[Effect] = []
-        local: list[tuple[m.Send, Array]] = []
+        local: list[Cut] = []
         sent = 0
-        for send in program.sends:
-            array = _cut(arrays, send.piece)
+        for cut in deployment.recipes[place].cuts:
+            send = cut.send
             if send.device == self._device:
-                local.append((send, array))
+                local.append(cut)
                 continue
+            array = cut.of(arrays)
             try:
                 tensor = describe(send.piece.value, array)
             except ValueError as error:
-                return [_failed(name, request.attempt, program.place, str(error))], 0
+                return [_failed(name, request.attempt, place, str(error))], 0
             message = m.Deliver(
                 id=0,
                 request=name,
@@ -343,16 +315,23 @@ class Computing:
                 consumer=send.consumer,
                 piece=send.piece,
                 tensor=tensor,
+                acks=self.acks.take(deployment.peers[send.device]),
             )
             payload = payload_of(array)  # the one copy of what is sent, where rows are strided
             sent += len(payload)
             effects.append(self.outbox.send(deployment.peers[send.device], message, payload, now))
-        for send, array in local:
-            effects += self._place(name, request, send.consumer, send.piece, array, now)
+        for cut in local:
+            consumer, piece = cut.send.consumer, cut.send.piece
+            effects += self._place(name, request, consumer, piece, cut.of(arrays), now)
         return effects, sent
+
+    def next_deadline(self) -> float | None:
+        times = (self.outbox.next_deadline(), self.acks.next_deadline())
+        return min((t for t in times if t is not None), default=None)
 
     def due(self, now: float) -> list[Effect]:
         effects, lost = self.outbox.resend_due(now)
+        effects = self.acks.due(now) + effects
         for entry in lost:
             effects.append(Note("warning", "no acknowledgement", {"peer": entry.peer}))
             message = entry.message
@@ -364,30 +343,12 @@ class Computing:
         return effects
 
 
-def _complete(program: m.Program, held: Mapping[Shard, Array]) -> bool:
-    return all(p.shard in held for value in program.inputs for p in value.pieces)
-
-
-def _merge(program: m.Program, held: Mapping[Shard, Array]) -> dict[str, Array]:
-    return {
-        value.name: reduce(value.box.box, [(p.shard, held[p.shard]) for p in value.pieces])
-        for value in program.inputs
-    }
-
-
-def _cut(arrays: dict[Shard, Array], piece: Shard) -> Array:
-    for shard, array in arrays.items():
-        if (
-            shard.value == piece.value
-            and shard.over == piece.over
-            and shard.box.contains(piece.box)
-        ):
-            return scatter(array, shard.box, piece.box)
-    raise AssertionError(f"{piece} is not among {list(arrays)}")
-
-
 def _failed(name: str, attempt: int, place: m.Place, text: str) -> Send:
     return _tell(m.TaskFailed(request=name, attempt=attempt, place=place, text=text[:4000]))
+
+
+def _tell_done(name: str, request: Held) -> Send:
+    return _tell(m.TasksDone(request=name, attempt=request.attempt, tasks=tuple(request.done)))
 
 
 def _tell(message: m.AnyMessage) -> Send:

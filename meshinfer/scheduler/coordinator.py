@@ -113,8 +113,8 @@ class CoordinatorCore:
             case m.Heartbeat():
                 self.members.heard(peer, message, now)
                 return [] if device is not None else [_to(peer, m.Alive())]
-            case m.TaskDone() if device is not None:
-                return self._answering.task_done(peer, message)
+            case m.TasksDone() if device is not None:
+                return self._answering.tasks_done(peer, message)
             case m.Merged() if device is not None:
                 return self._answering.merged(peer, message, now)
             case m.TaskFailed() if device is not None:

@@ -13,7 +13,16 @@ from typing import Any
 import numpy as np
 
 from meshinfer.protocol.codec import Buffer
-from meshinfer.protocol.messages import AnyMessage, Failure, Peer, Place, Program, Report
+from meshinfer.protocol.messages import (
+    AnyMessage,
+    Facts,
+    Failure,
+    Link,
+    Peer,
+    Place,
+    Program,
+    Report,
+)
 
 Array = np.ndarray[Any, Any]
 
@@ -255,12 +264,13 @@ class Signature:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A device that may get work."""
+    """A device that may get work: what it said of itself, its link to the head if measured, and
+    its links to other devices that it has sent to."""
 
     device: str
-    flops_per_s: float
-    memory_bytes: int
-    engine: str
+    facts: Facts
+    link: Link | None = None
+    links: tuple[Link, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from meshinfer.scheduler.events import (
     Send,
 )
 from meshinfer.scheduler.puller import Puller
+from meshinfer.scheduler.recipe import Recipe
 
 COORDINATOR = "coordinator"
 """Name of the control connection to the coordinator."""
@@ -29,11 +30,24 @@ COORDINATOR = "coordinator"
 
 @dataclass(slots=True)
 class Deployment:
-    """``peers``: device -> peer id, for what the programs send; ``missing``: blobs to come."""
+    """``peers``: device -> peer id, for what the programs send; ``tasks``: how many programs
+    compute; ``missing``: blobs to come."""
 
     programs: dict[m.Place, m.Program]
+    recipes: dict[m.Place, Recipe]
     peers: dict[str, str]
+    tasks: int
     missing: set[str] = field(default_factory=set)
+
+    @staticmethod
+    def of(message: m.Install) -> Deployment:
+        programs = {program.place: program for program in message.programs}
+        return Deployment(
+            programs,
+            {place: Recipe.of(program) for place, program in programs.items()},
+            {peer.device: peer.id for peer in message.peers},
+            sum(program.model is not None for program in message.programs),
+        )
 
 
 class Installing:
@@ -50,10 +64,7 @@ class Installing:
         return not self._puller
 
     def install(self, message: m.Install) -> list[Effect]:
-        self.deployments[message.deployment] = Deployment(
-            {program.place: program for program in message.programs},
-            {peer.device: peer.id for peer in message.peers},
-        )
+        self.deployments[message.deployment] = Deployment.of(message)
         digests = {
             digest
             for program in message.programs

@@ -16,6 +16,7 @@ from meshinfer.scheduler.events import Candidate
 class Device:
     """A joined worker. ``peer`` is its routing id, new with each incarnation.
 
+    ``links``: what its transfers to other devices came to, by their names.
     ``used``: it was told to install something. ``rival``: another process that wants its name, and
     since when.
     """
@@ -30,6 +31,7 @@ class Device:
     excluded_until: float = 0.0
     computing: str = ""
     tasks_done: int = 0
+    links: dict[str, m.Link] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -189,11 +191,26 @@ class Membership:
     def candidates(self, now: float) -> tuple[Candidate, ...]:
         """Devices that may get work, by name."""
         return tuple(
-            Candidate(d.name, d.hello.facts.flops_per_s, d.hello.facts.memory_bytes,
-                      d.hello.facts.engine)
+            Candidate(d.name, d.hello.facts, self.link(d.name), tuple(d.links.values()))
             for _, d in sorted(self.devices.items())
             if d.hello.facts.computes and d.state(now) == "ready"
-        )  # fmt: skip
+        )
+
+    def link(self, device: str) -> m.Link | None:
+        """The link between a device and the head, by the slower of its two directions; None where
+        nothing is known of it."""
+        head = self.head
+        ends = self.devices.get(device)
+        if head is None or ends is None:
+            return None
+        ways = [w for w in (ends.links.get(head.name), head.links.get(device)) if w is not None]
+        rates = [w.bytes_per_s for w in ways if w.bytes_per_s]
+        waits = [w.latency_s for w in ways if w.latency_s]
+        if not rates and not waits:
+            return None
+        return m.Link(
+            peer=head.name, bytes_per_s=min(rates, default=0.0), latency_s=min(waits, default=0.0)
+        )
 
     def infos(self, now: float) -> tuple[m.DeviceInfo, ...]:
         return tuple(
@@ -201,6 +218,8 @@ class Membership:
                 device=d.name,
                 state=d.state(now),
                 facts=d.hello.facts,
+                link=self.link(d.name),
+                links=tuple(d.links.values()),
                 heard_s=now - d.heard,
                 computing=d.computing,
                 tasks_done=d.tasks_done,

@@ -6,7 +6,7 @@ grows with the bytes under way to a peer, so that a slow link is not taken for a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from msgspec import structs
@@ -49,8 +49,9 @@ class Outbox:
         self._entries[self._last] = Unacknowledged(peer, message, payload, now, due)
         return Send(Plane.BULK, peer, message, payload)
 
-    def acknowledge(self, number: int) -> None:
-        self._entries.pop(number, None)
+    def acknowledge(self, numbers: Iterable[int]) -> None:
+        for number in numbers:
+            self._entries.pop(number, None)
 
     def forget(self, which: Callable[[Numbered], bool]) -> None:
         """Nobody needs these any more."""

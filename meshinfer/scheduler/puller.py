@@ -103,6 +103,8 @@ class Puller:
 
     def next_deadline(self) -> float | None:
         """When ``due`` has something to do; what ``done`` made room for is asked for then, too."""
+        if not self._pulls:
+            return None
         if len(self._active) < limits.PULLS_AT_ONCE and any(
             d not in self._active and not p.complete for d, p in self._pulls.items()
         ):

@@ -76,7 +76,7 @@ class WorkerCore:
     def next_deadline(self) -> float:
         times = [self._beat_due if self.joined else self._hello_due]
         for other in (
-            self._computing.outbox.next_deadline(),
+            self._computing.next_deadline(),
             self._installing.next_deadline(),
             self._stop_due,
         ):
@@ -87,7 +87,8 @@ class WorkerCore:
     @property
     def idle(self) -> bool:
         """Whether nothing is held or under way; tests and draining look at it."""
-        return self._computing.idle and self._installing.idle and not self._computing.outbox
+        half = self._computing
+        return half.idle and self._installing.idle and not half.outbox and not half.acks
 
     # --- messages
 
@@ -101,7 +102,7 @@ class WorkerCore:
             case m.Feed():
                 return self._computing.feed(peer, message, event.payload, now)
             case m.Ack():
-                self._computing.outbox.acknowledge(message.id)
+                self._computing.outbox.acknowledge(message.ids)
                 return []
             case m.Chunk():
                 return self._installing.chunk(peer, message, event.payload, now)
@@ -138,7 +139,7 @@ class WorkerCore:
             case m.Refused():
                 return [Stop(message.failure)]
             case m.Dismiss():
-                return [Stop()]
+                return self._end()
             case m.Probe() | m.Alive():
                 return []
             case _:
@@ -168,7 +169,7 @@ class WorkerCore:
         self._hello_due, self._left = when, when
         self._computing.reset(keep_inputs=False)  # the coordinator has clients give them again
         if self._stop_due is not None:
-            return [Stop()]
+            return self._end()
         return [Note("warning", "coordinator lost", {"device": self.device})]
 
     def _moved(self, now: float) -> bool:
@@ -178,7 +179,7 @@ class WorkerCore:
 
     def _tick(self, now: float) -> list[Effect]:
         if self._stop_due is not None and now >= self._stop_due:
-            return [Stop()]
+            return self._end()
         if self._moved(now):
             failure = m.Failure(
                 error="ClusterUnavailable",
@@ -221,9 +222,12 @@ class WorkerCore:
 
     def _stop(self, now: float) -> list[Effect]:
         if self._stop_due is not None or not self.joined:
-            return [Stop()]
+            return self._end()
         self._stop_due = now + limits.DRAIN_S
         return [self._tell(m.Goodbye())]
+
+    def _end(self) -> list[Effect]:
+        return [*self._computing.acks.flush(), Stop()]
 
     def _tell(self, message: m.AnyMessage) -> Send:
         return Send(Plane.CONTROL, COORDINATOR, message)

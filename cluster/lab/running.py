@@ -1,0 +1,238 @@
+"""A cluster in a lab: the daemons that run on real devices, a worker each, with keys of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+import psutil
+
+from cluster.coordinator import HEAD, Address, CoordinatorOptions
+from cluster.worker import WorkerOptions
+from meshinfer.errors import ClusterUnavailable, ConfigurationError
+
+if TYPE_CHECKING:
+    from cluster.lab.lab import Lab
+
+_START_S: Final = 120.0  # a worker imports what it needs at 1/16 of a core, too
+_DRAIN_S: Final = 2.0
+_STOP_S: Final = 5.0
+_POLL_S: Final = 0.02
+
+
+class LabCluster:
+    """Made by ``Lab.start_cluster``. A client runs on device 0: ``lab.spawn(0, ...)``.
+
+    Workers are numbered and named like the devices.
+    """
+
+    def __init__(self, lab: Lab, *, log_level: str, plaintext: bool, discovery: bool) -> None:
+        self.name = f"lab-{lab.name}-{secrets.token_hex(2)}"
+        self.state = lab.state / self.name
+        self._lab, self._log_level = lab, log_level
+        self._plaintext, self._discovery = plaintext, discovery
+        self._workers: dict[int, subprocess.Popen] = {}
+        self._paused: set[int] = set()
+        self._coordinator: subprocess.Popen | None = None
+        self._address: Address | None = None
+        try:
+            self.state.mkdir()
+            self._start_coordinator()
+            for i in range(len(lab.devices)):
+                self._start_worker(i)
+            self.wait()
+        except BaseException:
+            self.stop()
+            raise
+
+    # --- facts
+
+    @property
+    def coordinator(self) -> str:
+        """HOST:PORT, within the lab."""
+        assert self._address is not None
+        return f"{self._address.host}:{self._address.port}"
+
+    @property
+    def coordinator_pid(self) -> int:
+        assert self._coordinator is not None
+        return self._coordinator.pid
+
+    @property
+    def keyring(self) -> Path:
+        return self.state / "coordinator" / "keyring.json"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """This process's, with which ``mi.Client()`` and all commands use this cluster."""
+        return {
+            **os.environ,
+            "MESHINFER_COORDINATOR": self.coordinator,
+            "MESHINFER_KEYRING": str(self.keyring),
+            "MESHINFER_CLUSTER": self.name,
+        }
+
+    def worker_pids(self) -> dict[int, int]:
+        """Worker process by device; not of one that is killed, or just being started again."""
+        children = {i: self._children(each) for i, each in sorted(self._workers.items())}
+        return {i: pids[0] for i, pids in children.items() if pids}
+
+    # --- faults
+
+    def kill(self, i: int) -> None:
+        """SIGKILL a device's worker and supervisor, as if its power went."""
+        supervisor = self._workers.pop(i)
+        self._paused.discard(i)
+        dying = {supervisor.pid, *self._children(supervisor)}
+        _signal(supervisor, signal.SIGKILL)
+        supervisor.wait(_STOP_S)
+        deadline = time.monotonic() + _STOP_S  # its folder is free for the next once it is gone
+        while dying & set(self._lab.processes(i)) and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+
+    def crash(self, i: int) -> None:
+        """SIGKILL a device's worker process only: its supervisor starts it again."""
+        with suppress(KeyError, ProcessLookupError):
+            os.kill(self.worker_pids()[i], signal.SIGKILL)
+
+    def restart(self, i: int, *, wait: bool = True) -> None:
+        """Start a device's worker, killing it first if it runs; ``wait`` until it has joined."""
+        if i in self._workers:
+            self.kill(i)
+        self._start_worker(i)
+        if wait:
+            self.wait()
+
+    def pause(self, i: int) -> None:
+        """SIGSTOP a device's worker and supervisor."""
+        _signal(self._workers[i], signal.SIGSTOP)
+        self._paused.add(i)
+
+    def resume(self, i: int) -> None:
+        _signal(self._workers[i], signal.SIGCONT)
+        self._paused.discard(i)
+
+    def wait(self) -> None:
+        """Until every worker that is not paused or killed has joined, or ``ClusterUnavailable``."""
+        workers = [self._lab.devices[i].name for i in self._workers if i not in self._paused]
+        request = {
+            "address": self.coordinator,
+            "keyring": str(self.keyring),
+            "names": [HEAD, *workers],
+            "timeout_s": _START_S,
+        }
+        # Without the device's limits: it only looks on.
+        watcher = self._lab.spawn(
+            0,
+            [sys.executable, "-m", "cluster.lab.joined", json.dumps(request)],
+            limits=False,
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        _, said = watcher.communicate(timeout=2 * _START_S)
+        if watcher.returncode:
+            raise ClusterUnavailable(said.strip(), hint="use log_level='info' to see why")
+
+    def stop(self) -> None:
+        """Stop all of it: the workers at once, then the coordinator. Again is no error."""
+        for i in list(self._workers):
+            self.kill(i)
+        coordinator = self._coordinator
+        if coordinator is None:
+            return
+        for number, patience_s in (
+            (signal.SIGTERM, _DRAIN_S),
+            (signal.SIGTERM, _STOP_S),
+            (signal.SIGKILL, _STOP_S),
+        ):
+            _signal(coordinator, number)
+            with suppress(subprocess.TimeoutExpired):
+                coordinator.wait(patience_s)
+                break
+        self._coordinator = None
+
+    # --- inside
+
+    def _start_coordinator(self) -> None:
+        options = CoordinatorOptions(
+            cluster=self.name,
+            state_dir=str(self.state / "coordinator"),
+            host=self._lab.address(0),
+            port=0,
+            interfaces=(self._lab.address(0),) if self._discovery else (),
+            log_level=self._log_level,
+            parent=os.getpid(),
+        )
+        self._coordinator = self._spawn(0, "cluster.coordinator", options)
+        path = self.state / "coordinator" / "address.json"
+        deadline = time.monotonic() + _START_S
+        while not path.exists():
+            if self._coordinator.poll() is not None or time.monotonic() > deadline:
+                raise ClusterUnavailable(
+                    "the coordinator did not start", hint="look at the log above"
+                )
+            time.sleep(_POLL_S)
+        self._address = msgspec.json.decode(path.read_bytes(), type=Address)
+
+    def _start_worker(self, i: int) -> None:
+        device = self._lab.devices[i]
+        options = WorkerOptions(
+            name=device.name,
+            cluster=self.name,
+            state_dir=str(self.state / device.name),
+            keyring=str(self.keyring),
+            coordinator=None if self._discovery else self.coordinator,
+            interfaces=(self._lab.address(i),),
+            threads=max(1, int(device.cpu)),
+            log_level=self._log_level,
+            parent=os.getpid(),
+        )
+        self._workers[i] = self._spawn(i, "cluster.supervisor", options)
+
+    def _spawn(self, i: int, module: str, options: msgspec.Struct) -> subprocess.Popen:
+        plain = _plaintext(options) if self._plaintext else {}
+        given = {**msgspec.to_builtins(options), **plain}
+        environment = {k: v for k, v in os.environ.items() if k != "MESHINFER_COORDINATOR"}
+        return self._lab.spawn(
+            i,
+            _daemon(module, given),
+            stdin=subprocess.DEVNULL,
+            env=environment,
+            start_new_session=True,  # Ctrl-C goes to the user's program, which closes the lab
+        )
+
+    @staticmethod
+    def _children(supervisor: subprocess.Popen) -> list[int]:
+        with suppress(psutil.NoSuchProcess):
+            return [child.pid for child in psutil.Process(supervisor.pid).children()]
+        return []
+
+
+def _daemon(module: str, options: Mapping[str, Any]) -> Sequence[str]:
+    return [sys.executable, "-m", module, json.dumps(options)]
+
+
+def _plaintext(options: msgspec.Struct) -> dict[str, bool]:
+    if "plaintext" not in options.__struct_fields__:
+        raise ConfigurationError(
+            "this version has no connections without encryption", hint="leave plaintext out"
+        )
+    return {"plaintext": True}
+
+
+def _signal(process: subprocess.Popen, number: signal.Signals) -> None:
+    """To a daemon and its children at once: they are a process group of their own."""
+    if process.poll() is None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number)

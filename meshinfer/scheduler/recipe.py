@@ -1,0 +1,138 @@
+"""A program with its geometry worked out once, when it is installed: a request costs no boxes.
+
+Each awaited piece has its place in an input, each piece to send its place in an output. Pieces are
+received into place: a request's input is put together while its last halo still flies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from meshinfer.mapreduce import reduce
+from meshinfer.plan import Shard
+from meshinfer.protocol import messages as m
+from meshinfer.scheduler.events import Array
+
+_Where = tuple[slice, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Where an awaited piece goes: which input, and which part of it (None: it is all of it).
+
+    ``shape``: of the piece; None where it is known only when it comes.
+    """
+
+    value: int
+    where: _Where | None
+    shape: tuple[int, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """What is cut for one reader: which output, and which part of it (None: all of it)."""
+
+    send: m.Send
+    output: int
+    where: _Where | None
+
+    def of(self, outputs: Sequence[Array]) -> Array:
+        """A view; the output itself where all of it is wanted."""
+        array = outputs[self.output]
+        return array if self.where is None else array[self.where]
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """``shapes``: of each input that is put together from several pieces, else None; ``sums``: the
+    inputs whose pieces are added."""
+
+    program: m.Program
+    slots: Mapping[Shard, Slot]
+    shapes: tuple[tuple[int, ...] | None, ...]
+    sums: frozenset[int]
+    cuts: tuple[Cut, ...]
+
+    @staticmethod
+    def of(program: m.Program) -> Recipe:
+        slots: dict[Shard, Slot] = {}
+        shapes: list[tuple[int, ...] | None] = []
+        sums = set()
+        for position, value in enumerate(program.inputs):
+            whole = value.box.box
+            alone = len(value.pieces) == 1 and value.pieces[0].shard.box == whole
+            shapes.append(None if alone else whole.shape)
+            if any(piece.shard.over is not None for piece in value.pieces):
+                sums.add(position)
+            for piece in value.pieces:
+                box = piece.shard.box
+                where = None if alone else box.within(whole)
+                slots[piece.shard] = Slot(position, where, box.shape if box.axes else None)
+        cuts = tuple(_cut(program, send) for send in program.sends)
+        return Recipe(program, slots, tuple(shapes), frozenset(sums), cuts)
+
+
+def _cut(program: m.Program, send: m.Send) -> Cut:
+    piece = send.piece
+    for position, output in enumerate(program.outputs):
+        shard = output.shard
+        same = (shard.value, shard.over) == (piece.value, piece.over)
+        if same and shard.box.contains(piece.box):
+            whole = shard.box == piece.box
+            return Cut(send, position, None if whole else piece.box.within(shard.box))
+    raise AssertionError(f"{piece} is not among the outputs of {program.place}")
+
+
+class Gathering:
+    """The inputs of one task of one request while their pieces come. Mutable: owned by the core.
+
+    Parts of a sum are kept until all are here and then added in order (``mapreduce.reduce``); any
+    other piece is copied into its place as it comes, which is the one copy of what is received.
+    """
+
+    __slots__ = ("_missing", "_parts", "_values", "recipe")
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self._missing = set(recipe.slots)
+        self._values: list[Array | None] = [None] * len(recipe.shapes)
+        self._parts: dict[int, list[tuple[Shard, Array]]] = {}
+
+    @property
+    def complete(self) -> bool:
+        return not self._missing
+
+    def put(self, piece: Shard, array: Array) -> bool:
+        """Whether somebody awaits such a piece. One that comes again changes nothing."""
+        slot = self.recipe.slots.get(piece)
+        if slot is None or (slot.shape is not None and slot.shape != array.shape):
+            return False
+        if piece not in self._missing:
+            return True
+        self._missing.discard(piece)
+        if slot.value in self.recipe.sums:
+            self._parts.setdefault(slot.value, []).append((piece, array))
+        elif slot.where is None:
+            self._values[slot.value] = array
+        else:
+            value = self._values[slot.value]
+            if value is None:
+                shape = self.recipe.shapes[slot.value]
+                assert shape is not None, "an input of one piece has no part"
+                value = self._values[slot.value] = np.empty(shape, array.dtype)
+            value[slot.where] = array
+        return True
+
+    def inputs(self) -> dict[str, Array]:
+        """The task's inputs by name, once all are here."""
+        assert self.complete, f"pieces are missing: {self._missing}"
+        for position, parts in self._parts.items():
+            self._values[position] = reduce(self.recipe.program.inputs[position].box.box, parts)
+        found: dict[str, Array] = {}
+        for value, array in zip(self.recipe.program.inputs, self._values, strict=True):
+            assert array is not None, f"{value.name} has no pieces"
+            found[value.name] = array
+        return found
