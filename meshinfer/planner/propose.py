@@ -13,15 +13,15 @@ from meshinfer.planner.search import search
 from meshinfer.planner.space import HEAVY_A_BLOCK
 
 MANY = 8
-"""Up to so many devices every number is tried, from all downwards, until two more in turn are
-worse."""
+"""Requests go whole to each number of devices up to so many, and to all."""
 
 
 def finalists(choice: Choice) -> Iterator[Candidate]:
     """Candidates without ``spread``: whoever is best may be improved further."""
     order = choice.order
-    for p in order:
-        yield single(choice, p)
+    alone = [single(choice, p) for p in order]
+    yield from alone
+    top = choice.key(choice.best(alone))
     best: Candidate | None = None
     size, worse = 0, 0
     for count in reversed(_sizes(len(order))):
@@ -36,7 +36,8 @@ def finalists(choice: Choice) -> Iterator[Candidate]:
         else:
             worse += 1
         yield found
-        if worse >= 2 and best is not None and not choice.excess(best):
+        gained = choice.key(best) < top and not choice.excess(best)
+        if worse >= (1 if gained else 3):
             break
     if size > 1:
         yield from variants(choice, order[:size])
@@ -171,7 +172,5 @@ def spread_out(choice: Choice) -> Iterator[Candidate]:
 
 
 def _sizes(count: int) -> list[int]:
-    """How many devices are tried: each number up to 8, then about every doubling, and all."""
-    return sorted(
-        {k for k in (*range(2, MANY + 1), 12, 16, 24, 32, 48, 64, count) if 2 <= k <= count}
-    )
+    """How many devices are tried: all, and about every doubling in two steps below that."""
+    return sorted({k for k in (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, count) if 2 <= k <= count})

@@ -9,6 +9,7 @@ from dataclasses import replace
 from meshinfer.identity import DeviceId
 from meshinfer.planner.bands import Block, joined, splittable
 from meshinfer.planner.candidates import Candidate, Choice
+from meshinfer.planner.space import CHANNEL_HEAVY
 from meshinfer.transfers import TaskRef
 
 EFFORT = 12_000
@@ -26,7 +27,7 @@ def refine(choice: Choice, best: Candidate, effort: int = EFFORT) -> Candidate:
     best = balance(choice, best)
     for _ in range(PASSES):
         before = choice.key(best)
-        for moves in (_other_cuts, _other_ways, _rounds):
+        for moves in (_rounds, _other_cuts, _other_ways, _rounds):
             best = _climb(choice, best, moves, until)
         best = balance(choice, best)
         if choice.effort >= until or not _gained(before, choice.key(best)):
@@ -159,11 +160,11 @@ def _other_cuts(choice: Choice, c: Candidate, i: int) -> Iterator[tuple[str, Seq
             if _fits(choice, merged):
                 yield "merged", [*blocks[:i], merged, *blocks[i + 2 :]]
         later = [cut for cut in space.cuts if after.start < cut < after.stop]
-        for cut in (*inside[-2:], *later[:2]):
+        for cut in (*inside[-1:], *later[:1]):
             pair = [replace(block, stop=cut), replace(after, start=cut)]
             if all(_fits(choice, b) for b in pair):
                 yield "cut moved", [*blocks[:i], *pair, *blocks[i + 2 :]]
-    for cut in _some(inside, 4):
+    for cut in _some(inside, 2):
         pair = [replace(block, stop=cut), replace(block, start=cut)]
         if all(_fits(choice, b) for b in pair):
             yield "cut", [*blocks[:i], *pair, *blocks[i + 1 :]]
@@ -184,9 +185,14 @@ def _other_ways(choice: Choice, c: Candidate, i: int) -> Iterator[tuple[str, Seq
     if allowed is not None:
         usual = tuple((p.id, p.flops_per_s) for p in choice.order if p.id in allowed)
         shares = usual
-    for count in {len(shares), len(usual), -(-len(usual) // 2), max(2, len(usual) - 1)}:
+    sums = choice.space.sums.heavy
+    heavy = sums[block.stop] - sums[block.start]
+    counts = (len(shares), len(usual), -(-len(usual) // 2), max(2, len(usual) - 1))
+    for count in dict.fromkeys(counts):
         some = shares if count == len(shares) else usual[:count]
         for kind in choice.space.axes.kinds(len(some)):
+            if kind in ("channels", "slabs") and heavy > CHANNEL_HEAVY:
+                continue  # each operator more would read everything again
             new = Block(block.start, block.stop, None, kind, some, block.rounds)
             if new != block and len(some) > 1 and _fits(choice, new):
                 yield f"{kind} on {len(some)}", changed(new)
