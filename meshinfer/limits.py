@@ -34,6 +34,7 @@ LINK_BYTES: Final = (256 << 10, 1 << 20)
 LINK_LONG_S: Final = 0.05
 LINK_MEASURE_S: Final = 3.0
 LINK_ASKED_S: Final = 5.0
+LINK_AGE_S: Final = 60.0
 LINKED_DEVICES: Final = 12
 """Up to so many devices the links of all pairs are measured; of more, those with the head."""
 SLOWEST_LINK_BYTES_PER_S: Final = 250_000

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from meshinfer.geometry import Box
 from meshinfer.graph import Graph
@@ -16,8 +17,7 @@ from meshinfer.identity import DeviceId
 from meshinfer.plan import Plan, Shard
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class TaskRef:
+class TaskRef(NamedTuple):  # a tuple, since planning hashes millions of them
     """A task by its place in the plan. The source is stage -1, the sink stage ``len(stages)``."""
 
     stage: int

@@ -40,6 +40,7 @@ def profile(device: DeviceId, **changes: float) -> DeviceProfile:
         "bandwidth_bytes_per_s": 1e5,
         "latency_s": 0.25,
         "memory_bytes_per_s": 1e30,
+        "message_s": 0.0,
     }
     return DeviceProfile(device, **{**plain, **changes})
 

@@ -5,12 +5,26 @@ from __future__ import annotations
 from meshinfer.cost.kinds import OpKind, kind_of
 from meshinfer.cost.model import field_work, glued_to, op_work, seconds, variable_seconds
 from meshinfer.cost.profile import DeviceProfile
-from meshinfer.cost.timeline import DeviceUse, TaskSpan, Timeline, TransferSpan, timeline
+from meshinfer.cost.timeline import (
+    Boxes,
+    DeviceUse,
+    Load,
+    Message,
+    TaskSpan,
+    Timeline,
+    TransferSpan,
+    load_of,
+    predict,
+    timeline,
+)
 from meshinfer.cost.work import Work
 
 __all__ = [
+    "Boxes",
     "DeviceProfile",
     "DeviceUse",
+    "Load",
+    "Message",
     "OpKind",
     "TaskSpan",
     "Timeline",
@@ -19,7 +33,9 @@ __all__ = [
     "field_work",
     "glued_to",
     "kind_of",
+    "load_of",
     "op_work",
+    "predict",
     "seconds",
     "timeline",
     "variable_seconds",

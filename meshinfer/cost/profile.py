@@ -43,7 +43,9 @@ class DeviceProfile:
     each way at once. ``memory_bytes``: what MeshInfer may use, 0 where unknown. ``numeric_class``:
     devices of one class give equal bits. ``computes``: False for one that only holds data.
     ``memory_bytes_per_s``: of its memory, 0 to derive it from ``flops_per_s``. ``rates``: FLOP/s by
-    ``OpKind``, empty to derive them. ``kernel_s``: fixed cost of one kernel.
+    ``OpKind``, empty to derive them. ``kernel_s``: fixed cost of one kernel. ``host``: the machine
+    that it runs on and whose link it shares, "" where that is unknown. ``message_s``: time of its
+    processor that a message takes, sent or received.
     """
 
     id: DeviceId
@@ -57,6 +59,12 @@ class DeviceProfile:
     memory_bytes_per_s: float = 0.0
     rates: tuple[float, ...] = ()
     kernel_s: float = 0.0
+    host: str = ""
+    message_s: float = 0.0002
+
+    def beside(self, other: DeviceProfile) -> bool:
+        """Whether the two share a machine, so that nothing between them crosses a link."""
+        return self.id == other.id or bool(self.host and self.host == other.host)
 
     @property
     def able(self) -> bool:

@@ -2,26 +2,30 @@
 
 A list schedule over the derived transfers (Graham 1969): a task starts when its inputs are there
 and its device is free; a message when it is ready and both links are. Links are full duplex
-(switched Ethernet): a device may send one message and receive another at the same time.
+(switched Ethernet): a device may send one message and receive another at the same time. Devices on
+one host share its link, and reach each other without it.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from meshinfer.cost.model import field_work, seconds
 from meshinfer.cost.profile import DeviceProfile
 from meshinfer.cost.work import Work
 from meshinfer.geometry import Box
 from meshinfer.graph import Graph
+from meshinfer.halo import Field
 from meshinfer.identity import DeviceId
 from meshinfer.plan import Plan
 from meshinfer.transfers import Flow, TaskRef, derive
 
 MESSAGE_BYTES = 256
 """Header of a message beside its tensors."""
+BESIDE_BYTES_PER_S = 500e6
+"""Between two processes on one machine, encryption included. An assumption."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +54,7 @@ class TransferSpan:
 
 @dataclass(frozen=True, slots=True)
 class DeviceUse:
-    """What one device does for one request.
+    """What one device does for one request, on average where requests go to different devices.
 
     ``peak_bytes``: its weights for the whole plan and the values of its largest task.
     """
@@ -82,86 +86,176 @@ class Timeline:
         return DeviceUse(device, 0.0, 0, 0, 0, 0)
 
 
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a task takes and holds on any device. ``weights``: a number for each box of an
+    initializer, the same for the same box, and its bytes."""
+
+    work: Work
+    weights: Mapping[int, int]
+
+
+Boxes = dict[tuple[str, Box], int]
+"""Boxes of initializers, numbered as they come."""
+
+Message = tuple[TaskRef, TaskRef, int]
+"""Producer, consumer, bytes."""
+
+
+def load_of(graph: Graph, field: Field, numbers: Boxes) -> Load:
+    """The load of a task with this field."""
+    weights = {}
+    for name in field.weights:
+        key = (name, field.needs[name])
+        weights[numbers.setdefault(key, len(numbers))] = graph.nbytes(*key)
+    return Load(field_work(graph, field), weights)
+
+
 def timeline(
     graph: Graph, plan: Plan, profiles: Sequence[DeviceProfile], *, flow: Flow | None = None
 ) -> Timeline:
     """Predict a plan's course. A device without a profile holds data over a default link.
 
-    A task with backups runs on its first device. A task on a device that cannot compute never ends:
-    the total is infinite. ``flow``: what ``derive`` made of this plan, if it is at hand.
+    A task with several devices runs on its first one, and holds its weights on all. With several
+    requests in flight (``window``) it runs on each of them for its share of the requests, in
+    proportion to speed, which ``devices`` and ``bottleneck_s`` (seconds between two answers) tell.
+    A task on a device that cannot compute never ends: the total is infinite. ``flow``: what
+    ``derive`` made of this plan, if it is at hand.
     """
     flow = flow if flow is not None else derive(graph, plan)
-    run = _Run(flow, {p.id: p for p in profiles}, _messages(graph, flow))
-    run.works = {ref: field_work(graph, f) for ref, f in flow.fields.items()}
-    run.go()
-    use = _uses(graph, flow, run)
-    links = [
-        max(u.bytes_sent, u.bytes_received) / run.profile(u.id).bandwidth_bytes_per_s for u in use
-    ]
-    return Timeline(
-        total_s=run.ready.get(flow.sink, 0.0),
-        tasks=tuple(run.tasks),
-        transfers=tuple(run.sent),
-        devices=use,
-        bound=run.bound(),
-        bottleneck_s=max([*(u.busy_s for u in use), *links], default=0.0),
-    )
-
-
-_Message = tuple[TaskRef, TaskRef, int]
-
-
-def _messages(graph: Graph, flow: Flow) -> list[_Message]:
-    """(producer, consumer, bytes), one for each pair of tasks, in plan order."""
     total: dict[tuple[TaskRef, TaskRef], int] = {}
     for t in flow.transfers:
         key = (t.producer, t.consumer)
-        total[key] = total.get(key, 0) + (
-            0 if t.local else graph.nbytes(t.piece.value, t.piece.box)
-        )
-    return [(a, b, n) for (a, b), n in total.items()]
+        total[key] = total.get(key, 0) + graph.nbytes(t.piece.value, t.piece.box)
+    numbers: Boxes = {}
+    loads = {ref: load_of(graph, f, numbers) for ref, f in flow.fields.items()}
+    return predict(plan, profiles, loads, [(a, b, n) for (a, b), n in total.items()])
+
+
+def predict(
+    plan: Plan,
+    profiles: Sequence[DeviceProfile],
+    loads: Mapping[TaskRef, Load],
+    messages: Sequence[Message],
+    *,
+    brief: bool = False,
+) -> Timeline:
+    """The timeline of tasks with these loads, in plan order, and these messages, in order of their
+    consumers. ``brief``: without its transfers, and without what bounds it."""
+    run = _Run(plan, {p.id: p for p in profiles}, loads, messages, brief)
+    run.go()
+    use = _uses(run)
+    return Timeline(
+        total_s=run.ready.get(run.sink, 0.0),
+        tasks=tuple(run.tasks),
+        transfers=tuple(run.sent),
+        devices=use,
+        bound="" if brief else run.bound(),
+        bottleneck_s=max([*(u.busy_s for u in use), *_busy_links(run, use)], default=0.0),
+    )
+
+
+def _busy_links(run: _Run, use: Sequence[DeviceUse]) -> list[float]:
+    """Seconds that each host's link is busy for one request, the busier way."""
+    out: dict[str, float] = {}
+    into: dict[str, float] = {}
+    for u in use:
+        profile = run.profile(u.id)
+        host, speed = _link(profile), max(profile.bandwidth_bytes_per_s, 1e-9)
+        out[host] = out.get(host, 0.0) + u.bytes_sent / speed
+        into[host] = into.get(host, 0.0) + u.bytes_received / speed
+    return [max(out[host], into[host]) for host in out]
+
+
+def _link(profile: DeviceProfile) -> str:
+    """Whose link a device sends over: its host's, where that is known."""
+    return f"host {profile.host}" if profile.host else f"device {profile.id}"
 
 
 _Cause = tuple[str, float, "TaskRef | int | None"]
 """What is waited for: its name, its seconds, and what it waited for (a task, or a message)."""
 
 
-@dataclass
+@dataclass(slots=True)
+class _Way:
+    """From one device to another: no link if they are beside each other."""
+
+    beside: bool
+    sender: DeviceId
+    receiver: DeviceId
+    slow: DeviceId
+    s_per_byte: float
+    latency_s: float = 0.0
+    out: str = ""
+    into: str = ""
+
+
 class _Run:
     """The schedule while it is made; times in seconds."""
 
-    flow: Flow
-    profiles: Mapping[DeviceId, DeviceProfile]
-    messages: list[_Message]
-    works: dict[TaskRef, Work] = field(default_factory=dict)
-    tasks: list[TaskSpan] = field(default_factory=list)
-    sent: list[TransferSpan] = field(default_factory=list)
-    ready: dict[TaskRef, float] = field(default_factory=dict)
-    cause: dict[TaskRef | int, _Cause] = field(default_factory=dict)
-    late: dict[TaskRef, TaskRef | int | None] = field(default_factory=dict)
+    def __init__(
+        self,
+        plan: Plan,
+        profiles: Mapping[DeviceId, DeviceProfile],
+        loads: Mapping[TaskRef, Load],
+        messages: Sequence[Message],
+        brief: bool,
+    ) -> None:
+        self.plan, self.profiles, self.loads = plan, profiles, loads
+        self.messages, self.brief = messages, brief
+        self.source, self.sink = TaskRef(-1, 0), TaskRef(len(plan.stages), 0)
+        self.tasks: list[TaskSpan] = []
+        self.sent: list[TransferSpan] = []
+        self.ready: dict[TaskRef, float] = {}
+        self.cause: dict[TaskRef | int, _Cause] = {}
+        self.late: dict[TaskRef, TaskRef | int | None] = {}
+        self.where: dict[TaskRef, DeviceId] = {self.source: plan.source, self.sink: plan.sink}
+        self.queues: dict[DeviceId, list[TaskRef]] = {}
+        for ref in loads:
+            device = plan.stages[ref.stage].tasks[ref.task].devices[0]
+            self.where[ref] = device
+            self.queues.setdefault(device, []).append(ref)
+        self.ways: dict[tuple[DeviceId, DeviceId], _Way] = {}
 
     def profile(self, device: DeviceId) -> DeviceProfile:
         return self.profiles.get(device) or DeviceProfile(device, 0.0, computes=False)
 
+    def way(self, sender: DeviceId, receiver: DeviceId) -> _Way:
+        known = self.ways.get((sender, receiver))
+        if known is None:
+            a, b = self.profile(sender), self.profile(receiver)
+            slow = a if a.bandwidth_bytes_per_s <= b.bandwidth_bytes_per_s else b
+            if a.beside(b):
+                pace = 0.0 if sender == receiver else 1 / BESIDE_BYTES_PER_S
+                known = _Way(True, sender, receiver, slow.id, pace)
+            else:
+                pace = 1 / max(slow.bandwidth_bytes_per_s, 1e-9)
+                late = max(a.latency_s, b.latency_s)
+                known = _Way(False, sender, receiver, slow.id, pace, late, _link(a), _link(b))
+            self.ways[sender, receiver] = known
+        return known
+
     def go(self) -> None:
         self.outgoing: dict[TaskRef, list[int]] = {}
         self.missing: dict[TaskRef, int] = {}
+        self.talk: dict[TaskRef, int] = {}
         for i, (producer, consumer, _) in enumerate(self.messages):
             self.outgoing.setdefault(producer, []).append(i)
             self.missing[consumer] = self.missing.get(consumer, 0) + 1
-        self.queues: dict[DeviceId, list[TaskRef]] = {}
-        for ref in self.flow.fields:
-            self.queues.setdefault(self.flow.device(ref), []).append(ref)
+            if self.where[producer] != self.where[consumer]:
+                self.talk[producer] = self.talk.get(producer, 0) + 1
+                self.talk[consumer] = self.talk.get(consumer, 0) + 1
         self.place = dict.fromkeys(self.queues, 0)
         self.free: dict[DeviceId, tuple[float, TaskRef | None]] = {}
         self.heap: list[tuple[float, int]] = []
-        links: dict[tuple[DeviceId, str], tuple[float, int | None]] = {}
-        self._finish(self.flow.source, 0.0)
+        self.out: dict[str, tuple[float, int | None]] = {}
+        self.into: dict[str, tuple[float, int | None]] = {}
+        self._finish(self.source, 0.0)
         for device in self.queues:
             self._advance(device)
         while self.heap:
             ready, i = heapq.heappop(self.heap)
-            self._send(i, ready, links)
+            self._send(i, ready)
 
     def _finish(self, ref: TaskRef, now: float) -> None:
         for i in self.outgoing.get(ref, ()):
@@ -177,45 +271,51 @@ class _Run:
             free, before = self.free.get(device, (0.0, None))
             there = self.ready.get(ref, 0.0)
             start = max(free, there)
-            took = seconds(self.works[ref], self.profile(device))
-            waited = before if free > there else self.late.get(ref)
-            self.cause[ref] = (f"compute of {device}", took, waited)
-            self.tasks.append(TaskSpan(ref, device, start, start + took, self.works[ref]))
+            work = self.loads[ref].work
+            took = self.seconds(ref, device)
+            if not self.brief:
+                waited = before if free > there else self.late.get(ref)
+                self.cause[ref] = (f"compute of {device}", took, waited)
+            self.tasks.append(TaskSpan(ref, device, start, start + took, work))
             self.free[device] = (start + took, ref)
             self.place[device] += 1
             self._finish(ref, start + took)
 
-    def _send(
-        self, i: int, ready: float, links: dict[tuple[DeviceId, str], tuple[float, int | None]]
-    ) -> None:
+    def seconds(self, ref: TaskRef, device: DeviceId) -> float:
+        """How long a task keeps a device busy, with its messages."""
+        profile = self.profile(device)
+        return seconds(self.loads[ref].work, profile) + self.talk.get(ref, 0) * profile.message_s
+
+    def _send(self, i: int, ready: float) -> None:
         producer, consumer, nbytes = self.messages[i]
-        sender, receiver = self.flow.device(producer), self.flow.device(consumer)
-        end = ready
-        if sender != receiver:
-            a, b = self.profile(sender), self.profile(receiver)
-            out, into = (sender, "out"), (receiver, "in")
-            (t_out, m_out), (t_in, m_in) = links.get(out, (0.0, None)), links.get(into, (0.0, None))
+        way = self.way(self.where[producer], self.where[consumer])
+        if way.beside:
+            end = ready + nbytes * way.s_per_byte
+        else:
+            t_out, m_out = self.out.get(way.out, (0.0, None))
+            t_in, m_in = self.into.get(way.into, (0.0, None))
             start = max(ready, t_out, t_in)
-            slow = a if a.bandwidth_bytes_per_s <= b.bandwidth_bytes_per_s else b
-            busy = (nbytes + MESSAGE_BYTES) / max(slow.bandwidth_bytes_per_s, 1e-9)
-            end = start + busy + max(a.latency_s, b.latency_s)
-            waited: TaskRef | int | None = producer
-            if start > ready:
-                waited, slow = (m_out, a) if t_out >= t_in else (m_in, b)
-            links[out] = links[into] = (start + busy, i)
-            self.cause[i] = (f"link of {slow.id}", end - start, waited)
-            self.sent.append(TransferSpan(producer, consumer, sender, receiver, nbytes, start, end))
+            done = start + (nbytes + MESSAGE_BYTES) * way.s_per_byte
+            end = done + way.latency_s
+            self.out[way.out] = self.into[way.into] = (done, i)
+            if not self.brief:
+                waited: TaskRef | int | None = producer
+                slow, a, b = way.slow, way.sender, way.receiver
+                if start > ready:
+                    waited, slow = (m_out, a) if t_out >= t_in else (m_in, b)
+                self.cause[i] = (f"link of {slow}", end - start, waited)
+                self.sent.append(TransferSpan(producer, consumer, a, b, nbytes, start, end))
         if end >= self.ready.get(consumer, 0.0):
             self.ready[consumer] = end
-            self.late[consumer] = i if sender != receiver else producer
+            self.late[consumer] = producer if way.beside else i
         self.missing[consumer] -= 1
-        if not self.missing[consumer] and consumer != self.flow.sink:
-            self._advance(receiver)
+        if not self.missing[consumer] and consumer != self.sink:
+            self._advance(self.where[consumer])
 
     def bound(self) -> str:
         """The largest share of the critical path, walked back from the sink."""
         shares: dict[str, float] = {}
-        at: TaskRef | int | None = self.late.get(self.flow.sink)
+        at: TaskRef | int | None = self.late.get(self.sink)
         while at is not None and at in self.cause:
             name, took, at = self.cause[at]
             shares[name] = shares.get(name, 0.0) + took
@@ -224,35 +324,49 @@ class _Run:
         return min(shares, key=lambda name: (-shares[name], name))
 
 
-def _uses(graph: Graph, flow: Flow, run: _Run) -> tuple[DeviceUse, ...]:
-    weights: dict[DeviceId, dict[tuple[str, Box], int]] = {}
+def _uses(run: _Run) -> tuple[DeviceUse, ...]:
+    weights: dict[DeviceId, dict[int, int]] = {}
     largest: dict[DeviceId, int] = {}
-    for ref, found in flow.fields.items():
-        held = weights.setdefault(flow.device(ref), {})
-        for name in found.weights:
-            held[name, found.needs[name]] = graph.nbytes(name, found.needs[name])
-        device = flow.device(ref)
-        largest[device] = max(largest.get(device, 0), run.works[ref].peak_bytes)
     busy: dict[DeviceId, float] = {}
+    portions: dict[TaskRef, dict[DeviceId, float]] = {}
+    for ref, load in run.loads.items():
+        devices = run.plan.stages[ref.stage].tasks[ref.task].devices
+        for device in devices:
+            weights.setdefault(device, {}).update(load.weights)
+            largest[device] = max(largest.get(device, 0), load.work.peak_bytes)
+        if run.plan.window > 1 and len(devices) > 1:
+            portions[ref] = _portions(run, ref, devices)
     for span in run.tasks:
-        busy[span.device] = busy.get(span.device, 0.0) + span.end_s - span.start_s
-    out: dict[DeviceId, int] = {}
-    into: dict[DeviceId, int] = {}
-    for message in run.sent:
-        out[message.sender] = out.get(message.sender, 0) + message.nbytes
-        into[message.receiver] = into.get(message.receiver, 0) + message.nbytes
-    names = dict.fromkeys((flow.plan.source, *flow.plan.devices(), flow.plan.sink))
+        for device, portion in portions.get(span.ref, {span.device: 1.0}).items():
+            took = span.end_s - span.start_s
+            if device != span.device:
+                took = run.seconds(span.ref, device)
+            busy[device] = busy.get(device, 0.0) + (portion * took if portion else 0.0)
+    out: dict[DeviceId, float] = {}
+    into: dict[DeviceId, float] = {}
+    for producer, consumer, nbytes in run.messages:
+        a, b = run.where[producer], run.where[consumer]
+        if producer not in portions and consumer not in portions:
+            if not run.way(a, b).beside:
+                out[a] = out.get(a, 0.0) + nbytes
+                into[b] = into.get(b, 0.0) + nbytes
+            continue
+        for sender, one in portions.get(producer, {a: 1.0}).items():
+            for receiver, other in portions.get(consumer, {b: 1.0}).items():
+                if not run.way(sender, receiver).beside:
+                    out[sender] = out.get(sender, 0.0) + nbytes * one * other
+                    into[receiver] = into.get(receiver, 0.0) + nbytes * one * other
     uses = []
-    for device in names:
-        total = sum(weights.get(device, {}).values())
-        uses.append(
-            DeviceUse(
-                device,
-                busy.get(device, 0.0),
-                out.get(device, 0),
-                into.get(device, 0),
-                total,
-                total + largest.get(device, 0),
-            )
-        )
+    for device in dict.fromkeys((run.plan.source, *run.plan.devices(), run.plan.sink)):
+        held = sum(weights.get(device, {}).values())
+        sent, received = round(out.get(device, 0)), round(into.get(device, 0))
+        peak = held + largest.get(device, 0)
+        uses.append(DeviceUse(device, busy.get(device, 0.0), sent, received, held, peak))
     return tuple(uses)
+
+
+def _portions(run: _Run, ref: TaskRef, devices: Sequence[DeviceId]) -> dict[DeviceId, float]:
+    """The share of the requests for which each device runs a task, in proportion to its speed."""
+    speeds = {d: 1 / max(1e-9, run.seconds(ref, d)) for d in devices}
+    total = sum(speeds.values())
+    return {d: speed / total for d, speed in speeds.items()} if total else {devices[0]: 1.0}

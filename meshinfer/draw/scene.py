@@ -10,7 +10,7 @@ from meshinfer.cost.model import field_work, whole_flops
 from meshinfer.geometry import Box
 from meshinfer.graph import Graph
 from meshinfer.identity import DeviceId
-from meshinfer.planner.bands import axes_of
+from meshinfer.planner.axes import axes_of
 from meshinfer.transfers import Flow, TaskRef
 
 

@@ -35,7 +35,15 @@ def explicit_pads(
 
 
 def windows(op: Op, kernel: tuple[int, ...]) -> list[Window]:
-    """One window for each spatial axis of a convolution or pooling over input 0."""
+    """One window for each spatial axis of a convolution or pooling over input 0, remembered."""
+    key = ("windows", op.index, kernel)
+    if key not in op.graph.memo:
+        op.graph.memo[key] = _windows(op, kernel)
+    found: list[Window] = op.graph.memo[key]
+    return found
+
+
+def _windows(op: Op, kernel: tuple[int, ...]) -> list[Window]:
     spatial = op.shape(0)[2:]
     rank = len(spatial)
     strides = list(op.attributes.get("strides", [1] * rank))

@@ -6,7 +6,8 @@ the finalists, so a plan is never expected to be slower than it. Nothing here is
 
 from __future__ import annotations
 
-from meshinfer.planner.bands import Axes, Block, axes_of, build
+from meshinfer.planner.axes import Axes, axes_of
+from meshinfer.planner.bands import Block, build
 from meshinfer.planner.choose import OBJECTIVES, Planned, make_plan
 
 __all__ = ["OBJECTIVES", "Axes", "Block", "Planned", "axes_of", "build", "make_plan"]

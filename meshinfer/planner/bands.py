@@ -1,79 +1,75 @@
-"""Which axis of each value is cut, where, and the plan that a layout of blocks stands for.
+"""A layout of blocks, and the plan that it stands for: who makes which part of which value.
 
-Every value is cut at the same fractions, so that what a device made it mostly reads next. The rows
-of a picture are followed through the graph by asking each rule which slice of its output reads a
-slice of the rows; where none does (a flatten, a Gemm) the largest axis is cut. A mean over the rows
-may be cut into partial sums, one of each band.
+Every value of a stage is cut at the same fractions, so that what a device made it mostly reads
+next. Each layer is cut evenly by itself, and not in multiples of what later strides leave.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from math import isqrt
 
-from meshinfer.cost.model import GLUED
-from meshinfer.geometry import Box, Interval, split_weighted
-from meshinfer.graph import Graph, Op
+from meshinfer.geometry import Box, Interval, split_even, split_weighted
+from meshinfer.graph import Graph
 from meshinfer.identity import DeviceId
-from meshinfer.ops import BARRIER, rule_of
+from meshinfer.ops import rule_of
 from meshinfer.ops.kernels import BLOCK
 from meshinfer.plan import Plan, Shard, Stage, Task
+from meshinfer.planner.axes import Axes, Kind
 
-Kind = Literal["rows", "channels", "batch"]
-KINDS: tuple[Kind, ...] = ("rows", "channels", "batch")
-
-
-@dataclass(frozen=True, slots=True)
-class Axes:
-    """The axis of each value that is cut, for each kind of split; None: the value stays whole."""
-
-    rows: Mapping[str, int | None]
-    channels: Mapping[str, int | None]
-    batch: Mapping[str, int | None]
-    follows: frozenset[int]
-    """Ops whose output rows read just some of their input's rows: a band stays a band."""
-    sums: Mapping[str, int]
-    """Values that sum over rows, so that bands of rows give parts of the sum: value -> position of
-    the rows among the axes of the reduction."""
-    rowed: frozenset[str]
-    """Values whose ``rows`` are rows of an input still, and not features that are cut instead."""
-
-    def of(self, value: str, kind: Kind) -> int | None:
-        maps = {"rows": self.rows, "channels": self.channels, "batch": self.batch}
-        return maps[kind].get(value)
-
-    @property
-    def kinds(self) -> tuple[Kind, ...]:
-        """The kinds of split that this graph has at all."""
-        return KINDS if self.batch else KINDS[:2]
+Shares = tuple[tuple[DeviceId, float], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Ops ``[start, stop)`` as one stage: in parts of a kind, or whole on one device."""
+    """Ops ``[start, stop)`` as one stage: in parts of a kind, or whole on one device.
+
+    ``shares``: the devices that share it, with the weight of each; empty: those of the layout.
+    ``rounds``: tasks that each of them runs, one after another: less memory at a time, and the
+    first can be sent on while the next is computed. ``others``: devices that may run a whole block
+    as well as ``whole_on``, each for another request.
+    """
 
     start: int
     stop: int
     whole_on: DeviceId | None = None
     kind: Kind = "rows"
+    shares: Shares = ()
+    rounds: int = 1
+    others: tuple[DeviceId, ...] = ()
+
+    @property
+    def devices(self) -> tuple[DeviceId, ...]:
+        """All that may compute it."""
+        if self.whole_on is not None:
+            return (self.whole_on, *self.others)
+        return tuple(device for device, _ in self.shares)
 
 
 @dataclass(frozen=True, slots=True)
 class Cutting:
     """How a value that a stage makes is cut: along ``axis`` of it, or of its reduction
-    (``partial``)."""
+    (``partial``), and each part along ``inner``, if there is one."""
 
     axis: int
     whole: Box
+    inner: int | None = None
     partial: bool = False
 
     @property
     def size(self) -> int:
         return self.whole[self.axis].size
 
-    def part(self, graph: Graph, value: str, interval: Interval) -> Shard:
-        box = self.whole.replace(self.axis, interval)
+    @property
+    def inner_size(self) -> int:
+        return 1 if self.inner is None else self.whole[self.inner].size
+
+    def part(self, graph: Graph, value: str, outer: Interval, inner: Interval) -> Shard:
+        box = self.whole.replace(self.axis, outer)
+        if self.inner is not None:
+            box = box.replace(self.inner, inner)
         return Shard(value, graph.whole(value), box) if self.partial else Shard(value, box)
 
 
@@ -85,140 +81,23 @@ def cutting(graph: Graph, axes: Axes, value: str, kind: Kind, stop: int) -> Cutt
         reduction = rule_of(op).reduction(op)
         assert reduction is not None, f"{op} sums nothing"
         return Cutting(position, reduction, partial=True)
-    axis = axes.of(value, kind)
-    return None if axis is None else Cutting(axis, graph.whole(value))
-
-
-def axes_of(graph: Graph, *, sums: bool = True) -> Axes:
-    """Follows rows, and the batch if there is one, front to back. ``sums``: partial sums may be
-    used, which agree with whole ones to rounding only."""
-    rows: dict[str, int | None] = {name: _input_row(graph, name) for name in graph.inputs}
-    channels: dict[str, int | None] = {}
-    follows: set[int] = set()
-    added: dict[str, int] = {}
-    rowed = set(graph.inputs)
-    for op in graph.ops:
-        for name in op.outputs:
-            rows[name] = channels[name] = None
-        able = _able(op)
-        if not able:
-            continue
-        shape = op.out_shape()
-        rank = len(shape)
-        found = _following(op, able, rows)
-        if found is not None:
-            follows.add(op.index)
-            axis, fine = found[0], found[1] in rowed
-        else:
-            fine = False
-            position = _summing(op, rows) if sums else None
-            if position is not None:
-                added[op.outputs[0]] = position
-            axis = 2 if rank == 4 and 2 in able else max(able, key=lambda a: (shape[a], -a))
-        for position, name in enumerate(op.outputs):
-            if name and len(op.out_shape(position)) == rank:
-                rows[name] = axis
-                rowed.update((name,) if fine else ())
-                channels[name] = 1 if 1 in able and rank >= 3 else axis
-    return Axes(rows, channels, _batch(graph), frozenset(follows), added, frozenset(rowed))
-
-
-def _able(op: Op) -> list[int]:
-    """Axes of the first output that can be cut with a gain."""
-    rule = rule_of(op)
-    if rule is BARRIER:
-        return []
-    shape = op.out_shape()
-    return sorted({a % len(shape) for a in rule.split(op) if shape[a % len(shape)] > 1})
-
-
-def _batch(graph: Graph) -> dict[str, int | None]:
-    """The axis of each value along which images of a batch lie; empty for a batch of one."""
-    found: dict[str, int | None] = {}
-    for name in graph.inputs:
-        shape = graph.shape(name) or ()
-        found[name] = 0 if len(shape) > 1 and shape[0] > 1 else None
-    if all(axis is None for axis in found.values()):
-        return {}
-    for op in graph.ops:
-        able = _able(op)
-        followed = _following(op, able, found) if able else None
-        axis = followed[0] if followed is not None else None
-        for position, name in enumerate(op.outputs):
-            same = name and able and len(op.out_shape(position)) == len(op.out_shape())
-            found[name] = axis if same else None
-    return found
-
-
-def _input_row(graph: Graph, name: str) -> int | None:
-    """The axis of an input picture, video or signal with its rows: what is long and not channels.
-
-    For NHWC, what a first Transpose makes axis 2.
-    """
-    shape = graph.shape(name) or ()
-    if len(shape) not in (3, 4, 5):
+    axis, inner = axes.of(value, kind), axes.inner(value, kind)
+    if axis is None:
         return None
-    longest = max(range(2, len(shape)), key=lambda a: (len(shape) != 4 and shape[a], -a))
-    same = {name}
-    for op in graph.ops:
-        if same & set(op.inputs):
-            if op.type == "Transpose" and len(shape) == 4:
-                return int(op.attributes.get("perm", (3, 2, 1, 0))[2])
-            if op.type not in GLUED:
-                break
-            same.update(op.outputs)
-    return longest
-
-
-def _summing(op: Op, rows: Mapping[str, int | None]) -> int | None:
-    """Which axis of the reduction is an input's rows, so that a band of them gives a part."""
-    rule = rule_of(op)
-    whole = rule.reduction(op)
-    if whole is None:
+    if kind in ("grid", "slabs") and (inner in (None, axis) or value not in axes.rowed):
         return None
-    outs = tuple(op.graph.whole(n) if n else None for n in op.outputs)
-    everything = rule.footprint(op, outs, whole)
-    for position, axis in enumerate(whole):
-        if axis.size < 2:
-            continue
-        half = whole.replace(position, Interval(axis.start, axis.start + axis.size // 2))
-        read = rule.footprint(op, outs, half)
-        for name, some, all_of_it in zip(op.inputs, read, everything, strict=False):
-            row = rows.get(name)
-            if row is None or some is None or all_of_it is None:
-                continue
-            if some[row].size < all_of_it[row].size:
-                return position
-    return None
+    return Cutting(axis, graph.whole(value), inner)
 
 
-def _following(
-    op: Op, able: Sequence[int], rows: Mapping[str, int | None]
-) -> tuple[int, str] | None:
-    """The output axis along which a slice reads a slice of an input's rows, and that input."""
-    rule = rule_of(op)
-    outs = tuple(op.graph.whole(n) if n else None for n in op.outputs)
-    for position, name in enumerate(op.inputs):
-        if not name or op.graph.is_initializer(name):
-            continue
-        row = rows.get(name)
-        # Some operators read less than all even for their whole output (a 1x1 kernel, stride 2).
-        all_of_it = rule.footprint(op, rule.align(op, outs), None)[position]
-        if row is None or all_of_it is None or all_of_it[row].size < 2:
-            continue
-        for axis in able:
-            size = op.out_shape()[axis]
-            part = Interval(0, -(-size // 2))
-            asked = tuple(
-                b.replace(axis, part)
-                if b is not None and len(b) > axis and b[axis].size == size
-                else b
-                for b in outs
-            )
-            read = rule.footprint(op, rule.align(op, asked), None)[position]
-            if read is not None and read[row].size < all_of_it[row].size:
-                return axis, name
-    return None
+def groups_of(kind: Kind, count: int) -> tuple[int, ...]:
+    """How many of so many devices share each band of the first axis."""
+    if kind == "grid":
+        bands = isqrt(count - 1) + 1  # as square as it gets, and rather wide than high
+    elif kind == "slabs":
+        bands = max(2, isqrt(count))
+    else:
+        bands = count
+    return tuple(r.size for r in split_even(count, min(bands, count)))
 
 
 def between(size: int, low: float, high: float) -> Interval:
@@ -240,9 +119,82 @@ def build(
     shares: Mapping[DeviceId, float],
     ends: tuple[DeviceId, DeviceId],
 ) -> Plan:
-    """The plan of a layout. ``shares``: weight of each device; ``ends``: source and sink."""
-    stages = tuple(_stage(graph, axes, block, shares) for block in _joined(blocks))
+    """The plan of a layout. ``shares``: weight of each device, for blocks that say nothing else;
+    ``ends``: source and sink."""
+    stages = tuple(stage_of(graph, axes, b) for b in explicit(blocks, shares))
     return Plan(graph.digest, ends[0], ends[1], stages)
+
+
+def explicit(blocks: Sequence[Block], shares: Mapping[DeviceId, float]) -> tuple[Block, ...]:
+    """The same layout, where every block says which devices share it."""
+    usual = tuple(shares.items())
+    named = []
+    for block in blocks:
+        own = block.shares or usual
+        if block.whole_on is not None or len(own) * block.rounds == 1:
+            place = own[0][0] if block.whole_on is None else block.whole_on
+            named.append(Block(block.start, block.stop, place, others=block.others))
+        else:
+            named.append(block if block.shares else replace(block, shares=usual))
+    return tuple(joined(named))
+
+
+def joined(blocks: Sequence[Block]) -> list[Block]:
+    """Neighbours that run whole on one device are one stage: nothing is gained by a cut there."""
+    result: list[Block] = []
+    for block in blocks:
+        last = result[-1] if result else None
+        same = last is not None and (last.whole_on, last.others) == (block.whole_on, block.others)
+        if last is not None and same and block.whole_on is not None:
+            result[-1] = replace(last, stop=block.stop)
+        else:
+            result.append(block)
+    return result
+
+
+def stage_of(graph: Graph, axes: Axes, block: Block) -> Stage:
+    """The stage of one block that says which devices share it."""
+    live, shares = graph.live_outputs(block.start, block.stop), block.shares
+    if block.whole_on is not None:
+        shards = tuple(Shard(name, graph.whole(name)) for name in live)
+        tasks = (Task(block.devices, shards),) if shards else ()
+        return Stage(block.start, block.stop, tasks)
+    weights = [weight for _, weight in shares]
+    parts: dict[tuple[int, int], list[Shard]] = {
+        (turn, i): [] for turn in range(block.rounds) for i in range(len(shares))
+    }
+    for name in live:
+        cut = cutting(graph, axes, name, block.kind, block.stop)
+        assert cut is not None, f"{name} cannot be split"
+        by_rows = block.kind != "channels" and (block.kind != "rows" or name in axes.rowed)
+        for i, (outer, inner) in enumerate(_cells(cut, block.kind, weights, by_rows)):
+            for turn, piece in enumerate(split_even(outer.size, block.rounds)):
+                if piece.size > 0 and inner.size > 0:
+                    part = cut.part(graph, name, piece.shift(outer.start), inner)
+                    parts[turn, i].append(part)
+    return Stage(
+        block.start,
+        block.stop,
+        tuple(Task((shares[i][0],), tuple(made)) for (_, i), made in parts.items() if made),
+    )
+
+
+def _cells(
+    cut: Cutting, kind: Kind, weights: Sequence[float], by_rows: bool
+) -> list[tuple[Interval, Interval]]:
+    """What each device gets of the first axis, and of the second. Some are empty."""
+    groups, cells = groups_of(kind, len(weights)), []
+    borders = [sum(groups[:g]) for g in range(len(groups) + 1)]
+    members = [weights[a:b] for a, b in pairwise(borders)]
+    sums = [sum(each) for each in members]
+    grain = 1 if by_rows or cut.partial else _grain(cut.size, sums)
+    for outer, own in zip(split_weighted(cut.size, sums, grain), members, strict=True):
+        if cut.inner is None:
+            cells.append((outer, Interval(0, 1)))
+            continue
+        grain = _grain(cut.inner_size, own) if kind == "slabs" else 1
+        cells += [(outer, inner) for inner in split_weighted(cut.inner_size, own, grain)]
+    return cells
 
 
 def _grain(size: int, weights: Sequence[float]) -> int:
@@ -250,37 +202,3 @@ def _grain(size: int, weights: Sequence[float]) -> int:
     where that leaves something for every device."""
     least = size * min(weights) / sum(weights)
     return next((g for g in (BLOCK, 8, 4) if least >= (2 * g if size % g else g)), 1)
-
-
-def _joined(blocks: Sequence[Block]) -> list[Block]:
-    """Neighbours that run whole on one device are one stage: nothing is gained by a cut there."""
-    result: list[Block] = []
-    for block in blocks:
-        last = result[-1] if result else None
-        if last is not None and block.whole_on is not None and last.whole_on == block.whole_on:
-            result[-1] = Block(last.start, block.stop, block.whole_on)
-        else:
-            result.append(block)
-    return result
-
-
-def _stage(graph: Graph, axes: Axes, block: Block, shares: Mapping[DeviceId, float]) -> Stage:
-    live = graph.live_outputs(block.start, block.stop)
-    whole_on = block.whole_on
-    if whole_on is None and len(shares) == 1:
-        whole_on = next(iter(shares))
-    if whole_on is not None:
-        shards = tuple(Shard(name, graph.whole(name)) for name in live)
-        return Stage(block.start, block.stop, (Task((whole_on,), shards),) if shards else ())
-    parts: dict[DeviceId, list[Shard]] = {device: [] for device in shares}
-    for name in live:
-        cut = cutting(graph, axes, name, block.kind, block.stop)
-        assert cut is not None, f"{name} cannot be split"
-        features = block.kind == "channels" or (block.kind == "rows" and name not in axes.rowed)
-        grain = _grain(cut.size, list(shares.values())) if features and not cut.partial else 1
-        ranges = split_weighted(cut.size, list(shares.values()), grain)
-        for device, interval in zip(shares, ranges, strict=True):
-            if interval.size > 0:
-                parts[device].append(cut.part(graph, name, interval))
-    tasks = tuple(Task((d,), tuple(shards)) for d, shards in parts.items() if shards)
-    return Stage(block.start, block.stop, tasks)

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 from meshinfer.cost import Work, glued_to, op_work
 from meshinfer.cost.model import GLUED, job_work
-from meshinfer.geometry import Box
+from meshinfer.geometry import Box, Interval
 from meshinfer.graph import Graph, Op
 from meshinfer.ops import BARRIER, is_random, rule_of
-from meshinfer.planner.bands import Axes, Kind, between, cutting
+from meshinfer.planner.axes import Axes, Kind
+from meshinfer.planner.bands import Cutting, between, cutting, groups_of
 
 HEAVY = frozenset(
     (
@@ -45,10 +46,12 @@ class Read:
 class Sample:
     """One band of a block: its work, recomputation included, and what it reads.
 
-    ``size``: length of the axis along which the main output is cut; ``share``: the band's of it.
+    ``size``, ``inner``: lengths of the axes along which the main output is cut; ``share``: the
+    band's of it.
     """
 
     size: int
+    inner: int
     share: float
     work: Work
     reads: tuple[Read, ...]
@@ -144,20 +147,45 @@ def _apart(graph: Graph, op: Op, last: Op) -> bool:
     return loose and op.index - last.index > 12
 
 
+def middle(kind: Kind, parts: int) -> tuple[float, float, float, float]:
+    """The fractions of both axes that a device in the middle gets, of so many equal ones."""
+    groups = groups_of(kind, parts)
+    return (*_middle(len(groups)), *_middle(groups[len(groups) // 2]))
+
+
+def _middle(parts: int) -> tuple[float, float]:
+    return (0.5, 1.0) if parts == 2 else (0.5 - 0.5 / parts, 0.5 + 0.5 / parts)
+
+
+def _cell(cut: Cutting, at: tuple[float, float, float, float]) -> tuple[Interval, Interval]:
+    return between(cut.size, *at[:2]), between(cut.inner_size, *at[2:])
+
+
+Cells = dict[tuple[str, int], dict[Kind, Box]]
+"""The part of a value that the device in the middle of so many holds, for each kind of split."""
+
+
 def samples(
-    graph: Graph, axes: Axes, stop: int, starts: Sequence[int], kind: Kind, parts: int
+    graph: Graph,
+    axes: Axes,
+    stop: int,
+    starts: Sequence[int],
+    kind: Kind,
+    parts: int,
+    cells: Cells,
 ) -> dict[int, Sample]:
     """A sample for each block ``[start, stop)`` that can be cut this way into ``parts``.
 
-    ``starts`` descend from ``stop``.
+    ``starts`` descend from ``stop``; ``cells`` is filled and reused.
     """
-    low, high = (0.5, 1.0) if parts == 2 else (0.5 - 0.5 / parts, 0.5 + 0.5 / parts)
+    at = middle(kind, parts)
     needs: dict[str, Box] = {}
     outside: dict[str, None] = {}  # values that are read so far and made before this op
     parts_of: dict[str, Box] = {}  # which part of its sum, for partial sums
     found: dict[int, Sample] = {}
     work = Work()
-    size, share, largest = 0, 1.0, -1
+    main: tuple[int, int, float] = (0, 0, 1.0)
+    largest = -1
     wanted = set(starts)
     for op in reversed(graph.ops[min(starts, default=stop) : stop]):
         for name in op.outputs:
@@ -168,14 +196,15 @@ def samples(
             cut = cutting(graph, axes, name, kind, stop)
             if cut is None:
                 return found
-            interval = between(cut.size, low, high)
-            shard = cut.part(graph, name, interval)
+            outer, inner = _cell(cut, at)
+            shard = cut.part(graph, name, outer, inner)
             if shard.over is not None:
                 parts_of[name] = shard.over
             needs[name] = needs[name].hull(shard.box) if name in needs else shard.box
             if graph.nbytes(name) > largest:
                 largest = graph.nbytes(name)
-                size, share = cut.size, interval.size / cut.size
+                share = outer.size * inner.size / (cut.size * cut.inner_size)
+                main = (cut.size, cut.inner_size, share)
         if is_random(op):
             return found
         asked = tuple(needs.get(n) if n else None for n in op.outputs)
@@ -190,24 +219,40 @@ def samples(
                     needs[name] = needs[name].hull(read) if name in needs else read
                     if not graph.is_initializer(name):
                         outside[name] = None
-        if op.index in wanted and size:
-            reads = _reads(graph, axes, {name: needs[name] for name in outside}, (low, high))
-            found[op.index] = Sample(size, share, work, reads)
+        if op.index in wanted and main[0]:
+            reads = _reads(graph, axes, {name: needs[name] for name in outside}, parts, cells)
+            found[op.index] = Sample(*main, work, reads)
     return found
 
 
 def _reads(
-    graph: Graph, axes: Axes, needs: Mapping[str, Box], at: tuple[float, float]
+    graph: Graph, axes: Axes, needs: Mapping[str, Box], parts: int, cells: Cells
 ) -> tuple[Read, ...]:
     reads = []
     for value, box in needs.items():
-        need = graph.nbytes(value, box)
-        missing: dict[Kind, int] = {}
-        for kind in axes.kinds:
-            axis = axes.of(value, kind)
-            missing[kind] = need
-            if axis is not None and (kind != "rows" or value not in axes.sums):
-                own = between(graph.whole(value)[axis].size, *at).intersect(box[axis]).size
-                missing[kind] -= need * max(0, own) // box[axis].size
+        key = (value, parts)
+        if key not in cells:
+            cells[key] = _held(graph, axes, value, parts)
+        need, volume = graph.nbytes(value, box), box.volume
+        missing = dict.fromkeys(axes.kinds(parts), need)
+        for kind, held in cells[key].items():
+            missing[kind] -= need * _common(held, box) // volume
         reads.append(Read(value, graph.nbytes(value), need, missing))
     return tuple(reads)
+
+
+def _held(graph: Graph, axes: Axes, value: str, parts: int) -> dict[Kind, Box]:
+    found: dict[Kind, Box] = {}
+    for kind in axes.kinds(parts):
+        axis, inner = axes.of(value, kind), axes.inner(value, kind)
+        if axis is not None and (kind != "rows" or value not in axes.sums):
+            cut = Cutting(axis, graph.whole(value), inner)
+            found[kind] = cut.part(graph, value, *_cell(cut, middle(kind, parts))).box
+    return found
+
+
+def _common(one: Box, other: Box) -> int:
+    volume = 1
+    for (a, b), (c, d) in zip(one.axes, other.axes, strict=True):
+        volume *= max(0, (b if b < d else d) - (a if a > c else c))
+    return volume

@@ -1,26 +1,27 @@
 """Dynamic programming over cuts: the cheapest chain of blocks, by coarse estimates.
 
-A state is where the values at a cut lie: in row bands, in channel slices, or whole on one device.
-The estimates only rank; ``meshinfer.cost.timeline`` chooses among finalists. Choosing cuts by
-dynamic programming is the idea of AOFL (Zhou et al. 2019, "Adaptive Parallel Execution of Deep
-Neural Networks on Heterogeneous Edge Devices").
+A state is where the values at a cut lie: in row bands, in channel slices, in a grid, or whole on
+one device. Over chains whose split blocks all have the same devices the search is exhaustive. The
+estimates only rank; ``meshinfer.cost.timeline`` chooses among finalists. Choosing cuts by dynamic
+programming is the idea of AOFL (Zhou et al. 2019, "Adaptive Parallel Execution of Deep Neural
+Networks on Heterogeneous Edge Devices").
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from meshinfer.cost import DeviceProfile, variable_seconds
 from meshinfer.geometry import split_weighted
-from meshinfer.graph import Graph
 from meshinfer.identity import DeviceId
-from meshinfer.planner.bands import Axes, Block, Kind, axes_of
-from meshinfer.planner.estimate import Read, Sample, Sums, clean_cuts, samples, sums_of
+from meshinfer.planner.axes import Kind
+from meshinfer.planner.bands import Block, groups_of
+from meshinfer.planner.estimate import Read, Sample
+from meshinfer.planner.space import HEAVY_A_BLOCK, Space
 
-HEAVY_A_BLOCK = 12
-CHANNEL_HEAVY = 2
-"""Most heavy operators in a fused block; in channel slices each one more reads everything again."""
+FEW = 3
+"""A team of so few may have each of them compute a block alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,62 +32,18 @@ class State:
     device: DeviceId | None = None
 
 
-@dataclass
-class Space:
-    """What of a graph the search needs, computed once for all sets of devices."""
-
-    graph: Graph
-    cuts: tuple[int, ...]
-    axes: Axes
-    sums: Sums
-    fixed: bool = False
-    _samples: dict[tuple[int, Kind, int], tuple[int, dict[int, Sample]]] = field(
-        default_factory=dict
-    )
-
-    @staticmethod
-    def of(graph: Graph, fixed_cuts: Sequence[int] | None = None, *, sums: bool = True) -> Space:
-        axes = axes_of(graph, sums=sums)
-        cuts = clean_cuts(graph, axes) if fixed_cuts is None else tuple(sorted(set(fixed_cuts)))
-        ends = (0, *cuts, len(graph.ops))
-        return Space(graph, ends, axes, sums_of(graph), fixed_cuts is not None)
-
-    @property
-    def batch(self) -> int:
-        """Images in a request, at least."""
-        sizes = (self.graph.whole(n)[a].size for n, a in self.axes.batch.items() if a is not None)
-        return min(sizes, default=1)
-
-    def starts(self, i: int, most: int) -> list[int]:
-        """Starts of blocks that end at cut ``i``, descending, with at most so many heavy ops."""
-        stop, found = self.cuts[i], [self.cuts[i - 1]]
-        if self.fixed:
-            return found
-        for start in reversed(self.cuts[: i - 1]):
-            if self.sums.heavy[stop] - self.sums.heavy[start] > most:
-                break
-            found.append(start)
-        return found
-
-    def samples(self, i: int, kind: Kind, parts: int, most: int) -> dict[int, Sample]:
-        """Samples of the blocks that end at cut ``i``, remembered."""
-        most = min(most, CHANNEL_HEAVY) if kind == "channels" else most
-        key = (i, kind, parts)
-        if self._samples.get(key, (0, {}))[0] < most:
-            starts = self.starts(i, most)
-            found = samples(self.graph, self.axes, self.cuts[i], starts, kind, parts)
-            self._samples[key] = (most, found)
-        return self._samples[key][1]
-
-
 @dataclass(frozen=True, slots=True)
 class Team:
-    """Devices that share the work, fastest first, with their shares and the two ends."""
+    """Devices that share the work, fastest first, with their shares and the two ends.
+
+    ``alone``: devices outside the team that may have to compute a block, for what is pinned there.
+    """
 
     members: tuple[DeviceProfile, ...]
     shares: tuple[float, ...]
     source: DeviceProfile
     sink: DeviceProfile
+    alone: tuple[DeviceProfile, ...] = ()
 
     @property
     def weights(self) -> dict[DeviceId, float]:
@@ -94,68 +51,65 @@ class Team:
 
     @property
     def places(self) -> tuple[DeviceProfile, ...]:
-        """Devices on which a whole block may run: the fastest, and the ends if they compute."""
-        ends = [p for p in (self.source, self.sink) if p in self.members]
-        return tuple(dict.fromkeys((self.members[0], *ends)))
+        """Devices on which a whole block may run: the fastest, those at the ends, all of few."""
+        few = self.members[:FEW] if len(self.members) <= FEW else self.members[:1]
+        ends = [p for p in self.members if p.beside(self.source) or p.beside(self.sink)]
+        return tuple(dict.fromkeys((*few, *ends, *self.alone)))
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """Blocks, one after another, and what they are estimated to take."""
+
+    blocks: tuple[Block, ...]
+    price_s: float
+
+
+_Best = dict[State, tuple[float, Block | None, State | None]]
 
 
 def search(
     space: Space, team: Team, *, most: int = HEAVY_A_BLOCK, spread: bool = False
-) -> tuple[Block, ...]:
+) -> Chain | None:
     """The cheapest chain of blocks for this team; ``spread``: split wherever it is possible.
 
-    A longer block that is whole does not swallow a heavy operator that could have been split.
+    A longer block that is whole does not swallow a heavy operator that could have been split. None
+    where pins leave no chain.
     """
-    prices, sums, kinds = _Prices(space, team), space.sums, space.axes.kinds
+    prices, sums = Prices(space, team), space.sums
+    several = len(team.members) > 1
+    kinds = space.axes.kinds(len(team.members)) if several else ()
     if spread and space.batch < len(team.members):
         kinds = tuple(kind for kind in kinds if kind != "batch")  # it would leave some idle
-    spread = spread and len(team.members) > 1
+    spread = spread and several
     splits = {0: 0}  # steps up to each cut with a heavy operator that can be split
-    start = State(device=team.source.id)
-    best: dict[int, dict[State, tuple[float, Block | None, State | None]]] = {
-        0: {start: (0.0, None, None)}
-    }
+    best: dict[int, _Best] = {0: {State(device=team.source.id): (0.0, None, None)}}
     for i in range(1, len(space.cuts)):
-        stop = space.cuts[i]
-        here: dict[State, tuple[float, Block | None, State | None]] = {}
+        stop, step = space.cuts[i], space.cuts[i - 1]
+        here: _Best = {}
         by_kind = {kind: space.samples(i, kind, len(team.members), most) for kind in kinds}
-        step = space.cuts[i - 1]
         able = sums.heavy[stop] > sums.heavy[step] and any(step in by_kind[k] for k in kinds)
         splits[stop] = splits[step] + able
         for begin in space.starts(i, most):
-            fit = [kind for kind in kinds if begin in by_kind[kind]]
-            for before, (cost, _, _) in best[begin].items():
-                for kind in fit if len(team.members) > 1 else ():
-                    price = prices.split(by_kind[kind][begin], begin, stop, before)
-                    _keep(here, State(kind), cost + price, Block(begin, stop, None, kind), before)
-                if spread and (fit or splits[stop] > splits[begin]):
-                    continue
-                for place in team.places:
-                    price = prices.whole(begin, stop, before, place)
-                    block = Block(begin, stop, place.id)
-                    _keep(here, State(device=place.id), cost + price, block, before)
+            allowed = space.pins.allowed(begin, stop)
+            together = allowed is None or all(p.id in allowed for p in team.members)
+            fit = [kind for kind in kinds if together and begin in by_kind[kind]]
+            for kind in fit:
+                prices.extend(here, best[begin], Block(begin, stop, None, kind), by_kind[kind])
+            if spread and (fit or splits[stop] > splits[begin]) and allowed is None:
+                continue
+            for place in team.places:
+                if allowed is None or place.id in allowed:
+                    prices.extend(here, best[begin], Block(begin, stop, place.id), {})
         best[stop] = here
     last = best[space.cuts[-1]]
+    if not last:
+        return None
     goal = min(last, key=lambda s: (last[s][0] + prices.gather(s), str(s)))
-    return _chain(best, space.cuts[-1], goal)
+    return Chain(_chain(best, space.cuts[-1], goal), last[goal][0] + prices.gather(goal))
 
 
-def _keep(
-    here: dict[State, tuple[float, Block | None, State | None]],
-    state: State,
-    cost: float,
-    block: Block,
-    before: State,
-) -> None:
-    if state not in here or cost < here[state][0]:
-        here[state] = (cost, block, before)
-
-
-def _chain(
-    best: Mapping[int, Mapping[State, tuple[float, Block | None, State | None]]],
-    stop: int,
-    state: State,
-) -> tuple[Block, ...]:
+def _chain(best: Mapping[int, _Best], stop: int, state: State) -> tuple[Block, ...]:
     blocks: list[Block] = []
     while stop:
         _, block, before = best[stop][state]
@@ -165,43 +119,82 @@ def _chain(
     return tuple(reversed(blocks))
 
 
-class _Prices:
-    """Estimated seconds of one block after another, for one team."""
+class Prices:
+    """Estimated seconds of one block after another, for one team.
+
+    The price of a block depends on where the block before left its values, and on nothing else.
+    """
 
     def __init__(self, space: Space, team: Team) -> None:
         self.space, self.team = space, team
         self.latency = max(p.latency_s for p in (*team.members, team.source, team.sink))
+        self.message_s = max(p.message_s for p in team.members)
         self.link = min(p.bandwidth_bytes_per_s for p in team.members)
-        self.ends = {p.id: p for p in (team.source, team.sink, *team.members)}
+        known = (*team.alone, team.source, team.sink, *team.members)
+        self.ends = {p.id: p for p in known}
         self.weights = team.weights
         self.total = sum(self.weights.values())
         self._sums: dict[DeviceId, list[float]] = {}
-        self._portions: dict[int, list[float]] = {}
-        self._reads: dict[tuple[int, int], list[tuple[str, int]]] = {}
+        self._portions: dict[tuple[Kind, int, int], list[float]] = {}
 
-    def portions(self, size: int) -> list[float]:
-        """The share that each device really gets of an axis of this size: whole elements only."""
-        if size not in self._portions:
-            ranges = split_weighted(size, list(self.weights.values()))
-            self._portions[size] = [r.size / size for r in ranges]
-        return self._portions[size]
+    def of(self, blocks: Sequence[Block], most: int = HEAVY_A_BLOCK) -> float:
+        """Seconds of a whole chain, to the answer at the sink."""
+        state, seconds = State(device=self.team.source.id), 0.0
+        for block in blocks:
+            i = self.space.cuts.index(block.stop)
+            found = self.space.samples(i, block.kind, len(self.team.members), most)
+            seconds += self.body(block, found) + self.fetch(block, found, state)
+            state = _left(block)
+        return seconds + self.gather(state)
 
-    def split(self, sample: Sample, start: int, stop: int, before: State) -> float:
-        compute = max(
-            self.band(p, g, sample, start, stop)
-            for g, p in zip(self.portions(sample.size), self.team.members, strict=True)
-            if g > 0
-        )
-        return compute + self.fetch(sample.reads, before)
+    def extend(
+        self, here: _Best, earlier: _Best, block: Block, found: Mapping[int, Sample]
+    ) -> None:
+        """Put the chains that end with this block where they are the cheapest."""
+        body, state = self.body(block, found), _left(block)
+        for before, (cost, _, _) in earlier.items():
+            known = here.get(state)
+            if known is not None and cost + body >= known[0]:
+                continue
+            price = cost + body + self.fetch(block, found, before)
+            if known is None or price < known[0]:
+                here[state] = (price, block, before)
 
-    def band(self, p: DeviceProfile, g: float, sample: Sample, start: int, stop: int) -> float:
-        """Seconds of a share ``g`` of a split block; what the sample computes beyond its share is
-        the overlap of any band."""
-        whole = self.block(p, start, stop)
-        sampled = variable_seconds(sample.work, p.unit_costs)
-        return g * whole + max(0.0, sampled - sample.share * whole) + p.overhead_s
+    def portions(self, kind: Kind, size: int, inner: int) -> list[float]:
+        """The share that each device really gets of axes of these sizes: whole elements only."""
+        key = (kind, size, inner)
+        if key not in self._portions:
+            weights, first = list(self.weights.values()), 0
+            groups = groups_of(kind, len(weights))
+            members = []
+            for count in groups:
+                members.append(weights[first : first + count])
+                first += count
+            bands = split_weighted(size, [sum(each) for each in members])
+            self._portions[key] = [
+                band.size / size * (r.size / inner if len(own) > 1 else 1.0)
+                for band, own in zip(bands, members, strict=True)
+                for r in split_weighted(inner, own)
+            ]
+        return self._portions[key]
 
-    def block(self, p: DeviceProfile, start: int, stop: int) -> float:
+    def body(self, block: Block, found: Mapping[int, Sample]) -> float:
+        """Seconds until the slowest has computed a block; what the sample computes beyond its share
+        is the overlap of any part."""
+        start, stop = block.start, block.stop
+        if block.whole_on is not None:
+            place = self.ends[block.whole_on]
+            return self._seconds(place, start, stop) + place.overhead_s
+        sample, slowest = found[start], 0.0
+        portions = self.portions(block.kind, sample.size, sample.inner)
+        for g, p in zip(portions, self.team.members, strict=True):
+            if g > 0:
+                whole = self._seconds(p, start, stop)
+                more = variable_seconds(sample.work, p.unit_costs) - sample.share * whole
+                slowest = max(slowest, g * whole + max(0.0, more) + p.overhead_s)
+        return slowest
+
+    def _seconds(self, p: DeviceProfile, start: int, stop: int) -> float:
         """Seconds of ops ``[start, stop)`` computed whole, without the fixed cost of a task."""
         if p.id not in self._sums:
             costs = p.unit_costs
@@ -209,8 +202,13 @@ class _Prices:
         sums = self._sums[p.id]
         return sums[stop] - sums[start]
 
-    def fetch(self, reads: Sequence[Read], before: State) -> float:
-        """Seconds until every device has its inputs."""
+    def fetch(self, block: Block, found: Mapping[int, Sample], before: State) -> float:
+        """Seconds until every device of a block has its inputs."""
+        if block.whole_on is not None:
+            return self._whole(block, before)
+        return self._parts(found[block.start].reads, before, block.kind)
+
+    def _parts(self, reads: Sequence[Read], before: State, kind: Kind) -> float:
         near: dict[DeviceId, float] = {}
         halo = 0.0
         for read in reads:
@@ -218,48 +216,50 @@ class _Prices:
             if made and before.kind is not None:
                 halo += read.missing[before.kind]
             else:
-                holder = before.device if made else self.team.source.id
-                assert holder is not None
-                others = len(self.weights) - (holder in self.weights)
-                near[holder] = near.get(holder, 0.0) + read.need * others
+                holder = self._holder(made, before)
+                others = sum(not p.beside(holder) for p in self.team.members)
+                near[holder.id] = near.get(holder.id, 0.0) + read.need * others
         seconds = halo / self.link
         seconds += sum(b / self.ends[d].bandwidth_bytes_per_s for d, b in near.items())
+        if halo:
+            others = len(self.team.members) - 1
+            beside = {"rows": 2, "batch": 2, "grid": 5}.get(kind, others)
+            talk = min(others, beside) if before.kind == kind else others
+            seconds += 2 * talk * self.message_s
         return seconds + (self.latency if halo or near else 0.0)
 
-    def inputs(self, start: int, stop: int) -> list[tuple[str, int]]:
-        """Values from outside that ops ``[start, stop)`` read, whole, with their bytes."""
-        if (start, stop) not in self._reads:
-            graph = self.space.graph
-            names = dict.fromkeys(
-                n for op in graph.ops[start:stop] for n in (*op.inputs, *op.captured) if n
-            )
-            self._reads[start, stop] = [
-                (n, graph.nbytes(n))
-                for n in names
-                if graph.producer.get(n, -1) < start and not graph.is_initializer(n)
-            ]
-        return self._reads[start, stop]
+    def _holder(self, made: bool, before: State) -> DeviceProfile:
+        return self.ends[before.device] if made and before.device else self.team.source
 
-    def whole(self, start: int, stop: int, before: State, place: DeviceProfile) -> float:
-        seconds = place.overhead_s + self.block(place, start, stop)
-        moved = 0.0
-        for name, nbytes in self.inputs(start, stop):
+    def _whole(self, block: Block, before: State) -> float:
+        moved, place = 0.0, self.ends[block.whole_on or self.team.source.id]
+        for name, nbytes in self.space.inputs(block.start, block.stop):
             made = self.space.graph.producer.get(name, -1) >= 0
             if made and before.kind is not None:
                 moved += nbytes * (1 - self.weights.get(place.id, 0.0) / self.total)
-            elif (before.device if made else self.team.source.id) != place.id:
+            elif not self._holder(made, before).beside(place):
                 moved += nbytes
-        return seconds + self._move(moved, place)
+        talk = len(self.team.members) if moved and before.kind is not None else 0
+        return self._move(moved, place) + talk * self.message_s
 
     def gather(self, state: State) -> float:
         """Seconds until the sink has the answer."""
         graph, sink = self.space.graph, self.team.sink
-        if state.device == sink.id:
+        if state.device is not None and self.ends[state.device].beside(sink):
             return 0.0
-        own = self.weights.get(sink.id, 0.0) / self.total if state.kind is not None else 0.0
+        own = 0.0
+        if state.kind is not None:
+            near = (w for p, w in self.weights.items() if self.ends[p].beside(sink))
+            own = sum(near) / self.total
         return self._move(sum(graph.nbytes(n) for n in graph.outputs) * (1 - own), sink)
 
     def _move(self, nbytes: float, to: DeviceProfile) -> float:
         if not nbytes:
             return 0.0
         return nbytes / min(self.link, to.bandwidth_bytes_per_s) + self.latency
+
+
+def _left(block: Block) -> State:
+    if block.whole_on is not None:
+        return State(device=block.whole_on)
+    return State(kind=block.kind)

@@ -10,6 +10,8 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from functools import partial
 
+from msgspec import structs
+
 from meshinfer import limits
 from meshinfer.protocol import messages as m
 from meshinfer.scheduler.admission import refuse, same_body, signature_of
@@ -79,12 +81,7 @@ class Answering:
             return []
         self._note_pace(tried.deployment, device.name, message.tasks, now)
         for done in message.tasks:  # of two that took a task, the first is who did it
-            took = m.TaskTime(
-                device=device.name,
-                place=done.place,
-                compute_s=done.compute_s,
-                sent_bytes=done.sent_bytes,
-            )
+            took = m.TaskTime(device=device.name, **structs.asdict(done))
             tried.tasks.setdefault(done.place, took)
         return []
 

@@ -37,6 +37,7 @@ class Computing:
         self._requests: dict[str, Held] = {}
         self._released: OrderedDict[str, tuple[int, str, int]] = OrderedDict()
         self._queue: deque[Compute] = deque()
+        self._idle_since = 0.0
 
     @property
     def idle(self) -> bool:
@@ -142,7 +143,7 @@ class Computing:
             return None
         if attempt > request.attempt:
             self._drop_work(name)
-            request.renew(attempt, deployment)
+            request.renew(attempt, deployment, now)
         return request
 
     # --- pieces
@@ -152,7 +153,7 @@ class Computing:
         for place, program in self._deployments[request.deployment].programs.items():
             free = program.model is not None and not program.inputs and place not in request.begun
             if free and request.takes(program, self._device):
-                self._begin(name, request, place, {})
+                self._begin(name, request, place, {}, now)
         return self._compute_next(now)
 
     def _scatter(self, name: str, request: Held, now: float) -> list[Effect]:
@@ -214,7 +215,7 @@ class Computing:
             return []
         if gathering.recipe.program.model is None:
             return self._try_sink(name, request, now)
-        self._begin(name, request, consumer, gathering.inputs())
+        self._begin(name, request, consumer, gathering.inputs(), now)
         return self._compute_next(now)
 
     def _try_sink(self, name: str, request: Held, now: float) -> list[Effect]:
@@ -248,7 +249,12 @@ class Computing:
 
     # --- computing
 
-    def _begin(self, name: str, request: Held, place: m.Place, inputs: dict[str, Array]) -> None:
+    def _begin(
+        self, name: str, request: Held, place: m.Place, inputs: dict[str, Array], now: float
+    ) -> None:
+        idle = self.running is None and not self._queue
+        waited_s = max(0.0, now - max(self._idle_since, request.heard)) if idle else 0.0
+        request.ready[place] = (now, waited_s)
         request.begun.add(place)
         request.pieces.pop(place, None)
         self._queue.append(Compute(name, request.attempt, request.deployment, place, inputs))
@@ -262,28 +268,35 @@ class Computing:
 
     def computed(self, event: Computed, now: float) -> list[Effect]:
         assert self.running is not None, f"nothing was computing when {event.request} was done"
-        job, _ = self.running
-        self.running = None
+        job, since = self.running
+        self.running, self._idle_since = None, now
         effects: list[Effect] = []
         request = self._requests.get(job.request)
         if request is not None and (request.attempt, request.deployment) == (
             job.attempt,
             job.deployment,
         ):
-            effects = self._finish(event, request, now)
+            effects = self._finish(event, request, since, now)
         return effects + self._compute_next(now)  # else one wasted task
 
-    def _finish(self, event: Computed, request: Held, now: float) -> list[Effect]:
+    def _finish(self, event: Computed, request: Held, since: float, now: float) -> list[Effect]:
         if event.error is not None:
             return [_failed(event.request, request.attempt, event.place, event.error)]
         deployment = self._deployments[request.deployment]
         effects, sent = self._send_on(
             event.request, request, deployment, event.place, event.outputs, now
         )
-        done = m.Done(place=event.place, compute_s=event.compute_s, sent_bytes=sent)
-        if deployment.programs[
-            event.place
-        ].devices:  # told at once: it says how busy this device still is
+        ready, waited_s = request.ready.pop(event.place, (since, 0.0))
+        done = m.Done(
+            place=event.place,
+            compute_s=event.compute_s,
+            sent_bytes=sent,
+            waited_s=waited_s,
+            queued_s=max(0.0, since - ready),
+            handed_s=max(0.0, now - since - event.compute_s),
+        )
+        if deployment.programs[event.place].devices:
+            # Told at once: it says how busy this device still is.
             return [*effects, _tell_done(event.request, request, [done])]
         request.done.append(done)
         if len(request.done) < deployment.tasks:

@@ -127,7 +127,7 @@ class CoordinatorCore:
             case m.Unreachable() if device is not None:
                 return self._unreachable(device, message, now)
             case m.LinkMeasured() if device is not None:
-                self._links.measured(device, message.link)
+                self._links.measured(self.members, device, message.link)
                 return []
             case m.Installed() if device is not None:
                 return self._deploying.installed(peer, message, now)

@@ -14,6 +14,8 @@ class Held:
     """One request on this device, under its newest attempt.
 
     ``giver`` and ``turn``: the client that gave ``fed``, and how often it had submitted by then.
+    ``heard``: when its attempt was first heard of; ``ready``: when the last piece of a task came,
+    and how long its device had waited for that with nothing to do.
     """
 
     since: float
@@ -28,6 +30,8 @@ class Held:
     begun: set[m.Place] = field(default_factory=set)
     done: list[m.Done] = field(default_factory=list)
     assigned: tuple[m.Assigned, ...] = ()
+    heard: float = 0.0
+    ready: dict[m.Place, tuple[float, float]] = field(default_factory=dict)
 
     def route(self, send: m.Send) -> str | None:
         """The device that takes the task which a send is for; None: none does in this attempt."""
@@ -46,10 +50,11 @@ class Held:
             for stage, task, k in self.assigned
         )
 
-    def renew(self, attempt: int, deployment: int) -> None:
+    def renew(self, attempt: int, deployment: int, now: float) -> None:
         """Start over under a newer attempt; what the client fed stays."""
         self.attempt, self.deployment, self.scattered = attempt, deployment, False
-        self.assigned = ()
+        self.assigned, self.heard = (), now
+        self.ready.clear()
         self.pieces.clear()
         self.begun.clear()
         self.done.clear()

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +129,8 @@ def measure(job: Job, rigs: Rigs, cores: float, effort: Effort, folder: Path) ->
         ]
         for i in range(effort.rounds):
             _round(i, latency, baseline, model, answers)
+        for series in latency:  # before streams need more
+            series.workers = [replace(each) for each in series.rig.workers]
         streams = []
         if job.streams:
             largest = max(latency, key=lambda s: len(s.rig.setup.cores)).rig

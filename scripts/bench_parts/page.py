@@ -20,6 +20,9 @@ PART_KINDS = {
     "even share": "p-even",
     "overhead": "p-over",
     "unevenness": "p-uneven",
+    "waited": "p-waited",
+    "queued": "p-queued",
+    "handed": "p-handed",
     "rest": "p-rest",
     "queue": "p-queue",
     "client": "p-client",
@@ -28,8 +31,11 @@ _PART_TEXTS = {
     "even share": "plain onnxruntime's work, divided evenly",
     "overhead": "computed beyond that: overlap, kernels of other sizes",
     "unevenness": "the busiest device beyond the average",
+    "waited": "the busiest device had nothing to do until a piece came",
+    "queued": "a task waited for its turn",
+    "handed": "to the compute thread and back",
     "named": "other times that tasks tell of",
-    "rest": "waiting for pieces, sending, Python",
+    "rest": "sending and merging, Python",
     "queue": "before the first task started",
     "client": "client to coordinator and back",
 }
@@ -177,8 +183,10 @@ def _breakdown(rows: Sequence[Mapping[str, Any]]) -> str:
     shown = [r for r in rows if r["objective"] == "latency" and r.get("breakdown")]
     if not shown:
         return ""
-    named = {n for r in shown for n in r["breakdown"] if n not in PART_KINDS}
-    kinds = {**PART_KINDS, **({"named": "p-named"} if named else {})}
+    found = {name for r in shown for name in r["breakdown"]}
+    kinds = {name: kind for name, kind in PART_KINDS.items() if name in found}
+    if found - PART_KINDS.keys():
+        kinds["named"] = "p-named"
     keys = "".join(
         f'<span class="key {kind}"><i></i>{escape(name)}: {escape(_PART_TEXTS[name])}</span>'
         for name, kind in kinds.items()

@@ -12,7 +12,7 @@ import numpy as np
 from bench_parts.figures import bound_s, breakdown, middle, spread
 from bench_parts.models import Model
 from bench_parts.page import link_name
-from bench_parts.rig import Baseline, Counters, Rig
+from bench_parts.rig import Baseline, Counters, Rig, WorkerMemory
 from meshinfer.plan import Plan
 
 
@@ -30,6 +30,7 @@ class Series:
     results: list[dict[str, Any]] = field(default_factory=list)
     answers: int = 0
     identical: bool = True
+    workers: list[WorkerMemory] = field(default_factory=list)
 
 
 def row_of(
@@ -154,7 +155,7 @@ def _memory(series: Series, plain: Mapping[str, Any]) -> dict[str, Any]:
     """Peaks, for a cluster that had deployed nothing before."""
     if not series.clean or series.objective == "throughput":
         return {"memory": None, "memory_share": None}
-    workers = series.rig.workers
+    workers = series.workers
     most = max(max(each.install, each.serving) for each in workers)
     report = series.made["report"]
     weights = [d["weights_bytes"] for d in report["devices"]] if report else []
