@@ -15,7 +15,7 @@ from typing import Protocol
 
 import structlog
 
-from cluster.sockets import NOT_OURS, REFUSED, UNLIKE, Endpoint, Lost
+from cluster.sockets import NOT_OURS, REFUSED, Endpoint, Lost
 from cluster.sockets import Plane as Wire
 from cluster.transport import Transport
 from meshinfer.errors import MeshInferError
@@ -107,7 +107,7 @@ class Loop:
             wait = 0.0
         for incoming in transport.receive(max(0.0, min(wait, _LONGEST_WAIT_S))):
             if isinstance(incoming, Lost):
-                refused = incoming.reason in (REFUSED, NOT_OURS, UNLIKE)
+                refused = incoming.reason in (REFUSED, NOT_OURS)
                 plane = Plane(incoming.plane.value)
                 self._handle(PeerLost(incoming.peer, incoming.reason, refused, plane))
                 continue

@@ -26,12 +26,8 @@ LOST: Final = "the connection was lost"
 NO_ROUTE: Final = "no connection to this peer"
 REFUSED: Final = "refused: key not admitted"
 NOT_OURS: Final = (
-    "the other side is not a MeshInfer socket (no CURVE), has another coordinator's key, "
-    "or admits nobody now"
-)
-UNLIKE: Final = (
-    "one side is encrypted and the other is not: their keyrings differ in that, "
-    "or the other side is not a MeshInfer socket"
+    "the other side is not a MeshInfer socket, has another coordinator's key, is encrypted where "
+    "we are not or the other way, or admits nobody now"
 )
 CANNOT_CONNECT: Final = "nobody answers at this address"
 
@@ -325,7 +321,7 @@ def heard_of(link: Link, event: int, value: int) -> str:
         reason = REFUSED if value == 400 else f"{REFUSED} (ZAP status {value})"
         link.refused = True
     elif event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
-        reason = UNLIKE if value == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH else NOT_OURS
+        reason = NOT_OURS
         link.refused = True
     elif event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
         reason = NOT_OURS
