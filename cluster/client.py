@@ -12,7 +12,7 @@ import tempfile
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from cluster.security import read_keyring
 from cluster.sockets import Endpoint
 from cluster.storing import serve
 from cluster.transport import Transport
+from meshinfer import limits
 from meshinfer.errors import ClusterUnavailable, MeshInferError, ModelNotFound
 from meshinfer.image import ImageSpec
 from meshinfer.plan import Plan
@@ -250,12 +251,16 @@ class Client:
         version: int | None = None,
         deadline_s: float | None = None,
     ) -> Iterator[Result]:
-        """Results in order, with at most ``max_in_flight`` requests open."""
+        """Results in order, with at most ``max_in_flight`` requests open.
+
+        A slow one does not hold up those behind it: up to ``limits.MAP_AHEAD`` times as many
+        results wait here for their turn.
+        """
         open_: deque[Future[Result]] = deque()
         wanted: dict[str, Any] = {"outputs": outputs, "version": version, "deadline_s": deadline_s}
         try:
             for each in data:
-                if len(open_) >= max_in_flight:
+                while _full(open_, max_in_flight):
                     yield open_.popleft().result()
                 open_.append(self.submit(model, each, **wanted))
             while open_:
@@ -362,3 +367,18 @@ class Client:
             f"no model {what!r} is deployed",
             hint=f"deployed are {sorted({i.name for i in known})[:8]}",
         )
+
+
+def _full(open_: Sequence[Future[Result]], most: int) -> bool:
+    """Whether the next result must be taken before another request is submitted.
+
+    Waits while all that may be open is open and the next result is not there.
+    """
+    while len(open_) < most * limits.MAP_AHEAD:
+        running = [future for future in open_ if not future.done()]
+        if len(running) < most:
+            return False
+        if open_[0].done():
+            return True
+        wait(running, return_when=FIRST_COMPLETED)
+    return True

@@ -18,7 +18,8 @@ from cluster.importing import Importer
 from cluster.loop import Post, report, start_thread
 from cluster.storing import perform
 from meshinfer import limits
-from meshinfer.cost import timeline
+from meshinfer.cost import DeviceProfile, timeline
+from meshinfer.cost.expected import expected_seconds, is_better
 from meshinfer.errors import InvalidInput
 from meshinfer.graph import Graph
 from meshinfer.identity import DeviceId
@@ -120,19 +121,31 @@ class PlanningThread:
             if effect.strict:
                 graph = graph.as_strict()
             plan, made = self._planned(graph, effect)
+            profiles = _profiles(effect)
+            if effect.present is not None and not is_better(
+                graph, plan, Plan.parse(effect.present), profiles, effect.objective
+            ):
+                return PlanReady(effect.deployment, kept=True)
             programs = make_programs(graph, plan)
             _refuse_too_long(str(plan), programs)
             for digest, data in programs.blobs.items():
                 if self._store.missing((digest,)):
                     self._store.put(digest, data())
             self._store.trim(keep={*self._models, *chain(*self._models.values())})
-            return PlanReady(effect.deployment, str(plan), programs.by_device, made)
+            return PlanReady(
+                effect.deployment,
+                str(plan),
+                programs.by_device,
+                made,
+                window=plan.window,
+                expected=expected_seconds(graph, plan, profiles),
+            )
         except Exception as error:
             return PlanReady(effect.deployment, failure=report(error))
 
     def _planned(self, graph: Graph, effect: MakePlan) -> tuple[Plan, Report]:
         """A valid plan, given or searched, and what it comes to."""
-        profiles = [profile_of(c.device, c.facts, c.link) for c in effect.candidates]
+        profiles = _profiles(effect)
         given = self._given_plan(graph, effect)
         if given is not None:
             validate(graph, given)
@@ -200,6 +213,10 @@ class PlanningThread:
         ) and len(self._graphs) > 1:
             self._graphs.popitem(last=False)
         return found[0]
+
+
+def _profiles(effect: MakePlan) -> list[DeviceProfile]:
+    return [profile_of(c.device, c.facts, c.link, c.slowdown) for c in effect.candidates]
 
 
 def _input(value: onnx.ValueInfoProto) -> tuple[str, tuple[int | None, ...] | None]:

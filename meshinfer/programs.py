@@ -14,6 +14,7 @@ from meshinfer import limits
 from meshinfer.errors import InvalidInput
 from meshinfer.graph import Graph
 from meshinfer.lower import Submodel, lower
+from meshinfer.ops import is_random
 from meshinfer.plan import Plan, Shard
 from meshinfer.protocol import messages as m
 from meshinfer.protocol.codec import DTYPES
@@ -31,7 +32,7 @@ class Programs:
 def make_programs(graph: Graph, plan: Plan) -> Programs:
     """Lower every task of a valid plan. Raises ``InvalidInput`` for values that cannot travel."""
     flow = derive(graph, plan)
-    ends = _Ends(flow)
+    ends = _Ends(graph, flow)
     for transfer in flow.transfers:
         _check(graph, transfer.piece)
     for name in graph.outputs:
@@ -46,9 +47,11 @@ def make_programs(graph: Graph, plan: Plan) -> Programs:
             blobs[digest] = _constant(submodel.model)
             for weight in submodel.weights:
                 blobs[weight.digest] = _weight(graph, weight.shard)
-            device = task.devices[0]
             ref = TaskRef(s, t)
-            made.setdefault(device, []).append(_task(ends, ref, submodel, digest))
+            devices = ends.devices(ref)
+            program = _task(ends, ref, submodel, digest, devices if len(devices) > 1 else ())
+            for device in devices:
+                made.setdefault(device, []).append(program)
     made.setdefault(plan.sink, []).append(_sink(graph, flow, ends))
     by_device = {name: tuple(each) for name, each in made.items()}
     return Programs(by_device, blobs)
@@ -57,18 +60,32 @@ def make_programs(graph: Graph, plan: Plan) -> Programs:
 class _Ends:
     """The transfers by the task that they leave and by the one that they reach."""
 
-    def __init__(self, flow: Flow) -> None:
+    def __init__(self, graph: Graph, flow: Flow) -> None:
+        self._graph, self._flow = graph, flow
         self._out: defaultdict[TaskRef, list[Transfer]] = defaultdict(list)
         self._into: defaultdict[tuple[TaskRef, str], list[Transfer]] = defaultdict(list)
         for transfer in flow.transfers:
             self._out[transfer.producer].append(transfer)
             self._into[transfer.consumer, transfer.piece.value].append(transfer)
 
+    def devices(self, ref: TaskRef) -> tuple[str, ...]:
+        """Those that may take a task. What is drawn at random must not be drawn twice."""
+        if ref in (self._flow.source, self._flow.sink):
+            return (self._flow.device(ref),)
+        stage = self._flow.plan.stages[ref.stage]
+        devices = stage.tasks[ref.task].devices
+        once = len(devices) > 1 and any(map(is_random, self._graph.ops[stage.start : stage.stop]))
+        return devices[:1] if once else devices
+
     def sends(self, ref: TaskRef) -> tuple[m.Send, ...]:
-        return tuple(
-            m.Send(piece=t.piece, device=t.receiver, consumer=_place(t.consumer))
-            for t in self._out[ref]
-        )
+        found = []
+        for t in self._out[ref]:
+            first, *others = self.devices(t.consumer)
+            send = m.Send(
+                piece=t.piece, device=first, consumer=_place(t.consumer), others=tuple(others)
+            )
+            found.append(send)
+        return tuple(found)
 
     def value(self, ref: TaskRef, name: str, shard: Shard) -> m.Value:
         pieces = tuple(
@@ -88,9 +105,12 @@ def _source(graph: Graph, flow: Flow, ends: _Ends) -> m.Program:
     )
 
 
-def _task(ends: _Ends, ref: TaskRef, submodel: Submodel, digest: str) -> m.Program:
+def _task(
+    ends: _Ends, ref: TaskRef, submodel: Submodel, digest: str, devices: tuple[str, ...]
+) -> m.Program:
     return m.Program(
         place=_place(ref),
+        devices=devices,
         model=digest,
         weights=tuple(sorted({w.digest for w in submodel.weights})),
         inputs=tuple(ends.value(ref, name, shard) for name, shard in submodel.inputs),

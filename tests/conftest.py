@@ -105,7 +105,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip(f"{reason}: sudo scripts/test")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def lab_here() -> None:
     """A lab can be on this machine; where CI lacks what it takes, that is a failure."""
     from cluster.lab.lab import available

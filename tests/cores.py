@@ -23,7 +23,8 @@ from onnx import TensorProto, helper, numpy_helper
 from oracle import assert_exact
 
 from meshinfer import limits
-from meshinfer.cost import timeline
+from meshinfer.cost import DeviceProfile, timeline
+from meshinfer.cost.expected import expected_seconds, is_better
 from meshinfer.engine import EngineError
 from meshinfer.engine.ort import OrtEngine, OrtPrepared
 from meshinfer.graph import Graph
@@ -101,23 +102,25 @@ def _imported(model: bytes, spec: str | None, signature: e.Signature):  # type: 
 @cache
 def _planned(
     model: bytes, spec: str | None, signature: e.Signature, names: tuple[str, ...], head: str,
-    text: str | None,
-) -> tuple[str, Programs, Report]:  # fmt: skip
+    text: str | None, slowdowns: tuple[float, ...],
+) -> tuple[str, Programs, Report, Plan]:  # fmt: skip
     graph = _imported(model, spec, signature)
     if text is None:
-        plan = banded(graph, names, head)
+        plan = banded(graph, names, head, [1.0 / each for each in slowdowns])
     else:
         plan = Plan.parse(text)
     validate(graph, plan)
     report = report_of(graph, plan, timeline(graph, plan, []))
-    return str(plan), make_programs(graph, plan), report
+    return str(plan), make_programs(graph, plan), report, plan
 
 
-def banded(graph: Graph, names: Sequence[str], head: str) -> Plan:
+def banded(
+    graph: Graph, names: Sequence[str], head: str, speeds: Sequence[float] | None = None
+) -> Plan:
     """Bands of rows over all devices, cut after every second op: halos, and gathers to the sink."""
     cuts = [0, *(c for c in graph.cut_points if c % 2 == 0), len(graph.ops)]
     blocks = [Block(a, b, None) for a, b in itertools.pairwise(cuts)]
-    shares = {DeviceId(name): 1.0 for name in names}
+    shares = dict(zip(map(DeviceId, names), speeds or [1.0] * len(names), strict=True))
     return build(graph, axes_of(graph), blocks, shares, (DeviceId(head), DeviceId(head)))
 
 
@@ -188,7 +191,13 @@ class Cluster:
         self.now = 100.0
         self.story: deque[tuple[float, str]] = deque(maxlen=20_000)
         self.sent: Counter[str] = Counter()
+        self.plans_asked = 0
         self.kernel_fault: Callable[[Node, e.Compute], str | None] = lambda node, job: None
+        self.slowness: dict[str, float] = {}
+        """How many times longer a task takes on a device; 1 where not said."""
+        self.works: dict[tuple[int, m.Place, str], float] = {}
+        """What tasks take on devices as they say they are; with ``by_work``, do take."""
+        self.by_work = False
         self.plan_fault: Callable[[e.MakePlan], m.Failure | None] = lambda effect: None
         self._delay = delay
         self._events: list[tuple[float, int, Node, e.Event]] = []
@@ -511,7 +520,9 @@ class Cluster:
             case e.Discard(deployment):
                 node.prepared.pop(deployment, None)
             case e.Compute():
-                self.post(node, self._compute(node, effect), COMPUTE_S)
+                work = self.works.get((effect.deployment, effect.place, node.name), COMPUTE_S)
+                took = self.slowness.get(node.name, 1.0) * (work if self.by_work else COMPUTE_S)
+                self.post(node, self._compute(node, effect, took), took)
             case e.OpenModel():
                 self.post(node, self._open(node, effect), PLAN_S)
             case e.MakePlan():
@@ -557,13 +568,13 @@ class Cluster:
         except EngineError as error:
             return e.Prepared(effect.deployment, failure_of(error))
 
-    def _compute(self, node: Node, job: e.Compute) -> e.Computed:
+    def _compute(self, node: Node, job: e.Compute, took: float) -> e.Computed:
         error = self.kernel_fault(node, job)
         if error is not None:
             return e.Computed(job.request, job.attempt, job.place, (), 0.0, error)
         session = node.prepared[job.deployment][job.place]
         outputs = tuple(session.run(job.inputs))
-        return e.Computed(job.request, job.attempt, job.place, outputs, COMPUTE_S)
+        return e.Computed(job.request, job.attempt, job.place, outputs, took)
 
     def _open(self, node: Node, effect: e.OpenModel) -> e.ModelOpened:
         try:
@@ -577,20 +588,40 @@ class Cluster:
 
     def _plan(self, node: Node, effect: e.MakePlan) -> e.PlanReady:
         names = tuple(c.device for c in effect.candidates)
-        self._tell_story(f"    plans {effect.deployment} on {names}")
+        slow = [f"{c.device} {c.slowdown:.2f}" for c in effect.candidates if c.slowdown != 1.0]
+        self._tell_story(f"    plans {effect.deployment} on {names}, slow are {slow}")
+        self.plans_asked += 1
         failure = self.plan_fault(effect)
         if failure is not None:
             return e.PlanReady(effect.deployment, failure=failure)
         try:
             spec = effect.image if effect.signature.picture else None
             model = node.blobs[effect.digest]
-            text, programs, report = _planned(
-                model, spec, effect.signature, names, effect.head, effect.plan
-            )
+            text, programs, report, plan = _planned(
+                model, spec, effect.signature, names, effect.head, effect.plan,
+                tuple(round(c.slowdown, 2) for c in effect.candidates),
+            )  # fmt: skip
             for digest, data in programs.blobs.items():
                 if digest not in node.blobs:
                     node.blobs[digest] = bytes(data())
-            return e.PlanReady(effect.deployment, text, programs.by_device, report)
+            profiles = [
+                DeviceProfile(DeviceId(c.device), speed, 1e5 / speed)
+                for c in effect.candidates
+                for speed in [c.facts.flops_per_s / c.slowdown]
+            ]
+            graph = _imported(model, spec, effect.signature)
+            if effect.present is not None:
+                present = Plan.parse(effect.present)
+                if not is_better(graph, plan, present, profiles, effect.objective):
+                    return e.PlanReady(effect.deployment, kept=True)
+            expected = expected_seconds(graph, plan, profiles)
+            for (place, device), seconds in expected.items():
+                slowdown = next(c.slowdown for c in effect.candidates if c.device == device)
+                self.works[effect.deployment, place, device] = seconds / slowdown
+            return e.PlanReady(
+                effect.deployment, text, programs.by_device, report,
+                window=plan.window, expected=expected,
+            )  # fmt: skip
         except Exception as error:
             return e.PlanReady(effect.deployment, failure=failure_of(error))
 
@@ -633,7 +664,9 @@ class Cluster:
     def check_invariants(self) -> None:
         core = self.core
         running = [r for r in core.requests.values() if r.deployment is not None]
-        assert len(running) <= limits.RUNNING_REQUESTS + 1
+        counts = Counter(r.deployment.number for r in running)
+        for made in core.catalogue.deployments.values():
+            assert counts[made.number] <= made.most_running + 1
         for request in running:
             assert request.deployment.number in core.catalogue.deployments, "runs on a retired one"
         for made in core.catalogue.deployments.values():

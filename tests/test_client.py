@@ -20,6 +20,7 @@ from PIL import Image
 from processes import growing, image, pixels, small_model
 
 import meshinfer as mi
+from meshinfer import limits
 from meshinfer.cost import DeviceProfile
 from meshinfer.identity import DeviceId
 from meshinfer.planner import make_plan
@@ -335,7 +336,7 @@ def test_map_keeps_the_order_and_a_bounded_number_open(client: mi.Client) -> Non
             yield image(12, seed)
 
     for done, result in enumerate(client.map("ordered", inputs(), max_in_flight=3)):
-        assert len(given) <= done + 4
+        assert len(given) <= done + 3 * limits.MAP_AHEAD + 1
         assert_exact(model, image(12, done), result.outputs)
     assert len(given) == 20
 
@@ -352,8 +353,6 @@ def test_big_tensors_go_in_and_out_over_several_frames(client: mi.Client) -> Non
 def test_what_can_never_travel_is_refused_at_once(
     client: mi.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from meshinfer import limits
-
     monkeypatch.setattr(limits, "TENSOR_BYTES", 1000)
     with pytest.raises(mi.InvalidInput, match="6912 bytes"):
         client.submit("small", IMAGE)

@@ -23,7 +23,17 @@ from processes import alive, eventually, image, none_alive, small_model
 from typer.testing import CliRunner
 
 from cluster.cli import app
-from cluster.lab import ABOUT, PRESETS, DeviceSpec, Lab, cgroups, network, preset, record
+from cluster.lab import (
+    ABOUT,
+    PRESETS,
+    DeviceSpec,
+    Lab,
+    LabCluster,
+    cgroups,
+    network,
+    preset,
+    record,
+)
 from cluster.lab.cgroups import CgroupsV1, CgroupsV2, find_cgroups, quota_us
 from cluster.lab.lab import available
 from meshinfer.errors import ConfigurationError, InvalidInput
@@ -249,10 +259,12 @@ time.sleep(60)
     finally:
         maker.kill()
         maker.communicate()
-    shown = json.loads(meshinfer("lab", "status", name, "--json").stdout)
-    assert shown[0]["state"] == "left behind"
-    assert shown[0]["devices"][1]["used"]["processes"] == [inside]
-    removed = meshinfer("lab", "down", name)
+    try:
+        (shown,) = json.loads(meshinfer("lab", "status", name, "--json").stdout)
+    finally:
+        removed = meshinfer("lab", "down", name)
+    assert shown["state"] == "left behind"
+    assert shown["devices"][1]["used"]["processes"] == [inside]
     assert (removed.exit_code, removed.stdout) == (0, "")
     assert eventually(lambda: none_alive([inside]))
     assert traces(name) == []
@@ -407,46 +419,96 @@ def test_a_device_that_is_cut_off_hears_nothing_until_it_is_healed(lab: Lab) -> 
 
 
 USER = """
-import json, sys
+import sys
 import numpy as np
 import meshinfer as mi
+inputs = dict(np.load(sys.argv[2]))
 with mi.Client() as client:
     client.deploy("net", sys.argv[1], spread=True)
-    result = client.infer("net", dict(np.load(sys.argv[2])))
-    print(json.dumps(sorted(client_device.device for client_device in client.devices())))
-    print(result.plan)
-np.savez(sys.argv[3], **result.outputs)
+    for line in sys.stdin:
+        result = client.infer("net", inputs)
+        np.savez(sys.argv[3], **result.outputs)
+        devices = [each.device for each in client.devices()]
+        print(sorted(devices), str(result.plan).replace("\\n", ";"), flush=True)
 """
+
+
+@pytest.fixture(scope="module")
+def cluster(lab_here: None) -> Iterator[tuple[Lab, LabCluster]]:
+    """Two devices whose daemons have found each other over mDNS."""
+    with Lab(FULL) as made:
+        yield made, made.start_cluster(discovery=True)
+
+
+class User:
+    """A program on device 0 with a client, which infers once for each line that it reads."""
+
+    def __init__(self, lab: Lab, cluster: LabCluster, folder: Path) -> None:
+        self.model, self.inputs, self.out = small_model(48), image(48), folder / "out.npz"
+        onnx.save(self.model, folder / "net.onnx")
+        np.savez(folder / "in.npz", **self.inputs)
+        script = python(USER, *(str(folder / n) for n in ("net.onnx", "in.npz", "out.npz")))
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process = lab.spawn(0, script, env=cluster.environment, **pipes)
+
+    def ask(self) -> str:
+        """The devices and the plan; the answer is what onnxruntime gives."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        said = self.process.stdout.readline()
+        assert said, f"ended with {self.process.wait(LONG_S)}"
+        assert_exact(self.model, self.inputs, dict(np.load(self.out)))
+        return said
+
+    def __enter__(self) -> User:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.communicate(timeout=LONG_S)
 
 
 @pytest.mark.root
 def test_daemons_find_each_other_across_the_bridge_and_answer_as_onnxruntime_does(
-    lab: Lab, tmp_path: Path
+    cluster: tuple[Lab, LabCluster], tmp_path: Path
 ) -> None:
-    model, inputs = small_model(48), image(48)
-    onnx.save(model, tmp_path / "net.onnx")
-    np.savez(tmp_path / "in.npz", **inputs)
-    cluster = lab.start_cluster(discovery=True)
-    workers = cluster.worker_pids()
+    lab, running = cluster
+    workers = running.worker_pids()
     assert sorted(workers) == [0, 1]
-    assert workers[1] in lab.processes(1) and cluster.coordinator_pid in lab.processes(0)
-    cluster.kill(1)
-    assert lab.processes(1) == []
-    cluster.restart(1)
+    assert workers[1] in lab.processes(1) and running.coordinator_pid in lab.processes(0)
     before = lab.usage(1)
-    files = [str(tmp_path / name) for name in ("net.onnx", "in.npz", "out.npz")]
-    user = lab.spawn(
-        0, python(USER, *files), env=cluster.environment, stdout=subprocess.PIPE, text=True
-    )
-    said, _ = user.communicate(timeout=60)
-    assert user.returncode == 0
-    devices, _, plan = said.partition("\n")
-    assert json.loads(devices) == ["a", "b", "head"]
-    assert " b" in plan
-    assert_exact(model, inputs, dict(np.load(tmp_path / "out.npz")))
+    with User(lab, running, tmp_path) as user:
+        said = user.ask()
+    assert said.startswith("['a', 'b', 'head']")
+    assert " b" in said.partition("]")[2]
     assert lab.usage(1).sent_bytes - before.sent_bytes > 1000
+
+
+@pytest.mark.root
+def test_what_is_asked_while_a_device_is_cut_off_or_dead_is_answered_by_the_other(
+    cluster: tuple[Lab, LabCluster], tmp_path: Path
+) -> None:
+    lab, running = cluster
+    with User(lab, running, tmp_path) as user:
+        user.ask()
+        lab.cut(1)
+        assert "'b'" not in user.ask()
+        lab.heal(1)
+        running.wait()
+        assert "'b'" in user.ask()
+        running.kill(1)
+        assert lab.processes(1) == []
+        assert eventually(lambda: "'b'" not in user.ask())
+        running.restart(1)
+        assert "'b'" in user.ask()
+
+
+@pytest.mark.root
+def test_a_cluster_that_was_stopped_has_left_no_process(lab: Lab) -> None:
+    running = lab.start_cluster()
     everything = [*lab.processes(0), *lab.processes(1)]
-    cluster.stop()
+    assert len(everything) >= 5
+    running.stop()
     assert none_alive(everything)
 
 

@@ -190,6 +190,8 @@ class Lab:
         try:
             if self._cluster is not None:
                 self._cluster.stop()
+        except subprocess.TimeoutExpired:
+            pass  # taken down with the lab
         finally:
             record.take_down(self._record, self._groups)
             for process in self._processes:  # killed with their groups

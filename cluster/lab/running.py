@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _START_S: Final = 120.0  # a worker imports what it needs at 1/16 of a core, too
 _DRAIN_S: Final = 2.0
-_STOP_S: Final = 5.0
+_STOP_S: Final = 30.0  # dying takes CPU, too, of which a device may have little
 _POLL_S: Final = 0.02
 
 
@@ -146,6 +146,8 @@ class LabCluster:
 
     def stop(self) -> None:
         """Stop all of it: the workers at once, then the coordinator. Again is no error."""
+        for supervisor in self._workers.values():
+            _signal(supervisor, signal.SIGKILL)
         for i in list(self._workers):
             self.kill(i)
         coordinator = self._coordinator

@@ -19,6 +19,7 @@ from meshinfer.plan import Shard
 
 # isort: off
 from meshinfer.protocol.records import (  # one import and not twenty
+    Assigned as Assigned,
     Blob as Blob,
     Count as Count,
     DeviceInfo as DeviceInfo,
@@ -112,6 +113,18 @@ class Goodbye(Message, frozen=True):
 
 class Dismiss(Message, frozen=True):
     """The coordinator needs the worker no more."""
+
+
+class MeasureLink(Message, frozen=True):
+    """Measure the link to this peer: echoes over the bulk plane."""
+
+    peer: Peer
+
+
+class LinkMeasured(Message, frozen=True):
+    """What a link came to; its numbers are 0 where no echo came back."""
+
+    link: Link
 
 
 class Closing(Message, frozen=True):
@@ -220,12 +233,14 @@ class Start(Message, frozen=True):
     """To the source and the sink: run this attempt; the answer goes to ``client``.
 
     The coordinator numbers attempts upwards over all requests, so that none comes twice for an id.
+    ``assigned``: who takes the tasks that have several devices.
     """
 
     request: Name
     attempt: Count
     deployment: Count
     client: Name
+    assigned: tuple[Assigned, ...] = ()
 
 
 class TasksDone(Message, frozen=True):
@@ -301,7 +316,10 @@ Acks = Annotated[tuple[Count, ...], Meta(max_length=limits.ACKS_AT_ONCE)]
 
 
 class Deliver(Message, frozen=True):
-    """A piece of a value for a task; raw bytes behind. ``id`` is acknowledged, and ``acks`` are."""
+    """A piece of a value for a task; raw bytes behind. ``id`` is acknowledged, and ``acks`` are.
+
+    ``assigned`` as in ``Start``, for the receiver's own sends.
+    """
 
     id: Count
     request: Name
@@ -311,6 +329,7 @@ class Deliver(Message, frozen=True):
     piece: Shard
     tensor: Tensor
     acks: Acks = ()
+    assigned: tuple[Assigned, ...] = ()
 
 
 class Feed(Message, frozen=True):
@@ -330,6 +349,18 @@ class Answer(Message, frozen=True):
     attempt: Count
     tensor: Tensor
     count: Count
+
+
+class Echo(Message, frozen=True):
+    """Say that this has arrived, with all that is behind it, at once."""
+
+    id: Count
+
+
+class Echoed(Message, frozen=True):
+    """The ``Echo`` with this id has arrived."""
+
+    id: Count
 
 
 class Ack(Message, frozen=True):
@@ -361,6 +392,7 @@ class Models(Message, frozen=True):
 
 AnyMessage = (
     Hello | Welcome | Refused | Heartbeat | Alive | Who | Probe | Goodbye | Dismiss | Closing
+    | MeasureLink | LinkMeasured | Echo | Echoed
     | Want | Chunk | Gone | Deploy | Deployed | Install | Installed | Forget
     | Submit | Start | TasksDone | TaskFailed | Unreachable | Merged | Release | Cancel | Reply
     | Deliver | Feed | Answer | Ack | ListDevices | Devices | ListModels | Models

@@ -126,12 +126,21 @@ class Value(Record, frozen=True):
     pieces: tuple[Piece, ...]
 
 
+Assigned = tuple[int, int, int]
+"""A task (stage, task) of several devices, and which of them takes it for this attempt: its
+position among the task's devices. Two entries of one task: both do."""
+
+
 class Send(Record, frozen=True):
-    """A piece of what a task made, for a task on ``device``."""
+    """A piece of what a task made, for a task on ``device``.
+
+    Where ``others`` may take that task as well, the attempt's assignment says which of them does.
+    """
 
     piece: Shard
     device: Name
     consumer: Place
+    others: tuple[Name, ...] = ()
 
 
 class Output(Record, frozen=True):
@@ -144,10 +153,12 @@ class Output(Record, frozen=True):
 class Program(Record, frozen=True):
     """A task, lowered for its device. ``model`` and ``weights`` are blobs by SHA-256.
 
-    The source and the sink are programs too, without a model.
+    The source and the sink are programs too, without a model. ``devices``: all that have this
+    program, where the task may go to any of them; empty where it is this device's alone.
     """
 
     place: Place
+    devices: tuple[Name, ...] = ()
     model: Hex | None = None
     weights: tuple[Hex, ...] = ()
     inputs: tuple[Value, ...] = ()

@@ -6,76 +6,29 @@ that an older attempt has merged is as good, since tasks are pure.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from functools import partial
 
 from meshinfer import limits
 from meshinfer.protocol import messages as m
 from meshinfer.scheduler.admission import refuse, same_body, signature_of
+from meshinfer.scheduler.assigning import assign, open_work
+from meshinfer.scheduler.balance import Balance
 from meshinfer.scheduler.catalogue import Catalogue, Deployment, Model
 from meshinfer.scheduler.events import Effect, Note, Plane, Send, Signature
 from meshinfer.scheduler.membership import Membership
-
-
-@dataclass(slots=True)
-class Try:
-    """One attempt: the deployment that it runs under, and the tasks that are done."""
-
-    deployment: Deployment
-    tasks: dict[m.Place, m.TaskTime] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class Request:
-    """One accepted request. ``deployment`` is None while it waits for one.
-
-    ``merged``: when the sink has sent the answer, and under which attempt.
-    """
-
-    header: m.Submit
-    client: str
-    model: Model
-    signature: Signature
-    submitted: float
-    deadline: float
-    turn: int
-    attempt: int = 0
-    deployment: Deployment | None = None
-    started: float | None = None
-    merged: tuple[float, int] | None = None
-    kernel_failures: int = 0
-    tried: dict[int, Try] = field(default_factory=dict)
-
-    @property
-    def id(self) -> str:
-        return self.header.request
-
-    @property
-    def waiting(self) -> bool:
-        return self.deployment is None and self.merged is None
-
-    def grace_ends(self) -> float | None:
-        """Until when a merged answer waits for the times of its tasks."""
-        return None if self.merged is None else self.merged[0] + limits.TIMING_GRACE_S
-
-
-@dataclass(frozen=True, slots=True)
-class Answered:
-    """An outcome that was given. ``head`` is the device that sent the tensors."""
-
-    header: m.Submit
-    reply: m.Reply
-    head: str
+from meshinfer.scheduler.request import Answered, Request, Try
 
 
 class Answering:
     """Mutable: owned by the coordinator's core."""
 
-    def __init__(self, members: Membership, catalogue: Catalogue) -> None:
+    def __init__(self, members: Membership, catalogue: Catalogue, balance: Balance) -> None:
         self.open: OrderedDict[str, Request] = OrderedDict()
         self._members = members
         self._catalogue = catalogue
+        self._balance = balance
         self._answered: OrderedDict[str, Answered] = OrderedDict()
         self._attempts = 0
 
@@ -116,7 +69,7 @@ class Answering:
             request.deployment, request.merged = None, None
         return []
 
-    def tasks_done(self, peer: str, message: m.TasksDone) -> list[Effect]:
+    def tasks_done(self, peer: str, message: m.TasksDone, now: float) -> list[Effect]:
         device = self._members.by_peer(peer)
         assert device is not None
         device.tasks_done += len(message.tasks)
@@ -124,13 +77,15 @@ class Answering:
         tried = None if request is None else request.tried.get(message.attempt)
         if tried is None:
             return []
-        for done in message.tasks:
-            tried.tasks[done.place] = m.TaskTime(
+        self._note_pace(tried.deployment, device.name, message.tasks, now)
+        for done in message.tasks:  # of two that took a task, the first is who did it
+            took = m.TaskTime(
                 device=device.name,
                 place=done.place,
                 compute_s=done.compute_s,
                 sent_bytes=done.sent_bytes,
             )
+            tried.tasks.setdefault(done.place, took)
         return []
 
     def merged(self, peer: str, message: m.Merged, now: float) -> list[Effect]:
@@ -238,12 +193,14 @@ class Answering:
 
     def start_waiting(self, now: float) -> list[Effect]:
         effects: list[Effect] = []
-        running = sum(not r.waiting for r in self.open.values())
+        running = Counter(r.deployment.number for r in self.open.values() if r.deployment)
         for request in list(self.open.values()):
-            if running >= limits.RUNNING_REQUESTS:
-                break
+            if not request.waiting:
+                continue
             made = self._catalogue.serving(request.model, request.signature)
-            if not request.waiting or made is None or self._is_leaving(made, now):
+            if made is None or running[made.number] >= made.most_running:
+                continue
+            if self._is_leaving(made, now):
                 continue
             if len(request.tried) >= limits.ATTEMPTS_PER_REQUEST:
                 failure = m.Failure(
@@ -254,7 +211,7 @@ class Answering:
                 effects += self._fail(request, failure, now)
                 continue
             effects += self._begin(request, made, now)
-            running += 1
+            running[made.number] += 1
         return effects
 
     def _is_leaving(self, made: Deployment, now: float) -> bool:
@@ -293,19 +250,41 @@ class Answering:
     def _begin(self, request: Request, made: Deployment, now: float) -> list[Effect]:
         self._attempts += 1
         request.attempt, request.deployment, request.merged = self._attempts, made, None
-        request.tried[request.attempt] = Try(made)
+        tried = request.tried[request.attempt] = Try(made, now)
+        if made.choices:
+            others = [r.tried[r.attempt] for r in self.open.values() if r.runs and r is not request]
+            seconds = partial(self._seconds, now)
+            chosen = assign(made, open_work(others, seconds), seconds)
+            tried.assigned = {place: (device,) for place, device in chosen.items()}
         request.started = now if request.started is None else request.started
         start = m.Start(
             request=request.id,
             attempt=request.attempt,
             deployment=made.number,
             client=request.client,
+            assigned=tried.on_wire(),
         )
         return [
             _to(made.members[name], start)
             for name, programs in sorted(made.programs.items())
             if any(p.model is None or not p.inputs for p in programs)
         ]
+
+    def _seconds(self, now: float, made: Deployment, place: m.Place, device: str) -> float:
+        expected = made.seconds(place, device)
+        if expected is None:
+            return 1.0
+        return expected * self._balance.factor(device, now) / made.factors.get(device, 1.0)
+
+    def _note_pace(
+        self, made: Deployment, device: str, tasks: tuple[m.Done, ...], now: float
+    ) -> None:
+        took = sum(done.compute_s for done in tasks)
+        expected = [made.seconds(done.place, device) for done in tasks]
+        total = sum(each for each in expected if each is not None)
+        if total > 0.0 and None not in expected:
+            ratio = made.factors.get(device, 1.0) * took / total
+            self._balance.measured(made.kind, device, ratio, now)
 
     def _complete(self, request: Request, merged: float, tried: Try) -> list[Effect]:
         assert request.started is not None

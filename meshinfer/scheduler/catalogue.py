@@ -6,7 +6,7 @@ beside the old and takes over when it is ready, so no request meets half a plan.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -93,7 +93,13 @@ class Phase(Enum):
 
 @dataclass(slots=True)
 class Deployment:
-    """A plan for a (model, signature), on the devices named by their incarnation."""
+    """A plan for a (model, signature), on the devices named by their incarnation.
+
+    ``factors``: how much slower than its profile each device was when it was planned. ``given``: by
+    the user. ``choices``: the devices of each task that may go to several. ``expected``: seconds of
+    each task on each device that may get it. ``window``: requests in flight, as the plan says.
+    ``noticed``: how many samples of paces there were when its devices were first seen to differ.
+    """
 
     number: int
     model: Model
@@ -106,11 +112,37 @@ class Deployment:
     report: m.Report | None = None
     programs: Mapping[str, tuple[m.Program, ...]] = field(default_factory=dict)
     waiting: set[str] = field(default_factory=set)
+    choices: Mapping[m.Place, tuple[str, ...]] = field(default_factory=dict)
+    expected: Mapping[tuple[m.Place, str], float] = field(default_factory=dict)
+    window: int = 1
+    factors: Mapping[str, float] = field(default_factory=dict)
+    given: bool = False
+    noticed: int | None = None
+
+    @property
+    def kind(self) -> Hashable:
+        """What its tasks' times are compared within: one model for one signature."""
+        return (self.model.key, self.signature)
+
+    def seconds(self, place: m.Place, device: str) -> float | None:
+        """Of a task, as expected when it was planned; None where nothing is known."""
+        return self.expected.get((place, device))
+
+    def paced(self, factors: Mapping[str, float]) -> None:
+        """The same plan, with times expected by other factors."""
+        scale = {d: f / self.factors.get(d, 1.0) for d, f in factors.items()}
+        self.expected = {key: s * scale.get(key[1], 1.0) for key, s in self.expected.items()}
+        self.factors = factors
+
+    @property
+    def most_running(self) -> int:
+        """Requests that may run under it at once."""
+        return min(max(self.window, limits.RUNNING_REQUESTS), limits.WINDOW)
 
     @property
     def tasks(self) -> int:
         """How many tasks a request computes."""
-        return sum(p.model is not None for each in self.programs.values() for p in each)
+        return len({p.place for each in self.programs.values() for p in each if p.model})
 
 
 @dataclass(slots=True)

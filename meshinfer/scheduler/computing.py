@@ -73,7 +73,7 @@ class Computing:
         request = self._current(message.request, message.attempt, message.deployment, now)
         if request is None:
             return []
-        request.client = message.client
+        request.client, request.assigned = message.client, message.assigned
         effects = self._scatter(message.request, request, now)
         effects += self._begin_without_inputs(message.request, request, now)
         return effects + self._try_sink(message.request, request, now)
@@ -150,7 +150,8 @@ class Computing:
     def _begin_without_inputs(self, name: str, request: Held, now: float) -> list[Effect]:
         """Tasks that read nothing but weights have no last piece to wait for."""
         for place, program in self._deployments[request.deployment].programs.items():
-            if program.model is not None and not program.inputs and place not in request.begun:
+            free = program.model is not None and not program.inputs and place not in request.begun
+            if free and request.takes(program, self._device):
                 self._begin(name, request, place, {})
         return self._compute_next(now)
 
@@ -183,6 +184,7 @@ class Computing:
         request = self._current(message.request, message.attempt, message.deployment, now)
         if request is None:
             return []
+        request.assigned = message.assigned
         try:
             array = array_of(message.tensor, payload)
         except ProtocolError as error:
@@ -279,10 +281,14 @@ class Computing:
             event.request, request, deployment, event.place, event.outputs, now
         )
         done = m.Done(place=event.place, compute_s=event.compute_s, sent_bytes=sent)
+        if deployment.programs[
+            event.place
+        ].devices:  # told at once: it says how busy this device still is
+            return [*effects, _tell_done(event.request, request, [done])]
         request.done.append(done)
         if len(request.done) < deployment.tasks:
             return effects  # told with the last one: the answer cannot come before it
-        return [*effects, _tell_done(event.request, request)]
+        return [*effects, _tell_done(event.request, request, request.done)]
 
     def _send_on(
         self,
@@ -298,8 +304,10 @@ class Computing:
         local: list[Cut] = []
         sent = 0
         for cut in deployment.recipes[place].cuts:
-            send = cut.send
-            if send.device == self._device:
+            send, device = cut.send, request.route(cut.send)
+            if device is None:
+                continue
+            if device == self._device:
                 local.append(cut)
                 continue
             array = cut.of(arrays)
@@ -315,11 +323,12 @@ class Computing:
                 consumer=send.consumer,
                 piece=send.piece,
                 tensor=tensor,
-                acks=self.acks.take(deployment.peers[send.device]),
+                acks=self.acks.take(deployment.peers[device]),
+                assigned=request.assigned,
             )
             payload = payload_of(array)  # the one copy of what is sent, where rows are strided
             sent += len(payload)
-            effects.append(self.outbox.send(deployment.peers[send.device], message, payload, now))
+            effects.append(self.outbox.send(deployment.peers[device], message, payload, now))
         for cut in local:
             consumer, piece = cut.send.consumer, cut.send.piece
             effects += self._place(name, request, consumer, piece, cut.of(arrays), now)
@@ -347,8 +356,8 @@ def _failed(name: str, attempt: int, place: m.Place, text: str) -> Send:
     return _tell(m.TaskFailed(request=name, attempt=attempt, place=place, text=text[:4000]))
 
 
-def _tell_done(name: str, request: Held) -> Send:
-    return _tell(m.TasksDone(request=name, attempt=request.attempt, tasks=tuple(request.done)))
+def _tell_done(name: str, request: Held, done: list[m.Done]) -> Send:
+    return _tell(m.TasksDone(request=name, attempt=request.attempt, tasks=tuple(done)))
 
 
 def _tell(message: m.AnyMessage) -> Send:

@@ -11,7 +11,8 @@ from collections import OrderedDict
 
 from meshinfer import limits
 from meshinfer.protocol import messages as m
-from meshinfer.scheduler.answering import Answering, Request
+from meshinfer.scheduler.answering import Answering
+from meshinfer.scheduler.balance import Balance
 from meshinfer.scheduler.catalogue import Catalogue
 from meshinfer.scheduler.deploying import Deploying
 from meshinfer.scheduler.events import (
@@ -31,7 +32,9 @@ from meshinfer.scheduler.events import (
     StopRequested,
     Ticked,
 )
+from meshinfer.scheduler.links import LinkRounds
 from meshinfer.scheduler.membership import Device, Membership
+from meshinfer.scheduler.request import Request
 
 
 class CoordinatorCore:
@@ -42,8 +45,10 @@ class CoordinatorCore:
         # Numbers of an earlier coordinator must mean nothing here: its workers may join late.
         epoch = int.from_bytes(hashlib.sha256(bulk.id.encode()).digest()[:4])
         self.catalogue = Catalogue(first_deployment=epoch << 24)
-        self._answering = Answering(self.members, self.catalogue)
-        self._deploying = Deploying(self.members, self.catalogue, self._answering)
+        self._balance = Balance()
+        self._answering = Answering(self.members, self.catalogue, self._balance)
+        self._deploying = Deploying(self.members, self.catalogue, self._answering, self._balance)
+        self._links = LinkRounds()
         self._bulk = bulk
         self._stop_due: float | None = None
         self._now = 0.0
@@ -65,9 +70,9 @@ class CoordinatorCore:
             case PeerLost():
                 effects = self._lost(event, now)
             case BlobsFound():
-                effects = self._deploying.found(event, now)
+                effects = self._deploying.fetching.found(event, now)
             case BlobWritten():
-                effects = self._deploying.written(event)
+                effects = self._deploying.fetching.written(event)
             case ModelOpened():
                 effects = self._deploying.opened(event)
             case PlanReady():
@@ -81,7 +86,7 @@ class CoordinatorCore:
     def next_deadline(self) -> float | None:
         """When to tick; every event deals with all that is due, so only times ahead count."""
         times = [*self._answering.next_deadlines(), *self._deploying.next_deadlines()]
-        for other in (self.members.next_deadline(), self._stop_due):
+        for other in (self.members.next_deadline(), self._links.next_deadline(), self._stop_due):
             if other is not None:
                 times.append(other)
         return min((t for t in times if t > self._now), default=None)
@@ -96,9 +101,9 @@ class CoordinatorCore:
             case m.Want():
                 return [ServeBlob(peer, message.digest, message.offset, message.length)]
             case m.Chunk():
-                return self._deploying.chunk(peer, message, event.payload, now)
+                return self._deploying.fetching.chunk(peer, message, event.payload, now)
             case m.Gone():
-                return self._deploying.gone(peer, message.digest)
+                return self._deploying.fetching.gone(peer, message.digest)
             case m.Probe() | m.Ack():
                 return []
             case _ if not self.members.knows(peer):
@@ -114,13 +119,16 @@ class CoordinatorCore:
                 self.members.heard(peer, message, now)
                 return [] if device is not None else [_to(peer, m.Alive())]
             case m.TasksDone() if device is not None:
-                return self._answering.tasks_done(peer, message)
+                return self._answering.tasks_done(peer, message, now)
             case m.Merged() if device is not None:
                 return self._answering.merged(peer, message, now)
             case m.TaskFailed() if device is not None:
                 return self._answering.task_failed(message, now)
             case m.Unreachable() if device is not None:
                 return self._unreachable(device, message, now)
+            case m.LinkMeasured() if device is not None:
+                self._links.measured(device, message.link)
+                return []
             case m.Installed() if device is not None:
                 return self._deploying.installed(peer, message, now)
             case m.Goodbye() if device is not None:
@@ -132,7 +140,7 @@ class CoordinatorCore:
             case m.Cancel():
                 return self._answering.cancel(peer, message)
             case m.Deploy():
-                return self._deploying.deploy(peer, message, now)
+                return self._deploying.fetching.deploy(peer, message, now)
             case m.ListDevices():
                 devices = self.members.infos(now)
                 return [_to(peer, m.Devices(call=message.call, devices=devices))]
@@ -187,7 +195,7 @@ class CoordinatorCore:
 
     def _lost(self, event: PeerLost, now: float) -> list[Effect]:
         if event.plane is Plane.BULK:
-            self._deploying.connection_cut(event.peer, now)
+            self._deploying.fetching.connection_cut(event.peer, now)
             return []
         if not event.peer:  # some connection was reset: find out whose
             return [_to(peer, m.Probe()) for peer in self._everybody()]
@@ -200,6 +208,7 @@ class CoordinatorCore:
     def _device_lost(self, device: Device, why: str, now: float) -> list[Effect]:
         head = self.members.head
         self.members.remove(device, now)
+        self._balance.forget(device.name)
         effects: list[Effect] = [
             Note("warning", "device lost", {"device": device.name, "why": why})
         ]
@@ -227,6 +236,7 @@ class CoordinatorCore:
         effects += self._answering.start_waiting(now)
         effects += self._deploying.retire_unused(now)
         effects += self._dismiss_drained()
+        effects += self._links.next(self.members, now, busy=bool(self.requests))
         if self._stop_due is not None and (now >= self._stop_due or not self.requests):
             effects += [_to(peer, m.Closing()) for peer in self._everybody()]
             effects.append(Stop())
@@ -237,7 +247,7 @@ class CoordinatorCore:
         for device in self.members.silent(now):
             effects += self._device_lost(device, f"no heartbeat for {limits.DEAD_AFTER_S} s", now)
         for peer in self.members.gone_clients(now):
-            effects += self._deploying.client_gone(peer)
+            effects += self._deploying.fetching.client_gone(peer)
             effects += self._answering.client_gone(peer)
         return effects
 

@@ -1,4 +1,4 @@
-"""Models and their plans: fetch and open a model, plan each signature, install, retire.
+"""Models and their plans: open a model, plan each signature, install, retire.
 
 A deployment is made beside the one that serves and takes over when all its devices are ready; what
 fails meanwhile never takes down what serves.
@@ -6,114 +6,53 @@ fails meanwhile never takes down what serves.
 
 from __future__ import annotations
 
-from msgspec.structs import replace
+from dataclasses import replace
+
+from msgspec import structs
 
 from meshinfer import limits
 from meshinfer.errors import InvalidInput
 from meshinfer.plan import Plan
 from meshinfer.protocol import messages as m
 from meshinfer.protocol.codec import header_bytes
-from meshinfer.scheduler.admission import refuse_deploy, refuse_model
+from meshinfer.scheduler.admission import refuse_model
 from meshinfer.scheduler.answering import Answering, unavailable
+from meshinfer.scheduler.assigning import choices_of
+from meshinfer.scheduler.balance import Balance
 from meshinfer.scheduler.catalogue import Catalogue, Deployment, Model, Phase
 from meshinfer.scheduler.events import (
-    BlobsFound,
-    BlobWritten,
     Effect,
-    FindBlobs,
     MakePlan,
     ModelOpened,
     Note,
-    OpenModel,
     Plane,
     PlanReady,
     Send,
     Signature,
 )
+from meshinfer.scheduler.fetching import Fetching
 from meshinfer.scheduler.membership import Device, Membership
-from meshinfer.scheduler.puller import Puller
 
 
 def _with_notes(report: m.Report, notes: tuple[str, ...]) -> m.Report:
     cut = tuple(note[: limits.REPORT_LINE_CHARS] for note in notes)
-    more: m.Report = replace(report, notes=(*cut, *report.notes)[: limits.REPORT_ENTRIES])
+    more: m.Report = structs.replace(report, notes=(*cut, *report.notes)[: limits.REPORT_ENTRIES])
     return more
 
 
 class Deploying:
     """Mutable: owned by the coordinator's core."""
 
-    def __init__(self, members: Membership, catalogue: Catalogue, answering: Answering) -> None:
+    def __init__(
+        self, members: Membership, catalogue: Catalogue, answering: Answering, balance: Balance
+    ) -> None:
         self._members = members
         self._catalogue = catalogue
         self._answering = answering
-        self._puller = Puller()
+        self._balance = balance
+        self.fetching = Fetching(catalogue, self._deploy_failed)
 
     # --- models
-
-    def deploy(self, peer: str, message: m.Deploy, now: float) -> list[Effect]:
-        before = self._catalogue.asked(peer, message.call)
-        if before is not None:  # asked again, since its connection broke
-            return [] if before.answer is None else [_to(peer, before.answer)]
-        failure = refuse_deploy(self._catalogue, message)
-        if failure is not None:
-            answer = m.Deployed(call=message.call, name=message.name, failure=failure)
-            return [_to(peer, answer)]
-        model = self._catalogue.open(message, peer, now)
-        return [FindBlobs(str(model.key), tuple(model.blobs))]
-
-    def found(self, event: BlobsFound, now: float) -> list[Effect]:
-        model = self._catalogue.opening.get(int(event.purpose))
-        if model is None or model.call is None:
-            return []
-        model.missing = set(event.missing)
-        if not model.missing:
-            return [OpenModel(model.key, model.digest, model.image)]
-        effects: list[Effect] = []
-        for digest in event.missing:
-            effects += self._puller.want(digest, model.call.peer, now, model.blobs[digest])
-        return effects
-
-    def chunk(self, peer: str, chunk: m.Chunk, data: memoryview, now: float) -> list[Effect]:
-        return self._puller.arrived(peer, chunk, data, now)
-
-    def written(self, event: BlobWritten) -> list[Effect]:
-        self._puller.done(event.digest)
-        if event.failure is not None:
-            return self._blob_lost(event.digest, event.failure.message)
-        effects: list[Effect] = []
-        for model in self._catalogue.opening.values():
-            if event.digest in model.missing:
-                model.missing.discard(event.digest)
-                if not model.missing:
-                    effects.append(OpenModel(model.key, model.digest, model.image))
-        return effects
-
-    def gone(self, peer: str, digest: str) -> list[Effect]:
-        """The client has not the blob that it announced."""
-        asked = any(
-            digest in o.missing and o.asked.peer == peer for o in self._catalogue.opening.values()
-        )
-        return self._blob_lost(digest, "the client has lost the model") if asked else []
-
-    def client_gone(self, peer: str) -> list[Effect]:
-        effects: list[Effect] = []
-        for digest in self._puller.forget_peer(peer):
-            effects += self._blob_lost(digest, "the client is gone")
-        return effects
-
-    def connection_cut(self, peer: str, now: float) -> None:
-        self._puller.hasten(peer, now)
-
-    def _blob_lost(self, digest: str, why: str) -> list[Effect]:
-        self._puller.done(digest)
-        failure = m.Failure(
-            error="InvalidInput", message=f"the model did not arrive: {why}", hint="deploy it again"
-        )
-        effects: list[Effect] = []
-        for model in [o for o in self._catalogue.opening.values() if digest in o.missing]:
-            effects += self._deploy_failed(model, failure)
-        return effects
 
     def opened(self, event: ModelOpened) -> list[Effect]:
         model = self._catalogue.opening.get(event.key)
@@ -162,23 +101,29 @@ class Deploying:
 
     # --- plans
 
-    def _plan(self, model: Model, signature: Signature, now: float) -> Effect:
+    def _plan(
+        self, model: Model, signature: Signature, now: float, present: Deployment | None = None
+    ) -> Effect:
         head, candidates = self._members.head, self._members.candidates(now)
         assert head is not None and candidates
         names = tuple(c.device for c in candidates)
+        factors = {name: self._balance.factor(name, now) for name in names}
         members = {n: self._members.devices[n].peer for n in (*names, head.name)}
+        plan = self._given_plan(model, set(members))
         made = self._catalogue.new_deployment(model, signature, members, names, now)
+        made.factors, made.given = factors, plan is not None
         return MakePlan(
             deployment=made.number,
             digest=model.digest,
             image=model.image,
             signature=signature,
-            candidates=candidates,
+            candidates=tuple(replace(c, slowdown=factors[c.device]) for c in candidates),
             head=head.name,
-            plan=self._given_plan(model, set(members)),
+            plan=plan,
             objective=model.objective,
             spread=model.spread,
             strict=model.strict,
+            present=None if present is None else present.plan,
         )
 
     def _given_plan(self, model: Model, here: set[str]) -> str | None:
@@ -205,8 +150,12 @@ class Deploying:
             )
         if failure is not None:
             return self._plan_failed(made, failure, now)
+        if event.kept:
+            return self._keep(made)
         made.plan, made.report, made.programs = event.plan, event.report, event.programs
         made.members = {n: made.members[n] for n in event.programs}
+        made.choices, made.expected = choices_of(event.programs), event.expected
+        made.window = event.window
         made.phase, made.waiting, made.since = Phase.INSTALLING, set(event.programs), now
         sends = [self._install(made, self._members.devices[name]) for name in sorted(made.members)]
         largest = max(header_bytes(send.message) for send in sends)
@@ -221,9 +170,18 @@ class Deploying:
             self._members.devices[name].used = True
         return list(sends)
 
+    def _keep(self, made: Deployment) -> list[Effect]:
+        """What serves is as good on devices as they are now: go on, and compare with that."""
+        serving = self._catalogue.serving(made.model, made.signature)
+        if serving is not None and serving.candidates == made.candidates:
+            serving.since = made.since
+            serving.paced(made.factors)
+        return self.retire(made)
+
     def _install(self, made: Deployment, device: Device) -> Send:
         programs = made.programs[device.name]
-        receivers = {send.device for program in programs for send in program.sends}
+        sends = [send for program in programs for send in program.sends]
+        receivers = {name for send in sends for name in (send.device, *send.others)}
         peers = tuple(self._members.devices[name].bulk for name in sorted(receivers))
         return _to(device.peer, m.Install(deployment=made.number, programs=programs, peers=peers))
 
@@ -312,10 +270,7 @@ class Deploying:
     # --- the rules
 
     def due(self, now: float) -> list[Effect]:
-        effects, failed = self._puller.due(now)
-        for digest in failed:
-            effects += self._blob_lost(digest, "the client does not send it")
-        return effects + self.install_overdue(now)
+        return self.fetching.due(now) + self.install_overdue(now)
 
     def plan_what_is_missing(self, now: float) -> list[Effect]:
         self._members.note_workers(now)
@@ -332,9 +287,27 @@ class Deploying:
                     continue
                 serving = self._catalogue.serving(model, signature)
                 stale = serving is not None and settled and serving.candidates != names
-                if (serving is None or stale) and len(effects) < room:
-                    effects.append(self._plan(model, signature, now))
+                uneven = serving is not None and self._uneven(serving, now)
+                if (serving is None or stale or uneven) and len(effects) < room:
+                    present = serving if uneven and not stale else None
+                    effects.append(self._plan(model, signature, now, present))
         return effects
+
+    def _uneven(self, made: Deployment, now: float) -> bool:
+        """Whether devices have changed their pace so much that another plan may be better.
+
+        Not where the plan was given, and not where each request's tasks go to who is free.
+        """
+        if made.given or len(made.choices) == made.tasks or len(made.candidates) < 2:
+            return False
+        if now < made.since + limits.REPLAN_EVERY_S:
+            return False
+        if not self._balance.uneven(made.candidates, made.factors, made.since, now):
+            made.noticed = None
+            return False
+        # What slows all down alike is seen of one device before the others: look once more.
+        made.noticed = self._balance.count if made.noticed is None else made.noticed
+        return self._balance.count >= made.noticed + 2 * len(made.candidates)
 
     def _give_up_without_workers(self, now: float) -> list[Effect]:
         failure = unavailable(
@@ -367,7 +340,7 @@ class Deploying:
                 for o in self._catalogue.opening.values()
                 if o.opened and o.call
             ]
-        pull = self._puller.next_deadline()
+        pull = self.fetching.next_deadline()
         return times if pull is None else [*times, pull]
 
 

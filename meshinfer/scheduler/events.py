@@ -122,13 +122,20 @@ class ModelOpened:
 
 @dataclass(frozen=True, slots=True)
 class PlanReady:
-    """Answer to ``MakePlan``: the plan's text and each device's programs, or why there is none."""
+    """Answer to ``MakePlan``: the plan's text and each device's programs, or why there is none.
+
+    ``expected``: seconds of each task on each device that may get it. ``kept``: the present plan is
+    as good; there is no other.
+    """
 
     deployment: int
     plan: str = ""
     programs: Mapping[str, tuple[Program, ...]] = field(default_factory=dict)
     report: Report | None = None
     failure: Failure | None = None
+    window: int = 1
+    kept: bool = False
+    expected: Mapping[tuple[Place, str], float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,17 +272,24 @@ class Signature:
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """A device that may get work: what it said of itself, its link to the head if measured, and
-    its links to other devices that it has sent to."""
+    its links to other devices that it has sent to.
+
+    ``slowdown``: how many times longer than its profile says it takes, as was measured of late.
+    """
 
     device: str
     facts: Facts
     link: Link | None = None
     links: tuple[Link, ...] = ()
+    slowdown: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class MakePlan:
-    """Import for a signature, plan (or take ``plan``), lower, store the blobs -> ``PlanReady``."""
+    """Import for a signature, plan (or take ``plan``), lower, store the blobs -> ``PlanReady``.
+
+    ``present``: the plan that serves; it is kept unless the new one is better by REPLAN_GAIN.
+    """
 
     deployment: int
     digest: str
@@ -287,6 +301,7 @@ class MakePlan:
     objective: str
     spread: bool
     strict: bool
+    present: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,10 +27,29 @@ class Held:
     pieces: dict[m.Place, Gathering] = field(default_factory=dict)
     begun: set[m.Place] = field(default_factory=set)
     done: list[m.Done] = field(default_factory=list)
+    assigned: tuple[m.Assigned, ...] = ()
+
+    def route(self, send: m.Send) -> str | None:
+        """The device that takes the task which a send is for; None: none does in this attempt."""
+        if not send.others:
+            return send.device
+        devices = (send.device, *send.others)
+        for stage, task, k in self.assigned:
+            if (stage, task) == send.consumer and 0 <= k < len(devices):
+                return devices[k]
+        return None
+
+    def takes(self, program: m.Program, device: str) -> bool:
+        """Whether this device is to run a task in this attempt."""
+        return not program.devices or any(
+            (stage, task) == program.place and program.devices[k : k + 1] == (device,)
+            for stage, task, k in self.assigned
+        )
 
     def renew(self, attempt: int, deployment: int) -> None:
         """Start over under a newer attempt; what the client fed stays."""
         self.attempt, self.deployment, self.scattered = attempt, deployment, False
+        self.assigned = ()
         self.pieces.clear()
         self.begun.clear()
         self.done.clear()

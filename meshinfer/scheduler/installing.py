@@ -46,7 +46,7 @@ class Deployment:
             programs,
             {place: Recipe.of(program) for place, program in programs.items()},
             {peer.device: peer.id for peer in message.peers},
-            sum(program.model is not None for program in message.programs),
+            sum(p.model is not None and not p.devices for p in message.programs),
         )
 
 

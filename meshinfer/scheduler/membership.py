@@ -150,6 +150,8 @@ class Membership:
 
     def remove(self, device: Device, now: float) -> None:
         del self.devices[device.name]
+        for other in self.devices.values():
+            other.links.pop(device.name, None)
         self.changed_at = now
 
     def silent(self, now: float) -> list[Device]:
@@ -197,8 +199,8 @@ class Membership:
         )
 
     def link(self, device: str) -> m.Link | None:
-        """The link between a device and the head, by the slower of its two directions; None where
-        nothing is known of it."""
+        """The link between a device and the head, by the better of two measurings, since what
+        disturbs one only makes it worse; None where nothing is known of it."""
         head = self.head
         ends = self.devices.get(device)
         if head is None or ends is None:
@@ -209,7 +211,7 @@ class Membership:
         if not rates and not waits:
             return None
         return m.Link(
-            peer=head.name, bytes_per_s=min(rates, default=0.0), latency_s=min(waits, default=0.0)
+            peer=head.name, bytes_per_s=max(rates, default=0.0), latency_s=min(waits, default=0.0)
         )
 
     def infos(self, now: float) -> tuple[m.DeviceInfo, ...]:

@@ -29,6 +29,7 @@ from meshinfer.scheduler.events import (
     Ticked,
 )
 from meshinfer.scheduler.installing import COORDINATOR, Installing
+from meshinfer.scheduler.links import LinkMeter
 
 __all__ = ["COORDINATOR", "SOURCE", "WorkerCore"]
 
@@ -43,6 +44,7 @@ class WorkerCore:
         self._coordinator: m.Peer | None = None
         self._installing = Installing(hello.device)
         self._computing = Computing(hello.device, self._installing.deployments)
+        self._links = LinkMeter()
         self._hello_due = 0.0
         self._left = 0.0
         self._beat_due = 0.0
@@ -78,6 +80,7 @@ class WorkerCore:
         for other in (
             self._computing.next_deadline(),
             self._installing.next_deadline(),
+            self._links.next_deadline(),
             self._stop_due,
         ):
             if other is not None:
@@ -104,6 +107,10 @@ class WorkerCore:
             case m.Ack():
                 self._computing.outbox.acknowledge(message.ids)
                 return []
+            case m.Echo():
+                return [Send(Plane.BULK, peer, m.Echoed(id=message.id))]
+            case m.Echoed():
+                return self._links.echoed(peer, message.id, now)
             case m.Chunk():
                 return self._installing.chunk(peer, message, event.payload, now)
             case m.Gone():
@@ -132,6 +139,8 @@ class WorkerCore:
                 return self._installing.forget(message.deployment)
             case m.Welcome():
                 return self._welcome(message, now)
+            case m.MeasureLink():
+                return self._links.begin(message.peer, now)
             case m.Who():
                 return self._rejoin(now)
             case m.Closing():
@@ -167,6 +176,7 @@ class WorkerCore:
             return []
         self.joined = False
         self._hello_due, self._left = when, when
+        self._links.reset()
         self._computing.reset(keep_inputs=False)  # the coordinator has clients give them again
         if self._stop_due is not None:
             return self._end()
@@ -196,6 +206,7 @@ class WorkerCore:
             effects.append(self._tell(self._heartbeat(now)))
         effects += self._computing.due(now)
         effects += self._installing.due(now)
+        effects += self._links.due(now)
         self._computing.drop_orphans(now)
         return effects
 

@@ -1,0 +1,96 @@
+"""How fast devices are as it runs: measured against expected, in windows, without jumping at noise.
+
+What a whole model takes too long by, on all devices alike, is the cost model's error: it is taken
+out first, so that only devices that differ from the others move work about.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass, field
+from statistics import median_low
+
+from meshinfer import limits
+
+
+@dataclass(slots=True)
+class _Pace:
+    """The last samples of a device: when, and how many times its expected time it took.
+
+    ``idle_s``: how long it may give none until it is tried again; longer each time in vain.
+    """
+
+    samples: deque[tuple[float, float]] = field(
+        default_factory=lambda: deque(maxlen=limits.PACE_SAMPLES)
+    )
+    idle_s: float = limits.PACE_FORGOTTEN_S
+
+    def factor(self, now: float) -> float:
+        if len(self.samples) < limits.PACE_SAMPLES_LEAST or self.stale(now):
+            return 1.0
+        return median_low(ratio for _, ratio in self.samples)
+
+    def stale(self, now: float) -> bool:
+        return not self.samples or now - self.samples[-1][0] > self.idle_s
+
+
+class Balance:
+    """Mutable: owned by the coordinator's core. ``count``: samples taken so far."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._paces: dict[str, _Pace] = {}
+        self._bases: OrderedDict[Hashable, float | list[tuple[float, str, float]]] = OrderedDict()
+
+    def measured(self, kind: Hashable, device: str, ratio: float, now: float) -> None:
+        """``ratio``: measured over expected time of a device's tasks; ``kind``: of which model."""
+        self.count += 1
+        base = self._bases.setdefault(kind, [])
+        self._bases.move_to_end(kind)
+        while len(self._bases) > limits.PACES_KEPT:
+            self._bases.popitem(last=False)
+        if isinstance(base, float):
+            self._note(device, ratio / base, now)
+            return
+        base.append((now, device, ratio))
+        if len(base) < limits.PACE_SAMPLES:
+            return
+        middle = max(median_low(ratio for _, _, ratio in base), 1e-9)
+        self._bases[kind] = middle
+        for at, name, each in base:
+            self._note(name, each / middle, at)
+
+    def _note(self, device: str, ratio: float, now: float) -> None:
+        pace = self._paces.setdefault(device, _Pace())
+        if pace.samples and pace.stale(now):  # it was given work again, to see
+            before = median_low(ratio for _, ratio in pace.samples)
+            pace.samples.clear()
+            again = before > limits.PACE_DEVIATION and ratio > limits.PACE_DEVIATION
+            longer = min(2 * pace.idle_s, limits.PACE_FORGOTTEN_MOST_S)
+            pace.idle_s = longer if again else limits.PACE_FORGOTTEN_S
+        pace.samples.append((now, ratio))
+
+    def factor(self, device: str, now: float) -> float:
+        """How many times longer than its profile says a device takes; 1 where not known."""
+        pace = self._paces.get(device)
+        return 1.0 if pace is None else pace.factor(now)
+
+    def uneven(
+        self, devices: Iterable[str], planned: Mapping[str, float], since: float, now: float
+    ) -> bool:
+        """Whether devices have drifted apart since a plan was made with these factors."""
+        drift = [self.factor(name, now) / planned.get(name, 1.0) for name in devices]
+        fresh = any(self._fresh(name, since, now) for name in devices)
+        return fresh and max(drift) > limits.PACE_DEVIATION * min(drift)
+
+    def _fresh(self, device: str, since: float, now: float) -> bool:
+        pace = self._paces.get(device)
+        if pace is None:
+            return False
+        newer = sum(at > since for at, _ in pace.samples)
+        return newer >= limits.PACE_SAMPLES_LEAST or (bool(pace.samples) and pace.stale(now))
+
+    def forget(self, device: str) -> None:
+        """It has left; who comes back under its name may be another."""
+        self._paces.pop(device, None)

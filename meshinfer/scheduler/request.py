@@ -1,0 +1,79 @@
+"""What the coordinator knows of one request: its header, its attempts, its outcome."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from meshinfer import limits
+from meshinfer.protocol import messages as m
+from meshinfer.scheduler.catalogue import Deployment, Model
+from meshinfer.scheduler.events import Signature
+
+
+@dataclass(slots=True)
+class Try:
+    """One attempt: the deployment that it runs under, who took what, and the tasks that are done.
+
+    ``assigned``: the devices of each task that had a choice, the first one first.
+    """
+
+    deployment: Deployment
+    since: float = 0.0
+    assigned: dict[m.Place, tuple[str, ...]] = field(default_factory=dict)
+    tasks: dict[m.Place, m.TaskTime] = field(default_factory=dict)
+
+    def on_wire(self) -> tuple[m.Assigned, ...]:
+        """The assignment as messages carry it."""
+        choices = self.deployment.choices
+        return tuple(
+            (*place, choices[place].index(device))
+            for place, devices in self.assigned.items()
+            for device in devices
+        )
+
+
+@dataclass(slots=True)
+class Request:
+    """One accepted request. ``deployment`` is None while it waits for one.
+
+    ``merged``: when the sink has sent the answer, and under which attempt.
+    """
+
+    header: m.Submit
+    client: str
+    model: Model
+    signature: Signature
+    submitted: float
+    deadline: float
+    turn: int
+    attempt: int = 0
+    deployment: Deployment | None = None
+    started: float | None = None
+    merged: tuple[float, int] | None = None
+    kernel_failures: int = 0
+    tried: dict[int, Try] = field(default_factory=dict)
+
+    @property
+    def id(self) -> str:
+        return self.header.request
+
+    @property
+    def waiting(self) -> bool:
+        return self.deployment is None and self.merged is None
+
+    @property
+    def runs(self) -> bool:
+        return self.deployment is not None and self.merged is None
+
+    def grace_ends(self) -> float | None:
+        """Until when a merged answer waits for the times of its tasks."""
+        return None if self.merged is None else self.merged[0] + limits.TIMING_GRACE_S
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """An outcome that was given. ``head`` is the device that sent the tensors."""
+
+    header: m.Submit
+    reply: m.Reply
+    head: str

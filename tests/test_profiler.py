@@ -1,0 +1,98 @@
+"""A device measures itself: a rate for each kind, within what the kernel grants, once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from cluster import granted, profiler
+from meshinfer.cost import OpKind
+from meshinfer.protocol import messages as m
+from meshinfer.scheduler.profiles import profile_of
+
+UNMEASURED = {OpKind.OTHER}
+"""What is bound by bytes has no probe of its own."""
+
+
+def test_there_is_a_probe_for_each_kind_in_their_order() -> None:
+    names = [p.name for p in profiler.probes()]
+    assert names == [k.name for k in OpKind if k not in UNMEASURED] + ["BYTES", "KERNELS"]
+
+
+def test_a_device_measures_every_kind_and_the_fixed_costs() -> None:
+    found = profiler.measure(1)
+    assert len(found.rates) == len(OpKind) - len(UNMEASURED)
+    assert all(rate > 0 for rate in found.rates)
+    assert found.flops_per_s == found.rates[OpKind.DENSE]
+    assert found.memory_bytes_per_s > 0 and found.kernel_s > 0 and found.overhead_s >= 0
+    half = found.slowed(0.5)
+    assert half.rates[OpKind.DENSE] == found.rates[OpKind.DENSE] / 2
+    assert half.kernel_s == found.kernel_s * 2
+
+
+def test_what_is_measured_travels_and_becomes_the_planners_profile() -> None:
+    measured = profiler.Measured(tuple(range(1, 12)), 5.0, 1e-6, 2e-3)
+    facts = profiler.facts(threads=1, engine="onnxruntime", measured=measured, memory_bytes=1000)
+    again = msgspec.json.decode(msgspec.json.encode(facts), type=m.Facts)
+    profile = profile_of("pi", again, m.Link(peer="head", bytes_per_s=7.0))
+    assert [profile.rate(kind) for kind in OpKind][:11] == list(measured.rates)
+    assert (profile.memory_bytes, profile.memory_bytes_per_s) == (1000, 5.0)
+    assert (profile.kernel_s, profile.overhead_s) == (1e-6, 2e-3)
+    assert profile.bandwidth_bytes_per_s == 7.0
+    assert profile.latency_s > 0, "what was not measured is assumed"
+    silent = profiler.facts(threads=0, engine="none", measured=None)
+    assert not silent.computes and not profile_of("head", silent).able
+
+
+def test_a_device_measures_once_and_again_when_the_numbers_are_of_another_machine(
+    tmp_path: Path,
+) -> None:
+    first = profiler.measured_once(tmp_path, "engine", 1)
+    path = tmp_path / "profile.json"
+    kept = msgspec.json.decode(path.read_bytes())
+    kept["measured"]["kernel_s"] = 123.0
+    kept["dense_flops_per_s"] = 1e-9  # so that the check finds a drift
+    path.write_bytes(msgspec.json.encode(kept))
+    assert profiler.measured_once(tmp_path, "engine", 1).kernel_s != 123.0
+    kept = msgspec.json.decode(path.read_bytes())
+    kept["measured"]["kernel_s"] = 123.0
+    path.write_bytes(msgspec.json.encode(kept))
+    assert profiler.measured_once(tmp_path, "another engine", 1).kernel_s != 123.0
+    path.write_bytes(b"{broken")
+    assert len(profiler.measured_once(tmp_path, "engine", 1).rates) == len(first.rates)
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_a_group_or_its_parent_grants_less_than_the_machine_has(
+    tmp_path: Path, version: str
+) -> None:
+    own, root = tmp_path / "own", tmp_path / "groups"
+    if version == "v2":
+        own.write_text("0::/lab/pi-1\n")
+        group = root / "lab" / "pi-1"
+        group.mkdir(parents=True)
+        (group / "cpu.max").write_text("1000 4000\n")
+        (group / "memory.max").write_text("max\n")
+        (root / "lab" / "memory.max").write_text("400000000\n")
+        (root / "lab" / "cpu.max").write_text("max 100000\n")
+    else:
+        own.write_text("2:cpu,cpuacct:/lab/pi-1\n1:memory:/lab/pi-1\n")
+        group = root / "cpu" / "lab" / "pi-1"
+        group.mkdir(parents=True)
+        (group / "cpu.cfs_quota_us").write_text("1000\n")
+        (group / "cpu.cfs_period_us").write_text("4000\n")
+        (root / "cpu" / "cpu.cfs_quota_us").write_text("-1\n")
+        memory = root / "memory" / "lab"
+        (memory / "pi-1").mkdir(parents=True)
+        (memory / "pi-1" / "memory.limit_in_bytes").write_text("9223372036854771712\n")
+        (memory / "memory.limit_in_bytes").write_text("400000000\n")
+    assert granted.cpu_quota(root, own) == granted.Quota(0.25, 0.004)
+    assert granted.memory_limit(root, own) == 400_000_000
+
+
+def test_without_groups_the_machine_is_the_limit(tmp_path: Path) -> None:
+    assert granted.cpu_quota(tmp_path, tmp_path / "nothing") is None
+    assert granted.memory_limit(tmp_path, tmp_path / "nothing") > 0
+    assert granted.memory_left(1) == 0
