@@ -109,6 +109,7 @@ NAME_CHARS: Final = 512
 IMAGE_PIXELS: Final = 100_000_000
 IMAGE_FILE_BYTES: Final = 256 * MIB
 DEVICES: Final = 1024
+PINS: Final = 256
 OPERATOR_KINDS: Final = 64
 
 # Importing. Weights come on top of the memory; a value that is folded from constants is a weight.

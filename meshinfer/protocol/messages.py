@@ -21,6 +21,7 @@ from meshinfer.plan import Shard
 from meshinfer.protocol.records import (  # one import and not twenty
     Assigned as Assigned,
     Blob as Blob,
+    Budgets as Budgets,
     Count as Count,
     DeviceInfo as DeviceInfo,
     Done as Done,
@@ -33,6 +34,7 @@ from meshinfer.protocol.records import (  # one import and not twenty
     Output as Output,
     Peer as Peer,
     Piece as Piece,
+    Pins as Pins,
     Place as Place,
     Program as Program,
     Rate as Rate,
@@ -161,7 +163,8 @@ class Gone(Message, frozen=True):
 
 class Deploy(Message, frozen=True):
     """Deploy a model that the client serves, with its external ``weights``, as blobs. ``shapes``
-    fixes dynamic inputs."""
+    fixes dynamic inputs. ``pin``: values and the devices that they never leave; ``memory``: bytes
+    of each device, or of all, that it may use."""
 
     call: Name
     name: Name
@@ -174,6 +177,8 @@ class Deploy(Message, frozen=True):
     objective: str = "latency"
     spread: bool = False
     strict: bool = False
+    pin: Pins | None = None
+    memory: Budgets | Count | None = None
 
 
 class Deployed(Message, frozen=True):

@@ -124,6 +124,9 @@ class Deploying:
             spread=model.spread,
             strict=model.strict,
             present=None if present is None else present.plan,
+            head_host=head.where,
+            pin=model.pin,
+            memory=model.memory,
         )
 
     def _given_plan(self, model: Model, here: set[str]) -> str | None:
