@@ -3,7 +3,7 @@
 Only ``Hello`` and ``Refused`` (and what they hold) may carry fields of a later release: they are
 how two releases find out that they cannot work together.
 
-Messages carry no pickle and no code. Times are seconds; remaining time, never a wall clock.
+Messages carry no pickle and no code. Times are seconds that remain, never a wall clock's.
 ``device#incarnation`` is a peer; ids of requests are chosen by clients.
 """
 
@@ -32,6 +32,8 @@ from meshinfer.protocol.report import Report as Report
 
 PROTOCOL = (1, 1)
 """Protocol versions that this release speaks, first and last (RELIABILITY: N-1 to N)."""
+
+Acks = Annotated[tuple[Count, ...], Meta(max_length=limits.ACKS_AT_ONCE)]
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True, kw_only=True):
@@ -308,9 +310,6 @@ class Reply(Message, frozen=True):
     image: Text | None = None
     tasks: tuple[TaskTime, ...] = ()
     failure: Failure | None = None
-
-
-Acks = Annotated[tuple[Count, ...], Meta(max_length=limits.ACKS_AT_ONCE)]
 
 
 # --- Tensors (bulk) -----------------------------------------------------------------------------
