@@ -6,6 +6,8 @@ of one run before and one after the clusters, over its own latency.
 
 from __future__ import annotations
 
+import itertools
+import os
 import statistics
 import sys
 import time
@@ -24,6 +26,7 @@ from bench_parts.rows import Series, output_bytes_of, row_of
 from meshinfer import limits
 
 IN_FLIGHT_A_DEVICE = 2
+_ROOM = 7 / 8  # of the machine, for clusters that start together
 _BEGAN = time.monotonic()
 
 
@@ -84,18 +87,28 @@ class Rigs:
     def __init__(self, folder: Path, deploy_cores: float, keep: bool) -> None:
         self._folder, self.deploy_cores, self._keep = folder, deploy_cores, keep
         self._running: dict[Setup, Rig] = {}
-        self._made = 0
+        self._numbers = itertools.count(1)
 
-    def get(self, setup: Setup) -> Rig:
-        if setup not in self._running:
-            self._made += 1
-            folder = self._folder / f"rig-{self._made}"
-            rig = self._running[setup] = Rig(setup, folder, self.deploy_cores)
-            say(
-                f"  {setup.name} up in {rig.start_s:.1f} s ({rig.start_cpu_s:.1f} s of CPU),"
-                f" idle at {rig.idle_cores:.1%} of a core"
-            )
-        return self._running[setup]
+    def get(self, setups: Sequence[Setup]) -> list[Rig]:
+        """Running clusters of these; those that are missing are started, several at once where
+        their shares leave the machine some room, so that they do not disturb each other."""
+        room, missing = _ROOM * (os.cpu_count() or 1), [s for s in setups if s not in self._running]
+        while missing:
+            together = [missing.pop(0)]
+            while missing and sum(sum(s.cores) for s in (*together, missing[0])) <= room:
+                together.append(missing.pop(0))
+            with ThreadPoolExecutor(len(together)) as pool:
+                for started in [pool.submit(self._start, setup) for setup in together]:
+                    started.result()
+        return [self._running[setup] for setup in setups]
+
+    def _start(self, setup: Setup) -> None:
+        folder = self._folder / f"rig-{next(self._numbers)}"
+        rig = self._running[setup] = Rig(setup, folder, self.deploy_cores)
+        say(
+            f"  {setup.name} up in {rig.start_s:.1f} s ({rig.start_cpu_s:.1f} s of CPU), "
+            f"idle at {rig.idle_cores:.1%} of a core"
+        )
 
     def done(self, job: Job) -> None:
         """A job is over."""
@@ -124,8 +137,8 @@ def measure(job: Job, rigs: Rigs, cores: float, effort: Effort, folder: Path) ->
     with Baseline(cores, model, plain_inputs, folder, rigs.deploy_cores, effort.tries) as baseline:
         say(f"  plain: {baseline.threads} threads, {min(baseline.tried.values()) * 1e3:.0f} ms")
         latency = [
-            _deployed(rigs.get(setup), model, "latency", [p for _, p in inputs], answers, effort)
-            for setup in job.setups
+            _deployed(rig, model, "latency", [p for _, p in inputs], answers, effort)
+            for rig in rigs.get(job.setups)
         ]
         for i in range(effort.rounds):
             _round(i, latency, baseline, model, answers)

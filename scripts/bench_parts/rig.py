@@ -82,7 +82,7 @@ class Rig:
     idle_cores: float = 0.0
     start_s: float = 0.0
     start_cpu_s: float = 0.0
-    links: int = 0
+    profiles: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._stack = contextlib.ExitStack()
@@ -166,7 +166,8 @@ class Rig:
             keyring=str(self.cluster.keyring),
             cluster=self.cluster.name,
         )
-        self.links = self.ask(do="settle", timeout_s=_SETTLE_S)
+        self.ask(do="settle", timeout_s=_SETTLE_S)
+        self.profiles = self.ask(do="devices")
         self.workers = [WorkerMemory(now) for now, _ in self._memory()]
         before, since = self.counters(), time.monotonic()
         self.start_s, self.start_cpu_s = since - began, sum(before.cpu_s)

@@ -79,6 +79,7 @@ def row_of(
         "cpu_s": [sum(each) / frames for each in per_device],
         "cpu_even_s": alone_s * baseline.cores / len(setup.cores),
         "idle_cores": rig.idle_cores,
+        "profiles": rig.profiles,
         "answers": series.answers,
         "wrong": 0,  # a wrong one has ended the run
         "identical": series.identical,
