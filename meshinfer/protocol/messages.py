@@ -18,33 +18,13 @@ from meshinfer import limits
 from meshinfer.plan import Shard
 
 # isort: off
-from meshinfer.protocol.records import (  # one import and not twenty
-    Assigned as Assigned,
-    Blob as Blob,
-    Count as Count,
-    DeviceInfo as DeviceInfo,
-    Done as Done,
-    Facts as Facts,
-    Failure as Failure,
-    Hex as Hex,
-    Link as Link,
-    ModelInfo as ModelInfo,
-    Name as Name,
-    Output as Output,
-    Peer as Peer,
-    Piece as Piece,
-    Place as Place,
-    Program as Program,
-    Rate as Rate,
-    Record as Record,
-    Seconds as Seconds,
-    Send as Send,
-    Shape as Shape,
-    TaskTime as TaskTime,
-    Tensor as Tensor,
-    Text as Text,
-    Value as Value,
-)
+from meshinfer.protocol.records import (
+    Assigned as Assigned, Blob as Blob, Count as Count, DeviceInfo as DeviceInfo, Done as Done,
+    Facts as Facts, Failure as Failure, Hex as Hex, Link as Link, ModelInfo as ModelInfo,
+    Name as Name, Output as Output, Peer as Peer, Piece as Piece, Place as Place,
+    Program as Program, Rate as Rate, Record as Record, Seconds as Seconds, Send as Send,
+    Shape as Shape, TaskTime as TaskTime, Tensor as Tensor, Text as Text, Value as Value,
+)  # fmt: skip
 
 # isort: on
 from meshinfer.protocol.report import Report as Report
@@ -243,6 +223,23 @@ class Start(Message, frozen=True):
     assigned: tuple[Assigned, ...] = ()
 
 
+class Assign(Message, frozen=True):
+    """More devices take tasks of this attempt: ``assigned`` is what all messages say so far, and
+    more. Whoever holds inputs of such a task sends them there too."""
+
+    request: Name
+    attempt: Count
+    deployment: Count
+    assigned: tuple[Assigned, ...]
+
+
+class NotKept(Message, frozen=True):
+    """What a task needs that was assigned again is not here any more: start a new attempt."""
+
+    request: Name
+    attempt: Count
+
+
 class TasksDone(Message, frozen=True):
     """Tasks of an attempt that this device has done; those of one device are told together."""
 
@@ -394,6 +391,7 @@ AnyMessage = (
     Hello | Welcome | Refused | Heartbeat | Alive | Who | Probe | Goodbye | Dismiss | Closing
     | MeasureLink | LinkMeasured | Echo | Echoed
     | Want | Chunk | Gone | Deploy | Deployed | Install | Installed | Forget
-    | Submit | Start | TasksDone | TaskFailed | Unreachable | Merged | Release | Cancel | Reply
+    | Submit | Start | Assign | NotKept | TasksDone | TaskFailed | Unreachable | Merged | Release
+    | Cancel | Reply
     | Deliver | Feed | Answer | Ack | ListDevices | Devices | ListModels | Models
 )  # fmt: skip
