@@ -77,11 +77,7 @@ def test_a_window_of_the_plan_lets_that_many_requests_run_and_no_more() -> None:
 
 def test_more_tiles_than_devices_are_shared_out_and_exact() -> None:
     cluster = uneven()
-<<<<<<< HEAD
-    cluster.deployed(plan=str(bands(graph(), tuple(SPEEDS), bands=6)))
-=======
     cluster.deployed(plan=str(bands(graph(), tuple(SPEEDS), count=6)))
->>>>>>> E
     replies = []
     for i in range(6):
         replies.append(cluster.check(cluster.submit(image(i)), image(i)))

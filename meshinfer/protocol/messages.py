@@ -19,20 +19,12 @@ from meshinfer.plan import Shard
 
 # isort: off
 from meshinfer.protocol.records import (
-<<<<<<< HEAD
     Assigned as Assigned, Blob as Blob, Budgets as Budgets, Count as Count,
     DeviceInfo as DeviceInfo, Done as Done, Facts as Facts, Failure as Failure, Hex as Hex,
     Link as Link, ModelInfo as ModelInfo, Name as Name, Output as Output, Peer as Peer,
     Piece as Piece, Pins as Pins, Place as Place, Program as Program, Rate as Rate,
     Record as Record, Seconds as Seconds, Send as Send, Shape as Shape, TaskTime as TaskTime,
     Tensor as Tensor, Text as Text, Value as Value,
-=======
-    Assigned as Assigned, Blob as Blob, Count as Count, DeviceInfo as DeviceInfo, Done as Done,
-    Facts as Facts, Failure as Failure, Hex as Hex, Link as Link, ModelInfo as ModelInfo,
-    Name as Name, Output as Output, Peer as Peer, Piece as Piece, Place as Place,
-    Program as Program, Rate as Rate, Record as Record, Seconds as Seconds, Send as Send,
-    Shape as Shape, TaskTime as TaskTime, Tensor as Tensor, Text as Text, Value as Value,
->>>>>>> E
 )  # fmt: skip
 
 # isort: on
