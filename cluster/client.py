@@ -110,7 +110,7 @@ class Client:
             version=meshinfer.__version__,
         )
         coordinator = Endpoint(found[0], found[1], ring.coordinator_public)
-        transport = partial(Transport, f"{name}#0", ring.member)
+        transport = partial(Transport, f"{name}#0", ring.member, plaintext=ring.plaintext)
         self._loop = Loop(ClientCore(hello), transport, self._perform, coordinator)
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -134,6 +134,8 @@ class Client:
         objective: str = "latency",
         spread: bool = False,
         strict: bool = False,
+        memory: int | Mapping[str, int] | None = None,
+        pin: Mapping[str, Sequence[str]] | None = None,
         timeout_s: float = DEPLOY_S,
     ) -> Deployment:
         """Deploy a model: a path, bytes, an ``onnx.ModelProto``, or a torch module with its
@@ -143,9 +145,13 @@ class Client:
         Of a torch module, it says which axes may vary: ``shapes={"image": (1, 3, None, None)}``.
         ``objective``: latency, throughput or memory. ``spread``: use every device, even where fewer
         are faster. ``strict``: no partial sums, and devices of one numeric class only, so that the
-        answer has the bits of one device's wherever kernels do not depend on sizes. Raises
-        ``InvalidInput`` for what torch cannot export or onnxruntime refuses,
-        ``ClusterUnavailable`` when no worker can compute.
+        answer has the bits of one device's wherever kernels do not depend on sizes. ``memory``:
+        bytes of weights and values that each device, or all of them alike, may hold of this model.
+        ``pin``: values that never leave these devices, nor what merely rewrites them (scaled,
+        transposed); inputs and outputs lie on ``head``, which stands for the workers on its host.
+        Raises ``InvalidInput`` for what torch cannot export or onnxruntime refuses or a pin that no
+        plan keeps, ``NotEnoughMemory`` with numbers when no plan fits, ``ClusterUnavailable`` when
+        no worker can compute.
         """
         from cluster.models import model_and_shapes, offer_model  # onnx is heavy
 
@@ -165,6 +171,8 @@ class Client:
                 objective=objective,
                 spread=spread,
                 strict=strict,
+                pin=None if pin is None else {v: tuple(names) for v, names in pin.items()},
+                memory=memory if memory is None or isinstance(memory, int) else dict(memory),
             )
             answer = self._ask(message, timeout_s)
         assert isinstance(answer, m.Deployed)

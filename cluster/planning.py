@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import queue
 from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import replace
 from itertools import chain
 
 import msgspec
@@ -27,7 +29,7 @@ from meshinfer.image import ImageSpec
 from meshinfer.importers import Source, inputs_needed, load, open_model
 from meshinfer.legality import refuse_sums, validate
 from meshinfer.plan import Plan
-from meshinfer.planner import make_plan
+from meshinfer.planner import make_plan, refuse_pinned
 from meshinfer.programs import Programs, make_programs
 from meshinfer.protocol.messages import Report
 from meshinfer.report import report_of
@@ -151,6 +153,7 @@ class PlanningThread:
             validate(graph, given)
             if effect.strict:
                 refuse_sums(given)
+            refuse_pinned(graph, given, profiles, _pins(effect))
             expected = timeline(graph, given, profiles)
             return given, report_of(graph, given, expected, ("the plan was given",))
         head = DeviceId(effect.head)
@@ -161,6 +164,7 @@ class PlanningThread:
             head,
             objective=effect.objective,
             spread=effect.spread,
+            pin=_pins(effect),
         )
         validate(graph, planned.plan)
         return planned.plan, report_of(graph, planned.plan, planned.timeline, planned.notes)
@@ -216,7 +220,41 @@ class PlanningThread:
 
 
 def _profiles(effect: MakePlan) -> list[DeviceProfile]:
-    return [profile_of(c.device, c.facts, c.link, c.slowdown) for c in effect.candidates]
+    """Of the candidates, within the memory that the user grants, and of the head, which has no
+    engine: its link is as good as the best one that was measured."""
+    found = [profile_of(c.device, c.facts, c.link, c.slowdown, c.host) for c in effect.candidates]
+    granted = effect.memory
+    if isinstance(granted, Mapping):
+        unknown = sorted(set(granted) - {p.id for p in found})
+        if unknown:
+            raise InvalidInput(
+                f"memory is granted for {unknown[0]!r}, which does not compute in this cluster",
+                hint=f"devices that compute are {sorted(p.id for p in found)}",
+            )
+        found = [_within(p, granted.get(p.id)) for p in found]
+    elif granted is not None:
+        found = [_within(p, granted) for p in found]
+    head = DeviceProfile(
+        DeviceId(effect.head),
+        0.0,
+        bandwidth_bytes_per_s=max(p.bandwidth_bytes_per_s for p in found),
+        latency_s=min(p.latency_s for p in found),
+        computes=False,
+        host=effect.head_host,
+    )
+    return [*found, head]
+
+
+def _within(p: DeviceProfile, granted: int | None) -> DeviceProfile:
+    if granted is None:
+        return p
+    if granted == 0:
+        return replace(p, computes=False)
+    return replace(p, memory_bytes=min(granted, p.memory_bytes or granted))
+
+
+def _pins(effect: MakePlan) -> dict[str, tuple[DeviceId, ...]]:
+    return {value: tuple(map(DeviceId, devices)) for value, devices in effect.pin.items()}
 
 
 def _input(value: onnx.ValueInfoProto) -> tuple[str, tuple[int | None, ...] | None]:

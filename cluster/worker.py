@@ -178,10 +178,12 @@ def run_worker(options: WorkerOptions) -> m.Failure | None:
     state = Path(options.state_dir)
     processes.hold_folder(state)
     keyring = read_keyring(options.keyring)
+    if keyring.plaintext:
+        telemetry.warn_of_plaintext()
     host, port = _locate(options, keyring.coordinator_public)
     server = generate_keypair()
     identity = f"{options.name}#{secrets.token_hex(4)}"
-    transport = Transport(identity, keyring.member, server)
+    transport = Transport(identity, keyring.member, server, plaintext=keyring.plaintext)
     address = BESIDE_COORDINATOR if options.beside else local_address(host)
     bulk_port = transport.bind(Plane.BULK, address)  # all addresses, if beside the coordinator
     coordinator = Endpoint(host, port, keyring.coordinator_public)

@@ -8,6 +8,15 @@ from __future__ import annotations
 
 from meshinfer.planner.axes import Axes, axes_of
 from meshinfer.planner.bands import Block, build
-from meshinfer.planner.choose import OBJECTIVES, Planned, make_plan
+from meshinfer.planner.choose import OBJECTIVES, Planned, make_plan, refuse_pinned
 
-__all__ = ["OBJECTIVES", "Axes", "Block", "Planned", "axes_of", "build", "make_plan"]
+__all__ = [
+    "OBJECTIVES",
+    "Axes",
+    "Block",
+    "Planned",
+    "axes_of",
+    "build",
+    "make_plan",
+    "refuse_pinned",
+]

@@ -21,6 +21,7 @@ from meshinfer.planner.notes import (
     too_large,
     without,
 )
+from meshinfer.planner.pins import Pins
 from meshinfer.planner.propose import finalists, spread_out
 from meshinfer.planner.refine import balance, refine
 from meshinfer.planner.space import Space
@@ -117,6 +118,25 @@ def _members(choice: Choice, best: Candidate) -> Candidate:
         more = including(choice, best, p)
         best = best if more is None else choice.best([best, more])
     return best
+
+
+def refuse_pinned(
+    graph: Graph,
+    plan: Plan,
+    profiles: Sequence[DeviceProfile],
+    pin: Mapping[str, Sequence[DeviceId]],
+) -> None:
+    """Raise ``InvalidInput`` if the plan takes a pinned value, or a rewritten one, elsewhere."""
+    pins = Pins.of(graph, _pins(graph, profiles, (plan.source, plan.sink), pin))
+    for stage in plan.stages:
+        allowed = pins.allowed(stage.start, stage.stop)
+        others = sorted({d for t in stage.tasks for d in t.devices} - (allowed or set()))
+        if allowed is not None and others:
+            raise InvalidInput(
+                f"the plan computes stage {stage.start}:{stage.stop} on {others[0]!r}, where what "
+                f"is pinned must not go",
+                hint=f"the values {sorted(pins.by_value)} may be on {sorted(allowed)} only",
+            )
 
 
 def _one_class(able: Sequence[DeviceProfile]) -> list[DeviceProfile]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 from meshinfer.cost import DeviceProfile, variable_seconds
 from meshinfer.identity import DeviceId
 from meshinfer.planner.bands import Block, splittable
 from meshinfer.planner.candidates import Candidate, Choice
-from meshinfer.planner.search import search
+from meshinfer.planner.search import FEW, search
 from meshinfer.planner.space import HEAVY_A_BLOCK
+
+Members = tuple[DeviceProfile, ...]
 
 MANY = 8
 """Requests go whole to each number of devices up to so many, and to all."""
@@ -23,31 +25,43 @@ def finalists(choice: Choice) -> Iterator[Candidate]:
     yield from alone
     top = choice.key(choice.best(alone))
     best: Candidate | None = None
-    size, worse = 0, 0
-    for count in reversed(_sizes(len(order))):
-        members = order[:count]
+    team: Members = ()
+    worse = 0
+    for members in teams(choice):
         shares = {p.id: p.flops_per_s for p in members}
         chain = search(choice.space, choice.team(members, shares))
         if chain is None:
             continue
-        found = choice.candidate(f"{count} devices", chain.blocks, shares)
+        found = choice.candidate(f"{len(members)} devices", chain.blocks, shares)
         if best is None or choice.key(found) < choice.key(best):
-            best, size, worse = found, count, 0
+            best, team, worse = found, members, 0
         else:
             worse += 1
         yield found
         gained = choice.key(best) < top and not choice.excess(best)
-        if worse >= (1 if gained else 3):
+        if len(order) > FEW and worse >= (1 if gained else 3):
             break
-    if size > 1:
-        yield from variants(choice, order[:size])
+    if team:
+        yield from variants(choice, team)
     if any(p.memory_bytes for p in order):
         yield handed_on(choice)
     if choice.objective == "throughput":
         yield from streams(choice)
 
 
-def variants(choice: Choice, members: tuple[DeviceProfile, ...]) -> Iterator[Candidate]:
+def teams(choice: Choice) -> Iterator[Members]:
+    """Sets of devices to search with: all there are of a few devices, else the most useful ones,
+    from all downwards."""
+    order = choice.order
+    if len(order) <= FEW:
+        for count in range(len(order), 1, -1):
+            yield from combinations(order, count)
+        return
+    for count in reversed(_sizes(len(order))):
+        yield order[:count]
+
+
+def variants(choice: Choice, members: Members) -> Iterator[Candidate]:
     """Other layouts for the devices that seem to be the right ones."""
     shares, space = {p.id: p.flops_per_s for p in members}, choice.space
     for name, most in (("a stage a layer", 1), ("short blocks", 3)):
@@ -119,7 +133,7 @@ def streams(choice: Choice) -> Iterator[Candidate]:
             yield choice.candidate(f"pipeline of {count} devices", blocks, shares)
 
 
-def pipeline(choice: Choice, members: tuple[DeviceProfile, ...]) -> list[Block]:
+def pipeline(choice: Choice, members: Members) -> list[Block]:
     """Consecutive blocks on consecutive devices, so that the busiest device or link has least to
     do (the linear partition problem)."""
     graph, cuts, sums = choice.graph, choice.space.cuts, choice.space.sums

@@ -19,6 +19,9 @@ Seconds = Annotated[float, Meta(ge=0, le=1e9)]
 
 Rate = Annotated[float, Meta(ge=0, le=1e24)]
 Shape = Annotated[tuple[Count, ...], Meta(max_length=limits.TENSOR_RANK)]
+Names = Annotated[tuple[Name, ...], Meta(max_length=limits.DEVICES)]
+Pins = Annotated[dict[Name, Names], Meta(max_length=limits.PINS)]
+Budgets = Annotated[dict[Name, Count], Meta(max_length=limits.DEVICES)]
 Place = tuple[int, int]
 """A task as (stage, task); the source is (-1, 0), the sink (number of stages, 0)."""
 

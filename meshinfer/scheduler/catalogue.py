@@ -49,6 +49,8 @@ class Model:
     shapes: Mapping[str, tuple[int, ...]]
     call: Call | None
     asked: Call
+    pin: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    memory: Mapping[str, int] | int | None = None
     answer: m.Deployed | None = None
     version: int = 0
     inputs: Inputs = field(default_factory=dict)
@@ -175,6 +177,8 @@ class Catalogue:
             objective=message.objective,
             spread=message.spread,
             strict=message.strict,
+            pin=message.pin or {},
+            memory=message.memory,
             shapes=dict(message.shapes or {}),
             call=call,
             asked=call,

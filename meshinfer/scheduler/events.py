@@ -275,6 +275,7 @@ class Candidate:
     its links to other devices that it has sent to.
 
     ``slowdown``: how many times longer than its profile says it takes, as was measured of late.
+    ``host``: the same for devices that share a machine and its address.
     """
 
     device: str
@@ -282,6 +283,7 @@ class Candidate:
     link: Link | None = None
     links: tuple[Link, ...] = ()
     slowdown: float = 1.0
+    host: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,6 +291,7 @@ class MakePlan:
     """Import for a signature, plan (or take ``plan``), lower, store the blobs -> ``PlanReady``.
 
     ``present``: the plan that serves; it is kept unless the new one is better by REPLAN_GAIN.
+    ``head_host``: as ``Candidate.host``. ``pin``, ``memory``: as in ``Deploy``.
     """
 
     deployment: int
@@ -302,6 +305,9 @@ class MakePlan:
     spread: bool
     strict: bool
     present: str | None = None
+    head_host: str = ""
+    pin: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    memory: Mapping[str, int] | int | None = None
 
 
 @dataclass(frozen=True, slots=True)

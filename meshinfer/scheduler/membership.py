@@ -43,6 +43,12 @@ class Device:
         return self.hello.bulk
 
     @property
+    def where(self) -> str:
+        """The machine and the address there: the same for devices that reach each other without a
+        link."""
+        return f"{self.hello.facts.host} {self.bulk.host}"
+
+    @property
     def untouched(self) -> bool:
         """Whether nothing but its welcome depends on it yet: no programs, no inputs of clients."""
         return not self.used and not self.hello.facts.head
@@ -193,7 +199,9 @@ class Membership:
     def candidates(self, now: float) -> tuple[Candidate, ...]:
         """Devices that may get work, by name."""
         return tuple(
-            Candidate(d.name, d.hello.facts, self.link(d.name), tuple(d.links.values()))
+            Candidate(
+                d.name, d.hello.facts, self.link(d.name), tuple(d.links.values()), host=d.where
+            )
             for _, d in sorted(self.devices.items())
             if d.hello.facts.computes and d.state(now) == "ready"
         )

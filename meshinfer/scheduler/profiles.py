@@ -9,7 +9,11 @@ from meshinfer.protocol.records import Link
 
 
 def profile_of(
-    device: str, facts: Facts, link: Link | None = None, slowdown: float = 1.0
+    device: str,
+    facts: Facts,
+    link: Link | None = None,
+    slowdown: float = 1.0,
+    host: str = "",
 ) -> DeviceProfile:
     """The profile of a device. What was not measured is as ``DeviceProfile`` assumes.
 
@@ -28,4 +32,5 @@ def profile_of(
         memory_bytes_per_s=facts.memory_bytes_per_s / slowdown,
         rates=tuple(rate / slowdown for rate in facts.rates),
         kernel_s=facts.kernel_s * slowdown,
+        host=host,
     )
