@@ -308,12 +308,13 @@ class Deploying:
             return False
         if now < made.since + limits.REPLAN_EVERY_S:
             return False
-        if not self._balance.uneven(made.candidates, made.factors, made.since, now):
-            made.noticed = None
-            return False
-        # What slows all down alike is seen of one device before the others: look once more.
-        made.noticed = self._balance.count if made.noticed is None else made.noticed
-        return self._balance.count >= made.noticed + 2 * len(made.candidates)
+        count = self._balance.count
+        if count < made.looked + len(made.candidates):
+            return False  # nothing new of most of them
+        # What slows all down alike is seen of one device before the others: look twice.
+        before, made.looked = made.uneven, count
+        made.uneven = self._balance.uneven(made.candidates, made.factors, made.since, now)
+        return before and made.uneven
 
     def _give_up_without_workers(self, now: float) -> list[Effect]:
         failure = unavailable(
