@@ -217,7 +217,7 @@ class Deploying:
         failed = (*failed, f"{device.name} is left out: {failure.message}")
         if computes:
             device.excluded_until = now + limits.EXCLUDED_S
-        if computes and len(failed) < limits.INSTALL_ATTEMPTS and self._members.candidates(now):
+        if computes and len(failed) < limits.INSTALL_ATTEMPTS and self._members.ready(now):
             made.model.unprepared[made.signature] = failed
             return [note, *self.retire(made)]
         return [note, *self._plan_failed(made, failure, now)]
@@ -282,7 +282,7 @@ class Deploying:
         self._members.note_workers(now)
         if self._members.idle_since is not None:
             return self._give_up_without_workers(now)
-        names = tuple(c.device for c in self._members.candidates(now))
+        names = self._members.ready(now)
         settled = now >= self._members.changed_at + limits.REPLAN_SETTLE_S
         phases = [made.phase for made in self._catalogue.deployments.values()]
         room = limits.PLANS_AT_ONCE - phases.count(Phase.PLANNING)
