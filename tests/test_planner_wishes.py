@@ -112,7 +112,7 @@ def test_devices_on_one_host_use_no_link() -> None:
 
 
 def test_tasks_run_one_after_another_where_one_device_is_too_small() -> None:
-    g = graph("yolov2")
+    g = graph("unet")
     alone = make_plan(g, cluster(1), HEAD, HEAD)
     need = alone.timeline.use(PIS[0])
     least = make_plan(g, cluster(1), HEAD, HEAD, objective="memory").timeline.use(PIS[0])
@@ -121,8 +121,8 @@ def test_tasks_run_one_after_another_where_one_device_is_too_small() -> None:
     planned = make_plan(g, cluster(1, memory_bytes=granted), HEAD, HEAD)
     assert planned.timeline.use(PIS[0]).peak_bytes <= granted
     assert max(len(stage.tasks) for stage in planned.plan.stages) > 1
-    x = picture(model("yolov2"))
-    oracle.assert_exact(model("yolov2"), x, mi.run_plan(g, planned.plan, x))
+    x = picture(model("unet"))
+    oracle.assert_exact(model("unet"), x, mi.run_plan(g, planned.plan, x))
 
 
 def test_fully_connected_weights_are_shared_out_where_no_device_can_hold_them() -> None:

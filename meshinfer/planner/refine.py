@@ -12,8 +12,8 @@ from meshinfer.planner.candidates import Candidate, Choice
 from meshinfer.planner.space import CHANNEL_HEAVY
 from meshinfer.transfers import TaskRef
 
-EFFORT = 12_000
-"""Tasks placed on timelines by one local search; about a second for small clusters."""
+EFFORT = 14_000
+"""Of one local search, see ``Choice.effort``; about a second."""
 PASSES = 3
 MOST_ROUNDS = 16
 MOST_OVERLAPS = 4
