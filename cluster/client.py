@@ -110,7 +110,7 @@ class Client:
             version=meshinfer.__version__,
         )
         coordinator = Endpoint(found[0], found[1], ring.coordinator_public)
-        transport = partial(Transport, f"{name}#0", ring.member)
+        transport = partial(Transport, f"{name}#0", ring.member, plaintext=ring.plaintext)
         self._loop = Loop(ClientCore(hello), transport, self._perform, coordinator)
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()

@@ -44,14 +44,15 @@ HEAD = "head"
 EVERYWHERE, LOOPBACK = "0.0.0.0", "127.0.0.1"
 _LOOK_S = 2.5
 _REFRESH_S = 30.0
+_WARN_S = 60.0
 _JOIN_S = 5.0
 
 
 class CoordinatorOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Settings of a coordinator. ``host``: address to listen at; empty: all of this machine's.
 
-    ``interfaces``: addresses for mDNS; None chooses, empty does without. ``parent``: the process to
-    end with.
+    ``interfaces``: addresses for mDNS; None chooses, empty does without. ``plaintext``: the cluster
+    does without encryption, as its keyring then says. ``parent``: the process to end with.
     """
 
     cluster: str = "default"
@@ -59,6 +60,7 @@ class CoordinatorOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True
     host: str = ""
     port: int = DEFAULT_PORT
     interfaces: tuple[str, ...] | None = None
+    plaintext: bool = False
     log_level: str = "info"
     log_form: str = "text"
     parent: int = 0
@@ -83,13 +85,14 @@ def run_coordinator(
     processes.hold_folder(state)
     address = state / "address.json"
     address.unlink(missing_ok=True)  # of one that was killed
-    keyring, own = load_or_create_coordinator(state, options.cluster)
+    keyring, own = load_or_create_coordinator(state, options.cluster, plaintext=options.plaintext)
     _refuse_second(options, keyring)
     listen = options.host or EVERYWHERE
     here = options.host or LOOPBACK
     shown = options.host or BESIDE_COORDINATOR
     incarnation = secrets.token_hex(4)
-    transport = Transport(f"{COORDINATOR}#{incarnation}", keyring.member, own)
+    identity = f"{COORDINATOR}#{incarnation}"
+    transport = Transport(identity, keyring.member, own, plaintext=keyring.plaintext)
     try:
         port = transport.bind(Plane.CONTROL, listen, options.port)
         bulk_port = transport.bind(Plane.BULK, listen)
@@ -114,7 +117,7 @@ def run_coordinator(
     log.info("share with the devices", keyring=str(state / "keyring.json"))
     head.start()
     try:
-        with _announced(options, port, own.public, loop):
+        with _announced(options, port, own.public, loop), _warning(keyring, loop.post):
             if on_listening is not None:
                 on_listening(listening)
             return loop.run()
@@ -133,19 +136,39 @@ def _announced(options: CoordinatorOptions, port: int, key: str, loop: Loop) -> 
     announcement = announce(
         options.cluster, port, key=key, protocol=m.PROTOCOL, interfaces=options.interfaces
     )
+    try:
+        with _each("announcing", _REFRESH_S, announcement.refresh, loop.post):
+            yield
+    finally:
+        announcement.close()
+
+
+@contextmanager
+def _warning(keyring: Keyring, post: Post) -> Iterator[None]:
+    """Say now and each minute that nothing is encrypted, if so."""
+    if not keyring.plaintext:
+        yield
+        return
+    telemetry.warn_of_plaintext()
+    with _each("warning", _WARN_S, telemetry.warn_of_plaintext, post):
+        yield
+
+
+@contextmanager
+def _each(name: str, pause_s: float, act: Callable[[], None], post: Post) -> Iterator[None]:
+    """Do it in a thread, time and again, meanwhile."""
     over = threading.Event()
 
-    def follow() -> None:
-        while not over.wait(_REFRESH_S):
-            announcement.refresh()
+    def body() -> None:
+        while not over.wait(pause_s):
+            act()
 
-    following = start_thread("announcing", follow, loop.post)
+    thread = start_thread(name, body, post)
     try:
         yield
     finally:
         over.set()
-        following.join(timeout=_JOIN_S)
-        announcement.close()
+        thread.join(timeout=_JOIN_S)
 
 
 def _write_address(path: Path, address: Address) -> None:
@@ -202,7 +225,8 @@ class Head:
     def _run(self) -> None:
         server: KeyPair = generate_keypair()
         incarnation = secrets.token_hex(4)
-        transport = Transport(f"{HEAD}#{incarnation}", self._keyring.member, server)
+        ring, identity = self._keyring, f"{HEAD}#{incarnation}"
+        transport = Transport(identity, ring.member, server, plaintext=ring.plaintext)
         port = transport.bind(Plane.BULK, self._shared or EVERYWHERE)
         control = Endpoint(self._host, self._control_port, self._keyring.coordinator_public)
         facts = profiler.facts(threads=0, engine="none", measured=None)

@@ -1,7 +1,7 @@
 """A cluster of worker processes on this machine, on loopback, with keys and a name of its own.
 
 The same daemons as on real devices: coordinator, supervisors, workers, CURVE, sockets. ``kill``,
-``pause`` and ``resume`` let people try what happens to their application.
+``pause``, ``resume`` and ``slow`` let people try what happens to their application.
 """
 
 from __future__ import annotations
@@ -140,6 +140,17 @@ class LocalCluster:
         """SIGCONT the i-th living worker; its name."""
         return self._signal(i, signal.SIGCONT, paused=False)
 
+    def slow(self, i: int, speed: float) -> str:
+        """Let the i-th living worker run at this speed from its next task on, as if its processor
+        grew hot; it does not say so. ``speed`` as in ``speeds``: 1 is this machine's. Its name."""
+        if not 0 < speed <= 1:
+            raise InvalidInput(f"speed {speed}", hint="a speed is above 0 and at most 1")
+        worker = self._worker(i)
+        path = self._speed_file(worker.name)
+        path.with_suffix(".new").write_text(repr(float(speed)))
+        path.with_suffix(".new").replace(path)
+        return worker.name
+
     def close(self) -> None:
         """Stop everything that was started here and remove its folder."""
         try:
@@ -211,6 +222,7 @@ class LocalCluster:
             threads=self._threads,
             measured=self._measured,
             speed=speed,
+            speed_file=str(self._speed_file(name)),
             log_level=self._log_level,
             parent=os.getpid(),
         )
@@ -218,6 +230,9 @@ class LocalCluster:
             _Worker(name, _spawn("cluster.supervisor", msgspec.to_builtins(options)))
         )
         return name
+
+    def _speed_file(self, name: str) -> Path:
+        return self._folder / f"{name}.speed"
 
     def _wait_for_workers(self) -> None:
         """Until every living worker that is not paused has joined."""

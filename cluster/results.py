@@ -20,7 +20,8 @@ from meshinfer.protocol.codec import Array, describe, error_of
 class Timing:
     """Seconds. ``total_s`` on the coordinator, of it ``queue_s`` before the first task started.
 
-    ``tasks``: for each task its device, place (stage, task), seconds computing and bytes sent.
+    ``tasks``: for each task its device, place (stage, task), bytes sent, seconds of computing, of
+    waiting for its last piece, for its turn, and of handing it over.
     """
 
     total_s: float

@@ -47,11 +47,16 @@ class KeyPair:
 
 @dataclass(frozen=True, slots=True)
 class Keyring:
-    """All that a device needs to join: whom to trust, and the key that admits it."""
+    """All that a device needs to join: whom to trust, and the key that admits it.
+
+    ``plaintext``: this cluster does without encryption, to measure what it costs; its keys then
+    protect nothing. Only a keyring says so, never a peer.
+    """
 
     cluster: str
     coordinator_public: str
     member: KeyPair
+    plaintext: bool = False
 
 
 def generate_keypair() -> KeyPair:
@@ -81,10 +86,10 @@ def check_cluster_name(cluster: str) -> str:
     return cluster
 
 
-def new_keyring(cluster: str) -> tuple[Keyring, KeyPair]:
+def new_keyring(cluster: str, *, plaintext: bool = False) -> tuple[Keyring, KeyPair]:
     """A new cluster's keyring, and the coordinator's own pair (which is in no keyring)."""
     coordinator = generate_keypair()
-    ring = Keyring(check_cluster_name(cluster), coordinator.public, generate_keypair())
+    ring = Keyring(check_cluster_name(cluster), coordinator.public, generate_keypair(), plaintext)
     return ring, coordinator
 
 
@@ -96,6 +101,7 @@ def write_keyring(path: Path | str, keyring: Keyring) -> None:
             "cluster": keyring.cluster,
             "coordinator_public": keyring.coordinator_public,
             "member": _pair_fields(keyring.member),
+            **_plain_fields(keyring.plaintext),
         },
     )
 
@@ -114,14 +120,18 @@ def read_keyring(path: Path | str) -> Keyring:
         check_cluster_name(fields["cluster"]),
         _key_of(path, "coordinator_public", fields["coordinator_public"], _COPY_HINT),
         _pair_of(path, "member", fields["member"], _COPY_HINT),
+        _is_plaintext(path, fields, _COPY_HINT),
     )
 
 
-def load_or_create_coordinator(state_dir: Path, cluster: str) -> tuple[Keyring, KeyPair]:
+def load_or_create_coordinator(
+    state_dir: Path, cluster: str, *, plaintext: bool = False
+) -> tuple[Keyring, KeyPair]:
     """The coordinator's identity, the same over restarts, and the keyring file to share.
 
     ``coordinator.json`` has everything and stays there; ``keyring.json`` beside it is what devices
-    get, and is written anew when it is missing or damaged. A folder of another cluster is refused.
+    get, and is written anew when it is missing or damaged. A folder of another cluster is refused,
+    and so is one of an encrypted cluster for ``plaintext``, or the other way.
     """
     check_cluster_name(cluster)
     own_path, ring_path = state_dir / _COORDINATOR_FILE, state_dir / _KEYRING_FILE
@@ -136,10 +146,15 @@ def load_or_create_coordinator(state_dir: Path, cluster: str) -> tuple[Keyring, 
     if not own_path.exists():
         if ring_path.exists():  # it admits devices somewhere: never replaced by a stranger's
             raise AuthError(f"{ring_path} is there, but {own_path} is not", hint=lost_hint)
-        ring, own = new_keyring(cluster)
+        ring, own = new_keyring(cluster, plaintext=plaintext)
         _write_private(
             own_path,
-            {"cluster": cluster, "key": _pair_fields(own), "member": _pair_fields(ring.member)},
+            {
+                "cluster": cluster,
+                "key": _pair_fields(own),
+                "member": _pair_fields(ring.member),
+                **_plain_fields(plaintext),
+            },
         )
         write_keyring(ring_path, ring)
         log.info("cluster keys created", cluster=cluster, keyring=str(ring_path))
@@ -151,8 +166,16 @@ def load_or_create_coordinator(state_dir: Path, cluster: str) -> tuple[Keyring, 
             f"{state_dir} belongs to the cluster {fields['cluster']!r}, not {cluster!r}",
             hint=f"start with --cluster {fields['cluster']}, or choose another state folder",
         )
+    if _is_plaintext(own_path, fields, lost_hint) != plaintext:
+        kinds = "encrypted", "without encryption"
+        raise ConfigurationError(
+            f"{state_dir} belongs to a cluster that is {kinds[not plaintext]}, "
+            f"and this one is to be {kinds[plaintext]}",
+            hint="its keys are not used for both: choose another --cluster or --state-dir",
+        )
     own = _pair_of(own_path, "key", fields["key"], lost_hint)
-    ring = Keyring(cluster, own.public, _pair_of(own_path, "member", fields["member"], lost_hint))
+    member = _pair_of(own_path, "member", fields["member"], lost_hint)
+    ring = Keyring(cluster, own.public, member, plaintext)
     try:
         intact = read_keyring(ring_path) == ring
     except AuthError:
@@ -226,7 +249,7 @@ def _read_private(path: Path, what: str, hint: str) -> dict[str, Any]:
 
 
 def _check_fields(path: Path, fields: dict[str, Any], expected: set[str], hint: str) -> None:
-    if set(fields) != expected:
+    if set(fields) - {"plaintext"} != expected:
         raise AuthError(
             f"{path} must have exactly the fields {', '.join(sorted(expected))}", hint=hint
         )
@@ -236,6 +259,17 @@ def _key_of(path: Path, name: str, value: object, hint: str) -> str:
     if not is_key(value):  # the value may be a secret: it is not repeated
         raise AuthError(f"{name} in {path} is not a key of {_KEY_CHARS} Z85 characters", hint=hint)
     return str(value)
+
+
+def _plain_fields(plaintext: bool) -> dict[str, bool]:
+    """Only where there is no encryption does a file speak of it."""
+    return {"plaintext": True} if plaintext else {}
+
+
+def _is_plaintext(path: Path, fields: dict[str, Any], hint: str) -> bool:
+    if fields.get("plaintext", True) is not True:
+        raise AuthError(f"plaintext in {path} is not true: leave it out instead", hint=hint)
+    return "plaintext" in fields
 
 
 def _pair_fields(pair: KeyPair) -> dict[str, str]:

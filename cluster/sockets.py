@@ -26,8 +26,8 @@ LOST: Final = "the connection was lost"
 NO_ROUTE: Final = "no connection to this peer"
 REFUSED: Final = "refused: key not admitted"
 NOT_OURS: Final = (
-    "the other side is not a MeshInfer socket (no CURVE), has another coordinator's key, "
-    "or admits nobody now"
+    "the other side is not a MeshInfer socket, has another coordinator's key, is encrypted where "
+    "we are not or the other way, or admits nobody now"
 )
 CANNOT_CONNECT: Final = "nobody answers at this address"
 
@@ -85,13 +85,13 @@ def frame_limit(plane: Plane) -> int:
     return limits.FRAME_BYTES if plane is Plane.BULK else limits.CONTROL_FRAME_BYTES
 
 
-def _options(plane: Plane, *, server: bool) -> dict[int, int]:
+def _options(plane: Plane, *, server: bool, plaintext: bool) -> dict[int, int]:
     """Every socket option with its reason (see RELIABILITY.md); the keys are in ``configure``."""
     bulk = plane is Plane.BULK
     options: dict[int, int] = {
         # Per frame, and before any allocation: a stranger cannot claim gigabytes. libzmq counts
         # the encrypted frame: without the extra bytes a full one silently cuts the connection.
-        zmq.MAXMSGSIZE: frame_limit(plane) + _CURVE_BYTES,
+        zmq.MAXMSGSIZE: frame_limit(plane) + (0 if plaintext else _CURVE_BYTES),
         # Idle strangers hold a connection 1 s instead of 30 s.
         zmq.HANDSHAKE_IVL: limits.HANDSHAKE_MS,
         # Never wait for a dead peer at the end; close() sets another when draining.
@@ -122,8 +122,9 @@ def _options(plane: Plane, *, server: bool) -> dict[int, int]:
         options[zmq.ROUTER_MANDATORY] = 1
         # A peer that reconnects takes over its routing id; else it would be ignored for ever.
         options[zmq.ROUTER_HANDOVER] = 1
-        # A dead gatekeeper refuses everybody instead of admitting everybody.
-        options[zmq.ZAP_ENFORCE_DOMAIN] = 1
+        if not plaintext:
+            # A dead gatekeeper refuses everybody instead of admitting everybody.
+            options[zmq.ZAP_ENFORCE_DOMAIN] = 1
     else:
         # Queue from the first moment: a hello may be sent before the handshake is over.
         options[zmq.IMMEDIATE] = 0
@@ -142,10 +143,17 @@ def configure(
     server: KeyPair | None = None,
     member: KeyPair | None = None,
     server_key: str = "",
+    plaintext: bool = False,
 ) -> None:
-    """Set up every socket that carries messages: a CURVE server, or a client of ``server_key``."""
-    for option, value in _options(plane, server=server is not None).items():
+    """Set up every socket that carries messages: a CURVE server, or a client of ``server_key``.
+
+    ``plaintext``: the same without CURVE and without a gatekeeper. ZMTP's greeting names the
+    mechanism, so that such a socket and one with CURVE refuse each other.
+    """
+    for option, value in _options(plane, server=server is not None, plaintext=plaintext).items():
         new.setsockopt(option, value)
+    if plaintext:
+        return
     if server is not None:
         new.curve_server = 1
         new.curve_secretkey = server.secret.encode()

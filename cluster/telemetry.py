@@ -39,6 +39,14 @@ def configure(level: str = "info", form: str = "text", *, name: str = "") -> Non
     )
 
 
+def warn_of_plaintext() -> None:
+    """For each daemon at its start, and for the coordinator again and again."""
+    structlog.get_logger().warning(
+        "NOT ENCRYPTED: anyone who reaches these ports can join, read and alter everything",
+        hint="only for measurements: without --insecure, and with a new keyring, all is encrypted",
+    )
+
+
 def _naming(name: str) -> structlog.typing.Processor:
     def add(
         logger: object, method: str, event: structlog.typing.EventDict

@@ -12,6 +12,9 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from weakref import WeakValueDictionary
 
@@ -55,11 +58,12 @@ class WorkerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     """Settings of one worker, as ``meshinfer worker`` and LocalCluster hand them over.
 
     ``speed`` below 1 emulates a slower device: after each task the compute thread sleeps in
-    proportion to the CPU time it took. ``measured``: this device's speeds; None measures.
+    proportion to the CPU time it took. ``speed_file``, once it is there, holds the speed from now
+    on, whatever the device said as it joined. ``measured``: this device's speeds; None measures.
     ``memory_bytes``: what MeshInfer may use; 0 for what the kernel grants. ``interfaces``:
     addresses for mDNS; None chooses. ``last_exit`` comes from the supervisor. ``parent``: process
-    to end with.
-    ``beside``: on the host of a coordinator that listens at all addresses; so does this worker.
+    to end with. ``beside``: on the host of a coordinator that listens at all addresses; so does
+    this worker.
     """
 
     name: str
@@ -72,6 +76,7 @@ class WorkerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     measured: profiler.Measured | None = None
     memory_bytes: int = 0
     speed: float = 1.0
+    speed_file: str = ""
     log_level: str = "info"
     log_form: str = "text"
     last_exit: str = ""
@@ -136,7 +141,7 @@ class StoreThread:
 class ComputeThread:
     """Runs one task after another; onnxruntime releases the GIL meanwhile."""
 
-    def __init__(self, store: StoreThread, post: Post, speed: float) -> None:
+    def __init__(self, store: StoreThread, post: Post, speed: Callable[[], float]) -> None:
         self._store, self._post, self._speed = store, post, speed
         self._queue: queue.SimpleQueue[Compute | None] = queue.SimpleQueue()
         start_thread("compute", self._run, post)
@@ -160,8 +165,9 @@ class ComputeThread:
         except (EngineError, KeyError) as error:
             text = str(error) if isinstance(error, EngineError) else "its program is gone"
             return Computed(job.request, job.attempt, job.place, (), 0.0, text)
-        if self._speed < 1.0:
-            time.sleep((time.thread_time() - cpu) * (1.0 / self._speed - 1.0))
+        speed = self._speed()
+        if speed < 1.0:
+            time.sleep((time.thread_time() - cpu) * (1.0 / speed - 1.0))
         took = time.perf_counter() - started
         return Computed(job.request, job.attempt, job.place, outputs, took)
 
@@ -172,10 +178,12 @@ def run_worker(options: WorkerOptions) -> m.Failure | None:
     state = Path(options.state_dir)
     processes.hold_folder(state)
     keyring = read_keyring(options.keyring)
+    if keyring.plaintext:
+        telemetry.warn_of_plaintext()
     host, port = _locate(options, keyring.coordinator_public)
     server = generate_keypair()
     identity = f"{options.name}#{secrets.token_hex(4)}"
-    transport = Transport(identity, keyring.member, server)
+    transport = Transport(identity, keyring.member, server, plaintext=keyring.plaintext)
     address = BESIDE_COORDINATOR if options.beside else local_address(host)
     bulk_port = transport.bind(Plane.BULK, address)  # all addresses, if beside the coordinator
     coordinator = Endpoint(host, port, keyring.coordinator_public)
@@ -191,7 +199,7 @@ def run_worker(options: WorkerOptions) -> m.Failure | None:
 
     loop = Loop(core, lambda: transport, perform, coordinator)
     storing = StoreThread(store, engine, loop.post)
-    compute = ComputeThread(storing, loop.post, options.speed)
+    compute = ComputeThread(storing, loop.post, partial(_speed, options))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: loop.post(StopRequested()))
     try:
@@ -224,6 +232,14 @@ def _hello(
         bulk=m.Peer(device=device, incarnation=incarnation, host=host, port=port, key=key),
         facts=msgspec.structs.replace(facts, last_exit=options.last_exit),
     )
+
+
+def _speed(options: WorkerOptions) -> float:
+    """How fast this device is to be now."""
+    if options.speed_file:
+        with suppress(FileNotFoundError):
+            return float(Path(options.speed_file).read_text())
+    return options.speed
 
 
 def _locate(options: WorkerOptions, key: str) -> tuple[str, int]:

@@ -34,6 +34,7 @@ LINK_BYTES: Final = (256 << 10, 1 << 20)
 LINK_LONG_S: Final = 0.05
 LINK_MEASURE_S: Final = 3.0
 LINK_ASKED_S: Final = 5.0
+LINK_AGE_S: Final = 60.0
 LINKED_DEVICES: Final = 12
 """Up to so many devices the links of all pairs are measured; of more, those with the head."""
 SLOWEST_LINK_BYTES_PER_S: Final = 250_000
@@ -65,6 +66,14 @@ MAP_AHEAD: Final = 4
 ATTEMPTS_PER_REQUEST: Final = 20
 RUNNING_REQUESTS: Final = 4
 WINDOW: Final = 128
+COPIES: Final = 2
+COPIES_SHARE: Final = 0.10
+COPIES_WINDOW: Final = 1000
+LATE_SAMPLES: Final = 64
+LATE_TIMES: Final = 3.0
+LATE_S: Final = 0.05
+SUSPECT_S: Final = 0.25
+KEPT_BYTES: Final = 256 * MIB
 PACE_SAMPLES: Final = 8
 PACE_SAMPLES_LEAST: Final = 4
 PACE_DEVIATION: Final = 1.15
@@ -130,6 +139,8 @@ assert BLOB_CHUNK_BYTES <= FRAME_BYTES * FRAMES_PER_MESSAGE
 assert LINK_MEASURE_S < LINK_ASKED_S
 assert HEARTBEAT_S * 3 <= DEAD_AFTER_S
 assert ACK_DELAY_S * 10 <= ACK_TIMEOUT_S
+assert PACE_SAMPLES <= LATE_SAMPLES
+assert SUSPECT_S < DEAD_AFTER_S
 assert PACE_SAMPLES_LEAST <= PACE_SAMPLES
 assert RUNNING_REQUESTS <= WINDOW <= QUEUE_REQUESTS
 assert PLAN_TEXT_BYTES <= CONTROL_FRAME_BYTES

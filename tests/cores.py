@@ -46,6 +46,7 @@ from meshinfer.scheduler.worker import COORDINATOR, WorkerCore
 
 LATENCY_S, COMPUTE_S, PLAN_S, DISK_S = 0.001, 0.005, 0.02, 0.001
 STEPS = 60_000
+Planner = Callable[[Graph, Sequence[str]], Plan]
 Matches = Callable[["Node", "Node", m.AnyMessage], bool]
 
 
@@ -102,10 +103,12 @@ def _imported(model: bytes, spec: str | None, signature: e.Signature):  # type: 
 @cache
 def _planned(
     model: bytes, spec: str | None, signature: e.Signature, names: tuple[str, ...], head: str,
-    text: str | None, slowdowns: tuple[float, ...],
+    text: str | None, slowdowns: tuple[float, ...], planner: Planner | None = None,
 ) -> tuple[str, Programs, Report, Plan]:  # fmt: skip
     graph = _imported(model, spec, signature)
-    if text is None:
+    if text is None and planner is not None:
+        plan = planner(graph, names)
+    elif text is None:
         plan = banded(graph, names, head, [1.0 / each for each in slowdowns])
     else:
         plan = Plan.parse(text)
@@ -198,6 +201,8 @@ class Cluster:
         self.works: dict[tuple[int, m.Place, str], float] = {}
         """What tasks take on devices as they say they are; with ``by_work``, do take."""
         self.by_work = False
+        self.planner: Planner | None = None
+        """What makes plans where none is given; None: bands, each on one device."""
         self.plan_fault: Callable[[e.MakePlan], m.Failure | None] = lambda effect: None
         self._delay = delay
         self._events: list[tuple[float, int, Node, e.Event]] = []
@@ -599,7 +604,7 @@ class Cluster:
             model = node.blobs[effect.digest]
             text, programs, report, plan = _planned(
                 model, spec, effect.signature, names, effect.head, effect.plan,
-                tuple(round(c.slowdown, 2) for c in effect.candidates),
+                tuple(round(c.slowdown, 2) for c in effect.candidates), self.planner,
             )  # fmt: skip
             for digest, data in programs.blobs.items():
                 if digest not in node.blobs:

@@ -7,9 +7,14 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
+from architectures import squeezenet1_1
 from cores import Cluster, conv_net, image
+from oracle import assert_exact
+from processes import eventually
 
+import meshinfer as mi
 from meshinfer import limits
 from meshinfer.plan import Plan
 from meshinfer.protocol import messages as m
@@ -184,3 +189,42 @@ def test_requests_in_flight_meet_a_new_plan_without_loss_or_mixture() -> None:
     assert len({reply.plan for reply in replies}) >= 2, "a new plan took over meanwhile"
     assert all(reply.attempts == 1 for reply in replies)
     made.check_idle()
+
+
+# --- processes ------------------------------------------------------------------------------------
+
+
+def test_a_worker_that_grows_slow_gets_less_to_do() -> None:
+    model = squeezenet1_1(128)
+    x = {"image": np.random.default_rng(0).standard_normal((1, 3, 128, 128)).astype(np.float32)}
+    with mi.LocalCluster(2, speeds=[0.2, 0.2]) as cluster, cluster.client() as client:
+        first = client.deploy("net", model, spread=True).plan
+        assert first is not None
+
+        def share(plan: str) -> float:
+            """Of the rows of the first stage, those that the second worker makes."""
+            rows = dict.fromkeys(cluster.names(), 0)
+            for task in Plan.parse(plan).stages[0].tasks:
+                rows[task.devices[0]] += task.outputs[0].box[2].size
+            return rows["worker-1"] / sum(rows.values())
+
+        for _ in range(10):
+            client.infer("net", x)
+        assert cluster.slow(1, 0.04) == "worker-1"
+        plans: list[str] = []
+
+        def less() -> bool:
+            result = client.infer("net", x)
+            plans.append(result.plan)
+            assert_exact(model, x, result.outputs)
+            return share(result.plan) < 0.75 * share(first)
+
+        assert eventually(less, 60.0), [share(plan) for plan in dict.fromkeys(plans)]
+        assert len(set(plans)) <= 3
+    with pytest.raises(mi.InvalidInput, match="no living worker"):
+        cluster.slow(0, 0.5)
+
+
+def test_a_speed_that_is_none_is_refused() -> None:
+    with mi.LocalCluster(1) as cluster, pytest.raises(mi.InvalidInput, match="speed 2"):
+        cluster.slow(0, 2)

@@ -443,6 +443,62 @@ def test_a_second_coordinator_of_a_name_is_refused_and_no_worker_is_said(tmp_pat
         refused(meshinfer(first, "deploy", "x", UPSCALER, *fixed, *here), 69, "no worker")
 
 
+LOOSE = ("--port", 0, "--no-mdns", "--cluster", "loose")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--insecure"], "at all addresses"),
+        (["--insecure", "--host", "0.0.0.0"], "at 0.0.0.0"),
+        (["--insecure", "--host", "10.0.0.7"], "at 10.0.0.7"),
+        (["--insecure-anywhere"], "--insecure"),
+    ],
+)
+def test_a_cluster_without_encryption_stays_on_loopback_unless_asked_twice(
+    tmp_path: Path, arguments: list[str], word: str
+) -> None:
+    refused(meshinfer(tmp_path, "coordinator", *LOOSE, *arguments), 78, word)
+    assert not (tmp_path / "coordinator-loose").exists(), "nothing was begun"
+
+
+def test_a_cluster_without_encryption_works_says_so_and_meets_no_encrypted_one(
+    running: Running, small: Path, tmp_path: Path
+) -> None:
+    here = ("--insecure", "--host", "127.0.0.1", "--name", "beside", "--threads", 1)
+    with daemon(tmp_path, "coordinator", *LOOSE, *here) as process:
+        to = ("--coordinator", address_of(tmp_path, "loose", process), "--cluster", "loose")
+        until(
+            "its worker joins",
+            lambda: "beside" in meshinfer(tmp_path, "devices", *to).stdout,
+        )
+        assert meshinfer(tmp_path, "deploy", "small", small, *to).returncode == 0
+        given = np.random.default_rng(3).normal(size=(1, 3, 16, 16)).astype(np.float32)
+        np.savez(tmp_path / "in.npz", x=given)
+        asked = meshinfer(
+            tmp_path, "infer", "small", tmp_path / "in.npz", "--out", tmp_path / "out", *to
+        )
+        assert asked.returncode == 0, asked.stderr
+        answers = list((tmp_path / "out").rglob("*.npz"))
+        oracle = ort.InferenceSession(small, providers=["CPUExecutionProvider"])
+        expected = oracle.run(["y"], {"x": given})[0]
+        np.testing.assert_allclose(np.load(answers[0])["y"], expected, rtol=1e-5, atol=1e-5)
+        rings = (
+            tmp_path / "coordinator-loose" / "keyring.json",
+            running.state / f"coordinator-{running.cluster}" / "keyring.json",
+        )
+        for address, ring in zip((running.address, to[1]), rings, strict=True):
+            crossed = ("--coordinator", address, "--keyring", ring)
+            refused(meshinfer(tmp_path, "devices", *crossed), 77, "encrypted")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=LONG_S) == 0
+    (log,) = tmp_path.glob("coordinator-*.log")
+    warnings = [line for line in log.read_text().splitlines() if "NOT ENCRYPTED" in line]
+    assert any("who=coordinator" in line for line in warnings)
+    assert any("who=beside" in line for line in warnings)
+    refused(meshinfer(tmp_path, "coordinator", *LOOSE, "--host", "127.0.0.1"), 78, "encrypt")
+
+
 def test_a_coordinator_brings_a_worker_and_takes_it_along(tmp_path: Path) -> None:
     name = f"test-{secrets.token_hex(4)}"
     options = ("--host", "127.0.0.1", "--port", 0, "--no-mdns", "--name", "beside")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from processes import alive, eventually, image, small_model
 import meshinfer as mi
 from cluster.coordinator import CoordinatorOptions
 from cluster.profiler import Measured
-from cluster.security import new_keyring, write_keyring
+from cluster.security import new_keyring, read_keyring, write_keyring
 from cluster.worker import WorkerOptions
 from meshinfer.protocol import messages as m
 
@@ -120,6 +121,36 @@ def test_a_worker_with_a_foreign_key_is_refused(cluster: mi.LocalCluster, tmp_pa
     with daemon("cluster.worker", options) as worker:
         code, words = end_of(worker)
     assert code == 77 and "refuses this device" in words
+
+
+@pytest.mark.parametrize("of_coordinator", [False, True])
+def test_a_worker_and_a_coordinator_of_which_one_is_encrypted_end_with_a_refusal(
+    tmp_path: Path, of_coordinator: bool
+) -> None:
+    options = coordinator_options(tmp_path / "c", plaintext=of_coordinator)
+    with daemon("cluster.coordinator", options):
+        port = address_of(tmp_path / "c")["port"]
+        ring = read_keyring(tmp_path / "c" / "keyring.json")
+        assert ring.plaintext is of_coordinator
+        turned = replace(ring, plaintext=not of_coordinator)  # the very keys do not help
+        write_keyring(tmp_path / "ring.json", turned)
+        mine = worker_options(tmp_path / "w", tmp_path / "ring.json", port, options.cluster)
+        with daemon("cluster.worker", mine) as worker:
+            code, words = end_of(worker)
+        assert code == 77 and "refuses this device" in words and "encrypted" in words
+        assert ("NOT ENCRYPTED" in words) is not of_coordinator
+
+
+def test_a_coordinator_without_encryption_keeps_saying_so(tmp_path: Path) -> None:
+    options = coordinator_options(tmp_path, plaintext=True)
+    patch = "import cluster.coordinator\ncluster.coordinator._WARN_S = 0.05"
+    with daemon("cluster.coordinator", options, patch) as process:
+        assert process.stderr is not None
+        for _ in range(4):
+            while "NOT ENCRYPTED" not in (line := process.stderr.readline()):
+                assert line, "it ended"
+        process.terminate()
+        assert end_of(process)[0] == 0
 
 
 def test_a_port_in_use_is_a_configuration_error(cluster: mi.LocalCluster, tmp_path: Path) -> None:

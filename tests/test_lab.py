@@ -36,6 +36,7 @@ from cluster.lab import (
 )
 from cluster.lab.cgroups import CgroupsV1, CgroupsV2, find_cgroups, quota_us
 from cluster.lab.lab import available
+from cluster.security import read_keyring
 from meshinfer.errors import ConfigurationError, InvalidInput
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -512,14 +513,40 @@ def test_a_cluster_that_was_stopped_has_left_no_process(lab: Lab) -> None:
     assert none_alive(everything)
 
 
-@pytest.mark.root
-def test_a_cluster_without_encryption_is_refused_where_there_is_none(lab: Lab) -> None:
-    from cluster.coordinator import CoordinatorOptions
+SNIFFER = """
+import json, select, socket, sys
+secrets = [bytes.fromhex(each) for each in json.loads(sys.argv[1])]
+wire = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))  # ETH_P_ALL
+wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 24)
+print("ready", flush=True)
+size = found = 0
+while sys.stdin not in (ready := select.select([wire, sys.stdin], [], [])[0]) or wire in ready:
+    packet = wire.recv(1 << 17)
+    size += len(packet)
+    found += any(secret in packet for secret in secrets)
+print(json.dumps([size, found]), flush=True)
+"""
 
-    if "plaintext" in CoordinatorOptions.__struct_fields__:
-        pytest.skip("this version has connections without encryption")
-    with pytest.raises(ConfigurationError, match="encryption"):
-        lab.start_cluster(plaintext=True)
+
+@pytest.mark.root
+@pytest.mark.parametrize("plaintext", [False, True])
+def test_only_without_encryption_are_there_rows_of_the_image_on_the_cable(
+    lab: Lab, tmp_path: Path, plaintext: bool
+) -> None:
+    running = lab.start_cluster(plaintext=plaintext)
+    assert read_keyring(running.keyring).plaintext is plaintext
+    user = User(lab, running, tmp_path)
+    (pixels,) = user.inputs.values()
+    rows = [row[:6].tobytes().hex() for row in pixels.reshape(-1, pixels.shape[-1])]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    sniffer = lab.spawn(1, python(SNIFFER, json.dumps(rows)), limits=False, **pipes)
+    assert sniffer.stdout is not None and sniffer.stdout.readline() == "ready\n"
+    with user:
+        assert " b" in user.ask().partition("]")[2]
+    said, _ = sniffer.communicate(timeout=LONG_S)
+    size, found = json.loads(said)
+    assert size > pixels.nbytes // 3, "b gets its share of the image"
+    assert (found > 0) is plaintext
 
 
 @pytest.mark.root

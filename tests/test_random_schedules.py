@@ -1,6 +1,7 @@
 """Random delays, deaths, cuts and joins: every accepted request gets one outcome, right or typed.
 
-A quarter of the seeds is calm, and those never need a second attempt. To replay
+A quarter of the seeds is calm, and those never need a second attempt. In a third the plans are of
+tasks that any device may take. To replay
 seed 17: ``cd tests && python -c 'import test_random_schedules as t; t.run(17)'``.
 """
 
@@ -11,6 +12,7 @@ import time
 
 import pytest
 from cores import Cluster, Stuck, image, random_delay
+from shared import bands_for_all
 
 from meshinfer.errors import BY_NAME
 from meshinfer.protocol import messages as m
@@ -44,6 +46,7 @@ def run(seed: int) -> int:
     calm = seed % 4 == 0
     workers = NAMES[: rng.randint(1, 3)]
     cluster = Cluster(workers, delay=random_delay(seed, rng.choice([0.001, 0.02, 0.2])))
+    cluster.planner = bands_for_all if seed % 3 == 1 else None
     cluster.deployed()
     asked: dict[str, int] = {}
     for _ in range(rng.randint(2, 6)):

@@ -63,6 +63,39 @@ def test_a_keyring_survives_the_disk_and_only_its_owner_reads_it(tmp_path: Path)
     assert os.listdir(tmp_path) == ["keyring.json"], "no temporary file may stay behind"
 
 
+def test_only_the_keyring_of_a_plaintext_cluster_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "keyring.json"
+    for plaintext in (False, True):
+        ring, _ = new_keyring("home", plaintext=plaintext)
+        write_keyring(path, ring)
+        assert read_keyring(path) == ring and ring.plaintext is plaintext
+        assert ("plaintext" in json.loads(path.read_text())) is plaintext
+    assert not new_keyring("home")[0].plaintext
+
+
+def test_a_state_folder_is_encrypted_or_not_for_its_whole_life(tmp_path: Path) -> None:
+    for plaintext in (False, True):
+        folder = tmp_path / str(plaintext)
+        made = load_or_create_coordinator(folder, "home", plaintext=plaintext)
+        before = (folder / "keyring.json").read_bytes()
+        with pytest.raises(ConfigurationError, match="encrypt") as caught:
+            load_or_create_coordinator(folder, "home", plaintext=not plaintext)
+        assert "--state-dir" in caught.value.hint
+        assert (folder / "keyring.json").read_bytes() == before
+        assert load_or_create_coordinator(folder, "home", plaintext=plaintext) == made
+        assert made[0].plaintext is plaintext
+    assert not load_or_create_coordinator(tmp_path / "x", "home")[0].plaintext
+
+
+def test_a_keyring_that_was_turned_to_plaintext_is_written_anew(tmp_path: Path) -> None:
+    ring, own = load_or_create_coordinator(tmp_path, "home")
+    path = tmp_path / "keyring.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "plaintext": True}))
+    assert read_keyring(path).plaintext
+    assert load_or_create_coordinator(tmp_path, "home") == (ring, own)
+    assert read_keyring(path) == ring and not ring.plaintext
+
+
 def test_a_keyring_that_cannot_be_written_says_where(tmp_path: Path) -> None:
     ring, _ = new_keyring("home")
     with pytest.raises(ConfigurationError, match="nowhere"):
@@ -85,6 +118,10 @@ def _damage(fields: dict[str, object], how: str) -> str:
             del fields["member"]
         case "field more":
             fields["more"] = 1
+        case "plaintext is no truth":
+            fields["plaintext"] = 1
+        case "plaintext is denied":
+            fields["plaintext"] = False
         case "short key":
             fields["coordinator_public"] = "abc"
         case "key of another type":
@@ -111,6 +148,8 @@ def _damage(fields: dict[str, object], how: str) -> str:
         "not an object",
         "field missing",
         "field more",
+        "plaintext is no truth",
+        "plaintext is denied",
         "short key",
         "empty",
         "key of another type",

@@ -7,55 +7,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from itertools import pairwise
 
 import numpy as np
 import pytest
 from architectures import squeezenet1_1
-from cores import Cluster, _imported, conv_net, image, kind
+from cores import Cluster, conv_net, image, kind
 from oracle import assert_exact
+from shared import bands, graph, whole
 
 import meshinfer as mi
 from meshinfer import limits
-from meshinfer.geometry import split_even
-from meshinfer.graph import Graph
-from meshinfer.identity import DeviceId
-from meshinfer.plan import Plan, Shard, Stage, Task
 from meshinfer.programs import make_programs
 from meshinfer.protocol import messages as m
-from meshinfer.scheduler import events as e
 
-HEAD = DeviceId("head")
 SPEEDS = {"pi-1": 1.0, "pi-2": 1.0, "pi-3": 0.5, "pi-4": 0.25}
-
-
-def graph() -> Graph:
-    return _imported(conv_net(), None, e.Signature(False, (("x", (1, 3, 12, 10)),)))
-
-
-def whole(g: Graph, names: Sequence[str], window: int) -> Plan:
-    """One task: whole requests to free devices."""
-    live = g.live_outputs(0, len(g.ops))
-    shards = tuple(Shard(name, g.whole(name)) for name in live)
-    task = Task(tuple(map(DeviceId, names)), shards)
-    return Plan(g.digest, HEAD, HEAD, (Stage(0, len(g.ops), (task,)),), window)
-
-
-def banded(g: Graph, names: Sequence[str], bands: int, window: int = 1) -> Plan:
-    """A stage for each two operators, in bands that anybody may take; what has no rows is whole."""
-    devices = tuple(map(DeviceId, names))
-    cuts = [0, *(c for c in g.cut_points if c % 2 == 0), len(g.ops)]
-    stages = []
-    for start, stop in pairwise(cuts):
-        held: list[list[Shard]] = [[] for _ in range(bands)]
-        for value in g.live_outputs(start, stop):
-            box = g.whole(value)
-            rows = split_even(box[2].size, bands) if box[2].size >= bands else (box[2],)
-            for shards, part in zip(held, rows, strict=False):
-                shards.append(Shard(value, box.replace(2, part)))
-        tasks = tuple(Task(devices, tuple(shards)) for shards in held if shards)
-        stages.append(Stage(start, stop, tasks))
-    return Plan(g.digest, HEAD, HEAD, tuple(stages), window)
 
 
 def uneven() -> Cluster:
@@ -74,7 +39,7 @@ def shares(replies: Sequence[m.Reply]) -> Counter[str]:
 
 def test_a_task_of_several_devices_is_installed_on_each_and_its_senders_know_them_all() -> None:
     g = graph()
-    programs = make_programs(g, banded(g, ("a", "b"), 3)).by_device
+    programs = make_programs(g, bands(g, ("a", "b"), 3)).by_device
     assert programs["a"] == programs["b"]
     assert all(p.devices == ("a", "b") for p in programs["a"])
     sends = [s for p in (*programs["head"], *programs["a"]) for s in p.sends]
@@ -112,7 +77,7 @@ def test_a_window_of_the_plan_lets_that_many_requests_run_and_no_more() -> None:
 
 def test_more_tiles_than_devices_are_shared_out_and_exact() -> None:
     cluster = uneven()
-    cluster.deployed(plan=str(banded(graph(), tuple(SPEEDS), bands=6)))
+    cluster.deployed(plan=str(bands(graph(), tuple(SPEEDS), count=6)))
     replies = []
     for i in range(6):
         replies.append(cluster.check(cluster.submit(image(i)), image(i)))

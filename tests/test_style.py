@@ -46,7 +46,7 @@ def script_files() -> list[Path]:
     """The scripts that are Python, by their extension or their first line."""
     return sorted(
         path
-        for path in (ROOT / "scripts").iterdir()
+        for path in (ROOT / "scripts").rglob("*")
         if path.is_file() and (path.suffix == ".py" or is_python_script(path))
     )
 

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import pytest
@@ -34,14 +35,15 @@ class Net:
     ring: Keyring
     own: KeyPair
     transports: list[Transport] = field(default_factory=list)
+    plaintext: bool = False
 
     def transport(self, identity: str, member: KeyPair | None = None) -> Transport:
-        made = Transport(identity, member or self.ring.member)
+        made = Transport(identity, member or self.ring.member, plaintext=self.plaintext)
         self.transports.append(made)
         return made
 
     def server(self, identity: str = "hub") -> tuple[Transport, dict[Plane, Endpoint]]:
-        made = Transport(identity, self.ring.member, self.own)
+        made = Transport(identity, self.ring.member, self.own, plaintext=self.plaintext)
         self.transports.append(made)
         ports = {plane: made.bind(plane, HOST) for plane in Plane}
         return made, {p: Endpoint(HOST, port, self.own.public) for p, port in ports.items()}
@@ -74,6 +76,45 @@ def pump(
         for other in transports[1:]:
             other.receive(0)
     return heard
+
+
+@dataclass
+class Wiretap:
+    """Passes on what comes to its port to another, both ways, and keeps a copy."""
+
+    target: int
+    heard: bytearray = field(default_factory=bytearray)
+
+    def __enter__(self) -> int:
+        self.listening = socket.create_server((HOST, 0))
+        self.connections: list[socket.socket] = []
+        self.threads = [threading.Thread(target=self._accept)]
+        self.threads[0].start()
+        return int(self.listening.getsockname()[1])
+
+    def __exit__(self, *_: object) -> None:
+        for one in (self.listening, *self.connections):
+            with suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+        for thread in self.threads:
+            thread.join(5.0)
+        for one in (self.listening, *self.connections):
+            one.close()
+
+    def _accept(self) -> None:
+        with suppress(OSError):  # closed
+            near, _ = self.listening.accept()
+            far = socket.create_connection((HOST, self.target), 5.0)
+            self.connections += [near, far]
+            for ends in ((near, far), (far, near)):
+                self.threads.append(threading.Thread(target=self._pass_on, args=ends))
+                self.threads[-1].start()
+
+    def _pass_on(self, source: socket.socket, sink: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(1 << 16):
+                self.heard += data
+                sink.sendall(data)
 
 
 def received(heard: list[Incoming]) -> list[tuple[Plane, str, list[bytes]]]:
@@ -275,6 +316,25 @@ def test_a_server_without_encryption_gets_nothing_and_is_named(net: Net) -> None
         assert not plain.poll(200)
 
 
+@pytest.mark.parametrize("of_server", [False, True])
+def test_a_side_with_and_a_side_without_encryption_refuse_each_other(
+    net: Net, of_server: bool
+) -> None:
+    net.plaintext = of_server
+    hub, endpoints = net.server()
+    net.plaintext = not of_server
+    client = net.client("pi-1#1", endpoints)
+    for plane in Plane:
+        assert client.send(plane, "hub", [b"hello"])
+    heard = pump(client, hub, until=lambda heard: len(heard) >= 2)
+    assert {(one.plane, one.reason) for one in lost(heard)} == {
+        (plane, sockets.NOT_OURS) for plane in Plane
+    }
+    assert pump(hub, client, within_s=0.3) == []
+    net.plaintext = of_server
+    greet(hub, net.client("pi-2#1", endpoints))
+
+
 def test_a_server_with_another_key_gets_nothing_and_is_told_apart(net: Net) -> None:
     hub, endpoints = net.server()
     client = net.transport("pi-1#1")
@@ -385,6 +445,61 @@ def test_messages_of_no_or_too_many_frames_and_of_nameless_peers_are_dropped(net
             raw.send(b"who am I")
             assert received(pump(hub, within_s=0.3)) == []
     assert hub.counters["peer without a name"] >= 1
+
+
+# --- without encryption, where the keyring says so -----------------------------------------------
+
+
+def test_every_socket_has_curve_unless_it_is_asked_not_to(net: Net) -> None:
+    for plaintext, mechanism in ((False, zmq.CURVE), (True, zmq.NULL)):
+        net.plaintext = plaintext
+        hub, endpoints = net.server()
+        client = net.client("pi-1#1", endpoints)
+        ends = [*hub._ports.values(), *client._links.values()]
+        assert [each.socket.mechanism for each in ends] == [mechanism] * 4
+    assert Transport.__init__.__defaults__ == (None, False), "encrypted is what nobody asks for"
+
+
+@pytest.mark.parametrize("plaintext", [False, True])
+def test_only_without_encryption_can_a_listener_read_what_is_sent(
+    net: Net, plaintext: bool
+) -> None:
+    net.plaintext = plaintext
+    hub, endpoints = net.server()
+    there, back = random.Random(1).randbytes(5000), random.Random(2).randbytes(5000)
+    tap = Wiretap(endpoints[Plane.BULK].port)
+    with tap as port:
+        client = net.transport("pi-1#1")
+        client.connect(Plane.BULK, "hub", Endpoint(HOST, port, net.own.public))
+        assert client.send(Plane.BULK, "hub", [there])
+        assert received(pump(hub, client)) == [(Plane.BULK, "pi-1#1", [there])]
+        assert hub.send(Plane.BULK, "pi-1#1", [back])
+        assert received(pump(client, hub)) == [(Plane.BULK, "hub", [back])]
+        client.disconnect("hub")
+    assert len(tap.heard) > 10_000
+    found = [secret[at : at + 16] in tap.heard for secret in (there, back) for at in (0, 999, 4984)]
+    assert found == [plaintext] * 6
+
+
+def test_without_encryption_the_limits_are_the_same(net: Net) -> None:
+    net.plaintext = True
+    hub, endpoints = net.server()
+    client = net.client("pi-1#1", endpoints)
+    greet(hub, client)
+    full = {Plane.CONTROL: limits.CONTROL_FRAME_BYTES, Plane.BULK: limits.FRAME_BYTES}
+    for plane, size in full.items():
+        assert client.send(plane, "hub", [bytes(size)])
+        assert received(pump(hub, client)) == [(plane, "pi-1#1", [bytes(size)])]
+        with RawClient(net, endpoints[plane], plain=True) as raw:
+            raw.send(b"ok")
+            assert received(pump(hub)) == [(plane, "raw", [b"ok"])], "anyone can join"
+            raw.send(bytes(size + 1))
+            assert received(pump(hub, client, within_s=0.3)) == []
+    with RawClient(net, endpoints[Plane.CONTROL], plain=True) as raw:
+        raw.send_multipart([b"x"] * (limits.FRAMES_PER_MESSAGE + 1))
+        pump(hub, within_s=0.3)
+    assert hub.counters["frames per message"] == 1
+    greet(hub, client)
 
 
 # --- losing and coming back --------------------------------------------------------------------

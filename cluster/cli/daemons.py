@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 import re
@@ -52,6 +53,21 @@ def coordinator(
     ] = True,
     name: Name = None,
     threads: Threads = None,
+    insecure: Annotated[
+        bool,
+        typer.Option(
+            "--insecure",
+            help="No encryption and no keys, for this cluster's whole life: to measure what they "
+            "cost. Only with a loopback --host.",
+        ),
+    ] = False,
+    insecure_anywhere: Annotated[
+        bool,
+        typer.Option(
+            "--insecure-anywhere",
+            help="Lets --insecure listen at any --host: anyone who reaches it can join.",
+        ),
+    ] = False,
     log_level: LogLevel = "info",
     log_form: LogForm = "text",
 ) -> None:
@@ -64,6 +80,7 @@ def coordinator(
 
     telemetry.configure(log_level, log_form, name="coordinator")
     check_cluster_name(cluster)
+    _check_insecure(host, insecure, insecure_anywhere)
     state = state_dir or coordinator_state(cluster)
     options = CoordinatorOptions(
         cluster=cluster,
@@ -71,6 +88,7 @@ def coordinator(
         host="" if host == "0.0.0.0" else host,
         port=port,
         interfaces=_interfaces(interface, mdns),
+        plaintext=insecure,
         log_level=log_level,
         log_form=log_form,
     )
@@ -176,6 +194,29 @@ class _Beside:
                 return
         process.kill()
         process.wait()
+
+
+def _check_insecure(host: str, insecure: bool, anywhere: bool) -> None:
+    """Without encryption on this machine only, unless it is asked for twice."""
+    if anywhere and not insecure:
+        raise ConfigurationError(
+            "--insecure-anywhere says where --insecure may be, and that is not given",
+            hint="leave it out: all connections are encrypted",
+        )
+    if insecure and not (anywhere or _is_loopback(host)):
+        where = host or "all addresses"
+        raise ConfigurationError(
+            f"--insecure at {where} would let anyone in who reaches this machine",
+            hint="give --host 127.0.0.1, or --insecure-anywhere too if that is what you want",
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    """Of addresses only: what a name stands for may change."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _interfaces(given: list[str] | None, mdns: bool) -> tuple[str, ...] | None:

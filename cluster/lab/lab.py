@@ -156,6 +156,7 @@ class Lab:
         """A coordinator and a worker on device 0, a worker on each other; when all have joined.
 
         ``discovery``: they find the coordinator over mDNS instead of being told where it is.
+        ``plaintext``: without encryption, to measure what that costs.
         """
         from cluster.lab.running import LabCluster
 

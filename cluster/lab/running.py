@@ -19,7 +19,7 @@ import psutil
 
 from cluster.coordinator import HEAD, Address, CoordinatorOptions
 from cluster.worker import WorkerOptions
-from meshinfer.errors import ClusterUnavailable, ConfigurationError
+from meshinfer.errors import ClusterUnavailable
 
 if TYPE_CHECKING:
     from cluster.lab.lab import Lab
@@ -173,6 +173,7 @@ class LabCluster:
             host=self._lab.address(0),
             port=0,
             interfaces=(self._lab.address(0),) if self._discovery else (),
+            plaintext=self._plaintext,  # all others take it from its keyring
             log_level=self._log_level,
             parent=os.getpid(),
         )
@@ -203,12 +204,10 @@ class LabCluster:
         self._workers[i] = self._spawn(i, "cluster.supervisor", options)
 
     def _spawn(self, i: int, module: str, options: msgspec.Struct) -> subprocess.Popen:
-        plain = _plaintext(options) if self._plaintext else {}
-        given = {**msgspec.to_builtins(options), **plain}
         environment = {k: v for k, v in os.environ.items() if k != "MESHINFER_COORDINATOR"}
         return self._lab.spawn(
             i,
-            _daemon(module, given),
+            _daemon(module, msgspec.to_builtins(options)),
             stdin=subprocess.DEVNULL,
             env=environment,
             start_new_session=True,  # Ctrl-C goes to the user's program, which closes the lab
@@ -223,14 +222,6 @@ class LabCluster:
 
 def _daemon(module: str, options: Mapping[str, Any]) -> Sequence[str]:
     return [sys.executable, "-m", module, json.dumps(options)]
-
-
-def _plaintext(options: msgspec.Struct) -> dict[str, bool]:
-    if "plaintext" not in options.__struct_fields__:
-        raise ConfigurationError(
-            "this version has no connections without encryption", hint="leave plaintext out"
-        )
-    return {"plaintext": True}
 
 
 def _signal(process: subprocess.Popen, number: signal.Signals) -> None:

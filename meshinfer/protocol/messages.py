@@ -3,7 +3,7 @@
 Only ``Hello`` and ``Refused`` (and what they hold) may carry fields of a later release: they are
 how two releases find out that they cannot work together.
 
-Messages carry no pickle and no code. Times are seconds; remaining time, never a wall clock.
+Messages carry no pickle and no code. Times are seconds that remain, never a wall clock's.
 ``device#incarnation`` is a peer; ids of requests are chosen by clients.
 """
 
@@ -18,41 +18,22 @@ from meshinfer import limits
 from meshinfer.plan import Shard
 
 # isort: off
-from meshinfer.protocol.records import (  # one import and not twenty
-    Assigned as Assigned,
-    Blob as Blob,
-    Budgets as Budgets,
-    Count as Count,
-    DeviceInfo as DeviceInfo,
-    Done as Done,
-    Facts as Facts,
-    Failure as Failure,
-    Hex as Hex,
-    Link as Link,
-    ModelInfo as ModelInfo,
-    Name as Name,
-    Output as Output,
-    Peer as Peer,
-    Piece as Piece,
-    Pins as Pins,
-    Place as Place,
-    Program as Program,
-    Rate as Rate,
-    Record as Record,
-    Seconds as Seconds,
-    Send as Send,
-    Shape as Shape,
-    TaskTime as TaskTime,
-    Tensor as Tensor,
-    Text as Text,
-    Value as Value,
-)
+from meshinfer.protocol.records import (
+    Assigned as Assigned, Blob as Blob, Budgets as Budgets, Count as Count,
+    DeviceInfo as DeviceInfo, Done as Done, Facts as Facts, Failure as Failure, Hex as Hex,
+    Link as Link, ModelInfo as ModelInfo, Name as Name, Output as Output, Peer as Peer,
+    Piece as Piece, Pins as Pins, Place as Place, Program as Program, Rate as Rate,
+    Record as Record, Seconds as Seconds, Send as Send, Shape as Shape, TaskTime as TaskTime,
+    Tensor as Tensor, Text as Text, Value as Value,
+)  # fmt: skip
 
 # isort: on
 from meshinfer.protocol.report import Report as Report
 
 PROTOCOL = (1, 1)
 """Protocol versions that this release speaks, first and last (RELIABILITY: N-1 to N)."""
+
+Acks = Annotated[tuple[Count, ...], Meta(max_length=limits.ACKS_AT_ONCE)]
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True, kw_only=True):
@@ -248,6 +229,23 @@ class Start(Message, frozen=True):
     assigned: tuple[Assigned, ...] = ()
 
 
+class Assign(Message, frozen=True):
+    """More devices take tasks of this attempt: ``assigned`` is what all messages say so far, and
+    more. Whoever holds inputs of such a task sends them there too."""
+
+    request: Name
+    attempt: Count
+    deployment: Count
+    assigned: tuple[Assigned, ...]
+
+
+class NotKept(Message, frozen=True):
+    """What a task needs that was assigned again is not here any more: start a new attempt."""
+
+    request: Name
+    attempt: Count
+
+
 class TasksDone(Message, frozen=True):
     """Tasks of an attempt that this device has done; those of one device are told together."""
 
@@ -312,9 +310,6 @@ class Reply(Message, frozen=True):
     image: Text | None = None
     tasks: tuple[TaskTime, ...] = ()
     failure: Failure | None = None
-
-
-Acks = Annotated[tuple[Count, ...], Meta(max_length=limits.ACKS_AT_ONCE)]
 
 
 # --- Tensors (bulk) -----------------------------------------------------------------------------
@@ -399,6 +394,7 @@ AnyMessage = (
     Hello | Welcome | Refused | Heartbeat | Alive | Who | Probe | Goodbye | Dismiss | Closing
     | MeasureLink | LinkMeasured | Echo | Echoed
     | Want | Chunk | Gone | Deploy | Deployed | Install | Installed | Forget
-    | Submit | Start | TasksDone | TaskFailed | Unreachable | Merged | Release | Cancel | Reply
+    | Submit | Start | Assign | NotKept | TasksDone | TaskFailed | Unreachable | Merged | Release
+    | Cancel | Reply
     | Deliver | Feed | Answer | Ack | ListDevices | Devices | ListModels | Models
 )  # fmt: skip

@@ -169,15 +169,22 @@ class Program(Record, frozen=True):
     sends: tuple[Send, ...] = ()
 
 
-class Done(Record, frozen=True):
-    """What one task took. ``sent_bytes`` left its device for others."""
+class Done(Record, frozen=True, kw_only=True):
+    """What one task took. ``sent_bytes`` left its device for others.
+
+    ``waited_s``: its device had nothing to do until its last piece came. ``queued_s``: from then
+    until its kernels' turn. ``handed_s``: to the compute thread and back, beside ``compute_s``.
+    """
 
     place: Place
     compute_s: Seconds
     sent_bytes: Count
+    waited_s: Seconds = 0.0
+    queued_s: Seconds = 0.0
+    handed_s: Seconds = 0.0
 
 
-class TaskTime(Done, frozen=True):
+class TaskTime(Done, frozen=True, kw_only=True):
     """What one task took, and on which device."""
 
     device: Name

@@ -10,12 +10,14 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from functools import partial
 
+from msgspec import structs
+
 from meshinfer import limits
 from meshinfer.protocol import messages as m
 from meshinfer.scheduler.admission import refuse, same_body, signature_of
-from meshinfer.scheduler.assigning import assign, open_work
 from meshinfer.scheduler.balance import Balance
 from meshinfer.scheduler.catalogue import Catalogue, Deployment, Model
+from meshinfer.scheduler.covering import Covering
 from meshinfer.scheduler.events import Effect, Note, Plane, Send, Signature
 from meshinfer.scheduler.membership import Membership
 from meshinfer.scheduler.request import Answered, Request, Try
@@ -31,6 +33,7 @@ class Answering:
         self._balance = balance
         self._answered: OrderedDict[str, Answered] = OrderedDict()
         self._attempts = 0
+        self._covering = Covering(self.open)
 
     # --- messages
 
@@ -78,13 +81,9 @@ class Answering:
         if tried is None:
             return []
         self._note_pace(tried.deployment, device.name, message.tasks, now)
+        self._covering.done(tried, device.name, message.tasks, now)
         for done in message.tasks:  # of two that took a task, the first is who did it
-            took = m.TaskTime(
-                device=device.name,
-                place=done.place,
-                compute_s=done.compute_s,
-                sent_bytes=done.sent_bytes,
-            )
+            took = m.TaskTime(device=device.name, **structs.asdict(done))
             tried.tasks.setdefault(done.place, took)
         return []
 
@@ -116,12 +115,23 @@ class Answering:
         return [note, *self._fail(request, failure, now)]
 
     def unreachable(self, message: m.Unreachable) -> bool:
-        """Whether this is news of an attempt that runs; it starts again."""
+        """Whether this is news of an attempt that runs; it starts again.
+
+        None of one that goes on without that peer.
+        """
         request = self.open.get(message.request)
         if request is None or request.deployment is None or request.attempt != message.attempt:
             return False
+        if message.peer not in request.deployment.members.values():
+            return False
         request.deployment = None
         return True
+
+    def not_kept(self, message: m.NotKept) -> list[Effect]:
+        request = self.open.get(message.request)
+        if request is not None and request.attempt == message.attempt and request.merged is None:
+            request.deployment = None
+        return []
 
     def cancel(self, peer: str, message: m.Cancel) -> list[Effect]:
         request = self.open.get(message.request)
@@ -134,7 +144,16 @@ class Answering:
 
     # --- what happens to deployments, devices and clients
 
+    def survives(self, made: Deployment, name: str, now: float) -> list[Effect] | None:
+        """Go on without a device, all of whose tasks others may take; None where they may not."""
+        if not self._covering.survives(made, name):
+            return None
+        made.members.pop(name)
+        made.programs = {n: each for n, each in made.programs.items() if n != name}
+        return self._covering.lost(made, name, partial(self._seconds, now))
+
     def retired(self, made: Deployment) -> None:
+        self._covering.forget(made)
         for request in self.open.values():
             if request.deployment is made:
                 request.deployment = None
@@ -183,6 +202,9 @@ class Answering:
             if len(tried.tasks) >= tried.deployment.tasks or now >= grace:
                 effects += self._complete(request, request.merged[0], tried)
         return effects
+
+    def back_up(self, now: float) -> list[Effect]:
+        return self._covering.back_up(partial(self._seconds, now), now)
 
     def give_up_without_workers(self, failure: m.Failure, now: float) -> list[Effect]:
         effects: list[Effect] = []
@@ -236,7 +258,7 @@ class Answering:
         return list(dict.fromkeys((*recent, *asked)))
 
     def next_deadlines(self) -> list[float]:
-        times = []
+        times = self._covering.next_deadlines()
         for request in self.open.values():
             times.append(request.deadline)
             if request.merged is not None:
@@ -251,11 +273,7 @@ class Answering:
         self._attempts += 1
         request.attempt, request.deployment, request.merged = self._attempts, made, None
         tried = request.tried[request.attempt] = Try(made, now)
-        if made.choices:
-            others = [r.tried[r.attempt] for r in self.open.values() if r.runs and r is not request]
-            seconds = partial(self._seconds, now)
-            chosen = assign(made, open_work(others, seconds), seconds)
-            tried.assigned = {place: (device,) for place, device in chosen.items()}
+        self._covering.begin(tried, partial(self._seconds, now), now)
         request.started = now if request.started is None else request.started
         start = m.Start(
             request=request.id,

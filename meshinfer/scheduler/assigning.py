@@ -6,7 +6,7 @@ attempts that run; nothing is stored, so nothing can be counted twice or forgott
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from meshinfer.protocol import messages as m
 from meshinfer.scheduler.catalogue import Deployment
@@ -37,16 +37,20 @@ def open_work(running: Iterable[Try], seconds: Seconds) -> dict[str, float]:
     return total
 
 
-def assign(made: Deployment, busy: dict[str, float], seconds: Seconds) -> dict[m.Place, str]:
+def assign(
+    made: Deployment, busy: dict[str, float], seconds: Seconds, avoided: Collection[str] = ()
+) -> dict[m.Place, str]:
     """A device for each task that has a choice, in plan order; ties go by the plan's order.
 
     With one request in flight it is the device that would be done first. A larger window asks for
     throughput: then it is the one that is free first, so that a slow one does its share too.
-    ``busy`` is what ``open_work`` found; it is brought up to date.
+    ``busy`` is what ``open_work`` found; it is brought up to date. ``avoided``: get a task only
+    where nobody else may take it.
     """
     found = {}
     for place, devices in made.choices.items():
         here = [d for d in devices if d in made.members]
+        here = [d for d in here if d not in avoided] or here
         done = {d: busy.get(d, 0.0) + seconds(made, place, d) for d in here}
         when = done if made.window == 1 else busy
         found[place] = min(here, key=lambda d: when.get(d, 0.0))

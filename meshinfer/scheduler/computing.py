@@ -6,7 +6,7 @@ dropped: tasks are pure, and the coordinator has started, or will start, what is
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Mapping, Sequence
 
 from meshinfer import limits
@@ -16,13 +16,12 @@ from meshinfer.protocol.codec import ProtocolError, array_of, describe, payload_
 from meshinfer.scheduler.acks import AckBox
 from meshinfer.scheduler.events import Array, Compute, Computed, Effect, Note, Plane, Send
 from meshinfer.scheduler.held import Held
+from meshinfer.scheduler.holding import Holding
 from meshinfer.scheduler.installing import COORDINATOR, Deployment
 from meshinfer.scheduler.outbox import Numbered, Outbox
 from meshinfer.scheduler.recipe import Cut, Gathering
 
 SOURCE: m.Place = (-1, 0)
-_NEVER = (-1, "", -1)
-"""What is known of a request that was not released: attempt, client and turn."""
 
 
 class Computing:
@@ -34,9 +33,10 @@ class Computing:
         self.running: tuple[Compute, float] | None = None
         self._device = device
         self._deployments = deployments
-        self._requests: dict[str, Held] = {}
-        self._released: OrderedDict[str, tuple[int, str, int]] = OrderedDict()
+        self.holding = Holding(self._drop_work)
+        self._requests = self.holding.requests
         self._queue: deque[Compute] = deque()
+        self._idle_since = 0.0
 
     @property
     def idle(self) -> bool:
@@ -46,8 +46,7 @@ class Computing:
 
     def feed(self, peer: str, message: m.Feed, payload: memoryview, now: float) -> list[Effect]:
         name = message.request
-        _, client, turn = self._released.get(name, _NEVER)
-        stale = peer == client and message.turn <= turn
+        stale = self.holding.is_released(name, peer, message.turn)
         if not stale and name not in self._requests and len(self._requests) >= limits.FED_REQUESTS:
             note = Note("warning", "too many inputs wait here", {"request": name})
             return [note]  # not acknowledged: the client sends it again later
@@ -58,7 +57,7 @@ class Computing:
             array = array_of(message.tensor, payload)
         except ProtocolError as error:
             return [Note("warning", "bad input", {"why": str(error)})]
-        request = self._request(name, now)
+        request = self.holding.request(name, now)
         if peer == request.giver and message.turn < request.turn:
             return []
         if (peer, message.turn) != (request.giver, request.turn):
@@ -70,54 +69,31 @@ class Computing:
     def start(self, message: m.Start, now: float) -> list[Effect]:
         if message.deployment not in self._deployments:
             return []
-        request = self._current(message.request, message.attempt, message.deployment, now)
+        request = self.holding.current(message.request, message.attempt, message.deployment, now)
         if request is None:
             return []
-        request.client, request.assigned = message.client, message.assigned
-        effects = self._scatter(message.request, request, now)
+        request.client = message.client
+        effects = self._learn(message.request, request, message.assigned, now)
+        effects += self._scatter(message.request, request, now)
         effects += self._begin_without_inputs(message.request, request, now)
         return effects + self._try_sink(message.request, request, now)
 
-    def release(self, message: m.Release) -> list[Effect]:
+    def assign(self, message: m.Assign, now: float) -> list[Effect]:
+        """More devices take tasks of this attempt."""
+        if message.deployment not in self._deployments:
+            return []
         name = message.request
-        request = self._requests.pop(name, None)
-        self._drop_work(name)
-        self._released.pop(name, None)
-        self._released[name] = (message.attempt, message.client, message.turn)
-        while len(self._released) > limits.STALE_REQUESTS_KEPT:
-            self._released.popitem(last=False)
-        if request is not None and (request.giver != message.client or request.turn > message.turn):
-            self._keep_inputs(name, request)  # the same id, submitted once more
-        return []
-
-    def forget(self, number: int) -> None:
-        """A deployment is retired: only inputs are worth keeping, for the next attempt."""
-        for name in [n for n, r in self._requests.items() if r.deployment == number]:
-            self._drop_work(name)
-            self._keep_inputs(name, self._requests.pop(name))
+        request = self.holding.current(name, message.attempt, message.deployment, now)
+        if request is None:
+            return []
+        effects = self._learn(name, request, message.assigned, now)
+        return effects + self._begin_without_inputs(name, request, now)
 
     def reset(self, *, keep_inputs: bool) -> None:
         """The coordinator may have forgotten all that it had told this device."""
-        held, self._requests = self._requests, {}
-        for name, request in held.items() if keep_inputs else ():
-            self._keep_inputs(name, request)
+        self.holding.reset(keep_inputs=keep_inputs)
         self._queue.clear()
         self.outbox.forget(lambda message: isinstance(message, m.Deliver))
-
-    def forget_other_coordinator(self) -> None:
-        """Its attempts and releases mean nothing to the next."""
-        self._released.clear()
-
-    def drop_orphans(self, now: float) -> None:
-        """Inputs whose request never started: its header was refused or lost."""
-        for name, request in list(self._requests.items()):
-            if not request.client and now - request.since > limits.ORPHAN_INPUT_S:
-                del self._requests[name]
-                self._drop_work(name)
-
-    def _keep_inputs(self, name: str, old: Held) -> None:
-        if old.fed:
-            self._requests[name] = Held(old.since, giver=old.giver, turn=old.turn, fed=old.fed)
 
     def _drop_work(self, name: str) -> None:
         """What is queued and what is under way to other tasks; answers to the client stay."""
@@ -128,23 +104,6 @@ class Computing:
         self._queue = deque(c for c in self._queue if c.request != name)
         self.outbox.forget(piece)
 
-    def _request(self, name: str, now: float) -> Held:
-        if name not in self._requests:
-            self._requests[name] = Held(now)
-        return self._requests[name]
-
-    def _current(self, name: str, attempt: int, deployment: int, now: float) -> Held | None:
-        """The request under this attempt; None when the attempt is stale."""
-        if attempt <= self._released.get(name, _NEVER)[0]:
-            return None
-        request = self._request(name, now)
-        if attempt < request.attempt:
-            return None
-        if attempt > request.attempt:
-            self._drop_work(name)
-            request.renew(attempt, deployment)
-        return request
-
     # --- pieces
 
     def _begin_without_inputs(self, name: str, request: Held, now: float) -> list[Effect]:
@@ -152,7 +111,7 @@ class Computing:
         for place, program in self._deployments[request.deployment].programs.items():
             free = program.model is not None and not program.inputs and place not in request.begun
             if free and request.takes(program, self._device):
-                self._begin(name, request, place, {})
+                self._begin(name, request, place, {}, now)
         return self._compute_next(now)
 
     def _scatter(self, name: str, request: Held, now: float) -> list[Effect]:
@@ -181,15 +140,37 @@ class Computing:
         # Pieces are sent when all devices have installed: an unknown deployment is a retired one.
         if message.deployment not in self._deployments:
             return []
-        request = self._current(message.request, message.attempt, message.deployment, now)
+        request = self.holding.current(message.request, message.attempt, message.deployment, now)
         if request is None:
             return []
-        request.assigned = message.assigned
+        effects = self._learn(message.request, request, message.assigned, now)
         try:
             array = array_of(message.tensor, payload)
         except ProtocolError as error:
-            return [Note("warning", "bad piece", {"why": str(error), "peer": peer})]
-        return self._place(message.request, request, message.consumer, message.piece, array, now)
+            return [*effects, Note("warning", "bad piece", {"why": str(error), "peer": peer})]
+        return effects + self._place(
+            message.request, request, message.consumer, message.piece, array, now
+        )
+
+    def _learn(
+        self, name: str, request: Held, assigned: tuple[m.Assigned, ...], now: float
+    ) -> list[Effect]:
+        """Who takes what: it only grows, so news may come in any order. Send what was made."""
+        if assigned == request.assigned:
+            return []
+        new = [each for each in assigned if each not in request.assigned]
+        request.assigned += tuple(new)
+        deployment = self._deployments[request.deployment]
+        effects: list[Effect] = []
+        for place, arrays in list(request.made.items()):
+            cuts = [
+                (c, d) for c in deployment.recipes[place].cuts for d in request.routes(c.send, new)
+            ]
+            effects += self._send_cuts(name, request, place, cuts, arrays, now)[0]
+        for place in sorted(request.not_kept):
+            if any(request.routes(cut.send, new) for cut in deployment.recipes[place].cuts):
+                effects.append(_tell(m.NotKept(request=name, attempt=request.attempt)))
+        return effects
 
     def _place(
         self,
@@ -214,7 +195,7 @@ class Computing:
             return []
         if gathering.recipe.program.model is None:
             return self._try_sink(name, request, now)
-        self._begin(name, request, consumer, gathering.inputs())
+        self._begin(name, request, consumer, gathering.inputs(), now)
         return self._compute_next(now)
 
     def _try_sink(self, name: str, request: Held, now: float) -> list[Effect]:
@@ -248,7 +229,12 @@ class Computing:
 
     # --- computing
 
-    def _begin(self, name: str, request: Held, place: m.Place, inputs: dict[str, Array]) -> None:
+    def _begin(
+        self, name: str, request: Held, place: m.Place, inputs: dict[str, Array], now: float
+    ) -> None:
+        idle = self.running is None and not self._queue
+        waited_s = max(0.0, now - max(self._idle_since, request.heard)) if idle else 0.0
+        request.ready[place] = (now, waited_s)
         request.begun.add(place)
         request.pieces.pop(place, None)
         self._queue.append(Compute(name, request.attempt, request.deployment, place, inputs))
@@ -262,28 +248,35 @@ class Computing:
 
     def computed(self, event: Computed, now: float) -> list[Effect]:
         assert self.running is not None, f"nothing was computing when {event.request} was done"
-        job, _ = self.running
-        self.running = None
+        job, since = self.running
+        self.running, self._idle_since = None, now
         effects: list[Effect] = []
         request = self._requests.get(job.request)
         if request is not None and (request.attempt, request.deployment) == (
             job.attempt,
             job.deployment,
         ):
-            effects = self._finish(event, request, now)
+            effects = self._finish(event, request, since, now)
         return effects + self._compute_next(now)  # else one wasted task
 
-    def _finish(self, event: Computed, request: Held, now: float) -> list[Effect]:
+    def _finish(self, event: Computed, request: Held, since: float, now: float) -> list[Effect]:
         if event.error is not None:
             return [_failed(event.request, request.attempt, event.place, event.error)]
         deployment = self._deployments[request.deployment]
         effects, sent = self._send_on(
             event.request, request, deployment, event.place, event.outputs, now
         )
-        done = m.Done(place=event.place, compute_s=event.compute_s, sent_bytes=sent)
-        if deployment.programs[
-            event.place
-        ].devices:  # told at once: it says how busy this device still is
+        ready, waited_s = request.ready.pop(event.place, (since, 0.0))
+        done = m.Done(
+            place=event.place,
+            compute_s=event.compute_s,
+            sent_bytes=sent,
+            waited_s=waited_s,
+            queued_s=max(0.0, since - ready),
+            handed_s=max(0.0, now - since - event.compute_s),
+        )
+        if deployment.programs[event.place].devices:
+            # Told at once: it says how busy this device still is.
             return [*effects, _tell_done(event.request, request, [done])]
         request.done.append(done)
         if len(request.done) < deployment.tasks:
@@ -300,13 +293,35 @@ class Computing:
         now: float,
     ) -> tuple[list[Effect], int]:
         """Cut what was made for each task that reads it; and how many bytes leave this device."""
+        cuts = deployment.recipes[place].cuts
+        if any(cut.send.others for cut in cuts):
+            self._keep(request, place, arrays)
+        routed = [(cut, device) for cut in cuts for device in request.routes(cut.send)]
+        return self._send_cuts(name, request, place, routed, arrays, now)
+
+    def _keep(self, request: Held, place: m.Place, arrays: Sequence[Array]) -> None:
+        """Until the release, for devices that take a task of this later; inputs are here anyway."""
+        kept = sum(each.kept_bytes for each in self._requests.values())
+        if place == SOURCE or kept + sum(a.nbytes for a in arrays) <= limits.KEPT_BYTES:
+            request.made[place] = arrays
+        else:
+            request.not_kept.add(place)
+
+    def _send_cuts(
+        self,
+        name: str,
+        request: Held,
+        place: m.Place,
+        cuts: Sequence[tuple[Cut, str]],
+        arrays: Sequence[Array],
+        now: float,
+    ) -> tuple[list[Effect], int]:
+        deployment = self._deployments[request.deployment]
         effects: list[Effect] = []
         local: list[Cut] = []
         sent = 0
-        for cut in deployment.recipes[place].cuts:
-            send, device = cut.send, request.route(cut.send)
-            if device is None:
-                continue
+        for cut, device in cuts:
+            send = cut.send
             if device == self._device:
                 local.append(cut)
                 continue

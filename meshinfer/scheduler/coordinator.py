@@ -120,6 +120,8 @@ class CoordinatorCore:
                 return [] if device is not None else [_to(peer, m.Alive())]
             case m.TasksDone() if device is not None:
                 return self._answering.tasks_done(peer, message, now)
+            case m.NotKept() if device is not None:
+                return self._answering.not_kept(message)
             case m.Merged() if device is not None:
                 return self._answering.merged(peer, message, now)
             case m.TaskFailed() if device is not None:
@@ -127,7 +129,7 @@ class CoordinatorCore:
             case m.Unreachable() if device is not None:
                 return self._unreachable(device, message, now)
             case m.LinkMeasured() if device is not None:
-                self._links.measured(device, message.link)
+                self._links.measured(self.members, device, message.link)
                 return []
             case m.Installed() if device is not None:
                 return self._deploying.installed(peer, message, now)
@@ -189,7 +191,7 @@ class CoordinatorCore:
         fields = {"device": lost.name, "heard_by": device.name}
         lost.excluded_until = now + limits.EXCLUDED_S
         note = Note("warning", "a device cannot be reached", fields)
-        return [note, *self._deploying.out_of_service(lost.name)]
+        return [note, *self._deploying.out_of_service(lost.name, now)]
 
     # --- loss, time, the end
 
@@ -212,7 +214,7 @@ class CoordinatorCore:
         effects: list[Effect] = [
             Note("warning", "device lost", {"device": device.name, "why": why})
         ]
-        effects += self._deploying.out_of_service(device.name)
+        effects += self._deploying.out_of_service(device.name, now)
         if device is head:  # inputs and answers were there: clients give theirs again
             self._answering.head_lost()
             effects += [_to(peer, m.Who()) for peer in sorted(self.members.clients)]
@@ -232,6 +234,7 @@ class CoordinatorCore:
         effects += self._deploying.due(now)
         effects += self._answering.end_overdue(now)
         effects += self._answering.end_merged(now)
+        effects += self._answering.back_up(now)
         effects += self._deploying.plan_what_is_missing(now)
         effects += self._answering.start_waiting(now)
         effects += self._deploying.retire_unused(now)

@@ -250,12 +250,15 @@ class Deploying:
             effects += self._deploy_failed(model, failure)
         return [note, *effects]
 
-    def out_of_service(self, name: str) -> list[Effect]:
-        """A device is lost, or cannot be reached: retire what uses it."""
+    def out_of_service(self, name: str, now: float) -> list[Effect]:
+        """A device is lost, or cannot be reached: retire what cannot do without it."""
         effects: list[Effect] = []
         for made in list(self._catalogue.deployments.values()):
-            if name in made.members:
-                effects += self.retire(made)
+            if name not in made.members:
+                continue
+            ready = made.phase is Phase.READY
+            went_on = self._answering.survives(made, name, now) if ready else None
+            effects += self.retire(made) if went_on is None else went_on
         return effects
 
     def retire(self, made: Deployment) -> list[Effect]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from meshinfer.protocol import messages as m
@@ -13,7 +14,10 @@ from meshinfer.scheduler.recipe import Gathering
 class Held:
     """One request on this device, under its newest attempt.
 
+    ``made``: what tasks (and the source) have made here for tasks that have several devices.
     ``giver`` and ``turn``: the client that gave ``fed``, and how often it had submitted by then.
+    ``heard``: when its attempt was first heard of; ``ready``: when the last piece of a task came,
+    and how long its device had waited for that with nothing to do.
     """
 
     since: float
@@ -28,16 +32,28 @@ class Held:
     begun: set[m.Place] = field(default_factory=set)
     done: list[m.Done] = field(default_factory=list)
     assigned: tuple[m.Assigned, ...] = ()
+    heard: float = 0.0
+    ready: dict[m.Place, tuple[float, float]] = field(default_factory=dict)
 
-    def route(self, send: m.Send) -> str | None:
-        """The device that takes the task which a send is for; None: none does in this attempt."""
+    made: dict[m.Place, Sequence[Array]] = field(default_factory=dict)
+    not_kept: set[m.Place] = field(default_factory=set)
+
+    @property
+    def kept_bytes(self) -> int:
+        """Of what tasks have made here, for tasks that may be assigned again."""
+        return sum(array.nbytes for arrays in self.made.values() for array in arrays)
+
+    def routes(self, send: m.Send, assigned: Iterable[m.Assigned] | None = None) -> tuple[str, ...]:
+        """The devices that take the task which a send is for, of all that are assigned or of
+        these."""
         if not send.others:
-            return send.device
+            return (send.device,) if assigned is None else ()
         devices = (send.device, *send.others)
-        for stage, task, k in self.assigned:
-            if (stage, task) == send.consumer and 0 <= k < len(devices):
-                return devices[k]
-        return None
+        return tuple(
+            devices[k]
+            for stage, task, k in (self.assigned if assigned is None else assigned)
+            if (stage, task) == send.consumer and 0 <= k < len(devices)
+        )
 
     def takes(self, program: m.Program, device: str) -> bool:
         """Whether this device is to run a task in this attempt."""
@@ -46,10 +62,13 @@ class Held:
             for stage, task, k in self.assigned
         )
 
-    def renew(self, attempt: int, deployment: int) -> None:
+    def renew(self, attempt: int, deployment: int, now: float) -> None:
         """Start over under a newer attempt; what the client fed stays."""
         self.attempt, self.deployment, self.scattered = attempt, deployment, False
-        self.assigned = ()
+        self.assigned, self.heard = (), now
+        self.ready.clear()
+        self.made.clear()
+        self.not_kept.clear()
         self.pieces.clear()
         self.begun.clear()
         self.done.clear()

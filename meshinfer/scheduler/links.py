@@ -6,7 +6,7 @@ a long one over the bulk plane, so that all is in it that a transfer goes throug
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from meshinfer import limits
 from meshinfer.protocol import messages as m
@@ -18,9 +18,11 @@ from meshinfer.scheduler.membership import Device, Membership
 @dataclass(slots=True)
 class LinkRounds:
     """The coordinator's half. Mutable: owned by its core. ``asked``: the one under way, and since
-    when."""
+    when. ``_known_at``: when each device's link with the head was last measured.
+    """
 
     asked: tuple[str, str, float] | None = None
+    _known_at: dict[str, float] = field(default_factory=dict)
 
     def next(self, members: Membership, now: float, *, busy: bool) -> list[Effect]:
         """Ask for the next link, if none is being measured and nothing runs."""
@@ -32,18 +34,46 @@ class LinkRounds:
             if there:  # unknown it stays, rather than being asked for ever
                 members.devices[name].links[peer] = m.Link(peer=peer)
             self.asked = None
-        pair = None if busy else _missing(members, now)
+        pair = None if busy else _missing(members, now) or self._aged(members, now)
         if pair is None:
             return []
         device, other = pair
         self.asked = (device.name, other.name, now)
+        if other is members.head:
+            self._known_at[device.name] = now
         return [Send(Plane.CONTROL, device.peer, m.MeasureLink(peer=other.bulk))]
 
-    def measured(self, device: Device, link: m.Link) -> None:
-        """A device tells what its link came to."""
-        if self.asked is not None and self.asked[:2] == (device.name, link.peer):
-            device.links[link.peer] = link
-            self.asked = None
+    def _aged(self, members: Membership, now: float) -> tuple[Device, Device] | None:
+        """A device whose link with the head was measured long ago. Heartbeats come often enough
+        to notice, so that no timer is needed."""
+        head = members.head
+        for name in [name for name in self._known_at if name not in members.devices]:
+            del self._known_at[name]
+        if head is None:
+            return None
+        for name, since in self._known_at.items():
+            device = members.devices[name]
+            if now - since > limits.LINK_AGE_S and device.state(now) == "ready":
+                return device, head
+        return None
+
+    def measured(self, members: Membership, device: Device, link: m.Link) -> None:
+        """A device tells what its link came to. What is worse than before counts half: a link may
+        have become slow, or something was in the way for a moment."""
+        if self.asked is None or self.asked[:2] != (device.name, link.peer):
+            return
+        self.asked = None
+        head = members.head
+        if head is not None and link.peer == head.name and device.name in head.links:
+            known = members.link(device.name)
+            rate = link.bytes_per_s
+            if known is not None and rate < known.bytes_per_s:
+                rate = (rate + known.bytes_per_s) / 2
+            link = m.Link(peer=link.peer, bytes_per_s=rate, latency_s=link.latency_s)
+            head.links[device.name] = m.Link(
+                peer=device.name, bytes_per_s=rate, latency_s=link.latency_s
+            )
+        device.links[link.peer] = link
 
     def next_deadline(self) -> float | None:
         return None if self.asked is None else self.asked[2] + limits.LINK_ASKED_S

@@ -130,12 +130,15 @@ class WorkerCore:
         match message:
             case m.Start():
                 return self._computing.start(message, now)
+            case m.Assign():
+                return self._computing.assign(message, now)
             case m.Release():
-                return self._computing.release(message)
+                self._computing.holding.release(message)
+                return []
             case m.Install():
                 return self._installing.install(message)
             case m.Forget():
-                self._computing.forget(message.deployment)
+                self._computing.holding.forget(message.deployment)
                 return self._installing.forget(message.deployment)
             case m.Welcome():
                 return self._welcome(message, now)
@@ -161,7 +164,7 @@ class WorkerCore:
         self._computing.reset(keep_inputs=True)  # given since this device said hello
         effects = self._installing.reset()
         if self._coordinator is not None and self._coordinator.id != message.bulk.id:
-            self._computing.forget_other_coordinator()
+            self._computing.holding.forget_other_coordinator()
             effects.append(Disconnect(self._coordinator.id))
         self._coordinator = message.bulk
         self.joined = True
@@ -207,7 +210,7 @@ class WorkerCore:
         effects += self._computing.due(now)
         effects += self._installing.due(now)
         effects += self._links.due(now)
-        self._computing.drop_orphans(now)
+        self._computing.holding.drop_orphans(now)
         return effects
 
     def _heartbeat(self, now: float) -> m.Heartbeat:

@@ -1,0 +1,1 @@
+"""What scripts/bench is made of: models, processes, measuring, figures, the page."""
