@@ -43,8 +43,8 @@ class Candidate:
 @dataclass
 class Choice:
     """What one call of ``make_plan`` works on. ``order``: the devices that may compute, the most
-    useful first; ``effort``: tasks placed on timelines so far, and messages for a quarter: a measure
-    of the time spent that does not depend on the clock."""
+    useful first; ``effort``: tasks placed on timelines so far, a message counting a quarter: a
+    measure of the time spent that does not depend on the clock."""
 
     graph: Graph
     profiles: tuple[DeviceProfile, ...]
