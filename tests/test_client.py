@@ -25,6 +25,7 @@ from meshinfer.cost import DeviceProfile
 from meshinfer.identity import DeviceId
 from meshinfer.planner import make_plan
 from meshinfer.programs import make_programs
+from meshinfer.protocol.messages import DeviceInfo
 
 MODEL, IMAGE = small_model(), image()
 SPEC = mi.ImageSpec(input="image", output="y", mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
@@ -215,6 +216,39 @@ def test_the_objective_reaches_the_planner(client: mi.Client) -> None:
     assert deployed.plan is not None and mi.Plan.parse(deployed.plan).window > 1
     with pytest.raises(mi.InvalidInput, match="objective 'beauty' is unknown"):
         client.deploy("many", MODEL, objective="beauty")
+
+
+def test_memory_that_no_plan_fits_is_refused_with_numbers_and_enough_is_kept(
+    client: mi.Client,
+) -> None:
+    for memory in (1000, {device.device: 1000 for device in workers(client)}):
+        with pytest.raises(mi.NotEnoughMemory, match=r"would need .* MB of 0\.0 MB"):
+            client.deploy("large", MODEL, memory=memory)
+    client.deploy("large", MODEL, memory=1 << 28)
+    assert_exact(MODEL, IMAGE, client.infer("large", IMAGE).outputs)
+    with pytest.raises(mi.InvalidInput, match="'ghost'"):
+        client.deploy("large", MODEL, memory={"ghost": 1 << 28})
+    first = workers(client)[0].device
+    deployed = client.deploy("large", MODEL, memory={first: 0}, spread=True)
+    assert deployed.plan is not None
+    assert DeviceId(first) not in mi.Plan.parse(deployed.plan).devices()
+
+
+def test_a_pinned_input_goes_to_the_pinned_worker_alone(client: mi.Client) -> None:
+    one, other = (device.device for device in workers(client))
+    for pinned in ([one], [other]):
+        deployed = client.deploy("private", MODEL, pin={"image": pinned}, spread=True)
+        assert deployed.plan is not None
+        stages = mi.Plan.parse(deployed.plan).stages
+        assert {d for task in stages[0].tasks for d in task.devices} == set(pinned)
+        assert_exact(MODEL, IMAGE, client.infer("private", IMAGE).outputs)
+    for pin in ({"image": ["ghost"]}, {"nothing": [one]}):
+        with pytest.raises(mi.InvalidInput, match="not"):
+            client.deploy("private", MODEL, pin=pin)
+
+
+def workers(client: mi.Client) -> list[DeviceInfo]:
+    return [device for device in client.devices() if device.facts.computes]
 
 
 def test_a_picture_for_an_unknown_model_or_version_is_not_found(client: mi.Client) -> None:

@@ -43,8 +43,8 @@ class Candidate:
 @dataclass
 class Choice:
     """What one call of ``make_plan`` works on. ``order``: the devices that may compute, the most
-    useful first; ``effort``: tasks placed on timelines so far, a measure of the time spent that
-    does not depend on the clock."""
+    useful first; ``effort``: tasks placed on timelines so far, a message counting a quarter: a
+    measure of the time spent that does not depend on the clock."""
 
     graph: Graph
     profiles: tuple[DeviceProfile, ...]
@@ -109,8 +109,8 @@ class Choice:
         for s, block in enumerate(layout):
             for t, load in enumerate(self.parts.loads(block)):
                 loads[self.parts.ref(s, t)] = load
-        self.effort += len(loads)
         messages = self.parts.messages(layout)
+        self.effort += len(loads) + len(messages) // 4
         return predict(plan, self.profiles, loads, messages, brief=True)
 
     def excess(self, c: Candidate) -> int:

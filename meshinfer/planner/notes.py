@@ -54,6 +54,8 @@ def notes_of(choice: Choice, best: Candidate, course: Timeline, spread: bool) ->
 def mode_of(choice: Choice, c: Candidate) -> str:
     """The plan's mode; a device beside the source counts as the source."""
     devices = c.plan.devices()
+    if c.blocks and any(block.others for block in c.blocks):
+        return f"whole requests, each to one of {len(devices)} devices that is free"
     source = choice.profile(choice.ends[0])
     if len(devices) == 1 and choice.profile(devices[0]).beside(source):
         return "on-device"

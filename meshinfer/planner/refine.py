@@ -12,9 +12,11 @@ from meshinfer.planner.candidates import Candidate, Choice
 from meshinfer.planner.space import CHANNEL_HEAVY
 from meshinfer.transfers import TaskRef
 
-EFFORT = 12_000
-"""Tasks placed on timelines by one local search; about a second for small clusters."""
+EFFORT = 14_000
+"""Of one local search, see ``Choice.effort``; about a second."""
 PASSES = 3
+MOST_ROUNDS = 16
+MOST_OVERLAPS = 4
 LEAST_GAIN = 1e-3
 """A change that gains less than this share is not worth looking for another."""
 
@@ -203,11 +205,18 @@ def _other_ways(choice: Choice, c: Candidate, i: int) -> Iterator[tuple[str, Seq
 
 
 def _rounds(choice: Choice, c: Candidate, i: int) -> Iterator[tuple[str, Sequence[Block]]]:
-    """More tasks than devices where what is sent first or last could overlap with computing."""
+    """More tasks than devices: where what is sent first or last could overlap with computing, and
+    everywhere where memory is short, since a device holds one task's values at a time."""
     block, blocks = c.blocks[i], list(c.blocks)
-    if block.whole_on is None and i in (0, len(blocks) - 1):
-        for rounds in (block.rounds + 1, block.rounds - 1):
-            if 1 <= rounds <= 4:
+    short = choice.objective == "memory" or choice.excess(c) > 0
+    if block.whole_on is not None and short and not block.others:
+        block = Block(block.start, block.stop, None, "rows", ((block.whole_on, 1.0),))
+        if not _fits(choice, block):
+            return
+    if block.whole_on is None and (short or i in (0, len(blocks) - 1)):
+        most = MOST_ROUNDS if short else MOST_OVERLAPS
+        for rounds in (block.rounds + 1, 2 * block.rounds, block.rounds - 1):
+            if 1 <= rounds <= most:
                 new = replace(block, rounds=rounds)
                 yield f"{rounds} rounds", [*blocks[:i], new, *blocks[i + 1 :]]
 
