@@ -101,7 +101,7 @@ class Deployment:
     the user. ``choices``: the devices of each task that may go to several. ``expected``: seconds of
     each task on each device that may get it. ``window``: requests in flight, as the plan says.
     ``looked``: how many samples of paces there were when it was last seen whether its devices have
-    become ``uneven``.
+    become ``uneven``. ``in_vain``: how often another plan was looked for since, and was no better.
     """
 
     number: int
@@ -122,6 +122,7 @@ class Deployment:
     given: bool = False
     looked: int = 0
     uneven: bool = False
+    in_vain: int = 0
 
     @property
     def kind(self) -> Hashable:

@@ -177,7 +177,7 @@ class Deploying:
         """What serves is as good on devices as they are now: go on, and compare with that."""
         serving = self._catalogue.serving(made.model, made.signature)
         if serving is not None and serving.candidates == made.candidates:
-            serving.since = made.since
+            serving.since, serving.in_vain = made.since, serving.in_vain + 1
             serving.paced(made.factors)
         return self.retire(made)
 
@@ -306,7 +306,9 @@ class Deploying:
         """
         if made.given or len(made.choices) == made.tasks or len(made.candidates) < 2:
             return False
-        if now < made.since + limits.REPLAN_EVERY_S:
+        # Planning takes the coordinator's device from its tasks: less and less often in vain.
+        pause_s = limits.REPLAN_EVERY_S * 2 ** min(made.in_vain, limits.REPLAN_DOUBLINGS)
+        if now < made.since + pause_s:
             return False
         count = self._balance.count
         if count < made.looked + len(made.candidates):
