@@ -8,10 +8,14 @@ from __future__ import annotations
 import random
 from collections import Counter
 
+import numpy as np
 import pytest
+from architectures import squeezenet1_1
 from cores import COMPUTE_S, Cluster, image, kind
+from oracle import assert_exact
 from shared import bands, graph, whole
 
+import meshinfer as mi
 from meshinfer import limits
 from meshinfer.protocol import messages as m
 from meshinfer.scheduler import events as e
@@ -182,3 +186,24 @@ def test_the_last_device_of_a_task_takes_the_deployment_with_it() -> None:
     for i, request in enumerate(asked):
         cluster.check(request, image(i))
     cluster.check_idle()
+
+
+# --- processes ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", ["kill", "pause"])
+def test_a_stream_over_free_workers_survives_a_fault_without_a_second_attempt(fault: str) -> None:
+    model = squeezenet1_1(96)
+    x = {"image": np.random.default_rng(0).standard_normal((1, 3, 96, 96)).astype(np.float32)}
+    with mi.LocalCluster(4, speeds=[0.2] * 4) as cluster, cluster.client() as client:
+        plan = whole(mi.load(model), cluster.names(), window=8)
+        client.deploy("net", model, plan=plan)
+        results = []
+        for i, result in enumerate(client.map("net", [x] * 80, max_in_flight=8)):
+            results.append(result)
+            if i == 30:
+                getattr(cluster, fault)(1)
+    assert_exact(model, x, results[0].outputs)
+    for result in results:
+        assert np.array_equal(result.outputs["logits"], results[0].outputs["logits"])
+    assert [result.attempts for result in results] == [1] * 80

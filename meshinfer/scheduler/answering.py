@@ -216,10 +216,12 @@ class Answering:
     def start_waiting(self, now: float) -> list[Effect]:
         effects: list[Effect] = []
         running = Counter(r.deployment.number for r in self.open.values() if r.deployment)
-        for request in list(self.open.values()):
-            if not request.waiting:
-                continue
-            made = self._catalogue.serving(request.model, request.signature)
+        serving: dict[tuple[int, Signature], Deployment | None] = {}
+        for request in [r for r in self.open.values() if r.waiting]:
+            kind = (request.model.key, request.signature)
+            if kind not in serving:
+                serving[kind] = self._catalogue.serving(request.model, request.signature)
+            made = serving[kind]
             if made is None or running[made.number] >= made.most_running:
                 continue
             if self._is_leaving(made, now):
@@ -238,7 +240,7 @@ class Answering:
 
     def _is_leaving(self, made: Deployment, now: float) -> bool:
         """It uses a device that drains, and no other can take over: let it go."""
-        return not self._members.candidates(now) and any(
+        return not self._members.ready(now) and any(
             self._members.devices[name].draining for name in made.members
         )
 

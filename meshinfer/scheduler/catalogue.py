@@ -100,7 +100,8 @@ class Deployment:
     ``factors``: how much slower than its profile each device was when it was planned. ``given``: by
     the user. ``choices``: the devices of each task that may go to several. ``expected``: seconds of
     each task on each device that may get it. ``window``: requests in flight, as the plan says.
-    ``noticed``: how many samples of paces there were when its devices were first seen to differ.
+    ``looked``: how many samples of paces there were when it was last seen whether its devices have
+    become ``uneven``.
     """
 
     number: int
@@ -119,7 +120,8 @@ class Deployment:
     window: int = 1
     factors: Mapping[str, float] = field(default_factory=dict)
     given: bool = False
-    noticed: int | None = None
+    looked: int = 0
+    uneven: bool = False
 
     @property
     def kind(self) -> Hashable:

@@ -217,7 +217,7 @@ class Deploying:
         failed = (*failed, f"{device.name} is left out: {failure.message}")
         if computes:
             device.excluded_until = now + limits.EXCLUDED_S
-        if computes and len(failed) < limits.INSTALL_ATTEMPTS and self._members.candidates(now):
+        if computes and len(failed) < limits.INSTALL_ATTEMPTS and self._members.ready(now):
             made.model.unprepared[made.signature] = failed
             return [note, *self.retire(made)]
         return [note, *self._plan_failed(made, failure, now)]
@@ -282,7 +282,7 @@ class Deploying:
         self._members.note_workers(now)
         if self._members.idle_since is not None:
             return self._give_up_without_workers(now)
-        names = tuple(c.device for c in self._members.candidates(now))
+        names = self._members.ready(now)
         settled = now >= self._members.changed_at + limits.REPLAN_SETTLE_S
         phases = [made.phase for made in self._catalogue.deployments.values()]
         room = limits.PLANS_AT_ONCE - phases.count(Phase.PLANNING)
@@ -308,12 +308,13 @@ class Deploying:
             return False
         if now < made.since + limits.REPLAN_EVERY_S:
             return False
-        if not self._balance.uneven(made.candidates, made.factors, made.since, now):
-            made.noticed = None
-            return False
-        # What slows all down alike is seen of one device before the others: look once more.
-        made.noticed = self._balance.count if made.noticed is None else made.noticed
-        return self._balance.count >= made.noticed + 2 * len(made.candidates)
+        count = self._balance.count
+        if count < made.looked + len(made.candidates):
+            return False  # nothing new of most of them
+        # What slows all down alike is seen of one device before the others: look twice.
+        before, made.looked = made.uneven, count
+        made.uneven = self._balance.uneven(made.candidates, made.factors, made.since, now)
+        return before and made.uneven
 
     def _give_up_without_workers(self, now: float) -> list[Effect]:
         failure = unavailable(

@@ -179,7 +179,7 @@ class Membership:
             self.absent[peer] = now
 
     def note_workers(self, now: float) -> None:
-        if self.head is not None and self.candidates(now):
+        if self.head is not None and self.ready(now):
             self.idle_since = None
         elif self.idle_since is None:
             self.idle_since = now
@@ -196,14 +196,21 @@ class Membership:
         """The coordinator's own device: source and sink."""
         return next((d for d in self.devices.values() if d.hello.facts.head), None)
 
+    def ready(self, now: float) -> tuple[str, ...]:
+        """Names of the devices that may get work, in order."""
+        return tuple(
+            name
+            for name, d in sorted(self.devices.items())
+            if d.hello.facts.computes and d.state(now) == "ready"
+        )
+
     def candidates(self, now: float) -> tuple[Candidate, ...]:
         """Devices that may get work, by name."""
         return tuple(
             Candidate(
                 d.name, d.hello.facts, self.link(d.name), tuple(d.links.values()), host=d.where
             )
-            for _, d in sorted(self.devices.items())
-            if d.hello.facts.computes and d.state(now) == "ready"
+            for d in map(self.devices.__getitem__, self.ready(now))
         )
 
     def link(self, device: str) -> m.Link | None:

@@ -33,4 +33,5 @@ def profile_of(
         rates=tuple(rate / slowdown for rate in facts.rates),
         kernel_s=facts.kernel_s * slowdown,
         host=host,
+        message_s=facts.overhead_s or plain.message_s,  # each wakes a thread or two, as a task does
     )

@@ -140,7 +140,7 @@ def bars(rows: Sequence[Bar], kinds: Mapping[str, str]) -> str:
 
 def scatter(dots: Sequence[Dot], links: Sequence[str]) -> str:
     """Predicted against measured latency, both logarithmic, with the band of 20 % either way."""
-    width, height, left, right, top, bottom = 520, 420, 62, 24, 14, 46
+    width, height, left, right, top, bottom = 520, 420, 76, 24, 14, 46
     values = [v for d in dots for v in (d.predicted, d.measured) if v > 0]
     low, high = math.log10(min(values) / 1.3), math.log10(max(values) * 1.3)
     wide, tall = width - left - right, height - top - bottom

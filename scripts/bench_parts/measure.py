@@ -158,8 +158,9 @@ def measure(job: Job, rigs: Rigs, cores: float, effort: Effort, folder: Path) ->
         row = row_of(series, model, baseline, plain, input_bytes, output_bytes)
         say(
             f"  {row['short']}: {row['speedup']['median']:.2f}× of at most "
-            f"{row['bound_speedup']:.2f}×, predicted {row['predicted_s'] * 1e3:.0f} ms, "
-            f"measured {row['latency_s']['median'] * 1e3:.0f} ms"
+            f"{row['bound_speedup']:.2f}×, predicted "
+            + (f"{row['predicted_s'] * 1e3:.0f} ms" if row["predicted_s"] else "nothing")
+            + f", measured {row['latency_s']['median'] * 1e3:.0f} ms"
         )
         yield row
     rigs.done(job)

@@ -104,7 +104,7 @@ def _planned(series: Series) -> dict[str, Any]:
     made, texts = series.made, series.rig.ask(do="plans")
     last = texts[series.results[-1]["plan"]]
     plan = Plan.parse(last)
-    expected = made["expected_s"] or 0.0
+    expected = made["expected_s"] or None  # a picture's plan is made when it comes, untold
     under = [
         r["wall_s"] for r in series.results if "wall_s" in r and texts[r["plan"]] == made["plan"]
     ]
