@@ -14,6 +14,8 @@ from meshinfer.planner.space import HEAVY_A_BLOCK
 
 Members = tuple[DeviceProfile, ...]
 
+EVERYTHING = 1200
+"""Most layouts of a small graph for which all are tried."""
 MANY = 8
 """Requests go whole to each number of devices up to so many, and to all."""
 
@@ -45,8 +47,39 @@ def finalists(choice: Choice) -> Iterator[Candidate]:
         yield from variants(choice, team)
     if any(p.memory_bytes for p in order):
         yield handed_on(choice)
+    yield from everything(choice)
     if choice.objective == "throughput":
         yield from streams(choice)
+
+
+def everything(choice: Choice) -> Iterator[Candidate]:
+    """Every layout of a graph with so few cuts that each can have its timeline: all cuts, kinds,
+    sets of devices that share, and places; none where that would be more than EVERYTHING."""
+    space, order = choice.space, choice.order
+    if len(order) > FEW or space.fixed:
+        return
+    sets = [members for n in range(1, len(order) + 1) for members in combinations(order, n)]
+    inner = len(space.cuts) - 2
+    ways = [len(m) + (len(space.axes.kinds(len(m))) if len(m) > 1 else 0) for m in sets]
+    if sum(w * (1 + w) ** inner for w in ways) > EVERYTHING:
+        return
+    for members in sets:
+        shares = {p.id: p.flops_per_s for p in members}
+        kinds = space.axes.kinds(len(members)) if len(members) > 1 else ()
+        chains: dict[int, list[tuple[Block, ...]]] = {0: [()]}
+        for i, stop in enumerate(space.cuts[1:], start=1):
+            found = {k: space.samples(i, k, len(members), 1 << 30) for k in kinds}
+            chains[stop] = [
+                (*chain, block)
+                for start in space.cuts[:i]
+                for block in (
+                    *(Block(start, stop, None, k) for k in kinds if start in found[k]),
+                    *(Block(start, stop, p.id) for p in members),
+                )
+                for chain in chains[start]
+            ]
+        for blocks in chains[space.cuts[-1]]:
+            yield choice.candidate(f"{len(members)} devices, cut anyhow", blocks, shares)
 
 
 def teams(choice: Choice) -> Iterator[Members]:
