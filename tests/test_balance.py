@@ -34,7 +34,7 @@ def test_what_all_devices_take_too_long_is_the_model_s_error_and_moves_nothing()
         for name in NAMES:
             balance.measured("net", name, 3.7, float(i))
     assert [balance.factor(name, 40.0) for name in NAMES] == [1.0] * 3
-    assert not balance.uneven(NAMES, {}, 0.0, 40.0)
+    assert balance.drift(NAMES, {}, 0.0, 40.0) <= limits.PACE_DEVIATION
 
 
 def test_a_few_slow_tasks_and_noise_below_the_threshold_are_not_enough() -> None:
@@ -44,7 +44,7 @@ def test_a_few_slow_tasks_and_noise_below_the_threshold_are_not_enough() -> None
             ratio = 6.0 if rng.random() < 0.05 else rng.uniform(0.95, 1.05)
             balance.measured("net", name, ratio, i / 10)
         if i > limits.PACE_SAMPLES:
-            assert not balance.uneven(NAMES, {}, 0.0, i / 10), i
+            assert balance.drift(NAMES, {}, 0.0, i / 10) <= limits.PACE_DEVIATION, i
 
 
 def test_a_device_that_stays_slow_is_known_after_a_few_tasks_and_again_when_it_recovers() -> None:
@@ -54,9 +54,9 @@ def test_a_device_that_stays_slow_is_known_after_a_few_tasks_and_again_when_it_r
             slow = name == "pi-2" and 10 <= i < 25
             balance.measured("net", name, 5.0 if slow else 1.0, float(i))
         if i == 16:
-            assert balance.uneven(NAMES, {}, 0.0, 16.0)
+            assert balance.drift(NAMES, {}, 0.0, 16.0) > limits.PACE_DEVIATION
             assert balance.factor("pi-2", 16.0) == pytest.approx(5.0)
-            assert not balance.uneven(NAMES, {"pi-2": 5.0}, 0.0, 16.0)
+            assert balance.drift(NAMES, {"pi-2": 5.0}, 0.0, 16.0) <= limits.PACE_DEVIATION
     assert balance.factor("pi-2", 40.0) == pytest.approx(1.0)
 
 

@@ -86,8 +86,10 @@ def test_a_death_is_noticed_even_when_another_event_comes_just_before_the_tick()
     """1. its time is over; 2. before the tick something else arrives; 3. it is dead."""
     cluster = Cluster()
     cluster.kill("pi-1", silent=True)
-    core = cluster.core
-    core.handle(e.PeerLost("nobody", "?"), cluster.now + limits.DEAD_AFTER_S + 0.7)
+    core, heard = cluster.core, cluster.now
+    for after in (0.5, 1.0, 1.5, limits.DEAD_AFTER_S + 0.1):
+        assert "pi-1" in core.members.devices
+        core.handle(e.PeerLost("nobody", "?"), heard + after)
     assert "pi-1" not in core.members.devices
 
 
@@ -225,6 +227,26 @@ def test_a_model_that_no_device_prepares_is_not_tried_on_all_of_them_for_ever() 
     cluster._prepare = prepare  # type: ignore[method-assign]
     assert cluster.answer(cluster.deploy()).failure == failure
     assert len(set(asked)) <= limits.INSTALL_ATTEMPTS
+
+
+def test_a_coordinator_that_stood_still_blames_nobody_for_what_it_has_not_read_yet() -> None:
+    """1. its process stands still for 5 s; 2. it goes on, heartbeats unread; 3. silence is silence
+    again."""
+    cluster = Cluster()
+    cluster.deployed()
+    core, now = cluster.core, cluster.now + 5.0
+    before = set(core.members.devices)
+    core.handle(e.Ticked(), now)
+    assert set(core.members.devices) == before
+    for _ in range(5):
+        due = core.next_deadline()
+        assert due is not None and now < due <= now + limits.HEARTBEAT_S
+        now = due
+        core.handle(e.Ticked(), now)
+    while now < cluster.now + 5.0 + limits.DEAD_AFTER_S + limits.HEARTBEAT_S:
+        now += limits.HEARTBEAT_S
+        core.handle(e.Ticked(), now)
+    assert not core.members.devices
 
 
 def test_an_install_that_never_ends_is_given_up() -> None:

@@ -76,13 +76,14 @@ class Balance:
         pace = self._paces.get(device)
         return 1.0 if pace is None else pace.factor(now)
 
-    def uneven(
+    def drift(
         self, devices: Iterable[str], planned: Mapping[str, float], since: float, now: float
-    ) -> bool:
-        """Whether devices have drifted apart since a plan was made with these factors."""
+    ) -> float:
+        """How many times devices have drifted apart since a plan was made with these factors; 1
+        where nothing new is known."""
         drift = [self.factor(name, now) / planned.get(name, 1.0) for name in devices]
         fresh = any(self._fresh(name, since, now) for name in devices)
-        return fresh and max(drift) > limits.PACE_DEVIATION * min(drift)
+        return max(drift) / min(drift) if fresh else 1.0
 
     def _fresh(self, device: str, since: float, now: float) -> bool:
         pace = self._paces.get(device)

@@ -100,8 +100,9 @@ class Deployment:
     ``factors``: how much slower than its profile each device was when it was planned. ``given``: by
     the user. ``choices``: the devices of each task that may go to several. ``expected``: seconds of
     each task on each device that may get it. ``window``: requests in flight, as the plan says.
-    ``looked``: how many samples of paces there were when it was last seen whether its devices have
-    become ``uneven``. ``in_vain``: how often another plan was looked for since, and was no better.
+    ``looked``: how many samples of paces there were when it was last seen by how much its devices
+    ``drift`` apart; ``uneven``: twice in turn too much. ``in_vain``: how often another plan was
+    looked for since, and was no better.
     """
 
     number: int
@@ -121,6 +122,7 @@ class Deployment:
     factors: Mapping[str, float] = field(default_factory=dict)
     given: bool = False
     looked: int = 0
+    drift: float = 1.0
     uneven: bool = False
     in_vain: int = 0
 
@@ -137,7 +139,7 @@ class Deployment:
         """The same plan, with times expected by other factors."""
         scale = {d: f / self.factors.get(d, 1.0) for d, f in factors.items()}
         self.expected = {key: s * scale.get(key[1], 1.0) for key, s in self.expected.items()}
-        self.factors = factors
+        self.factors, self.drift, self.uneven = factors, 1.0, False
 
     @property
     def most_running(self) -> int:

@@ -61,6 +61,8 @@ class CoordinatorCore:
     # --- the gate
 
     def handle(self, event: Event, now: float) -> list[Effect]:
+        if self._now and now - self._now > limits.STALL_S:  # it asks to be woken more often
+            self.members.forgive(now - self._now, now)
         self._now = now
         match event:
             case Arrived():
@@ -89,6 +91,8 @@ class CoordinatorCore:
         for other in (self.members.next_deadline(), self._links.next_deadline(), self._stop_due):
             if other is not None:
                 times.append(other)
+        if self.members.devices:
+            times.append(self._now + limits.HEARTBEAT_S)  # so that it knows when it stood still
         return min((t for t in times if t > self._now), default=None)
 
     # --- messages

@@ -51,6 +51,7 @@ class Deploying:
         self._answering = answering
         self._balance = balance
         self.fetching = Fetching(catalogue, self._deploy_failed)
+        self._busy_at = 0.0
 
     # --- models
 
@@ -280,6 +281,8 @@ class Deploying:
 
     def plan_what_is_missing(self, now: float) -> list[Effect]:
         self._members.note_workers(now)
+        if self._answering.open:
+            self._busy_at = now
         if self._members.idle_since is not None:
             return self._give_up_without_workers(now)
         names = self._members.ready(now)
@@ -311,12 +314,15 @@ class Deploying:
         if now < made.since + pause_s:
             return False
         count = self._balance.count
-        if count < made.looked + len(made.candidates):
-            return False  # nothing new of most of them
-        # What slows all down alike is seen of one device before the others: look twice.
-        before, made.looked = made.uneven, count
-        made.uneven = self._balance.uneven(made.candidates, made.factors, made.since, now)
-        return before and made.uneven
+        if count >= made.looked + len(made.candidates):  # news of most of them
+            # What slows all down alike is seen of one device before the others: look twice.
+            before, made.looked = made.drift, count
+            made.drift = self._balance.drift(made.candidates, made.factors, made.since, now)
+            made.uneven = min(before, made.drift) > limits.PACE_DEVIATION
+        # A search takes seconds of the coordinator's device, which may be as slow as the others and
+        # computes too: for a small gain it waits until nothing runs.
+        quiet = now >= self._busy_at + limits.REPLAN_QUIET_S
+        return made.uneven and (quiet or made.drift > limits.PACE_GRAVE)
 
     def _give_up_without_workers(self, now: float) -> list[Effect]:
         failure = unavailable(

@@ -164,6 +164,14 @@ class Membership:
         """Devices that are dead: no heartbeat for too long."""
         return [d for d in self.devices.values() if now - d.heard > limits.DEAD_AFTER_S]
 
+    def forgive(self, asleep_s: float, now: float) -> None:
+        """The coordinator itself stood still for so long: what was said meanwhile is yet to be
+        read, and nobody is silent for that."""
+        for device in self.devices.values():
+            device.heard = min(now, device.heard + asleep_s)
+        for heard in (self.clients, self.absent):
+            heard.update({peer: min(now, at + asleep_s) for peer, at in heard.items()})
+
     def gone_clients(self, now: float) -> list[str]:
         """Clients that were silent or absent for too long; they are forgotten here."""
         heard = {**self.absent, **self.clients}
