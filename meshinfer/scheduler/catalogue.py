@@ -102,7 +102,7 @@ class Deployment:
     each task on each device that may get it. ``window``: requests in flight, as the plan says.
     ``looked``: how many samples of paces there were when it was last seen by how much its devices
     ``drift`` apart; ``uneven``: twice in turn too much. ``in_vain``: how often another plan was
-    looked for since, and was no better.
+    looked for since, and was no better. ``search_s``: how long the last search for it took.
     """
 
     number: int
@@ -125,6 +125,7 @@ class Deployment:
     drift: float = 1.0
     uneven: bool = False
     in_vain: int = 0
+    search_s: float = 0.0
 
     @property
     def kind(self) -> Hashable:

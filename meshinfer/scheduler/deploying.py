@@ -144,6 +144,7 @@ class Deploying:
         made = self._catalogue.deployments.get(event.deployment)
         if made is None or made.phase is not Phase.PLANNING:
             return []
+        made.search_s = now - made.since
         failure = event.failure
         unknown = sorted(set(event.programs) - set(made.members))
         if failure is None and unknown:
@@ -179,6 +180,7 @@ class Deploying:
         serving = self._catalogue.serving(made.model, made.signature)
         if serving is not None and serving.candidates == made.candidates:
             serving.since, serving.in_vain = made.since, serving.in_vain + 1
+            serving.search_s = made.search_s
             serving.paced(made.factors)
         return self.retire(made)
 
@@ -309,20 +311,20 @@ class Deploying:
         """
         if made.given or len(made.choices) == made.tasks or len(made.candidates) < 2:
             return False
-        # Planning takes the coordinator's device from its tasks: less and less often in vain.
-        pause_s = limits.REPLAN_EVERY_S * 2 ** min(made.in_vain, limits.REPLAN_DOUBLINGS)
-        if now < made.since + pause_s:
-            return False
         count = self._balance.count
         if count >= made.looked + len(made.candidates):  # news of most of them
             # What slows all down alike is seen of one device before the others: look twice.
             before, made.looked = made.drift, count
             made.drift = self._balance.drift(made.candidates, made.factors, made.since, now)
             made.uneven = min(before, made.drift) > limits.PACE_DEVIATION
-        # A search takes seconds of the coordinator's device, which may be as slow as the others and
-        # computes too: for a small gain it waits until nothing runs.
+        # A search takes the coordinator's device, maybe as slow as the others, from its tasks.
+        # So for a small gain it is rare, waits until nothing runs, and is rarer each time in vain.
+        grave = made.drift > limits.PACE_GRAVE
+        part = limits.REPLAN_SHARE_GRAVE if grave else limits.REPLAN_SHARE
+        pause_s = max(limits.REPLAN_EVERY_S, made.search_s / part)
+        pause_s *= 2 ** min(made.in_vain, limits.REPLAN_DOUBLINGS)
         quiet = now >= self._busy_at + limits.REPLAN_QUIET_S
-        return made.uneven and (quiet or made.drift > limits.PACE_GRAVE)
+        return made.uneven and (quiet or grave) and now >= made.since + pause_s
 
     def _give_up_without_workers(self, now: float) -> list[Effect]:
         failure = unavailable(
