@@ -51,7 +51,7 @@ class CoordinatorCore:
         self._links = LinkRounds()
         self._bulk = bulk
         self._stop_due: float | None = None
-        self._now = 0.0
+        self._now = self._ruled = 0.0
 
     @property
     def requests(self) -> OrderedDict[str, Request]:
@@ -64,7 +64,14 @@ class CoordinatorCore:
         if self._now and now - self._now > limits.STALL_S:  # it asks to be woken more often
             self.members.forgive(now - self._now, now)
         self._now = now
+        effects: list[Effect]
         match event:
+            case Arrived(peer, m.Heartbeat() as beat) if self.members.heard(peer, beat, now):
+                effects = [] if self.members.by_peer(peer) else [_to(peer, m.Alive())]
+                # Most of what comes in when nothing happens, and it changes nothing that the rules
+                # look at but the time: every so often is enough.
+                if now < self._ruled + limits.HEARTBEAT_S:
+                    return effects
             case Arrived():
                 effects = self._arrived(event, now)
             case Ticked():
@@ -92,7 +99,7 @@ class CoordinatorCore:
             if other is not None:
                 times.append(other)
         if self.members.devices:
-            times.append(self._now + limits.HEARTBEAT_S)  # so that it knows when it stood still
+            times.append(self._ruled + limits.HEARTBEAT_S)  # so that it knows when it stood still
         return min((t for t in times if t > self._now), default=None)
 
     # --- messages
@@ -119,9 +126,6 @@ class CoordinatorCore:
         """From a peer that has joined."""
         device = self.members.by_peer(peer)
         match message:
-            case m.Heartbeat():
-                self.members.heard(peer, message, now)
-                return [] if device is not None else [_to(peer, m.Alive())]
             case m.TasksDone() if device is not None:
                 return self._answering.tasks_done(peer, message, now)
             case m.NotKept() if device is not None:
@@ -234,6 +238,7 @@ class CoordinatorCore:
     # --- the rules
 
     def _advance(self, now: float) -> list[Effect]:
+        self._ruled = now
         effects = self._drop_silent(now)
         effects += self._deploying.due(now)
         effects += self._answering.end_overdue(now)
