@@ -167,6 +167,8 @@ class _Lowering:
                 crops.append((names[-1], box, wanted, target))
         if op.outputs[0] in self.graph.sums:
             inputs = self._as_one_kernel(job, inputs)
+        if op.type == "GlobalAveragePool" and inputs[0] in self.field.fetches:
+            inputs = (self._as_in_the_whole(op, inputs[0]),)
         rule.emit(op, Emission(job.outs, job.ins, job.over, inputs, tuple(names)), self)
         if op.type in _BLOCKS or (op.type in _KEEPS and self.blocked.issuperset(inputs)):
             self.blocked.update(names)
@@ -199,6 +201,18 @@ class _Lowering:
             self.node("Conv", [other, ones], [target], group=channels, kernel_shape=[1, 1])
             other = target
         return (inputs[position], other)
+
+    def _as_in_the_whole(self, op: Op, name: str) -> str:
+        """A mean's operand that onnxruntime puts into its blocked layout only if it would so in the
+        whole model: what comes from outside it always does, what an operator made in plain layout
+        never (seen of 1.32). A maximum of one operand keeps it plain and changes no bit.
+        """
+        made = self.graph.producer.get(op.inputs[0], -1) >= 0
+        if not made or _in_blocks(self.graph, op.inputs[0]):
+            return name
+        target = self.fresh(name)
+        self.node("Max", [name], [target])
+        return target
 
     def _output(self, shard: Shard) -> str:
         target = self.fresh("out")
@@ -261,3 +275,17 @@ class _Lowering:
         return Weight(
             Shard(name, box), self.graph.weight_digest(name, box), self.graph.nbytes(name, box)
         )
+
+
+def _in_blocks(graph: Graph, name: str) -> bool:
+    """Whether onnxruntime has a value of the whole model in its blocked layout."""
+    key = ("blocks", name)
+    if key not in graph.memo:
+        index = graph.producer.get(name, -1)
+        op = graph.ops[index] if index >= 0 else None
+        kept = op is not None and op.type in _KEEPS
+        read = [n for n in op.inputs if n and not graph.is_initializer(n)] if op and kept else []
+        graph.memo[key] = op is not None and (
+            op.type in _BLOCKS or (bool(read) and all(_in_blocks(graph, n) for n in read))
+        )
+    return bool(graph.memo[key])

@@ -158,7 +158,7 @@ def test_an_int8_model_of_the_quantiser_tiles_bit_for_bit(
     planned = make_plan(graph, devices(3), PI0, PI0, spread=True).plan
     assert len(planned.devices()) == 3
     for plan in (planned, bands(graph, [5, 3, 2])):
-        assert len(plan.stages) > 5
+        assert len(plan.stages) > 3
         assert_same_bits(model, graph, plan, x)
 
 
