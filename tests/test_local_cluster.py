@@ -219,7 +219,7 @@ def test_the_processes_of_a_cluster_die_with_their_owner(number: signal.Signals)
             assert len(pids) == 5 and all(map(alive, pids))
         finally:
             owner.send_signal(number)
-        owner.wait(timeout=10)
+        owner.wait(timeout=30)  # processes stop one after another, each in its time
         assert eventually(lambda: none_alive(pids), 5.0)
         assert Path(keyring).exists() == (number == signal.SIGKILL)
         shutil.rmtree(Path(keyring).parent.parent, ignore_errors=True)
