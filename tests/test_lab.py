@@ -36,7 +36,6 @@ from cluster.lab import (
 )
 from cluster.lab.cgroups import CgroupsV1, CgroupsV2, find_cgroups, quota_us
 from cluster.lab.lab import available
-from cluster.lab.specs import processors
 from cluster.security import read_keyring
 from meshinfer.errors import ConfigurationError, InvalidInput
 
@@ -562,12 +561,3 @@ def test_a_lab_is_described_by_what_it_was_made_of(lab: Lab) -> None:
     with pytest.raises(InvalidInput, match="cannot be named"):
         Lab(FULL, "../x")
     assert cgroups.processes(available(), "nosuchlab") == {}
-
-
-def test_a_device_of_one_core_or_less_stays_on_one_processor() -> None:
-    specs = [DeviceSpec(f"pi-{i}", cpu=cpu) for i, cpu in enumerate((0.25, 0.25, 2.0, 0.5, 0.25))]
-    chosen = processors(specs)
-    here = sorted(os.sched_getaffinity(0))
-    assert chosen[2] is None
-    held = {c: sum(s.cpu for s, p in zip(specs, chosen, strict=True) if p == c) for c in here}
-    assert max(held.values()) <= sum(s.cpu for s in specs if s.cpu <= 1.0) / len(here) + 0.5

@@ -307,8 +307,3 @@ def _refused(path: Path, error: OSError) -> ConfigurationError:
         f"the kernel refuses {path}: {error.strerror}",
         hint="a lab needs control groups of its own at the root of their hierarchy",
     )
-
-
-def staying(processor: int) -> list[str]:
-    """A command's beginning: what follows, and what it starts, runs on this processor only."""
-    return ["taskset", "--cpu-list", str(processor)]

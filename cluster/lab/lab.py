@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from cluster.lab import cgroups, network, record
 from cluster.lab.cgroups import FREE, Cgroups
-from cluster.lab.specs import DeviceSpec, check_cpu, check_devices, check_link, processors
+from cluster.lab.specs import DeviceSpec, check_cpu, check_devices, check_link
 from meshinfer.errors import ConfigurationError, InvalidInput
 
 if TYPE_CHECKING:
@@ -135,9 +135,7 @@ class Lab:
         """What to execute for ``argv`` to run on a device, from its first instruction on."""
         group = _group(self._index(i)) if limits else FREE
         enter = cgroups.entering(self._groups.folders(self.name, group))
-        processor = processors(self.devices)[i] if limits else None
-        stay = [] if processor is None else cgroups.staying(processor)
-        return [*enter, *network.entering(self.name, i), *stay, *argv]
+        return [*enter, *network.entering(self.name, i), *argv]
 
     def spawn(
         self, i: int, argv: Sequence[str], *, limits: bool = True, **popen: Any

@@ -24,7 +24,6 @@ TOOLS: Final = {
     "tc": "iproute2",
     "bridge": "iproute2",
     "nsenter": "util-linux",
-    "taskset": "util-linux",
 }
 _PATH: Final = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"))
 _COMMAND_S: Final = 30.0

@@ -6,7 +6,6 @@ its slices. Results are a lower bound of what real boards of that ratio would re
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -125,22 +124,3 @@ def _within(what: str, value: float, bounds: tuple[float, float], unit: str) -> 
             hint=f"{bounds[0]:g} to {bounds[1]:g} {unit}",
         )
     return value
-
-
-def processors(devices: Sequence[DeviceSpec]) -> list[int | None]:
-    """The processor of this machine that each device's threads stay on; None: any.
-
-    A device of one core or less is one slow processor. Left to several, the kernel would hand the
-    device's quota to one of them at a time, and a thread that wakes on another would sleep until
-    the next period: 5 ms for each hand-over of a task were measured so, an artefact.
-    """
-    load = dict.fromkeys(sorted(os.sched_getaffinity(0)), 0.0)
-    found: list[int | None] = []
-    for device in devices:
-        if device.cpu > 1.0:
-            found.append(None)
-            continue
-        least = min(load, key=lambda processor: (load[processor], processor))
-        load[least] += device.cpu
-        found.append(least)
-    return found

@@ -16,7 +16,7 @@ from meshinfer import limits
 from meshinfer.protocol import messages as m
 from meshinfer.scheduler.admission import refuse, same_body, signature_of
 from meshinfer.scheduler.balance import Balance
-from meshinfer.scheduler.catalogue import Catalogue, Deployment, Model
+from meshinfer.scheduler.catalogue import Catalogue, Deployment, Model, Phase
 from meshinfer.scheduler.covering import Covering
 from meshinfer.scheduler.events import Effect, Note, Plane, Send, Signature
 from meshinfer.scheduler.membership import Membership
@@ -299,6 +299,8 @@ class Answering:
     def _note_pace(
         self, made: Deployment, device: str, tasks: tuple[m.Done, ...], now: float
     ) -> None:
+        if any(d.phase is Phase.PLANNING for d in self._catalogue.deployments.values()):
+            return  # a search slows the coordinator's device, and must not be the cause of the next
         took = sum(done.compute_s for done in tasks)
         expected = [made.seconds(done.place, device) for done in tasks]
         total = sum(each for each in expected if each is not None)
