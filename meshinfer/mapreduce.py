@@ -24,8 +24,8 @@ def scatter(array: Array, held: Box, wanted: Box) -> Array:
 def reduce(box: Box, pieces: Sequence[tuple[Shard, Array]]) -> Array:
     """The array of ``box`` from pieces that cover it once (each reduction once as well).
 
-    One piece that is the whole box is returned as it is; otherwise this is the one place where
-    received bytes are copied: each piece into its place of a new array.
+    One piece that is the whole box is returned as it is; otherwise each is copied into its place of
+    a new array. On a device only parts of a sum come here: other pieces are received into place.
     """
     first, array = pieces[0]
     if len(pieces) == 1 and first.box == box:

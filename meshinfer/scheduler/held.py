@@ -34,7 +34,6 @@ class Held:
     assigned: tuple[m.Assigned, ...] = ()
     heard: float = 0.0
     ready: dict[m.Place, tuple[float, float]] = field(default_factory=dict)
-
     made: dict[m.Place, Sequence[Array]] = field(default_factory=dict)
     not_kept: set[m.Place] = field(default_factory=set)
 
