@@ -10,11 +10,14 @@ import json
 import os
 import secrets
 import signal
+import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import structlog
@@ -30,7 +33,7 @@ from cluster.security import KeyPair, Keyring, generate_keypair, load_or_create_
 from cluster.sockets import Endpoint, Plane
 from cluster.transport import Transport
 from cluster.worker import StoreThread
-from meshinfer.errors import ConfigurationError, MeshInferError
+from meshinfer.errors import ClusterUnavailable, ConfigurationError, MeshInferError
 from meshinfer.protocol import messages as m
 from meshinfer.protocol.codec import error_of, failure_of
 from meshinfer.protocol.records import BESIDE_COORDINATOR
@@ -43,6 +46,7 @@ HEAD = "head"
 
 EVERYWHERE, LOOPBACK = "0.0.0.0", "127.0.0.1"
 _LOOK_S = 2.5
+_POLL_S = 0.02
 _REFRESH_S = 30.0
 _WARN_S = 60.0
 _JOIN_S = 5.0
@@ -180,6 +184,18 @@ def _write_address(path: Path, address: Address) -> None:
     part = path.with_suffix(".part")
     part.write_bytes(msgspec.json.encode(address))
     os.replace(part, path)
+
+
+def await_address(coordinator: subprocess.Popen[Any], state_dir: Path, timeout_s: float) -> Address:
+    """Where a coordinator that was just started listens. Raises ``ClusterUnavailable`` if it ends,
+    or does not listen in time."""
+    path = state_dir / "address.json"
+    deadline = time.monotonic() + timeout_s
+    while not path.exists():
+        if coordinator.poll() is not None or time.monotonic() > deadline:
+            raise ClusterUnavailable("the coordinator did not start", hint="look at the log above")
+        time.sleep(_POLL_S)
+    return msgspec.json.decode(path.read_bytes(), type=Address)
 
 
 def _refuse_second(options: CoordinatorOptions, keyring: Keyring) -> None:

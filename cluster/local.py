@@ -25,7 +25,7 @@ import msgspec
 import psutil
 
 from cluster.client import Client
-from cluster.coordinator import HEAD, Address, CoordinatorOptions
+from cluster.coordinator import HEAD, Address, CoordinatorOptions, await_address
 from cluster.profiler import Measured, measure
 from cluster.worker import WorkerOptions
 from meshinfer.errors import ClusterUnavailable, InvalidInput
@@ -196,15 +196,7 @@ class LocalCluster:
             parent=os.getpid(),
         )
         self._coordinator = _spawn("cluster.coordinator", msgspec.to_builtins(options))
-        path = self._folder / "coordinator" / "address.json"
-        deadline = time.monotonic() + _START_S
-        while not path.exists():
-            if self._coordinator.poll() is not None or time.monotonic() > deadline:
-                raise ClusterUnavailable(
-                    "the coordinator did not start", hint="look at the log above"
-                )
-            time.sleep(_POLL_S)
-        self._address = msgspec.json.decode(path.read_bytes(), type=Address)
+        self._address = await_address(self._coordinator, self._folder / "coordinator", _START_S)
 
     def _start_worker(self, speed: float) -> str:
         if self._measured is None:

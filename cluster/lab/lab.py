@@ -11,12 +11,12 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from cluster.lab import cgroups, network, record
-from cluster.lab.cgroups import FREE, Cgroups
+from cluster.lab.cgroups import FREE, Cgroups, GroupUsage
 from cluster.lab.specs import DeviceSpec, check_cpu, check_devices, check_link
 from meshinfer.errors import ConfigurationError, InvalidInput
 
@@ -27,19 +27,13 @@ _REAP_S: Final = 10.0
 
 
 @dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(GroupUsage):
     """What a device has used since the lab was made; the peak since ``reset_peak``.
 
     Memory is what the kernel charges the device: its processes' own pages (anonymous) and the
     files that it was the first to read or write. Bytes of the link count headers.
     """
 
-    cpu_s: float
-    memory_bytes: int
-    peak_memory_bytes: int
-    anonymous_bytes: int
-    file_bytes: int
-    oom_kills: int
     sent_bytes: int
     received_bytes: int
 
@@ -114,16 +108,7 @@ class Lab:
     def usage(self, i: int) -> Usage:
         used = self._groups.usage(self.name, _group(self._index(i)))
         sent, received = network.counters(self.name, i)
-        return Usage(
-            used.cpu_s,
-            used.memory_bytes,
-            used.peak_memory_bytes,
-            used.anonymous_bytes,
-            used.file_bytes,
-            used.oom_kills,
-            sent,
-            received,
-        )
+        return Usage(**asdict(used), sent_bytes=sent, received_bytes=received)
 
     def reset_peak(self, i: int) -> None:
         """Let the peak of memory start again from what is in use now."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 import psutil
 
-from cluster.coordinator import HEAD, Address, CoordinatorOptions
+from cluster.coordinator import HEAD, Address, CoordinatorOptions, await_address
 from cluster.worker import WorkerOptions
 from meshinfer.errors import ClusterUnavailable
 
@@ -178,15 +178,7 @@ class LabCluster:
             parent=os.getpid(),
         )
         self._coordinator = self._spawn(0, "cluster.coordinator", options)
-        path = self.state / "coordinator" / "address.json"
-        deadline = time.monotonic() + _START_S
-        while not path.exists():
-            if self._coordinator.poll() is not None or time.monotonic() > deadline:
-                raise ClusterUnavailable(
-                    "the coordinator did not start", hint="look at the log above"
-                )
-            time.sleep(_POLL_S)
-        self._address = msgspec.json.decode(path.read_bytes(), type=Address)
+        self._address = await_address(self._coordinator, self.state / "coordinator", _START_S)
 
     def _start_worker(self, i: int) -> None:
         device = self._lab.devices[i]
