@@ -102,9 +102,9 @@ class Loop:
 
     def _step(self, transport: Transport) -> None:
         due = self._core.next_deadline()
-        wait = _LONGEST_WAIT_S if due is None else due - time.monotonic()
-        if self._inbox:
-            wait = 0.0
+        wait = 0.0
+        if not self._inbox:
+            wait = _LONGEST_WAIT_S if due is None else due - time.monotonic()
         for incoming in transport.receive(max(0.0, min(wait, _LONGEST_WAIT_S))):
             if isinstance(incoming, Lost):
                 refused = incoming.reason in (REFUSED, NOT_OURS)

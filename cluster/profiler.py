@@ -25,8 +25,6 @@ import psutil
 
 import meshinfer
 from cluster import granted
-from meshinfer.geometry import Box
-from meshinfer.plan import Shard
 from meshinfer.protocol import codec
 from meshinfer.protocol import messages as m
 
@@ -193,7 +191,7 @@ class _OneTask:
             attempt=1,
             deployment=1,
             consumer=(0, 0),
-            piece=Shard("value", Box.whole(_PIECE)),
+            slot=0,
             tensor=codec.describe("value", self.piece),
         )
         self.jobs: queue.SimpleQueue[bool] = queue.SimpleQueue()

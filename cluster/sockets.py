@@ -6,6 +6,8 @@ Options stand here with their reasons, and nowhere else.
 from __future__ import annotations
 
 import errno
+import os
+import threading
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -79,6 +81,22 @@ class Lost:
 
 
 Incoming = Received | Lost
+
+
+_process = os.getpid()
+
+
+def _forked() -> None:
+    global _process
+    _process = os.getpid()
+
+
+os.register_at_fork(after_in_child=_forked)  # to ask the kernel at each message takes its time
+
+
+def this_thread() -> tuple[int, int]:
+    """Process and thread that ask."""
+    return _process, threading.get_ident()
 
 
 def frame_limit(plane: Plane) -> int:
@@ -178,14 +196,17 @@ def frame_size(frame: bytes | memoryview) -> int:
     return frame.nbytes if isinstance(frame, memoryview) else len(frame)
 
 
-def send_whole(to: Socket, frames: Frames) -> bool:
+def send_whole(to: Socket, frames: Frames, plane: Plane) -> bool:
     """Send one message or, if the pipe is full, nothing."""
     taken = True
     last = len(frames) - 1
+    most = frame_limit(plane)
     for index, frame in enumerate(frames):
         flags = _NOW_AND_MORE if index < last else _NOW
+        size = frame_size(frame)
+        assert size <= most, "frames are cut above"
         try:
-            to.send(frame, flags, copy=frame_size(frame) < _ZERO_COPY_BYTES)
+            to.send(frame, flags, copy=size < _ZERO_COPY_BYTES)
         except zmq.Again:
             if index == 0:
                 return False

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import math
-import os
 import socket
 import threading
 import time
@@ -72,7 +71,7 @@ class Transport:
         self._monitors: set[sockets.Socket] = set()
         self._retry_s = _RETRY_S
         self._turn = 0
-        self._owner = (os.getpid(), threading.get_ident())
+        self._owner = sockets.this_thread()
         # A socket pair, because zmq_poll also takes plain descriptors; the lock keeps wake() from
         # writing to a descriptor that close() gave back (reentrant: wake() in a signal handler).
         self._wake_lock = threading.RLock()
@@ -178,9 +177,6 @@ class Transport:
         """
         self._check_thread()
         assert 0 < len(frames) <= limits.FRAMES_PER_MESSAGE, "messages are cut above"
-        assert all(sockets.frame_size(frame) <= sockets.frame_limit(plane) for frame in frames), (
-            "frames are cut above"
-        )
         key = (plane, peer)
         if key not in self._backlogs:
             sent = self._hand_over(key, frames)
@@ -209,8 +205,11 @@ class Transport:
                 self._flush()
             incoming: list[Incoming] = []
             readable = [self._data[s] for s in ready if s in self._data]
-            for plane in (Plane.CONTROL, Plane.BULK) if readable else ():
-                self._drain([ends for ends in readable if ends.plane is plane], incoming)
+            if len(readable) == 1:
+                self._drain(readable, incoming)
+            elif readable:
+                for plane in (Plane.CONTROL, Plane.BULK):
+                    self._drain([ends for ends in readable if ends.plane is plane], incoming)
             if self._lost:
                 incoming += [Lost(plane, peer, why) for (plane, peer), why in self._lost.items()]
                 self._lost.clear()
@@ -229,11 +228,12 @@ class Transport:
         plane, peer = key
         link = self._links.get(key)
         if link is not None and not link.refused:
-            return True if sockets.send_whole(link.socket, frames) else None
+            return True if sockets.send_whole(link.socket, frames, plane) else None
         port = self._ports.get(plane)
         if link is None and port is not None:
             try:
-                return True if sockets.send_whole(port.socket, [peer.encode(), *frames]) else None
+                whole = [peer.encode(), *frames]
+                return True if sockets.send_whole(port.socket, whole, plane) else None
             except zmq.ZMQError as error:
                 if error.errno != errno.EHOSTUNREACH:
                     raise
@@ -387,4 +387,4 @@ class Transport:
 
     def _check_thread(self) -> None:
         # A forked child's sends would return as if they worked, and never arrive.
-        assert self._owner == (os.getpid(), threading.get_ident()), "not this transport's thread"
+        assert self._owner == sockets.this_thread(), "not this transport's thread"

@@ -64,9 +64,12 @@ class _Ends:
         self._graph, self._flow = graph, flow
         self._out: defaultdict[TaskRef, list[Transfer]] = defaultdict(list)
         self._into: defaultdict[tuple[TaskRef, str], list[Transfer]] = defaultdict(list)
+        self._slots: defaultdict[TaskRef, dict[Shard, int]] = defaultdict(dict)
         for transfer in flow.transfers:
             self._out[transfer.producer].append(transfer)
             self._into[transfer.consumer, transfer.piece.value].append(transfer)
+            slots = self._slots[transfer.consumer]
+            slots.setdefault(transfer.piece, len(slots))
 
     def devices(self, ref: TaskRef) -> tuple[str, ...]:
         """Those that may take a task. What is drawn at random must not be drawn twice."""
@@ -82,14 +85,18 @@ class _Ends:
         for t in self._out[ref]:
             first, *others = self.devices(t.consumer)
             send = m.Send(
-                piece=t.piece, device=first, consumer=_place(t.consumer), others=tuple(others)
+                piece=t.piece,
+                device=first,
+                consumer=_place(t.consumer),
+                slot=self._slots[t.consumer][t.piece],
+                others=tuple(others),
             )
             found.append(send)
         return tuple(found)
 
     def value(self, ref: TaskRef, name: str, shard: Shard) -> m.Value:
         pieces = tuple(
-            m.Piece(shard=t.piece, producer=_place(t.producer))
+            m.Piece(shard=t.piece, producer=_place(t.producer), slot=self._slots[ref][t.piece])
             for t in self._into[ref, shard.value]
         )
         return m.Value(name=name, box=shard, pieces=pieces)

@@ -207,7 +207,7 @@ def test_a_piece_of_an_older_attempt_is_acknowledged_but_never_used() -> None:
             attempt=attempt,
             deployment=5,
             consumer=(0, 0),
-            piece=shard,
+            slot=0,
             tensor=describe("x", array),
         )
         effects = core.handle(e.Arrived("head#1", piece, payload_of(array)), 1.0)
@@ -265,12 +265,14 @@ def test_pieces_of_one_peer_are_acknowledged_together_after_a_moment() -> None:
         piece = m.Feed(id=number, request=f"{peer} {number}", tensor=describe("x", array))
         effects = core.handle(e.Arrived(peer, piece, payload_of(array)), 1.0)
         assert messages(effects) == []
-    assert core.next_deadline() == 1.0 + limits.ACK_DELAY_S
-    assert core.handle(e.Ticked(), 1.0 + limits.ACK_DELAY_S) == [
-        e.Send(e.Plane.BULK, "ann#1", m.Ack(ids=(1, 2, 3))),
-        e.Send(e.Plane.BULK, "bob#1", m.Ack(ids=(7,))),
+    said = []
+    while (now := core.next_deadline()) <= 1.0 + limits.ACK_DELAY_S:
+        said += [(now, x) for x in core.handle(e.Ticked(), now) if messages([x]) != ["Heartbeat"]]
+    due = 1.0 + limits.ACK_DELAY_S
+    assert said == [
+        (due, e.Send(e.Plane.BULK, "ann#1", m.Ack(ids=(1, 2, 3)))),
+        (due, e.Send(e.Plane.BULK, "bob#1", m.Ack(ids=(7,)))),
     ]
-    assert core.next_deadline() == 1.0 + limits.HEARTBEAT_S
 
 
 def test_much_data_is_acknowledged_at_once_and_a_device_that_ends_owes_nobody() -> None:

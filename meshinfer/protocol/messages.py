@@ -15,7 +15,6 @@ import msgspec
 from msgspec import Meta
 
 from meshinfer import limits
-from meshinfer.plan import Shard
 
 # isort: off
 from meshinfer.protocol.records import (
@@ -30,7 +29,7 @@ from meshinfer.protocol.records import (
 # isort: on
 from meshinfer.protocol.report import Report as Report
 
-PROTOCOL = (1, 1)
+PROTOCOL = (2, 2)
 """Protocol versions that this release speaks, first and last (RELIABILITY: N-1 to N)."""
 
 Acks = Annotated[tuple[Count, ...], Meta(max_length=limits.ACKS_AT_ONCE)]
@@ -316,7 +315,8 @@ class Reply(Message, frozen=True):
 
 
 class Deliver(Message, frozen=True):
-    """A piece of a value for a task; raw bytes behind. ``id`` is acknowledged, and ``acks`` are.
+    """A piece for a task, by its ``slot`` there; raw bytes behind. ``id`` is acknowledged, and
+    ``acks`` are.
 
     ``assigned`` as in ``Start``, for the receiver's own sends.
     """
@@ -326,7 +326,7 @@ class Deliver(Message, frozen=True):
     attempt: Count
     deployment: Count
     consumer: Place
-    piece: Shard
+    slot: Count
     tensor: Tensor
     acks: Acks = ()
     assigned: tuple[Assigned, ...] = ()

@@ -115,10 +115,11 @@ class Tensor(Record, frozen=True):
 
 
 class Piece(Record, frozen=True):
-    """One awaited part of an input value."""
+    """One awaited part of an input value; ``slot`` is its number among all that its task awaits."""
 
     shard: Shard
     producer: Place
+    slot: Count = 0
 
 
 class Value(Record, frozen=True):
@@ -135,7 +136,7 @@ position among the task's devices. Two entries of one task: both do."""
 
 
 class Send(Record, frozen=True):
-    """A piece of what a task made, for a task on ``device``.
+    """A piece of what a task made, for a task on ``device``, which awaits it as number ``slot``.
 
     Where ``others`` may take that task as well, the attempt's assignment says which of them does.
     """
@@ -143,6 +144,7 @@ class Send(Record, frozen=True):
     piece: Shard
     device: Name
     consumer: Place
+    slot: Count = 0
     others: tuple[Name, ...] = ()
 
 

@@ -28,6 +28,7 @@ class AckBox:
 
     def __init__(self) -> None:
         self._waiting: dict[str, _Waiting] = {}
+        self._soonest = float("inf")
 
     def __len__(self) -> int:
         return sum(len(w.ids) for w in self._waiting.values())
@@ -37,10 +38,12 @@ class AckBox:
         waiting = self._waiting.get(peer)
         if waiting is None:
             waiting = self._waiting[peer] = _Waiting(now + limits.ACK_DELAY_S)
+            self._soonest = min(self._soonest, waiting.due)
         waiting.ids.append(number)
         waiting.nbytes += nbytes
         if len(waiting.ids) >= limits.ACKS_AT_ONCE or waiting.nbytes >= limits.ACK_BYTES:
             waiting.due = min(waiting.due, now)
+            self._soonest = min(self._soonest, waiting.due)
 
     def take(self, peer: str) -> tuple[int, ...]:
         """What a piece that goes to this peer now can carry along."""
@@ -55,14 +58,19 @@ class AckBox:
 
     def due(self, now: float) -> list[Effect]:
         """Tell those peers whose time has come."""
-        return self._tell([peer for peer, w in self._waiting.items() if w.due <= now])
+        if now < self._soonest:
+            return []
+        effects = self._tell([peer for peer, w in self._waiting.items() if w.due <= now])
+        self._soonest = min((w.due for w in self._waiting.values()), default=float("inf"))
+        return effects
 
     def flush(self) -> list[Effect]:
         """Tell everybody, since nobody will be here to do it later."""
         return self._tell(list(self._waiting))
 
     def next_deadline(self) -> float | None:
-        return min((w.due for w in self._waiting.values()), default=None)
+        """Nothing is due before; as with ``Outbox``, what was due then may have gone since."""
+        return self._soonest if self._waiting else None
 
     def _tell(self, peers: Iterable[str]) -> list[Effect]:
         return [

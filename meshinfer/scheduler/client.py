@@ -216,7 +216,8 @@ class ClientCore:
             effects.append(self._tell(header))
             for value, array in request.arrays.items():
                 tensor = describe(value, array)
-                message = m.Feed(id=0, request=name, tensor=tensor, turn=request.turn)
+                number = self._outbox.number()
+                message = m.Feed(id=number, request=name, tensor=tensor, turn=request.turn)
                 effects.append(self._outbox.send(head, message, payload_of(array), now))
         for question in self._questions.values():
             if not question.sent:

@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 
 from meshinfer import limits
-from meshinfer.plan import Shard
 from meshinfer.protocol import messages as m
 from meshinfer.protocol.codec import ProtocolError, array_of, describe, payload_of
 from meshinfer.scheduler.acks import AckBox
@@ -149,7 +148,7 @@ class Computing:
         except ProtocolError as error:
             return [*effects, Note("warning", "bad piece", {"why": str(error), "peer": peer})]
         return effects + self._place(
-            message.request, request, message.consumer, message.piece, array, now
+            message.request, request, message.consumer, message.slot, array, now
         )
 
     def _learn(
@@ -177,7 +176,7 @@ class Computing:
         name: str,
         request: Held,
         consumer: m.Place,
-        piece: Shard,
+        slot: int,
         array: Array,
         now: float,
     ) -> list[Effect]:
@@ -188,8 +187,9 @@ class Computing:
         if gathering is None:
             recipe = self._deployments[request.deployment].recipes.get(consumer)
             gathering = None if recipe is None else Gathering(recipe)
-        if gathering is None or not gathering.put(piece, array):
-            return [Note("warning", "a piece that nobody awaits", {"piece": str(piece)})]
+        if gathering is None or not gathering.put(slot, array):
+            fields = {"task": str(consumer), "slot": slot}
+            return [Note("warning", "a piece that nobody awaits", fields)]
         request.pieces[consumer] = gathering
         if not gathering.complete:
             return []
@@ -221,7 +221,11 @@ class Computing:
             return [_failed(name, request.attempt, place, str(error))]
         for tensor, array in zip(tensors, outputs.values(), strict=True):
             message = m.Answer(
-                id=0, request=name, attempt=request.attempt, tensor=tensor, count=len(outputs)
+                id=self.outbox.number(),
+                request=name,
+                attempt=request.attempt,
+                tensor=tensor,
+                count=len(outputs),
             )
             effects.append(self.outbox.send(request.client, message, payload_of(array), now))
         request.pieces.pop(place, None)
@@ -331,12 +335,12 @@ class Computing:
             except ValueError as error:
                 return [_failed(name, request.attempt, place, str(error))], 0
             message = m.Deliver(
-                id=0,
+                id=self.outbox.number(),
                 request=name,
                 attempt=request.attempt,
                 deployment=request.deployment,
                 consumer=send.consumer,
-                piece=send.piece,
+                slot=send.slot,
                 tensor=tensor,
                 acks=self.acks.take(deployment.peers[device]),
                 assigned=request.assigned,
@@ -345,13 +349,15 @@ class Computing:
             sent += len(payload)
             effects.append(self.outbox.send(deployment.peers[device], message, payload, now))
         for cut in local:
-            consumer, piece = cut.send.consumer, cut.send.piece
-            effects += self._place(name, request, consumer, piece, cut.of(arrays), now)
+            consumer, slot = cut.send.consumer, cut.send.slot
+            effects += self._place(name, request, consumer, slot, cut.of(arrays), now)
         return effects, sent
 
     def next_deadline(self) -> float | None:
-        times = (self.outbox.next_deadline(), self.acks.next_deadline())
-        return min((t for t in times if t is not None), default=None)
+        first, second = self.outbox.next_deadline(), self.acks.next_deadline()
+        if first is None or second is None:
+            return second if first is None else first
+        return min(first, second)
 
     def due(self, now: float) -> list[Effect]:
         effects, lost = self.outbox.resend_due(now)

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from msgspec import structs
-
 from meshinfer import limits
 from meshinfer.protocol.codec import Buffer
 from meshinfer.protocol.messages import Answer, Deliver, Feed
@@ -37,26 +35,33 @@ class Outbox:
     def __init__(self) -> None:
         self._entries: dict[int, Unacknowledged] = {}
         self._last = 0
+        self._under_way: dict[str, int] = {}
+        self._soonest = float("inf")
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def send(self, peer: str, message: Numbered, payload: Buffer, now: float) -> Send:
-        """Number the message, keep it, and send it for the first time."""
+    def number(self) -> int:
+        """The ``id`` of the next message."""
         self._last += 1
-        message = structs.replace(message, id=self._last)
-        due = now + self._patience(peer, len(payload))
-        self._entries[self._last] = Unacknowledged(peer, message, payload, now, due)
+        return self._last
+
+    def send(self, peer: str, message: Numbered, payload: Buffer, now: float) -> Send:
+        """Keep a message, which has its number, and send it for the first time."""
+        self._under_way[peer] = self._under_way.get(peer, 0) + len(payload)
+        due = now + self._patience(peer)
+        self._soonest = min(self._soonest, due)
+        self._entries[message.id] = Unacknowledged(peer, message, payload, now, due)
         return Send(Plane.BULK, peer, message, payload)
 
     def acknowledge(self, numbers: Iterable[int]) -> None:
         for number in numbers:
-            self._entries.pop(number, None)
+            self._drop(number)
 
     def forget(self, which: Callable[[Numbered], bool]) -> None:
         """Nobody needs these any more."""
         for number in [n for n, e in self._entries.items() if which(e.message)]:
-            del self._entries[number]
+            self._drop(number)
 
     def hasten(self, peer: str, now: float) -> None:
         """A peer's connection was cut: send again when it may be back, not when it was due.
@@ -67,25 +72,42 @@ class Outbox:
         for number, entry in self._entries.items():
             if entry.peer == peer and entry.due > soon:
                 self._entries[number] = replace(entry, due=soon)
+                self._soonest = min(self._soonest, soon)
 
     def resend_due(self, now: float) -> tuple[list[Effect], list[Unacknowledged]]:
         """Send again what is overdue; and what is given up, since it was so for too long."""
         effects: list[Effect] = []
         lost: list[Unacknowledged] = []
+        if now < self._soonest:
+            return effects, lost
         for number, entry in list(self._entries.items()):
             if entry.due > now:
                 continue
-            patience = self._patience(entry.peer, 0)
+            patience = self._patience(entry.peer)
             if now - entry.since >= limits.ACK_TRIES * patience:
-                lost.append(self._entries.pop(number))
+                lost.append(entry)
+                self._drop(number)
                 continue
             self._entries[number] = replace(entry, due=now + patience)
             effects.append(Send(Plane.BULK, entry.peer, entry.message, entry.payload))
+        self._soonest = min((e.due for e in self._entries.values()), default=float("inf"))
         return effects, lost
 
     def next_deadline(self) -> float | None:
-        return min((e.due for e in self._entries.values()), default=None)
+        """Nothing is due before. What was due then may be acknowledged since: each step asks for
+        this, and to search for the next one each time costs more than to look once in vain."""
+        return self._soonest if self._entries else None
 
-    def _patience(self, peer: str, more: int) -> float:
-        under_way = sum(len(e.payload) for e in self._entries.values() if e.peer == peer) + more
+    def _drop(self, number: int) -> None:
+        entry = self._entries.pop(number, None)
+        if entry is None:
+            return
+        left = self._under_way.get(entry.peer, 0) - len(entry.payload)
+        if left:
+            self._under_way[entry.peer] = left
+        else:
+            self._under_way.pop(entry.peer, None)  # peers come and go
+
+    def _patience(self, peer: str) -> float:
+        under_way = self._under_way.get(peer, 0)
         return limits.ACK_TIMEOUT_S + under_way / limits.SLOWEST_LINK_BYTES_PER_S

@@ -26,6 +26,7 @@ class Slot:
     ``shape``: of the piece; None where it is known only when it comes.
     """
 
+    shard: Shard
     value: int
     where: _Where | None
     shape: tuple[int, ...] | None
@@ -51,14 +52,14 @@ class Recipe:
     inputs whose pieces are added."""
 
     program: m.Program
-    slots: Mapping[Shard, Slot]
+    slots: Mapping[int, Slot]
     shapes: tuple[tuple[int, ...] | None, ...]
     sums: frozenset[int]
     cuts: tuple[Cut, ...]
 
     @staticmethod
     def of(program: m.Program) -> Recipe:
-        slots: dict[Shard, Slot] = {}
+        slots: dict[int, Slot] = {}
         shapes: list[tuple[int, ...] | None] = []
         sums = set()
         for position, value in enumerate(program.inputs):
@@ -70,7 +71,8 @@ class Recipe:
             for piece in value.pieces:
                 box = piece.shard.box
                 where = None if alone else box.within(whole)
-                slots[piece.shard] = Slot(position, where, box.shape if box.axes else None)
+                shape = box.shape if box.axes else None
+                slots[piece.slot] = Slot(piece.shard, position, where, shape)
         cuts = tuple(_cut(program, send) for send in program.sends)
         return Recipe(program, slots, tuple(shapes), frozenset(sums), cuts)
 
@@ -105,16 +107,16 @@ class Gathering:
     def complete(self) -> bool:
         return not self._missing
 
-    def put(self, piece: Shard, array: Array) -> bool:
+    def put(self, number: int, array: Array) -> bool:
         """Whether somebody awaits such a piece. One that comes again changes nothing."""
-        slot = self.recipe.slots.get(piece)
+        slot = self.recipe.slots.get(number)
         if slot is None or (slot.shape is not None and slot.shape != array.shape):
             return False
-        if piece not in self._missing:
+        if number not in self._missing:
             return True
-        self._missing.discard(piece)
+        self._missing.discard(number)
         if slot.value in self.recipe.sums:
-            self._parts.setdefault(slot.value, []).append((piece, array))
+            self._parts.setdefault(slot.value, []).append((slot.shard, array))
         elif slot.where is None:
             self._values[slot.value] = array
         else:

@@ -76,16 +76,16 @@ class WorkerCore:
                 raise AssertionError(f"a worker has no use for {event}")
 
     def next_deadline(self) -> float:
-        times = [self._beat_due if self.joined else self._hello_due]
+        soonest = self._beat_due if self.joined else self._hello_due
         for other in (
             self._computing.next_deadline(),
             self._installing.next_deadline(),
             self._links.next_deadline(),
             self._stop_due,
         ):
-            if other is not None:
-                times.append(other)
-        return min(times)
+            if other is not None and other < soonest:
+                soonest = other
+        return soonest
 
     @property
     def idle(self) -> bool:
