@@ -87,6 +87,12 @@ class Answering:
             tried.tasks.setdefault(done.place, took)
         return []
 
+    def goes_on(self, message: m.TasksDone) -> bool:
+        """Whether tasks that are done let nothing end, and no other device take anything."""
+        request = self.open.get(message.request)
+        tried = None if request is None else request.tried.get(message.attempt)
+        return tried is not None and not tried.assigned and not (request and request.merged)
+
     def merged(self, peer: str, message: m.Merged, now: float) -> list[Effect]:
         request = self.open.get(message.request)
         if (

@@ -52,6 +52,7 @@ class CoordinatorCore:
         self._bulk = bulk
         self._stop_due: float | None = None
         self._now = self._ruled = 0.0
+        self._due: float | None = None  # since the rules were looked at last
 
     @property
     def requests(self) -> OrderedDict[str, Request]:
@@ -70,6 +71,10 @@ class CoordinatorCore:
                 effects = [] if self.members.by_peer(peer) else [_to(peer, m.Alive())]
                 # Most of what comes in when nothing happens, and it changes nothing that the rules
                 # look at but the time: every so often is enough.
+                if now < self._ruled + limits.HEARTBEAT_S:
+                    return effects
+            case Arrived(_, m.TasksDone() as done) if self._answering.goes_on(done):
+                effects = self._arrived(event, now)  # nor does this, which comes the most otherwise
                 if now < self._ruled + limits.HEARTBEAT_S:
                     return effects
             case Arrived():
@@ -93,7 +98,10 @@ class CoordinatorCore:
         return effects + self._advance(now)
 
     def next_deadline(self) -> float | None:
-        """When to tick; every event deals with all that is due, so only times ahead count."""
+        """When to tick: what was ahead as the rules were last looked at."""
+        return self._due
+
+    def _next(self) -> float | None:
         times = [*self._answering.next_deadlines(), *self._deploying.next_deadlines()]
         for other in (self.members.next_deadline(), self._links.next_deadline(), self._stop_due):
             if other is not None:
@@ -252,6 +260,7 @@ class CoordinatorCore:
         if self._stop_due is not None and (now >= self._stop_due or not self.requests):
             effects += [_to(peer, m.Closing()) for peer in self._everybody()]
             effects.append(Stop())
+        self._due = self._next()
         return effects
 
     def _drop_silent(self, now: float) -> list[Effect]:

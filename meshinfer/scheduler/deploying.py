@@ -282,12 +282,11 @@ class Deploying:
         return self.fetching.due(now) + self.install_overdue(now)
 
     def plan_what_is_missing(self, now: float) -> list[Effect]:
-        self._members.note_workers(now)
+        names = self._members.note_workers(now)
         if self._answering.open:
             self._busy_at = now
         if self._members.idle_since is not None:
             return self._give_up_without_workers(now)
-        names = self._members.ready(now)
         settled = now >= self._members.changed_at + limits.REPLAN_SETTLE_S
         phases = [made.phase for made in self._catalogue.deployments.values()]
         room = limits.PLANS_AT_ONCE - phases.count(Phase.PLANNING)

@@ -22,6 +22,7 @@ class LinkRounds:
     """
 
     asked: tuple[str, str, float] | None = None
+    _look_at: float = 0.0
     _known_at: dict[str, float] = field(default_factory=dict)
 
     def next(self, members: Membership, now: float, *, busy: bool) -> list[Effect]:
@@ -34,8 +35,11 @@ class LinkRounds:
             if there:  # unknown it stays, rather than being asked for ever
                 members.devices[name].links[peer] = m.Link(peer=peer)
             self.asked = None
-        pair = None if busy else _missing(members, now) or self._aged(members, now)
+        if busy or now < self._look_at:
+            return []
+        pair = _missing(members, now) or self._aged(members, now)
         if pair is None:
+            self._look_at = now + limits.HEARTBEAT_S  # of many devices there are many pairs
             return []
         device, other = pair
         self.asked = (device.name, other.name, now)

@@ -186,11 +186,14 @@ class Membership:
         if self.clients.pop(peer, None) is not None:
             self.absent[peer] = now
 
-    def note_workers(self, now: float) -> None:
-        if self.head is not None and self.ready(now):
+    def note_workers(self, now: float) -> tuple[str, ...]:
+        """Names of the devices that may get work, and since when there are none."""
+        names = self.ready(now)
+        if self.head is not None and names:
             self.idle_since = None
         elif self.idle_since is None:
             self.idle_since = now
+        return names
 
     def out_of_patience(self, since: float, now: float) -> bool:
         """Whether what waits for a worker since then is to be told that there is none."""
