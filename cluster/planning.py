@@ -44,7 +44,7 @@ from meshinfer.scheduler.events import (
     Signature,
     WriteBlob,
 )
-from meshinfer.scheduler.profiles import profile_of
+from meshinfer.scheduler.profiles import profile_of, with_head
 
 
 class PlanningThread:
@@ -220,8 +220,7 @@ class PlanningThread:
 
 
 def _profiles(effect: MakePlan) -> list[DeviceProfile]:
-    """Of the candidates, within the memory that the user grants, and of the head, which has no
-    engine: its link is as good as the best one that was measured."""
+    """Of the candidates, within the memory that the user grants, and of the head."""
     found = [profile_of(c.device, c.facts, c.link, c.slowdown, c.host) for c in effect.candidates]
     granted = effect.memory
     if isinstance(granted, Mapping):
@@ -234,15 +233,7 @@ def _profiles(effect: MakePlan) -> list[DeviceProfile]:
         found = [_within(p, granted.get(p.id)) for p in found]
     elif granted is not None:
         found = [_within(p, granted) for p in found]
-    head = DeviceProfile(
-        DeviceId(effect.head),
-        0.0,
-        bandwidth_bytes_per_s=max(p.bandwidth_bytes_per_s for p in found),
-        latency_s=min(p.latency_s for p in found),
-        computes=False,
-        host=effect.head_host,
-    )
-    return [*found, head]
+    return with_head(found, effect.head, effect.head_host)
 
 
 def _within(p: DeviceProfile, granted: int | None) -> DeviceProfile:

@@ -11,9 +11,19 @@ import pytest
 from architectures import Builder, unet
 
 import meshinfer as mi
-from meshinfer.cost import DeviceProfile, OpKind, Work, field_work, seconds, timeline
+from meshinfer.cost import (
+    DeviceProfile,
+    OpKind,
+    Timeline,
+    Work,
+    alike,
+    field_work,
+    seconds,
+    timeline,
+)
 from meshinfer.cost.model import whole_flops
 from meshinfer.cost.profile import RATIOS
+from meshinfer.cost.timeline import KEPT
 from meshinfer.geometry import Box, split_even
 from meshinfer.graph import Graph
 from meshinfer.halo import receptive_field
@@ -41,6 +51,7 @@ def profile(device: DeviceId, **changes: float) -> DeviceProfile:
         "latency_s": 0.25,
         "memory_bytes_per_s": 1e30,
         "message_s": 0.0,
+        "byte_s": 0.0,
     }
     return DeviceProfile(device, **{**plain, **changes})
 
@@ -130,6 +141,45 @@ def test_a_halo_costs_its_bytes_and_a_latency() -> None:
     assert found.use(B).bytes_received == 6 * row
 
 
+def test_messages_take_the_processors_of_both_ends() -> None:
+    g = chain()
+    plan = bands(g, (2,), (A, B))
+    row = 2 * 8 * 4
+    free = timeline(g, plan, [profile(A), profile(B)])
+    found = timeline(g, plan, [profile(A), profile(B, message_s=3.0, byte_s=0.01)])
+    # b receives its scatter and a halo, sends a halo and its part, and puts its own rows in place.
+    bytes_s = 0.01 * ((5 + 1 + 1 + 4) * row + KEPT * 4 * row)
+    assert found.use(B).busy_s == pytest.approx(free.use(B).busy_s + 4 * 3.0 + bytes_s)
+    assert found.use(A).busy_s == pytest.approx(free.use(A).busy_s)
+    sender = timeline(g, plan, [profile(A, message_s=3.0), profile(B)])
+    assert sender.use(A).busy_s == pytest.approx(free.use(A).busy_s + 4 * 3.0)
+
+
+def test_the_heads_work_delays_the_device_on_its_host() -> None:
+    g, head = chain(), DeviceId("head")
+    plan = replace(bands(g, (), (A, B)), source=head, sink=head)
+    charges = {"message_s": 1.0, "request_s": 6.0, "report_s": 0.5}
+    ends = profile(head, flops_per_s=0.0, **charges)
+
+    def run(host: str, *others: DeviceProfile) -> Timeline:
+        devices = (profile(A), profile(B), *others)
+        hosted = [replace(p, host=h) for p, h in zip(devices, ("one", "two", "one"), strict=False)]
+        return timeline(g, plan, [*hosted, replace(ends, host=host)])
+
+    starts = {s.device: s.start_s for s in run("one").tasks}
+    # Half of the request's cost comes first, then one message after the other; a's is no transfer.
+    assert starts[A] == pytest.approx(3.0 + 2 * 1.0)
+    beside, apart = run("one"), run("three")
+    assert beside.use(A).busy_s == pytest.approx(apart.use(A).busy_s + 6.0 + 4 * 1.0 + 2 * 0.5)
+    assert apart.use(head).busy_s == pytest.approx(6.0 + 4 * 1.0 + 2 * 0.5)
+    # a's part comes first, b's while the head is busy with it; then the answer, and what was told.
+    ends_at = {s.device: s.end_s for s in beside.tasks}
+    assert beside.total_s == pytest.approx(ends_at[A] + 2 * 1.0 + 3.0 + 2 * 0.5)
+    # With a second computing device on that host there is room beside either.
+    crowd = run("one", profile(C))
+    assert crowd.use(head).busy_s == apart.use(head).busy_s
+
+
 def test_a_device_runs_one_task_at_a_time_and_a_link_sends_one_message_at_a_time() -> None:
     g = mi.load(unet(64, width=4))
     cuts = tuple(op.index for op in g.ops if op.type == "Conv" and op.index)[:9]
@@ -196,3 +246,32 @@ def test_work_is_nothing_by_default_and_derived_memory_speed_follows_the_process
     assert DeviceProfile(A, 2e9).copy_bytes_per_s == 2 * DeviceProfile(A, 1e9).copy_bytes_per_s
     assert DeviceProfile(A, 1e9, computes=False).able is False
     assert Box.whole((1, 2, 8, 8)).volume * 4 == chain().nbytes("y")
+
+
+def test_devices_that_measured_alike_become_equal_and_others_stay() -> None:
+    names = [DeviceId(f"pi-{i}") for i in range(6)]
+    speeds = (1.0, 1.05, 0.93, 0.5, 1.01, 0.52)
+    measured = [
+        DeviceProfile(d, 1e9 * s, rates=(1e9 * s, 2e8 * s), overhead_s=1e-3 / s)
+        for d, s in zip(names, speeds, strict=True)
+    ]
+    found = alike(measured)
+    assert [p.id for p in found] == names
+    assert {p.flops_per_s for p in found} == {1.005e9, 0.51e9}
+    assert {(p.rates, p.overhead_s) for p in found if p.flops_per_s > 6e8} == {
+        (found[0].rates, found[0].overhead_s)
+    }
+    assert alike(measured[::-1]) == found[::-1]
+    assert alike([replace(p, numeric_class=p.id) for p in measured])[3].flops_per_s == 0.5e9
+    far = [DeviceProfile(A, 1e9), DeviceProfile(B, 1.3e9), DeviceProfile(C, 0.0, computes=False)]
+    assert alike(far) == far
+
+
+def test_links_that_measured_alike_are_as_good_as_the_best_of_them() -> None:
+    rates, waits = (118e6, 90e6, 20e6), (3e-4, 2e-4, 1e-4)
+    measured = [
+        DeviceProfile(d, 1e9, bandwidth_bytes_per_s=r, latency_s=w)
+        for d, r, w in zip((A, B, C), rates, waits, strict=True)
+    ]
+    found = [(p.bandwidth_bytes_per_s, p.latency_s) for p in alike(measured)]
+    assert found == [(118e6, 2e-4), (118e6, 2e-4), (20e6, 1e-4)]

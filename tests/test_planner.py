@@ -20,6 +20,7 @@ from meshinfer.graph import Graph
 from meshinfer.identity import DeviceId
 from meshinfer.ops import BARRIER, rule_of
 from meshinfer.planner import OBJECTIVES, Planned, axes_of, make_plan
+from meshinfer.planner.choose import SURE_GAIN
 from meshinfer.transfers import derive
 
 SMALL: dict[str, dict[str, float]] = {
@@ -200,6 +201,22 @@ def test_one_awful_link_among_good_ones_idles_just_that_device() -> None:
     planned = make_plan(g, profiles, PI0, PI0)
     assert set(planned.plan.devices()) == {"pi-0", "pi-2", "pi-3"}
     assert any(note.startswith("pi-1 idle: would add") for note in planned.notes)
+
+
+def test_a_gain_that_predictions_cannot_be_trusted_with_leaves_one_device() -> None:
+    g = graph("vgg16")
+    alone = planned_for("vgg16", 1).timeline.total_s
+    chosen = {}
+    for ms in (0, 1, 2, 3, 4, 6, 8, 16):  # the dearer a message, the less two devices gain
+        profiles = devices(2, message_s=ms * 1e-3)
+        planned = make_plan(g, profiles, PI0, PI0)
+        chosen[ms] = len(planned.plan.devices())
+        if chosen[ms] > 1:
+            assert planned.timeline.total_s * SURE_GAIN < alone
+        else:
+            assert planned.timeline.total_s == pytest.approx(alone)
+    assert list(chosen.values()) == sorted(chosen.values(), reverse=True)
+    assert (chosen[0], chosen[16]) == (2, 1)
 
 
 def test_a_much_faster_device_far_away_takes_it_all() -> None:

@@ -17,6 +17,7 @@ from meshinfer.cost import DeviceProfile, timeline
 from meshinfer.graph import Graph
 from meshinfer.identity import DeviceId
 from meshinfer.planner import Block, build, make_plan
+from meshinfer.planner.choose import SURE_GAIN
 from meshinfer.planner.search import Prices, State, Team, search
 from meshinfer.planner.space import Space
 
@@ -128,7 +129,7 @@ def layouts(g: Graph, space: Space, team: Team) -> Iterator[tuple[Block, ...]]:
 
 @settings(max_examples=60, suppress_health_check=list(HealthCheck))
 @given(networks(), clusters(2))
-def test_the_plan_is_expected_to_take_no_longer_than_any_other(
+def test_the_plan_is_expected_to_take_no_longer_than_any_other_unless_it_is_one_device(
     network: Network, profiles: list[DeviceProfile]
 ) -> None:
     g = mi.load(network.model)
@@ -138,7 +139,11 @@ def test_the_plan_is_expected_to_take_no_longer_than_any_other(
     head = head_of(profiles)
     known = [*profiles, head]
     planned = make_plan(g, known, head.id, head.id)
+    alone = len(planned.plan.devices()) == 1
     for team in teams(profiles):
         for blocks in layouts(g, space, team):
             plan = build(g, space.axes, blocks, team.weights, (head.id, head.id))
-            assert planned.timeline.total_s <= timeline(g, plan, known).total_s * (1 + 1e-9), blocks
+            # Several devices must be expected to gain more than predictions err.
+            room = SURE_GAIN if alone and len(plan.devices()) > 1 else 1.0
+            most = timeline(g, plan, known).total_s * room * (1 + 1e-9)
+            assert planned.timeline.total_s <= most, blocks

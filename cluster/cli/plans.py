@@ -137,14 +137,15 @@ def _described(
 def _measured(client: Client, mbit: float) -> list[DeviceProfile]:
     """The devices of a cluster as they measured themselves; ``mbit`` where a link was not."""
     from meshinfer.protocol.messages import Link
-    from meshinfer.scheduler.profiles import profile_of
+    from meshinfer.scheduler.profiles import profile_of, with_head
 
     assumed = Link(peer=HEAD, bytes_per_s=mbit * 1e6 / 8)
-    return [
+    found = [
         profile_of(info.device, info.facts, info.link or assumed)
         for info in client.devices()
         if info.facts.computes and info.state == "ready"
     ]
+    return with_head(found, HEAD) if found else []
 
 
 def _graph(

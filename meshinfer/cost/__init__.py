@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from meshinfer.cost.alike import alike
 from meshinfer.cost.kinds import OpKind, kind_of
 from meshinfer.cost.model import field_work, glued_to, op_work, seconds, variable_seconds
 from meshinfer.cost.profile import DeviceProfile
-from meshinfer.cost.timeline import (
+from meshinfer.cost.spans import (
     Boxes,
     DeviceUse,
     Load,
@@ -14,9 +15,8 @@ from meshinfer.cost.timeline import (
     Timeline,
     TransferSpan,
     load_of,
-    predict,
-    timeline,
 )
+from meshinfer.cost.timeline import predict, timeline
 from meshinfer.cost.work import Work
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "Timeline",
     "TransferSpan",
     "Work",
+    "alike",
     "field_work",
     "glued_to",
     "kind_of",

@@ -44,8 +44,10 @@ class DeviceProfile:
     devices of one class give equal bits. ``computes``: False for one that only holds data.
     ``memory_bytes_per_s``: of its memory, 0 to derive it from ``flops_per_s``. ``rates``: FLOP/s by
     ``OpKind``, empty to derive them. ``kernel_s``: fixed cost of one kernel. ``host``: the machine
-    that it runs on and whose link it shares, "" where that is unknown. ``message_s``: time of its
-    processor that a message takes, sent or received.
+    that it runs on and whose link it shares, "" where that is unknown. ``message_s``, ``byte_s``:
+    time of its processor that a message takes, and each byte of it, sent or received: encryption,
+    copies. ``request_s``, ``report_s``: of a head, what client, coordinator and head take of their
+    host's processor for each request, and for each task that they hear of.
     """
 
     id: DeviceId
@@ -61,6 +63,9 @@ class DeviceProfile:
     kernel_s: float = 0.0
     host: str = ""
     message_s: float = 0.0002
+    byte_s: float = 2e-9
+    request_s: float = 0.0
+    report_s: float = 0.0
 
     def beside(self, other: DeviceProfile) -> bool:
         """Whether the two share a machine, so that nothing between them crosses a link."""

@@ -3,7 +3,9 @@
 A list schedule over the derived transfers (Graham 1969): a task starts when its inputs are there
 and its device is free; a message when it is ready and both links are. Links are full duplex
 (switched Ethernet): a device may send one message and receive another at the same time. Devices on
-one host share its link, and reach each other without it.
+one host share its link, and reach each other without it. Messages take processors as well: those
+of a task are part of it; source and sink see to theirs one by one, on the processor of the device
+that computes on their host, if there is just one.
 """
 
 from __future__ import annotations
@@ -12,103 +14,28 @@ import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from meshinfer.cost.model import field_work, seconds
+from meshinfer.cost.model import seconds
 from meshinfer.cost.profile import DeviceProfile
-from meshinfer.cost.work import Work
-from meshinfer.geometry import Box
+from meshinfer.cost.spans import (
+    Boxes,
+    DeviceUse,
+    Load,
+    Message,
+    TaskSpan,
+    Timeline,
+    TransferSpan,
+    load_of,
+)
 from meshinfer.graph import Graph
-from meshinfer.halo import Field
 from meshinfer.identity import DeviceId
 from meshinfer.plan import Plan
 from meshinfer.transfers import Flow, TaskRef, derive
 
 MESSAGE_BYTES = 256
 """Header of a message beside its tensors."""
-BESIDE_BYTES_PER_S = 500e6
-"""Between two processes on one machine, encryption included. An assumption."""
-
-
-@dataclass(frozen=True, slots=True)
-class TaskSpan:
-    """One task on its device, in seconds from the arrival of the request."""
-
-    ref: TaskRef
-    device: DeviceId
-    start_s: float
-    end_s: float
-    work: Work
-
-
-@dataclass(frozen=True, slots=True)
-class TransferSpan:
-    """All that one task gives another, in one message; ``end_s``: its arrival, latency included."""
-
-    producer: TaskRef
-    consumer: TaskRef
-    sender: DeviceId
-    receiver: DeviceId
-    nbytes: int
-    start_s: float
-    end_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceUse:
-    """What one device does for one request, on average where requests go to different devices.
-
-    ``peak_bytes``: its weights for the whole plan and the values of its largest task.
-    """
-
-    id: DeviceId
-    busy_s: float
-    bytes_sent: int
-    bytes_received: int
-    weight_bytes: int
-    peak_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Timeline:
-    """A plan's predicted course. ``bound``: what takes most of its critical path, in words."""
-
-    total_s: float
-    tasks: tuple[TaskSpan, ...]
-    transfers: tuple[TransferSpan, ...]
-    devices: tuple[DeviceUse, ...]
-    bound: str
-    bottleneck_s: float
-
-    def use(self, device: DeviceId) -> DeviceUse:
-        """What this device does; nothing, if it is not in the plan."""
-        for found in self.devices:
-            if found.id == device:
-                return found
-        return DeviceUse(device, 0.0, 0, 0, 0, 0)
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """What a task takes and holds on any device. ``weights``: a number for each box of an
-    initializer, the same for the same box, and its bytes."""
-
-    work: Work
-    weights: Mapping[int, int]
-
-
-Boxes = dict[tuple[str, Box], int]
-"""Boxes of initializers, numbered as they come."""
-
-Message = tuple[TaskRef, TaskRef, int]
-"""Producer, consumer, bytes."""
-
-
-def load_of(graph: Graph, field: Field, numbers: Boxes) -> Load:
-    """The load of a task with this field."""
-    weights = {}
-    for name in field.weights:
-        key = (name, field.needs[name])
-        weights[numbers.setdefault(key, len(numbers))] = graph.nbytes(*key)
-    return Load(field_work(graph, field), weights)
+KEPT = 0.3
+"""What a byte that stays on its device costs, beside one that is sent: it is copied into the next
+task's input. Measured 0.3 to 0.4 ns a byte against 1.3 ns, most of that for encryption."""
 
 
 def timeline(
@@ -146,7 +73,7 @@ def predict(
     run.go()
     use = _uses(run)
     return Timeline(
-        total_s=run.ready.get(run.sink, 0.0),
+        total_s=run.total_s,
         tasks=tuple(run.tasks),
         transfers=tuple(run.sent),
         devices=use,
@@ -216,6 +143,10 @@ class _Run:
             self.where[ref] = device
             self.queues.setdefault(device, []).append(ref)
         self.ways: dict[tuple[DeviceId, DeviceId], _Way] = {}
+        self.total_s = 0.0
+        self.processors: dict[DeviceId, DeviceId] = {}
+        self.ends_s: dict[DeviceId, float] = {}
+        """Seconds that source and sink keep each processor busy, beside tasks."""
 
     def profile(self, device: DeviceId) -> DeviceProfile:
         return self.profiles.get(device) or DeviceProfile(device, 0.0, computes=False)
@@ -226,8 +157,7 @@ class _Run:
             a, b = self.profile(sender), self.profile(receiver)
             slow = a if a.bandwidth_bytes_per_s <= b.bandwidth_bytes_per_s else b
             if a.beside(b):
-                pace = 0.0 if sender == receiver else 1 / BESIDE_BYTES_PER_S
-                known = _Way(True, sender, receiver, slow.id, pace)
+                known = _Way(True, sender, receiver, slow.id, 0.0)
             else:
                 pace = 1 / max(slow.bandwidth_bytes_per_s, 1e-9)
                 late = max(a.latency_s, b.latency_s)
@@ -238,24 +168,63 @@ class _Run:
     def go(self) -> None:
         self.outgoing: dict[TaskRef, list[int]] = {}
         self.missing: dict[TaskRef, int] = {}
-        self.talk: dict[TaskRef, int] = {}
-        for i, (producer, consumer, _) in enumerate(self.messages):
+        self.talk: dict[TaskRef, tuple[int, float]] = {}
+        for i, (producer, consumer, nbytes) in enumerate(self.messages):
             self.outgoing.setdefault(producer, []).append(i)
             self.missing[consumer] = self.missing.get(consumer, 0) + 1
-            if self.where[producer] != self.where[consumer]:
-                self.talk[producer] = self.talk.get(producer, 0) + 1
-                self.talk[consumer] = self.talk.get(consumer, 0) + 1
+            sent = self.where[producer] != self.where[consumer]
+            for ref in (producer, consumer) if sent else (consumer,):
+                count, moved = self.talk.get(ref, (0, 0.0))
+                self.talk[ref] = (count + sent, moved + nbytes * (1.0 if sent else KEPT))
         self.place = dict.fromkeys(self.queues, 0)
         self.free: dict[DeviceId, tuple[float, TaskRef | None]] = {}
         self.heap: list[tuple[float, int]] = []
         self.out: dict[str, tuple[float, int | None]] = {}
         self.into: dict[str, tuple[float, int | None]] = {}
-        self._finish(self.source, 0.0)
+        self._scatter()
         for device in self.queues:
             self._advance(device)
         while self.heap:
             ready, i = heapq.heappop(self.heap)
             self._send(i, ready)
+        head = self.profile(self.plan.sink)
+        last = head.request_s / 2 + head.report_s * len(self.tasks)
+        self.total_s = self._occupy(self.plan.sink, self.ready.get(self.sink, 0.0), last)
+
+    def _scatter(self) -> None:
+        """The request reaches the source, which sends one message after another."""
+        now = self._occupy(self.plan.source, 0.0, self.profile(self.plan.source).request_s / 2)
+        for i in self.outgoing.get(self.source, ()):
+            now = self._occupy(self.plan.source, now, self.toll(i, self.plan.source))
+            heapq.heappush(self.heap, (now, i))
+
+    def toll(self, i: int, device: DeviceId) -> float:
+        """How long a message keeps the processor of this end, its sender or receiver, busy."""
+        producer, consumer, nbytes = self.messages[i]
+        p = self.profile(device)
+        if self.where[producer] == self.where[consumer]:
+            return KEPT * nbytes * p.byte_s if consumer == self.sink else 0.0
+        return p.message_s + nbytes * p.byte_s
+
+    def processor(self, device: DeviceId) -> DeviceId:
+        """Whose tasks wait while a source or sink sends or receives: those of the one device that
+        computes on its host. Where several do, there is room for it beside them."""
+        known = self.processors.get(device)
+        if known is None:
+            p = self.profile(device)
+            near = [q.id for q in self.profiles.values() if q.able and q.beside(p)]
+            known = self.processors[device] = near[0] if len(near) == 1 and not p.able else device
+        return known
+
+    def _occupy(self, end: DeviceId, ready: float, took: float) -> float:
+        """Keep the processor of a source or sink busy for so long; when that is done."""
+        if took <= 0.0:
+            return ready
+        name = self.processor(end)
+        done = max(ready, self.free.get(name, (0.0, None))[0]) + took
+        self.free[name] = (done, None)
+        self.ends_s[name] = self.ends_s.get(name, 0.0) + took
+        return done
 
     def _finish(self, ref: TaskRef, now: float) -> None:
         for i in self.outgoing.get(ref, ()):
@@ -283,8 +252,9 @@ class _Run:
 
     def seconds(self, ref: TaskRef, device: DeviceId) -> float:
         """How long a task keeps a device busy, with its messages."""
-        profile = self.profile(device)
-        return seconds(self.loads[ref].work, profile) + self.talk.get(ref, 0) * profile.message_s
+        profile, (count, moved) = self.profile(device), self.talk.get(ref, (0, 0.0))
+        talk = count * profile.message_s + moved * profile.byte_s
+        return seconds(self.loads[ref].work, profile) + talk
 
     def _send(self, i: int, ready: float) -> None:
         producer, consumer, nbytes = self.messages[i]
@@ -305,6 +275,8 @@ class _Run:
                     waited, slow = (m_out, a) if t_out >= t_in else (m_in, b)
                 self.cause[i] = (f"link of {slow}", end - start, waited)
                 self.sent.append(TransferSpan(producer, consumer, a, b, nbytes, start, end))
+        if consumer == self.sink:
+            end = self._occupy(self.plan.sink, end, self.toll(i, self.plan.sink))
         if end >= self.ready.get(consumer, 0.0):
             self.ready[consumer] = end
             self.late[consumer] = producer if way.beside else i
@@ -319,6 +291,8 @@ class _Run:
         while at is not None and at in self.cause:
             name, took, at = self.cause[at]
             shares[name] = shares.get(name, 0.0) + took
+        for name, took in self.ends_s.items():
+            shares[f"client and head on {name}"] = took
         if not shares:
             return "nothing"
         return min(shares, key=lambda name: (-shares[name], name))
@@ -342,6 +316,8 @@ def _uses(run: _Run) -> tuple[DeviceUse, ...]:
             if device != span.device:
                 took = run.seconds(span.ref, device)
             busy[device] = busy.get(device, 0.0) + (portion * took if portion else 0.0)
+    for device, took in run.ends_s.items():
+        busy[device] = busy.get(device, 0.0) + took
     out: dict[DeviceId, float] = {}
     into: dict[DeviceId, float] = {}
     for producer, consumer, nbytes in run.messages:

@@ -1,7 +1,8 @@
 """From a graph and the devices' profiles to the plan that is expected to be best, with the reasons.
 
 Coarse searches propose, the timeline decides: the plan on the best single device is always among
-the finalists, so a plan is never expected to be slower than it. Nothing here is random.
+the finalists, and several must be expected to gain more on it than predictions err. Nothing here
+is random.
 """
 
 from __future__ import annotations

@@ -92,6 +92,9 @@ def _idle(choice: Choice, best: Candidate) -> Iterator[str]:
             added = choice.value(more) - choice.value(best)
             if choice.objective == "memory":
                 yield f"{p.id} idle: would add {added / 1e3:.0f} kB"
+            elif added < 0:
+                gain = f"{-added * 1e3:.0f} ms"
+                yield f"{p.id} idle: would save {gain} at most, too little to be sure of"
             else:
                 yield f"{p.id} idle: would add {added * 1e3:.0f} ms"
     if len(resting) > TRIED_APART:

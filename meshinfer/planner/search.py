@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from meshinfer.cost import DeviceProfile, variable_seconds
+from meshinfer.cost.timeline import KEPT
 from meshinfer.geometry import split_weighted
 from meshinfer.identity import DeviceId
 from meshinfer.planner.axes import Kind
@@ -129,6 +130,8 @@ class Prices:
         self.space, self.team = space, team
         self.latency = max(p.latency_s for p in (*team.members, team.source, team.sink))
         self.message_s = max(p.message_s for p in team.members)
+        self.byte_s = max(p.byte_s for p in team.members)
+        self.report_s = team.sink.report_s
         self.link = min(p.bandwidth_bytes_per_s for p in team.members)
         known = (*team.alone, team.source, team.sink, *team.members)
         self.ends = {p.id: p for p in known}
@@ -184,7 +187,7 @@ class Prices:
         start, stop = block.start, block.stop
         if block.whole_on is not None:
             place = self.ends[block.whole_on]
-            return self._seconds(place, start, stop) + place.overhead_s
+            return self._seconds(place, start, stop) + place.overhead_s + self.report_s
         sample, slowest = found[start], 0.0
         portions = self.portions(block.kind, sample.size, sample.inner)
         for g, p in zip(portions, self.team.members, strict=True):
@@ -192,7 +195,7 @@ class Prices:
                 whole = self._seconds(p, start, stop)
                 more = variable_seconds(sample.work, p.unit_costs) - sample.share * whole
                 slowest = max(slowest, g * whole + max(0.0, more) + p.overhead_s)
-        return slowest
+        return slowest + sum(g > 0 for g in portions) * self.report_s
 
     def _seconds(self, p: DeviceProfile, start: int, stop: int) -> float:
         """Seconds of ops ``[start, stop)`` computed whole, without the fixed cost of a task."""
@@ -209,49 +212,76 @@ class Prices:
         return self._parts(found[block.start].reads, before, block.kind)
 
     def _parts(self, reads: Sequence[Read], before: State, kind: Kind) -> float:
+        members, seconds = self.team.members, 0.0
         near: dict[DeviceId, float] = {}
-        halo = 0.0
+        halo = kept = 0.0
         for read in reads:
             made = self.space.graph.producer.get(read.value, -1) >= 0
             if made and before.kind is not None:
                 halo += read.missing[before.kind]
+                kept += read.need - read.missing[before.kind]
             else:
                 holder = self._holder(made, before)
-                others = sum(not p.beside(holder) for p in self.team.members)
-                near[holder.id] = near.get(holder.id, 0.0) + read.need * others
-        seconds = halo / self.link
-        seconds += sum(b / self.ends[d].bandwidth_bytes_per_s for d, b in near.items())
+                near[holder.id] = near.get(holder.id, 0.0) + read.need
+        for name, need in near.items():  # to one member after another; each takes its own
+            holder = self.ends[name]
+            sent = sum(p.id != name for p in members)
+            crossing = sum(not p.beside(holder) for p in members)
+            seconds += need * crossing / holder.bandwidth_bytes_per_s
+            seconds += sent * self._toll(holder, need) + self.message_s + need * self.byte_s
         if halo:
-            others = len(self.team.members) - 1
+            others = len(members) - 1
             beside = {"rows": 2, "batch": 2, "grid": 5}.get(kind, others)
             talk = min(others, beside) if before.kind == kind else others
-            seconds += 2 * talk * self.message_s
+            seconds += halo / self.link + 2 * (talk * self.message_s + halo * self.byte_s)
+        seconds += KEPT * kept * self.byte_s
         return seconds + (self.latency if halo or near else 0.0)
+
+    def _toll(self, p: DeviceProfile, nbytes: float) -> float:
+        """Seconds of a device's processor for one message."""
+        return p.message_s + nbytes * p.byte_s
 
     def _holder(self, made: bool, before: State) -> DeviceProfile:
         return self.ends[before.device] if made and before.device else self.team.source
 
     def _whole(self, block: Block, before: State) -> float:
-        moved, place = 0.0, self.ends[block.whole_on or self.team.source.id]
+        place, count = self.ends[block.whole_on or self.team.source.id], len(self.team.members)
+        moved = kept = spread = 0.0
+        sent: dict[DeviceId, float] = {}
         for name, nbytes in self.space.inputs(block.start, block.stop):
             made = self.space.graph.producer.get(name, -1) >= 0
+            holder = self._holder(made, before)
             if made and before.kind is not None:
-                moved += nbytes * (1 - self.weights.get(place.id, 0.0) / self.total)
-            elif not self._holder(made, before).beside(place):
-                moved += nbytes
-        talk = len(self.team.members) if moved and before.kind is not None else 0
-        return self._move(moved, place) + talk * self.message_s
+                own = self.weights.get(place.id, 0.0) / self.total
+                moved += nbytes * (1 - own)
+                spread += nbytes * (1 - own)
+                kept += nbytes * own
+            elif holder.id == place.id:
+                kept += nbytes
+            else:
+                sent[holder.id] = sent.get(holder.id, 0.0) + nbytes
+                moved += 0.0 if holder.beside(place) else nbytes
+        seconds = self._move(moved, place) + KEPT * kept * place.byte_s
+        for name, needed in sent.items():
+            seconds += self._toll(self.ends[name], needed) + self._toll(place, needed)
+        if spread:
+            seconds += count * place.message_s + spread * (place.byte_s + self.byte_s / count)
+        return seconds
 
     def gather(self, state: State) -> float:
         """Seconds until the sink has the answer."""
-        graph, sink = self.space.graph, self.team.sink
-        if state.device is not None and self.ends[state.device].beside(sink):
-            return 0.0
-        own = 0.0
-        if state.kind is not None:
-            near = (w for p, w in self.weights.items() if self.ends[p].beside(sink))
-            own = sum(near) / self.total
-        return self._move(sum(graph.nbytes(n) for n in graph.outputs) * (1 - own), sink)
+        graph, sink, count = self.space.graph, self.team.sink, len(self.team.members)
+        nbytes = sum(graph.nbytes(n) for n in graph.outputs)
+        if state.device is not None:
+            place = self.ends[state.device]
+            if place.id == sink.id:
+                return KEPT * nbytes * sink.byte_s
+            toll = self._toll(place, nbytes) + self._toll(sink, nbytes)
+            return toll + (0.0 if place.beside(sink) else self._move(nbytes, sink))
+        near = (w for p, w in self.weights.items() if self.ends[p].beside(sink))
+        own = sum(near) / self.total
+        toll = count * sink.message_s + nbytes * (sink.byte_s + self.byte_s / count)
+        return self._move(nbytes * (1 - own), sink) + toll
 
     def _move(self, nbytes: float, to: DeviceProfile) -> float:
         if not nbytes:

@@ -55,8 +55,8 @@ class Facts(Record, frozen=True, forbid_unknown_fields=False):
     """What a device says of itself. ``flops_per_s`` is measured on its engine.
 
     ``memory_bytes`` is what MeshInfer may use. ``cpu_quota``: processors granted, 0 for all.
-    ``rates``: FLOP/s by ``cost.OpKind``, 0 where unknown; ``memory_bytes_per_s``, ``kernel_s`` and
-    ``overhead_s`` as in ``cost.DeviceProfile``, 0 where unknown.
+    ``rates``: FLOP/s by ``cost.OpKind``, 0 where unknown; ``memory_bytes_per_s``, ``kernel_s``,
+    ``overhead_s``, ``message_s`` and ``byte_s`` as in ``cost.DeviceProfile``, 0 where unknown.
     ``last_exit`` is why its worker process ended the last time, as its supervisor saw it.
     """
 
@@ -75,6 +75,8 @@ class Facts(Record, frozen=True, forbid_unknown_fields=False):
     memory_bytes_per_s: Rate = 0.0
     kernel_s: Seconds = 0.0
     overhead_s: Seconds = 0.0
+    message_s: Seconds = 0.0
+    byte_s: Seconds = 0.0
     computes: bool = True
     head: bool = False
 

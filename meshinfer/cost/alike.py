@@ -1,0 +1,79 @@
+"""Devices that measured alike are treated as equal, so that noise does not give them other shares.
+
+Unequal shares of equal devices cost waiting in every stage, and plans that change with each
+measurement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from statistics import median
+
+from meshinfer.cost.profile import DeviceProfile
+
+SPEED_NOISE = 0.08
+"""How far a measured speed may be from the true one, either way: equal devices of the lab differed
+by up to this on a busy machine."""
+LINK_NOISE = 0.25
+"""The same of a link, whose measurement is short and meets what else is sent."""
+
+
+def alike(profiles: Sequence[DeviceProfile]) -> list[DeviceProfile]:
+    """The same devices in the same order; those that differ by no more than noise get common
+    figures.
+
+    A group reaches from its slowest device up to what noise explains: their speeds become the
+    medians, and their links the best of theirs, since what disturbs a measurement of a link only
+    makes it worse. Devices of other numeric classes, or that cannot compute, stay apart.
+    """
+    found = {p.id: p for p in profiles}
+    kinds = dict.fromkeys(p.numeric_class for p in profiles if p.able)
+    for kind in kinds:
+        same = [p for p in profiles if p.able and p.numeric_class == kind]
+        for group in _groups(same, lambda p: p.flops_per_s, SPEED_NOISE):
+            found.update((p.id, p) for p in _of_one_speed(group))
+    able = [found[p.id] for p in profiles if p.able]
+    for group in _groups(able, lambda p: p.bandwidth_bytes_per_s, LINK_NOISE):
+        best = max(p.bandwidth_bytes_per_s for p in group)
+        soonest = min(p.latency_s for p in group)
+        for p in group:
+            found[p.id] = replace(p, bandwidth_bytes_per_s=best, latency_s=soonest)
+    return [found[p.id] for p in profiles]
+
+
+def _groups(
+    profiles: Sequence[DeviceProfile], figure: Callable[[DeviceProfile], float], noise: float
+) -> Iterator[list[DeviceProfile]]:
+    group: list[DeviceProfile] = []
+    for p in sorted(profiles, key=lambda p: (figure(p), p.id)):
+        if group and figure(p) * (1 - noise) > figure(group[0]) * (1 + noise):
+            yield group
+            group = []
+        group.append(p)
+    if group:
+        yield group
+
+
+def _of_one_speed(group: Sequence[DeviceProfile]) -> list[DeviceProfile]:
+    most = max(len(p.rates) for p in group)
+    rates = tuple(_middle([p.rates[k] for p in group if k < len(p.rates)]) for k in range(most))
+    return [
+        replace(
+            p,
+            flops_per_s=_middle([q.flops_per_s for q in group]),
+            overhead_s=_middle([q.overhead_s for q in group]),
+            memory_bytes_per_s=_middle([q.memory_bytes_per_s for q in group]),
+            rates=rates,
+            kernel_s=_middle([q.kernel_s for q in group]),
+            message_s=_middle([q.message_s for q in group]),
+            byte_s=_middle([q.byte_s for q in group]),
+        )
+        for p in group
+    ]
+
+
+def _middle(values: Sequence[float]) -> float:
+    """The median of those that are known, 0 where none is."""
+    known = [v for v in values if v > 0]
+    return median(known) if known else 0.0
