@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,8 @@ import oracle
 import pytest
 from bench_parts import figures
 from bench_parts.child import Broken, Peer
-from bench_parts.measure import Answers, Wrong
+from bench_parts.fits import fits, holds
+from bench_parts.measure import Answers, Effort, Job, Rigs, Wrong, measure
 from bench_parts.models import YOLO_LAYERS, Model, make, pictures, yolo
 from bench_parts.page import page
 from bench_parts.rig import OutOfTime, Patience, Setup, shared
@@ -491,3 +493,37 @@ def test_a_small_run_in_the_lab_writes_exact_rows(tmp_path: Path) -> None:
     ]
     assert all(r["answers"] > 0 and not r["wrong"] for r in rows)
     assert "MobileNetV2" in files["html"].read_text()
+
+
+@pytest.mark.root
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_cluster_that_hangs_costs_its_own_rows_only(tmp_path: Path) -> None:
+    two = Setup("2", (0.5, 0.5), 1e9)
+    effort = Effort(rounds=1, stream_rounds=1, frames=2, tries=1)
+    patience = Patience(start_s=60, deploy_s=20, answer_s=20)
+    rigs = Rigs(tmp_path, 0.5, 2.0, effort, patience, share=[two])
+    try:
+        ((rig, _),) = rigs.get([two])
+        os.kill(rig.cluster.coordinator_pid, signal.SIGSTOP)
+        (lost,) = measure(Job("mobilenet_v2", (two,)), rigs, effort)
+        assert "in time" in lost["failed"] or "silent" in lost["failed"], lost
+        (found,) = measure(Job("mobilenet_v2", (two,)), rigs, effort)
+        assert found["answers"] > 0 and found["speedup"]["count"] == 1
+    finally:
+        rigs.close()
+
+
+@pytest.mark.root
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_four_devices_hold_what_kills_one(tmp_path: Path) -> None:
+    """VGG-16, 553 MB of weights, on devices of 384 MB."""
+    found = fits("vgg16", 4, 384_000_000, 0.5, tmp_path, Patience(90, 180, 60))
+    assert found["plain"]["kills"] >= 1, "plain onnxruntime needs more"
+    assert not found["failed"], found["failed"]
+    assert found["answers"] == 4, "each compared with the oracle"
+    for held in found["held"][1:]:
+        assert (held["kills"], held["last_exit"]) == (0, "")
+        assert held["peak_bytes"] <= held["limit_bytes"] == 384_000_000
+    assert holds(found)

@@ -141,7 +141,8 @@ class Rig:
 
     ``cores``: of its devices; a deployment may use some of them only. ``deploy_cores``: each
     device's until its worker begins, and while a model is deployed; 0 leaves its quota as it is.
-    Workers and links are measured under the real quota. ``broken``: why it is of no more use.
+    Workers and links are measured under the real quota. ``memory_bytes``: limits of the
+    devices' memory. ``broken``: why it is of no more use.
     """
 
     cores: Sequence[float]
@@ -150,6 +151,7 @@ class Rig:
     patience: Patience
     deploy_cores: float = 0.0
     plaintext: bool = False
+    memory_bytes: Sequence[int | None] = ()
     workers: list[WorkerMemory] = field(default_factory=list)
     deployed: int = 0
     broken: str = ""
@@ -183,7 +185,9 @@ class Rig:
         self, name: str, model: Model, members: Sequence[int] | None = None, **options: Any
     ) -> dict[str, Any]:
         """Deploy it on these devices (all, if None); see ``Session.do_deploy``."""
-        others = set() if members is None else set(range(len(self.cores))) - set(members)
+        others = set(range(len(self.cores))) - set(
+            range(len(self.cores)) if members is None else members
+        )
         if others:
             options["memory"] = {self.names[i]: 0 for i in sorted(others)}
         self._forget_peaks()
@@ -230,9 +234,10 @@ class Rig:
 
     def _start(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
+        memory_bytes = self.memory_bytes or [None] * len(self.cores)
         specs = [
-            DeviceSpec(f"pi-{i}", cores, None, self.link_bits_per_s)
-            for i, cores in enumerate(self.cores)
+            DeviceSpec(f"pi-{i}", cores, nbytes, self.link_bits_per_s)
+            for i, (cores, nbytes) in enumerate(zip(self.cores, memory_bytes, strict=True))
         ]
         began = time.monotonic()
         self.lab = self._stack.enter_context(Lab(specs))
