@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -16,7 +17,7 @@ import numpy as np
 import onnxruntime as ort
 import oracle
 import pytest
-from bench_parts import figures
+from bench_parts import figures, shapes
 from bench_parts.child import Broken, Peer
 from bench_parts.fits import fits, holds
 from bench_parts.measure import Answers, Effort, Job, Rigs, Wrong, measure
@@ -27,6 +28,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import meshinfer as mi
+from meshinfer.cost import DeviceProfile
+from meshinfer.identity import DeviceId
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ROOT / "scripts" / "bench_parts"
@@ -239,6 +242,30 @@ def test_nothing_waits_longer_than_the_whole_run_may_take() -> None:
     assert Patience(60.0, 75.0, 30.0).deploy_s == 75.0
     with pytest.raises(OutOfTime):
         _ = Patience(60.0, 75.0, 30.0, total_s=0.0).answer_s
+
+
+# --------------------------------------------------------------------------------- shapes
+
+
+def board_and_server(mbit: float) -> list[DeviceProfile]:
+    """1/4 core, the head beside it, and a server of 1 core."""
+    near = DeviceProfile(DeviceId("pi-0"), 12e9, bandwidth_bytes_per_s=1e9, host="near")
+    far = DeviceProfile(DeviceId("pi-1"), 48e9, bandwidth_bytes_per_s=mbit * 125e3, host="far")
+    return [near, far, replace(near, id=DeviceId("head"), computes=False)]
+
+
+@pytest.mark.parametrize("objective", ["latency", "throughput"])
+def test_each_of_the_five_shapes_is_forced_by_a_plan_that_is_exact(objective: str) -> None:
+    model = yolo(96)
+    graph, x = mi.load(model), np.random.default_rng(0).random((1, 3, 96, 96), np.float32)
+    found = shapes.force(graph, board_and_server(20), objective)
+    five = ["on-device", "offload", "split", "tiling", "pipeline"]
+    assert [each.shape for each in found] == five[: 4 if objective == "latency" else 5]
+    for each in found:
+        answer = mi.run_plan(graph, each.plan, {"image": x})  # it validates the plan, too
+        oracle.assert_exact(model, {"image": x}, answer)
+        assert shapes.shape_of(each.plan) == each.shape
+        assert each.expected_s > 0
 
 
 # --------------------------------------------------------------------------------- models
@@ -527,3 +554,17 @@ def test_four_devices_hold_what_kills_one(tmp_path: Path) -> None:
         assert (held["kills"], held["last_exit"]) == (0, "")
         assert held["peak_bytes"] <= held["limit_bytes"] == 384_000_000
     assert holds(found)
+
+
+@pytest.mark.root
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_shapes_are_measured_beside_what_is_picked(tmp_path: Path) -> None:
+    patience = Patience(60, 60, 30)
+    rows = list(shapes.shapes(tmp_path, patience, 1, [100.0], ["mobilenet_v2"]))
+    assert [row["objective"] for row in rows] == ["latency", "throughput"]
+    for row in rows:
+        assert row["ratio"] > 0 and row["best"] in row["measured"]
+        assert not any(each["failed"] for each in row["measured"].values())
+        assert {"picked", "split"} <= row["measured"].keys()
+    assert len(shapes.said(rows).splitlines()) == 3

@@ -37,11 +37,12 @@ _BEGAN = time.monotonic()
 @dataclass(frozen=True, slots=True)
 class Job:
     """Clusters to measure with one model in the same rounds; ``streams`` adds throughput on
-    the largest."""
+    the largest; ``optional``: where there is time for it."""
 
     model: str
     setups: tuple[Setup, ...]
     streams: bool = False
+    optional: bool = False
 
 
 @dataclass(frozen=True, slots=True)

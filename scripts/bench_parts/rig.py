@@ -53,6 +53,10 @@ class Patience:
             raise OutOfTime("the time for this run is over")
         return left_s
 
+    def lasts(self, wanted_s: float) -> bool:
+        """Whether there is so much time still."""
+        return time.monotonic() + wanted_s < self._end
+
     @property
     def start_s(self) -> float:
         """To start a process, or a cluster."""
