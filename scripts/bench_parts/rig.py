@@ -169,7 +169,7 @@ class Rig:
         try:
             self._start()
         except BaseException:
-            self._stack.close()
+            self.close()
             raise
 
     @property
@@ -222,10 +222,11 @@ class Rig:
 
     def close(self) -> None:
         """Take it down. Nothing is worth waiting for: what runs in it is killed."""
-        for i in range(len(self.lab.devices)):
-            for pid in self.lab.processes(i):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+        if hasattr(self, "lab"):  # else it could not be made
+            for i in range(len(self.lab.devices)):
+                for pid in self.lab.processes(i):
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
         self._stack.close()
 
     def __enter__(self) -> Rig:
