@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import queue
 from collections import OrderedDict
-from collections.abc import Mapping
-from dataclasses import replace
 from itertools import chain
 
 import msgspec
@@ -44,7 +42,7 @@ from meshinfer.scheduler.events import (
     Signature,
     WriteBlob,
 )
-from meshinfer.scheduler.profiles import profile_of, with_head
+from meshinfer.scheduler.profiles import profile_of, with_head, within
 
 
 class PlanningThread:
@@ -222,26 +220,7 @@ class PlanningThread:
 def _profiles(effect: MakePlan) -> list[DeviceProfile]:
     """Of the candidates, within the memory that the user grants, and of the head."""
     found = [profile_of(c.device, c.facts, c.link, c.slowdown, c.host) for c in effect.candidates]
-    granted = effect.memory
-    if isinstance(granted, Mapping):
-        unknown = sorted(set(granted) - {p.id for p in found})
-        if unknown:
-            raise InvalidInput(
-                f"memory is granted for {unknown[0]!r}, which does not compute in this cluster",
-                hint=f"devices that compute are {sorted(p.id for p in found)}",
-            )
-        found = [_within(p, granted.get(p.id)) for p in found]
-    elif granted is not None:
-        found = [_within(p, granted) for p in found]
-    return with_head(found, effect.head, effect.head_host)
-
-
-def _within(p: DeviceProfile, granted: int | None) -> DeviceProfile:
-    if granted is None:
-        return p
-    if granted == 0:
-        return replace(p, computes=False)
-    return replace(p, memory_bytes=min(granted, p.memory_bytes or granted))
+    return with_head(within(found, effect.memory), effect.head, effect.head_host)
 
 
 def _pins(effect: MakePlan) -> dict[str, tuple[DeviceId, ...]]:

@@ -132,15 +132,16 @@ def assert_exact(
     actual: Arrays,
     outputs: Sequence[str] | None = None,
     threads: int = 1,
+    truth: Arrays | None = None,
 ) -> bool:
     """Fails unless `actual` is the model's answer; returns whether it is so bit for bit.
 
     `outputs` are those that were asked for (None: all); `actual` must have them and no others.
     Integers, booleans and strings must be equal, floats within the tolerance, which is measured
-    only where the floor is exceeded.
+    only where the floor is exceeded. `truth`: what `reference` gave, where that is known.
     """
     source = _source(model)
-    truth = _run(source, inputs, outputs, threads)
+    truth = truth if truth is not None else _run(source, inputs, outputs, threads)
     got, expected = dict(_leaves(actual)), dict(_leaves(truth))
     assert set(actual) == set(truth), f"outputs {sorted(actual)}, expected {sorted(truth)}"
     assert set(got) == set(expected), f"outputs {sorted(got)}, expected {sorted(expected)}"

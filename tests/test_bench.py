@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -15,15 +17,19 @@ import numpy as np
 import onnxruntime as ort
 import oracle
 import pytest
-from bench_parts import figures
+from bench_parts import figures, shapes
 from bench_parts.child import Broken, Peer
-from bench_parts.measure import Answers, Wrong
+from bench_parts.fits import fits, holds
+from bench_parts.measure import Answers, Effort, Job, Rigs, Wrong, measure
 from bench_parts.models import YOLO_LAYERS, Model, make, pictures, yolo
 from bench_parts.page import page
+from bench_parts.rig import OutOfTime, Patience, Setup, shared
 from hypothesis import given
 from hypothesis import strategies as st
 
 import meshinfer as mi
+from meshinfer.cost import DeviceProfile
+from meshinfer.identity import DeviceId
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ROOT / "scripts" / "bench_parts"
@@ -61,6 +67,56 @@ def test_the_bound_is_the_best_division_of_the_work(
         low, high = (low, middle) if is_enough(middle) else (middle, high)
     found = figures.bound_s(alone_s, cores, reference, link, *sizes)
     assert found == pytest.approx(high, rel=1e-6)
+
+
+def streamed(frames: int, devices: int, slow: dict[int, float]) -> tuple[list[float], list[float]]:
+    """When each frame is done, whole frames on whoever is free first, a second of work each and
+    ``slow`` ones more; and when a map that keeps their order hands them out."""
+    free = [0.0] * devices
+    done = []
+    for i in range(frames):
+        device = min(range(devices), key=lambda d: (free[d], d))
+        free[device] += slow.get(i, 1.0)
+        done.append(free[device])
+    return done, [max(done[: i + 1]) for i in range(frames)]
+
+
+@given(
+    devices=st.integers(1, 6),
+    slow=st.dictionaries(st.integers(0, 80), st.floats(1.0, 3.0), max_size=4),
+    frames=st.integers(6, 36),
+)
+def test_the_rate_of_a_stream_is_what_the_devices_can_do(
+    devices: int, slow: dict[int, float], frames: int
+) -> None:
+    done, handed_out = streamed(3 * devices + frames + devices, devices, slow)
+    found = figures.frame_s(done, frames, devices)
+    assert found >= (1 - 1e-9) * (frames - devices) / frames / devices
+    assert found == figures.frame_s(done[::-1], frames, devices), "in whatever order"
+    if not slow:
+        assert found == pytest.approx(1 / devices)
+    assert figures.frame_s(handed_out, frames, 1) >= 0
+
+
+def test_frames_that_waited_behind_a_slow_one_are_not_counted_as_its_moments_work() -> None:
+    """The bench once told 8.18 × of 6: it timed what map hands out, which is in order."""
+    done, handed_out = streamed(48, 6, {11: 2.6})
+    span = (handed_out[23] - handed_out[11]) / 12
+    assert 1 / span > 8, "12 frames in the time of 9"
+    assert 5 < 1 / figures.frame_s(done, 18, 6) <= 6
+    with pytest.raises(ValueError, match="too few"):
+        figures.frame_s(done[:20], 18, 6)
+
+
+def test_a_figure_that_cannot_be_true_is_doubted() -> None:
+    measured = {"cpu_s": 1.4, "had_s": 1.5}
+    assert figures.doubt(5.9, 6.0, **measured) == ""
+    assert figures.doubt(6.2, 6.0, **measured) == "", "noise"
+    assert "8.18 × is more than the bound" in figures.doubt(8.18, 6.0, **measured)
+    assert "no quota held them" in figures.doubt(5.0, 6.0, cpu_s=3.0, had_s=1.5)
+    frame = {"frame_cpu_s": 0.372, "frame_had_s": 1.5 * 0.2166}  # as a run of 2026-11-25 told
+    assert "a frame takes 372 ms of CPU" in figures.doubt(6.18, 6.0, **measured, **frame)
+    assert figures.doubt(5.4, 6.0, **measured, frame_cpu_s=0.372, frame_had_s=0.373) == ""
 
 
 def test_a_spread_lies_within_what_was_measured() -> None:
@@ -147,6 +203,7 @@ def test_a_figure_is_reached_missed_or_not_measured() -> None:
     assert verdicts(row(speedup=4.5))[what].state == "missed"
     assert verdicts(row(speedup=9.9, plaintext=True))[what].state == "not measured"
     assert verdicts(row(link_bits_per_s=1e8))[what].state == "not measured"
+    assert verdicts(row(doubt="it cannot be"))[what].state == "not measured"
 
 
 def test_the_worst_row_decides_a_figure_of_many_rows() -> None:
@@ -162,6 +219,53 @@ def test_an_aim_that_is_the_bound_is_the_rows_own() -> None:
     slow = row(model="yolo608", link_bits_per_s=1e8, speedup=2.5, bound_speedup=3.0)
     found = verdicts(slow)["YOLOv2-16 608², 6, 100 Mbit/s"]
     assert (found.state, found.bound) == ("met", 3.0)
+
+
+# --------------------------------------------------------------------------------- clusters
+
+
+def test_setups_share_the_fewest_devices() -> None:
+    one, six, mixed = (
+        Setup(name, cores, 1e9)
+        for name, cores in (("1", (0.25,)), ("6", (0.25,) * 6), ("m", (0.25, 0.25, 0.125, 0.0625)))
+    )
+    cores, members = shared([six, one, mixed])
+    assert cores == [0.25] * 6 + [0.125, 0.0625]
+    assert members == {six: (0, 1, 2, 3, 4, 5), one: (0,), mixed: (0, 1, 6, 7)}
+    for setup, chosen in members.items():
+        assert tuple(cores[i] for i in chosen) == setup.cores
+
+
+def test_nothing_waits_longer_than_the_whole_run_may_take() -> None:
+    patience = Patience(60.0, 75.0, 30.0, total_s=5.0)
+    assert max(patience.start_s, patience.deploy_s, patience.answer_s) < 15
+    assert Patience(60.0, 75.0, 30.0).deploy_s == 75.0
+    with pytest.raises(OutOfTime):
+        _ = Patience(60.0, 75.0, 30.0, total_s=0.0).answer_s
+
+
+# --------------------------------------------------------------------------------- shapes
+
+
+def board_and_server(mbit: float) -> list[DeviceProfile]:
+    """1/4 core, the head beside it, and a server of 1 core."""
+    near = DeviceProfile(DeviceId("pi-0"), 12e9, bandwidth_bytes_per_s=1e9, host="near")
+    far = DeviceProfile(DeviceId("pi-1"), 48e9, bandwidth_bytes_per_s=mbit * 125e3, host="far")
+    return [near, far, replace(near, id=DeviceId("head"), computes=False)]
+
+
+@pytest.mark.parametrize("objective", ["latency", "throughput"])
+def test_each_of_the_five_shapes_is_forced_by_a_plan_that_is_exact(objective: str) -> None:
+    model = yolo(96)
+    graph, x = mi.load(model), np.random.default_rng(0).random((1, 3, 96, 96), np.float32)
+    found = shapes.force(graph, board_and_server(20), objective)
+    five = ["on-device", "offload", "split", "tiling", "pipeline"]
+    assert [each.shape for each in found] == five[: 4 if objective == "latency" else 5]
+    for each in found:
+        answer = mi.run_plan(graph, each.plan, {"image": x})  # it validates the plan, too
+        oracle.assert_exact(model, {"image": x}, answer)
+        assert shapes.shape_of(each.plan) == each.shape
+        assert each.expected_s > 0
 
 
 # --------------------------------------------------------------------------------- models
@@ -250,11 +354,11 @@ def test_the_client_keeps_every_answer_and_they_are_the_oracles(
             assert made["expected_s"] > 0
             assert mi.Plan.parse(made["plan"]).devices()
             told = peer.ask({"do": "infer", "name": "m", "which": [0, 1], "deadline_s": 60}, 90)
-            sizes = {"frames": 4, "around": 2, "in_flight": 3}
+            sizes = {"frames": 4, "around": 2, "in_flight": 2}
             plans = peer.ask({"do": "plans"}, 60)
             found = peer.ask({"do": "stream", "name": "m", **sizes, "deadline_s": 60}, 90)
     assert plans == {told[0]["plan"]: made["plan"]}
-    assert found["frames"] == len(found["results"]) == 8
+    assert found["frames"] == len(found["results"]) == 10
     assert found["frame_s"] > 0
     for result in (*told, *found["results"]):
         feeds = model.requests[result["request"]].feeds
@@ -327,6 +431,17 @@ def test_the_pages_drawings_are_well_formed_and_say_what_was_measured() -> None:
         ElementTree.fromstring(drawing)
     assert "4.70×" in drawings[0]
     assert "VGG-16 &amp; &lt;more&gt;" in drawings[0]
+
+
+def test_the_page_says_what_failed_and_what_cannot_be_true() -> None:
+    told = {
+        **results(row(doubt="<9 of 6>")),
+        "failed": [{"name": "VGG & 4", "failed": "Broken: x"}],
+    }
+    text = page(told)
+    assert "VGG &amp; 4: Broken: x" in text
+    assert "doubtful: &lt;9 of 6&gt;" in text
+    assert "doubtful" not in page(results(row()))
 
 
 def test_a_page_of_no_rows_is_a_page() -> None:
@@ -405,3 +520,51 @@ def test_a_small_run_in_the_lab_writes_exact_rows(tmp_path: Path) -> None:
     ]
     assert all(r["answers"] > 0 and not r["wrong"] for r in rows)
     assert "MobileNetV2" in files["html"].read_text()
+
+
+@pytest.mark.root
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_cluster_that_hangs_costs_its_own_rows_only(tmp_path: Path) -> None:
+    two = Setup("2", (0.5, 0.5), 1e9)
+    effort = Effort(rounds=1, stream_rounds=1, frames=2, tries=1)
+    patience = Patience(start_s=60, deploy_s=20, answer_s=20)
+    rigs = Rigs(tmp_path, 0.5, 2.0, effort, patience, share=[two])
+    try:
+        ((rig, _),) = rigs.get([two])
+        os.kill(rig.cluster.coordinator_pid, signal.SIGSTOP)
+        (lost,) = measure(Job("mobilenet_v2", (two,)), rigs, effort)
+        assert "in time" in lost["failed"] or "silent" in lost["failed"], lost
+        (found,) = measure(Job("mobilenet_v2", (two,)), rigs, effort)
+        assert found["answers"] > 0 and found["speedup"]["count"] == 1
+    finally:
+        rigs.close()
+
+
+@pytest.mark.root
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_four_devices_hold_what_kills_one(tmp_path: Path) -> None:
+    """VGG-16, 553 MB of weights, on devices of 384 MB."""
+    found = fits("vgg16", 4, 384_000_000, 0.5, tmp_path, Patience(90, 180, 60))
+    assert found["plain"]["kills"] >= 1, "plain onnxruntime needs more"
+    assert not found["failed"], found["failed"]
+    assert found["answers"] == 4, "each compared with the oracle"
+    for held in found["held"][1:]:
+        assert (held["kills"], held["last_exit"]) == (0, "")
+        assert held["peak_bytes"] <= held["limit_bytes"] == 384_000_000
+    assert holds(found)
+
+
+@pytest.mark.root
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_shapes_are_measured_beside_what_is_picked(tmp_path: Path) -> None:
+    patience = Patience(60, 60, 30)
+    rows = list(shapes.shapes(tmp_path, patience, 1, [100.0], ["mobilenet_v2"]))
+    assert [row["objective"] for row in rows] == ["latency", "throughput"]
+    for row in rows:
+        assert row["ratio"] > 0 and row["best"] in row["measured"]
+        assert not any(each["failed"] for each in row["measured"].values())
+        assert {"picked", "split"} <= row["measured"].keys()
+    assert len(shapes.said(rows).splitlines()) == 3

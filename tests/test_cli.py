@@ -24,6 +24,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from cluster.cli import app
+from cluster.cli.options import parse_memory
 from cluster.security import new_keyring, write_keyring
 from meshinfer.plan import Plan
 
@@ -241,12 +242,54 @@ def test_a_plan_as_json_says_what_is_expected_of_it(small: Path) -> None:
         (["plan", str(UPSCALER), "--speeds", "1,x"], "no speeds"),
         (["plan", str(UPSCALER), "--speeds", "1,1", "--names", "a"], "names"),
         (["plan", str(UPSCALER), "--picture", __file__], "no picture"),
+        (["plan", str(UPSCALER), "--memory", "384"], "write --memory 384MB"),
+        (["plan", str(UPSCALER), "--memory", "=1MB"], "no amount of memory"),
+        (["plan", str(UPSCALER), "--memory", "1MB", "--memory", "2MB"], "twice for all devices"),
+        (["plan", str(UPSCALER), "--memory", "1MB", "--memory", "a=2MB"], "for all devices and"),
+        (["plan", str(UPSCALER), "--memory", "a=1MB", "--memory", "a=2MB"], "twice for 'a'"),
+        (["plan", str(UPSCALER), "--pin", "image"], "write --pin image=head"),
+        (["plan", str(UPSCALER), "--pin", "image=a,,b"], "pins nothing"),
+        (["plan", str(UPSCALER), "--pin", "image=a", "--pin", "image=b"], "pinned twice"),
     ],
 )
 def test_a_plan_of_what_is_wrong_is_refused(arguments: list[str], word: str) -> None:
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2
     assert word in result.stderr and "hint: " in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [
+        ("384MB", 384_000_000),
+        ("1.5GiB", 3 << 29),
+        ("0kb", 0),
+        ("pi-0=2KiB", {"pi-0": 2048}),
+        ("a=b=1gb", {"a=b": 10**9}),
+    ],
+)
+def test_memory_is_read_in_the_units_that_people_write(text: str, nbytes: object) -> None:
+    assert parse_memory([text]) == nbytes
+
+
+def test_a_plan_keeps_to_the_memory_and_the_pins_given(small: Path) -> None:
+    def devices(*flags: str) -> set[str]:
+        result = CliRunner().invoke(app, ["plan", str(small), "--devices", "3", "--spread", *flags])
+        assert result.exit_code == 0, result.stderr
+        return set(Plan.parse(result.stdout).devices())
+
+    assert devices() == {"worker-0", "worker-1", "worker-2"}
+    assert devices("--memory", "worker-1=0MB") == {"worker-0", "worker-2"}
+    assert devices("--pin", "c=worker-2") == {"worker-2"}  # c is all that there is to compute
+    for flags, word in (
+        (("--memory", "1kB"), "would need"),
+        (("--memory", "ghost=1MB"), "'ghost', which does not compute"),
+        (("--pin", "nothing=worker-0"), "not in the model"),
+        (("--pin", "x=worker-0"), "must hold it as an input"),
+    ):
+        result = CliRunner().invoke(app, ["plan", str(small), "--devices", "3", *flags])
+        assert result.exit_code != 0
+        assert word in result.stderr and "hint: " in result.stderr
 
 
 def test_settings_come_from_flag_then_environment_then_file(
@@ -379,6 +422,20 @@ def test_a_printed_plan_is_deployed(running: Running, small: Path, tmp_path: Pat
     stranger = meshinfer(running.state, "plan", small, "--devices", 1, "--names", "elsewhere")
     file.write_text(stranger.stdout)
     refused(running("deploy", "planned", small, "--plan", file), 2, "elsewhere")
+
+
+def test_memory_and_pins_of_a_deployment_are_kept_or_refused(
+    running: Running, small: Path, tmp_path: Path
+) -> None:
+    refused(running("deploy", "fits", small, "--memory", "1kB"), 75, "would need", "of 0.0 MB")
+    refused(running("deploy", "fits", small, "--memory", "ghost=1MB"), 2, "'ghost'")
+    refused(running("deploy", "fits", small, "--memory", "much"), 2, "write --memory 384MB")
+    refused(running("deploy", "fits", small, "--pin", "c=ghost"), 2, "'ghost'")
+    refused(running("deploy", "fits", small, "--pin", "c:pi-0"), 2, "write --pin")
+    kept = ("--memory", "pi-0=64MB", "--pin", f"c={running.worker}")
+    done = running("deploy", "fits", small, *kept, "--json")
+    assert done.returncode == 0, done.stderr
+    assert Plan.parse(json.loads(done.stdout)["plan"]).devices() == (running.worker,)
 
 
 def test_a_plan_for_a_picture_is_used_for_pictures(running: Running, tmp_path: Path) -> None:

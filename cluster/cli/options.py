@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 LEVELS = ("debug", "info", "warning", "error")
 _DIMENSIONS = re.compile(r"\d+(,\d+)*")
+_BYTES = re.compile(r"(\d{1,12}(?:\.\d{1,12})?)([KMG]i?)B", re.IGNORECASE)
+_UNITS = {"k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
 
 
 def _log_level(ctx: typer.Context, value: str) -> str:
@@ -94,6 +96,22 @@ Outputs = Annotated[
         help="Only this output, without what lies behind it; may be given several times.",
     ),
 ]
+Memory = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--memory",
+        metavar="[DEVICE=]384MB",
+        help="What each device may hold of this model, or this one; several times.",
+    ),
+]
+Pins = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--pin",
+        metavar="VALUE=DEVICE[,DEVICE]",
+        help="A value, as an input, that never leaves these devices; several times.",
+    ),
+]
 
 
 def settings(commands: Mapping[str, Any]) -> dict[str, Any]:
@@ -163,6 +181,58 @@ def parse_shapes(texts: Sequence[str] | None) -> dict[str, tuple[int, ...]] | No
             raise InvalidInput(f"{text!r} is no shape", hint="write --shape input=1,3,224,224")
         shapes[name] = tuple(int(size) for size in sizes.split(","))
     return shapes or None
+
+
+def parse_memory(texts: Sequence[str] | None) -> int | dict[str, int] | None:
+    """``384MB`` for all devices, or ``pi-0=384MB`` of each. Raises ``InvalidInput``."""
+    found: dict[str, int] = {}
+    for text in texts or ():
+        device, _, amount = text.rpartition("=")
+        nbytes = _nbytes(amount)
+        if nbytes is None or text.startswith("="):
+            raise InvalidInput(
+                f"{text!r} is no amount of memory",
+                hint="write --memory 384MB for each device, or --memory DEVICE=1.5GiB for one; "
+                "units are kB, MB, GB, KiB, MiB, GiB",
+            )
+        if device in found:
+            raise InvalidInput(
+                f"memory is given twice for {repr(device) if device else 'all devices'}",
+                hint="give it once",
+            )
+        found[device] = nbytes
+    if "" not in found:
+        return found or None
+    if len(found) > 1:
+        raise InvalidInput(
+            "memory is given for all devices and for some",
+            hint="write --memory 384MB alone, or --memory DEVICE=384MB for each device",
+        )
+    return found[""]
+
+
+def _nbytes(text: str) -> int | None:
+    found = _BYTES.fullmatch(text)
+    return round(float(found[1]) * _UNITS[found[2].lower()]) if found else None
+
+
+def parse_pins(texts: Sequence[str] | None) -> dict[str, tuple[str, ...]] | None:
+    """``image=pi-0,pi-1`` of each. Raises ``InvalidInput``."""
+    found: dict[str, tuple[str, ...]] = {}
+    for text in texts or ():
+        value, _, names = text.rpartition("=")
+        devices = tuple(name.strip() for name in names.split(","))
+        if not value or not all(devices):
+            raise InvalidInput(
+                f"{text!r} pins nothing",
+                hint="write --pin image=head, or --pin VALUE=DEVICE,DEVICE",
+            )
+        if value in found:
+            raise InvalidInput(
+                f"{value!r} is pinned twice", hint=f"write --pin {value}=DEVICE,DEVICE once"
+            )
+        found[value] = devices
+    return found or None
 
 
 def parse_image(text: str | None) -> ImageSpec | None:

@@ -17,10 +17,14 @@ from cluster.cli.options import (
     Interfaces,
     KeyringFile,
     LogLevel,
+    Memory,
     Outputs,
+    Pins,
     Shapes,
     Timeout,
     connect,
+    parse_memory,
+    parse_pins,
     parse_shapes,
     size,
     write,
@@ -62,6 +66,8 @@ def plan(
     strict: Annotated[
         bool, typer.Option("--strict", help="No partial sums, one numeric class of devices.")
     ] = False,
+    memory: Memory = None,
+    pin: Pins = None,
     shape: Shapes = None,
     picture: Annotated[
         Path | None, typer.Option(help="Plan for this picture, by the model's ImageSpec.")
@@ -83,6 +89,7 @@ def plan(
     weights and peak memory of each device. With a coordinator's address and the name of a deployed
     model: the plans that serve it now.
     """
+    budget, pinned = parse_memory(memory), parse_pins(pin) or {}
     described = devices is not None or speeds is not None
     if described or coordinator is None:
         profiles = _described(devices, speeds, names, gflops, mbit)
@@ -94,12 +101,15 @@ def plan(
             profiles = _measured(client, mbit)
     from meshinfer.identity import DeviceId
     from meshinfer.planner import make_plan
+    from meshinfer.scheduler.profiles import within
 
+    profiles = within(profiles, budget)
     graph, drawn = _graph(model, shape, picture, output)
     head = DeviceId(HEAD)  # a cluster's source and sink
     if strict:
         graph = graph.as_strict()
-    planned = make_plan(graph, profiles, head, head, objective=objective, spread=spread)
+    held = {value: tuple(map(DeviceId, names)) for value, names in pinned.items()}
+    planned = make_plan(graph, profiles, head, head, objective=objective, spread=spread, pin=held)
     _print(graph, planned, as_json)
     if svg is not None:
         from meshinfer.draw import draw

@@ -21,12 +21,16 @@ from cluster.cli.options import (
     Interfaces,
     KeyringFile,
     LogLevel,
+    Memory,
     Outputs,
+    Pins,
     Shapes,
     Timeout,
     columns,
     connect,
     parse_image,
+    parse_memory,
+    parse_pins,
     parse_shapes,
     read_text,
     write,
@@ -114,6 +118,8 @@ def deploy(
     objective: Annotated[
         str, typer.Option(help="What the plan makes small: latency, throughput or memory.")
     ] = "latency",
+    memory: Memory = None,
+    pin: Pins = None,
     image: Annotated[
         str | None,
         typer.Option(metavar="JSON|FILE", help="How a picture becomes the input: an ImageSpec."),
@@ -128,6 +134,7 @@ def deploy(
 ) -> None:
     """Deploy a model on the cluster; deployed again under its name, it gets the next version."""
     shapes, spec = parse_shapes(shape), parse_image(image)
+    budget, pinned = parse_memory(memory), parse_pins(pin)
     text = None if plan is None else read_text(plan)
     if not name or len(name) > 512:
         raise InvalidInput("a model needs a name of 1 to 512 characters", hint="give one")
@@ -141,6 +148,8 @@ def deploy(
             objective=objective,
             spread=spread,
             strict=strict,
+            memory=budget,
+            pin=pinned,
         )
     if as_json:
         import msgspec

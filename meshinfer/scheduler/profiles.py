@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from meshinfer.cost import DeviceProfile, alike
+from meshinfer.errors import InvalidInput
 from meshinfer.identity import DeviceId
 from meshinfer.protocol.messages import Facts
 from meshinfer.protocol.records import Link
@@ -77,3 +79,30 @@ def with_head(found: Sequence[DeviceProfile], head: str, host: str = "") -> list
             report_s=like.message_s * REPORT_MESSAGES,
         ),
     ]
+
+
+def within(
+    profiles: Sequence[DeviceProfile], granted: Mapping[str, int] | int | None
+) -> list[DeviceProfile]:
+    """The same, within the bytes that the user grants to each, or to all alike; 0: not used.
+
+    Raises ``InvalidInput`` for a device that does not compute.
+    """
+    if not isinstance(granted, Mapping):
+        return [_within(p, granted) for p in profiles]
+    able = sorted(p.id for p in profiles if p.computes)
+    unknown = sorted(set(granted) - set(able))
+    if unknown:
+        raise InvalidInput(
+            f"memory is granted for {unknown[0]!r}, which does not compute in this cluster",
+            hint=f"devices that compute are {able}",
+        )
+    return [_within(p, granted.get(p.id)) for p in profiles]
+
+
+def _within(p: DeviceProfile, granted: int | None) -> DeviceProfile:
+    if granted is None or not p.computes:
+        return p
+    if granted == 0:
+        return replace(p, computes=False)
+    return replace(p, memory_bytes=min(granted, p.memory_bytes or granted))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,20 @@ def spread(values: Sequence[float]) -> Spread:
         return Spread(values[0], values[0], values[0], 1)
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")
     return Spread(median, low, high, len(values))
+
+
+def frame_s(done: Sequence[float], frames: int, around: int) -> float:
+    """Seconds a frame of a stream: between an answer and the one ``frames`` later.
+
+    ``done``: when each answer was there, by one clock. The mean of ``around`` such spans, each
+    beginning an answer later, the first after ``around`` answers: with as many as there are
+    devices, no device is caught at the beginning of a frame more often than at its end.
+    """
+    at = sorted(done)
+    if len(at) < frames + 2 * around:
+        raise ValueError(f"{len(at)} answers are too few for spans of {frames}")
+    spans = [at[i + frames] - at[i] for i in range(around - 1, 2 * around - 1)]
+    return statistics.fmean(spans) / frames
 
 
 # ---------------------------------------------------------------------- the bound
@@ -60,6 +75,37 @@ def bound_s(
     moving = link_bytes_per_s / max(input_bytes, output_bytes, 1)
     others = sum(min(each / work, moving) for each in cores[1:])
     return 1.0 / (cores[0] / work + min(others, moving))
+
+
+TOLERANCE = 1.05
+BUSY = 1.15
+
+
+def doubt(
+    speedup: float,
+    bound_speedup: float,
+    *,
+    cpu_s: float,
+    had_s: float,
+    frame_cpu_s: float = 0.0,
+    frame_had_s: float = math.inf,
+) -> str:
+    """Why a figure cannot be true; "" if nothing speaks against it.
+
+    ``cpu_s``: of the processor that the devices used while it was measured; ``had_s``: what their
+    shares of it give in that time. ``frame_cpu_s``: what they used for each frame of a stream,
+    from its first to its last; ``frame_had_s``: what they have in the time between two frames.
+    """
+    if speedup > bound_speedup * TOLERANCE:
+        return f"{speedup:.2f} × is more than the bound, {bound_speedup:.2f} ×"
+    if cpu_s > had_s * TOLERANCE:
+        return f"the devices used {cpu_s:.2f} s of CPU and had {had_s:.2f} s: no quota held them"
+    if frame_cpu_s > frame_had_s * TOLERANCE:
+        return (
+            f"a frame takes {frame_cpu_s * 1e3:.0f} ms of CPU, and the devices have "
+            f"{frame_had_s * 1e3:.0f} ms between two of them"
+        )
+    return ""
 
 
 # ---------------------------------------------------------------------- where time goes
@@ -224,7 +270,7 @@ class Verdict:
 
 
 def judge(rows: Sequence[Mapping[str, Any]]) -> list[Verdict]:
-    """All goals, in the order of the issue. Plaintext rows count for none."""
+    """All goals, in the order of the issue. Plaintext and doubtful rows count for none."""
     return [_verdict(goal, [r for r in rows if _is_about(goal, r)]) for goal in GOALS]
 
 
@@ -235,6 +281,7 @@ def _is_about(goal: Goal, row: Mapping[str, Any]) -> bool:
         and goal.link in (None, row["link_bits_per_s"])
         and goal.objective == row["objective"]
         and not row["plaintext"]
+        and not row.get("doubt")
         and row.get(goal.figure) is not None
     )
 

@@ -1,14 +1,15 @@
 """The measurement itself: rounds of the baseline and each cluster in turn, and a row of each.
 
 Baseline and clusters never run at the same moment. A round's ratio is its own baseline, the mean
-of one run before and one after the clusters, over its own latency.
+of one run before and one after the clusters, over its own latency. What fails, or is too slow,
+costs its own row.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
-import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,10 +21,13 @@ from typing import Any
 import numpy as np
 import oracle
 
+from bench_parts.baseline import Baseline
+from bench_parts.child import Broken
 from bench_parts.models import Model, make
-from bench_parts.rig import ANSWER_S, Baseline, Rig, Setup
-from bench_parts.rows import Series, output_bytes_of, row_of
+from bench_parts.rig import OutOfTime, Patience, Rig, Setup, shared
+from bench_parts.rows import Series, failed_row, row_of
 from meshinfer import limits
+from meshinfer.errors import MeshInferError
 
 IN_FLIGHT_A_DEVICE = 2
 _ROOM = 7 / 8  # of the machine, for clusters that start together
@@ -33,11 +37,12 @@ _BEGAN = time.monotonic()
 @dataclass(frozen=True, slots=True)
 class Job:
     """Clusters to measure with one model in the same rounds; ``streams`` adds throughput on
-    the largest."""
+    the largest; ``optional``: where there is time for it."""
 
     model: str
     setups: tuple[Setup, ...]
     streams: bool = False
+    optional: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +67,7 @@ class Answers:
     def __init__(self, model: Model) -> None:
         self._model = model
         self._known: dict[tuple[Path, int], bool] = {}
-        self.count = 0
+        self._truths: dict[int, dict[str, Any]] = {}
 
     def check(self, folder: Path, results: Sequence[Mapping[str, Any]]) -> bool:
         """Whether they are the oracle's bit for bit. Raises ``Wrong``."""
@@ -70,100 +75,187 @@ class Answers:
         for result in results:
             key = (folder / result["answer"], result["request"])
             if key not in self._known:
-                outputs = dict(np.load(key[0]))
-                feeds = self._model.requests[key[1]].feeds
-                try:
-                    self._known[key] = oracle.assert_exact(self._model.path, feeds, outputs)
-                except AssertionError as error:
-                    raise Wrong(f"{self._model.title}: {error}") from error
+                self._known[key] = self._is_identical(key[1], dict(np.load(key[0])))
             identical &= self._known[key]
-            self.count += 1
         return identical
+
+    def _is_identical(self, request: int, outputs: Mapping[str, Any]) -> bool:
+        path, feeds = self._model.path, self._model.requests[request].feeds
+        if request not in self._truths:
+            self._truths[request] = oracle.reference(path, feeds)
+        try:
+            return oracle.assert_exact(path, feeds, outputs, truth=self._truths[request])
+        except AssertionError as error:
+            raise Wrong(f"{self._model.title}: {error}") from error
+
+
+class Subject:
+    """A model with its pictures as files, its oracle, and its baseline."""
+
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        cores: float,
+        deploy_cores: float,
+        effort: Effort,
+        patience: Patience,
+    ) -> None:
+        self.model = make(name, folder)
+        plain, self.inputs = zip(*_saved(self.model, folder), strict=True)
+        self.answers = Answers(self.model)
+        self.baseline = Baseline(
+            cores, self.model, plain, folder, deploy_cores, effort.tries, patience
+        )
+        tried = ", ".join(f"{n}: {s * 1e3:.0f} ms" for n, s in self.baseline.tried.items())
+        say(f"  plain, by threads: {tried}")
 
 
 class Rigs:
-    """Running clusters by setup. ``keep``: for the next model too, instead of fresh ones."""
+    """Running clusters, and the subject of the moment.
 
-    def __init__(self, folder: Path, deploy_cores: float, keep: bool) -> None:
-        self._folder, self.deploy_cores, self._keep = folder, deploy_cores, keep
-        self._running: dict[Setup, Rig] = {}
+    ``share``: these setups are parts of one cluster, which serves all models; other devices than a
+    setup's then get no share of a plan. Otherwise each has a cluster of its own for each model.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        cores: float,
+        deploy_cores: float,
+        effort: Effort,
+        patience: Patience,
+        share: Sequence[Setup] = (),
+    ) -> None:
+        self.patience = patience
+        self._folder, self._cores, self._deploy_cores = folder, cores, deploy_cores
+        self._effort, self._share = effort, tuple(dict.fromkeys(share))
+        self._running: dict[Setup, tuple[Rig, tuple[int, ...]]] = {}
         self._numbers = itertools.count(1)
+        self._subject: Subject | None = None
 
-    def get(self, setups: Sequence[Setup]) -> list[Rig]:
-        """Running clusters of these; those that are missing are started, several at once where
-        their shares leave the machine some room, so that they do not disturb each other."""
+    def subject(self, name: str) -> Subject:
+        """The model; another one before is over."""
+        if self._subject is None or self._subject.model.name != name:
+            self._end_subject()
+            self._subject = Subject(
+                name, self._folder, self._cores, self._deploy_cores, self._effort, self.patience
+            )
+        return self._subject
+
+    def get(self, setups: Sequence[Setup]) -> list[tuple[Rig, tuple[int, ...]]]:
+        """A running cluster for each, and which devices of it; those that are missing are started,
+        several at once where their shares leave the machine some room, so that they do not disturb
+        each other."""
         room, missing = _ROOM * (os.cpu_count() or 1), [s for s in setups if s not in self._running]
+        if missing and self._share:
+            like = [s for s in self._share if s.kind == missing[0].kind]
+            cores, members = shared(like)
+            rig = self._start(cores, missing[0], "shared")
+            self._running |= {setup: (rig, members[setup]) for setup in like}
+            return self.get(setups)
         while missing:
             together = [missing.pop(0)]
             while missing and sum(sum(s.cores) for s in (*together, missing[0])) <= room:
                 together.append(missing.pop(0))
             with ThreadPoolExecutor(len(together)) as pool:
-                for started in [pool.submit(self._start, setup) for setup in together]:
-                    started.result()
+                starting = {s: pool.submit(self._start, s.cores, s, s.name) for s in together}
+                for setup, started in starting.items():
+                    self._running[setup] = started.result(), tuple(range(len(setup.cores)))
         return [self._running[setup] for setup in setups]
 
-    def _start(self, setup: Setup) -> None:
+    def _start(self, cores: Sequence[float], like: Setup, name: str) -> Rig:
         folder = self._folder / f"rig-{next(self._numbers)}"
-        rig = self._running[setup] = Rig(setup, folder, self.deploy_cores)
+        rig = Rig(
+            cores, like.link_bits_per_s, folder, self.patience, self._deploy_cores, like.plaintext
+        )
         say(
-            f"  {setup.name} up in {rig.start_s:.1f} s ({rig.start_cpu_s:.1f} s of CPU), "
+            f"  {name} up in {rig.start_s:.1f} s ({rig.start_cpu_s:.1f} s of CPU), "
             f"idle at {rig.idle_cores:.1%} of a core"
         )
+        return rig
 
-    def done(self, job: Job) -> None:
+    def drop(self, rig: Rig, why: str) -> None:
+        """A cluster that broke: whoever needs one like it gets another."""
+        rig.broken = rig.broken or why
+        self._running = {s: found for s, found in self._running.items() if found[0] is not rig}
+        rig.close()
+
+    def done(self) -> None:
         """A job is over."""
-        if not self._keep:
+        if not self._share:
             self.close()
 
     def close(self) -> None:
-        rigs = list(self._running.values())
+        rigs = list({id(rig): rig for rig, _ in self._running.values()}.values())
         self._running.clear()
-        if rigs:  # each waits for its coordinator to drain
+        self._end_subject()
+        if rigs:
             with ThreadPoolExecutor(len(rigs)) as pool:
                 for closed in [pool.submit(rig.close) for rig in rigs]:
                     closed.result()
 
+    def _end_subject(self) -> None:
+        if self._subject is not None:
+            self._subject.baseline.close()
+            self._subject = None
 
-def measure(job: Job, rigs: Rigs, cores: float, effort: Effort, folder: Path) -> Iterator[Any]:
-    """Rows of a job, as builtins. ``cores``: of the baseline's device.
 
-    Raises ``Wrong``, ``Broken`` and MeshInfer's errors.
+def measure(job: Job, rigs: Rigs, effort: Effort) -> Iterator[dict[str, Any]]:
+    """Rows of a job, as builtins; of what failed, a row that says why (``failed``).
+
+    Raises what fails before anything is deployed, and ``OutOfTime``.
     """
-    model = make(job.model, folder)
-    inputs = _saved(model, folder)
-    answers = Answers(model)
-    input_bytes = model.requests[0].nbytes
-    plain_inputs = [p for p, _ in inputs]
-    with Baseline(cores, model, plain_inputs, folder, rigs.deploy_cores, effort.tries) as baseline:
-        say(f"  plain: {baseline.threads} threads, {min(baseline.tried.values()) * 1e3:.0f} ms")
-        latency = [
-            _deployed(rig, model, "latency", [p for _, p in inputs], answers, effort)
-            for rig in rigs.get(job.setups)
-        ]
-        for i in range(effort.rounds):
-            _round(i, latency, baseline, model, answers)
-        for series in latency:  # before streams need more
-            series.workers = [replace(each) for each in series.rig.workers]
-        streams = []
-        if job.streams:
-            largest = max(latency, key=lambda s: len(s.rig.setup.cores)).rig
-            pictures = [p for _, p in inputs]
-            stream = _deployed(largest, model, "throughput", pictures, answers, effort)
-            streams.append(stream)
-            for _ in range(effort.stream_rounds):
-                _stream_round(stream, baseline, model, answers, effort)
-        plain = baseline.run(1)
-    output_bytes = output_bytes_of(model, [*latency, *streams])
-    for series in (*latency, *streams):
-        row = row_of(series, model, baseline, plain, input_bytes, output_bytes)
-        say(
-            f"  {row['short']}: {row['speedup']['median']:.2f}× of at most "
-            f"{row['bound_speedup']:.2f}×, predicted "
-            + (f"{row['predicted_s'] * 1e3:.0f} ms" if row["predicted_s"] else "nothing")
-            + f", measured {row['latency_s']['median'] * 1e3:.0f} ms"
-        )
+    subject = rigs.subject(job.model)
+    found = dict(zip(job.setups, rigs.get(job.setups), strict=True))
+    latency = [Series(setup, "latency", *at) for setup, at in found.items()]
+    for series in latency:
+        _deploy(series, rigs, subject, effort)
+    _rounds(latency, rigs, subject, effort)
+    for series in latency:  # before streams need more
+        series.workers = [replace(series.rig.workers[i]) for i in series.members]
+    all_ = list(latency)
+    if job.streams:
+        largest = max(latency, key=lambda s: len(s.setup.cores))
+        stream = Series(largest.setup, "throughput", largest.rig, largest.members)
+        all_.append(stream)
+        _stream_rounds(stream, rigs, subject, effort)
+    for series in all_:
+        if series.failed or not series.latency_s:
+            why = series.failed or series.rig.broken or "no round was made"
+            yield failed_row(series, subject.model, why)
+            continue
+        row = row_of(series, subject.model, subject.baseline)
+        say(f"  {_said(row)}")
         yield row
-    rigs.done(job)
+    rigs.done()
+
+
+def _said(row: Mapping[str, Any]) -> str:
+    expected = f"{row['predicted_s'] * 1e3:.0f} ms" if row["predicted_s"] else "nothing"
+    return (
+        f"{row['short']}: {row['speedup']['median']:.2f}× of at most "
+        f"{row['bound_speedup']:.2f}×, predicted {expected}, "
+        f"measured {row['latency_s']['median'] * 1e3:.0f} ms"
+        + (f"; DOUBTFUL: {row['doubt']}" if row["doubt"] else "")
+    )
+
+
+@contextlib.contextmanager
+def _apart(series: Series, rigs: Rigs) -> Iterator[None]:
+    """What fails in here fails this series, and the others of a cluster that no longer answers.
+
+    When time is over, what the series has got remains.
+    """
+    try:
+        yield
+    except OutOfTime as error:
+        series.failed = "" if series.latency_s else str(error)
+    except (Wrong, Broken, MeshInferError) as error:
+        series.failed = f"{type(error).__name__}: {error}"
+        say(f"  FAILED on {series.setup.name} for {series.objective}: {series.failed}")
+        if not isinstance(error, Wrong):
+            rigs.drop(series.rig, f"its cluster was lost with {series.setup.name}")
 
 
 def _saved(model: Model, folder: Path) -> list[tuple[Path, Path]]:
@@ -178,93 +270,110 @@ def _saved(model: Model, folder: Path) -> list[tuple[Path, Path]]:
     return found
 
 
-def _deployed(
-    rig: Rig, model: Model, objective: str, inputs: Sequence[Path], answers: Answers, effort: Effort
-) -> Series:
+def _deploy(series: Series, rigs: Rigs, subject: Subject, effort: Effort) -> None:
     """Deployed and warm; the first requests are checked but not counted."""
-    clean = rig.deployed == 0
-    rig.load(model, inputs)
-    made = rig.deploy(model, objective)
-    series = Series(rig, objective, made, clean)
-    for i in range(max(effort.warm_ups, len(model.requests))):
-        _keep(series, answers, _infer(rig, model, objective, i), counted=False)
-    if objective == "throughput":
-        _keep(
-            series, answers, _stream(rig, model, 1, len(rig.setup.cores))["results"], counted=False
+    if not series.lives:
+        return
+    with _apart(series, rigs):
+        rig, model = series.rig, subject.model
+        series.clean = rig.deployed == 0
+        rig.load(model, subject.inputs)
+        series.name = f"{model.name}-{series.objective}-{series.setup.name}"
+        series.made = rig.deploy(series.name, model, series.members, objective=series.objective)
+        for i in range(max(effort.warm_ups, len(model.requests))):
+            _keep(series, subject, _infer(series, subject, i), counted=False)
+        say(
+            f"  deployed on {series.setup.name} for {series.objective} in "
+            f"{series.made['deploy_s']:.1f} s ({series.made['deploy_cpu_s']:.1f} s of CPU)"
         )
-    say(
-        f"  deployed on {rig.setup.name} for {objective} in {made['deploy_s']:.1f} s "
-        f"({made['deploy_cpu_s']:.1f} s of CPU)"
-    )
-    return series
 
 
-def _infer(rig: Rig, model: Model, objective: str, i: int) -> list[dict[str, Any]]:
-    which = i % len(model.requests)
-    answer: list[dict[str, Any]] = rig.ask(
+def _infer(series: Series, subject: Subject, i: int) -> list[dict[str, Any]]:
+    answer: list[dict[str, Any]] = series.rig.ask(
         do="infer",
-        name=f"{model.name}-{objective}",
-        which=[which],
-        deadline_s=min(ANSWER_S, limits.REQUEST_DEADLINE_S),
+        name=series.name,
+        which=[i % len(subject.model.requests)],
+        deadline_s=_deadline_s(series.rig.patience),
     )
     return answer
 
 
 def _keep(
-    series: Series, answers: Answers, results: list[dict[str, Any]], *, counted: bool = True
+    series: Series, subject: Subject, results: list[dict[str, Any]], *, counted: bool = True
 ) -> None:
-    series.identical &= answers.check(series.rig.folder, results)
+    series.identical &= subject.answers.check(series.rig.folder, results)
     series.answers += len(results)
     if counted:
         series.results += results
 
 
+def _rounds(all_: Sequence[Series], rigs: Rigs, subject: Subject, effort: Effort) -> None:
+    """As many rounds as wanted, or as there is time for, but one."""
+    before_s: float | None = None
+    for i in range(effort.rounds):
+        alive = [s for s in all_ if s.lives]
+        if not alive:
+            return
+        try:
+            before_s = _round(i, alive, rigs, subject, before_s)
+        except OutOfTime as error:
+            for series in alive:
+                series.failed = "" if series.latency_s else str(error)
+            return
+
+
 def _round(
-    i: int, all_: Sequence[Series], baseline: Baseline, model: Model, answers: Answers
-) -> None:
-    """Baseline, each cluster (every second round in reverse), baseline."""
-    alone = baseline.run(1)["wall_s"]
+    i: int, all_: Sequence[Series], rigs: Rigs, subject: Subject, before_s: float | None
+) -> float:
+    """Baseline (unless it has just run), each cluster (every second round in reverse), baseline;
+    seconds of the last."""
+    before_s = subject.baseline.run_s() if before_s is None else before_s
     taken = []
     for series in all_ if i % 2 == 0 else all_[::-1]:
-        before = series.rig.counters()
-        results = _infer(series.rig, model, "latency", i)
-        used = series.rig.counters().since(before)
-        taken.append((series, results, used))
-    alone += baseline.run(1)["wall_s"]
+        with _apart(series, rigs):
+            if series.lives:
+                before = series.rig.counters()
+                results = _infer(series, subject, i)
+                taken.append((series, results, series.rig.counters().since(before)))
+    after_s = subject.baseline.run_s()
     for series, results, used in taken:
-        series.baseline_s.append(statistics.fmean(alone))
-        series.latency_s.append(results[0]["wall_s"])
-        series.used.append((used, 1))
-        _keep(series, answers, results)  # the oracle runs when nothing is measured
-        series.rig.read_memory()
+        with _apart(series, rigs):
+            if series.lives:
+                _keep(series, subject, results)  # the oracle runs when nothing is measured
+                series.rig.read_memory()
+                series.add((before_s + after_s) / 2, results[0]["wall_s"], used, 1)
+    return after_s
 
 
-def _stream(rig: Rig, model: Model, frames: int, around: int) -> dict[str, Any]:
-    answer: dict[str, Any] = rig.ask(
+def _stream_rounds(series: Series, rigs: Rigs, subject: Subject, effort: Effort) -> None:
+    _deploy(series, rigs, subject, effort)
+    around = len(series.setup.cores)
+    with _apart(series, rigs):
+        for _ in range(effort.stream_rounds if series.lives else 0):
+            before_s = subject.baseline.run_s()
+            before = series.rig.counters()
+            found = _stream(series, effort.frames, around)
+            used = series.rig.counters().since(before)
+            after_s = subject.baseline.run_s()
+            _keep(series, subject, found["results"])
+            series.add((before_s + after_s) / 2, found["frame_s"], used, found["frames"])
+
+
+def _stream(series: Series, frames: int, around: int) -> dict[str, Any]:
+    answer: dict[str, Any] = series.rig.ask(
         do="stream",
-        name=f"{model.name}-throughput",
+        name=series.name,
         frames=frames,
         around=around,
-        in_flight=IN_FLIGHT_A_DEVICE * len(rig.setup.cores),
-        deadline_s=min(ANSWER_S, limits.REQUEST_DEADLINE_S),
+        in_flight=IN_FLIGHT_A_DEVICE * len(series.setup.cores),
+        deadline_s=_deadline_s(series.rig.patience),
     )
     return answer
 
 
-def _stream_round(
-    series: Series, baseline: Baseline, model: Model, answers: Answers, effort: Effort
-) -> None:
-    alone = baseline.run(1)["wall_s"]
-    before = series.rig.counters()
-    around = IN_FLIGHT_A_DEVICE * len(series.rig.setup.cores)
-    found = _stream(series.rig, model, effort.frames, around)
-    used = series.rig.counters().since(before)
-    alone += baseline.run(1)["wall_s"]
-    series.baseline_s.append(statistics.fmean(alone))
-    series.latency_s.append(found["frame_s"])
-    series.used.append((used, found["frames"]))
-    _keep(series, answers, found["results"])
-    series.rig.read_memory()
+def _deadline_s(patience: Patience) -> float:
+    """Of a request: its error comes before the benchmark stops waiting for it."""
+    return min(0.9 * patience.answer_s, limits.REQUEST_DEADLINE_S)
 
 
 def say(text: str) -> None:

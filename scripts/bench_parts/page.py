@@ -55,6 +55,7 @@ def page(results: Mapping[str, Any]) -> str:
         "<header><h1>MeshInfer: benchmark</h1>",
         f'<p class="lead">{escape(_lead(rows))}</p>',
         f'<p class="meta">{_about(about)}</p></header>',
+        _failed(results.get("failed", ()), rows),
         _goals(judge(rows)),
         _speedups(rows),
         _breakdown(rows),
@@ -70,6 +71,18 @@ def page(results: Mapping[str, Any]) -> str:
         '<meta name="color-scheme" content="light dark"><title>MeshInfer: benchmark</title>'
         f"<style>{style}</style></head><body><main>{''.join(body)}</main></body></html>\n"
     )
+
+
+def _failed(failed: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> str:
+    """What could not be measured, and what counts for no figure."""
+    said = [f"{row['name']}: {row['failed']}" for row in failed]
+    said += [f"{row['name']}: doubtful: {row['doubt']}" for row in rows if row.get("doubt")]
+    if shares := [row["plain_share"] for row in rows if row.get("plain_busy")]:
+        said.append(f"The machine was busy: plain onnxruntime got {min(shares):.0%} of its share.")
+    if not said:
+        return ""
+    lines = "".join(f"<li>{escape(line)}</li>" for line in said)
+    return f'<section><h2>Not measured, or doubtful</h2><ul class="bad">{lines}</ul></section>'
 
 
 def link_name(bits_per_s: float) -> str:

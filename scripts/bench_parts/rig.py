@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
+import os
+import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,11 +24,52 @@ from bench_parts.models import Model
 from cluster.lab import DeviceSpec, Lab
 
 _HERE = Path(__file__).resolve().parent
-_START_S = 180.0
 _SETTLE_S = 60.0
 _POLL_S = 0.01
-DEPLOY_S = 580.0
-ANSWER_S = 600.0
+_LEAST_S = 1.0
+_GRACE_S = 8.0
+
+
+class OutOfTime(Exception):
+    """The time for the whole run is over."""
+
+
+class Patience:
+    """How long a measured process may take for one command: whoever is slower has failed.
+
+    ``total_s``: for all of a run, from now on; what has begun then may take ``_GRACE_S`` more.
+    """
+
+    def __init__(
+        self, start_s: float, deploy_s: float, answer_s: float, total_s: float = math.inf
+    ) -> None:
+        self._start_s, self._deploy_s, self._answer_s = start_s, deploy_s, answer_s
+        self._end = time.monotonic() + total_s
+
+    def left_s(self) -> float:
+        """Until the end of all; raises ``OutOfTime`` after it."""
+        left_s = self._end - time.monotonic()
+        if left_s < _LEAST_S:
+            raise OutOfTime("the time for this run is over")
+        return left_s
+
+    def lasts(self, wanted_s: float) -> bool:
+        """Whether there is so much time still."""
+        return time.monotonic() + wanted_s < self._end
+
+    @property
+    def start_s(self) -> float:
+        """To start a process, or a cluster."""
+        return min(self._start_s, self.left_s() + _GRACE_S)
+
+    @property
+    def deploy_s(self) -> float:
+        return min(self._deploy_s, self.left_s() + _GRACE_S)
+
+    @property
+    def answer_s(self) -> float:
+        """For one answer, or a stream of them."""
+        return min(self._answer_s, self.left_s() + _GRACE_S)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,18 +86,47 @@ class Setup:
     def name(self) -> str:
         return self.devices + (", plaintext" if self.plaintext else "")
 
+    @property
+    def kind(self) -> tuple[float, bool]:
+        """What setups that share a cluster have alike."""
+        return self.link_bits_per_s, self.plaintext
+
+
+def shared(setups: Iterable[Setup]) -> tuple[list[float], dict[Setup, tuple[int, ...]]]:
+    """Cores of the fewest devices among which each of these setups is found, and which they are.
+
+    A setup's devices are in its order; device 0 is the first of all of them.
+    """
+    cores: list[float] = []
+    found = {}
+    for setup in setups:
+        free, members = list(range(len(cores))), []
+        for each in setup.cores:
+            i = next((i for i in free if cores[i] == each), len(cores))
+            if i == len(cores):
+                cores.append(each)
+            else:
+                free.remove(i)
+            members.append(i)
+        assert members[0] == 0, "the client's device differs"
+        found[setup] = tuple(members)
+    return cores, found
+
 
 @dataclass(frozen=True, slots=True)
 class Counters:
-    """What each device of a lab has used so far."""
+    """What each device of a lab has used so far, and when that was."""
 
     cpu_s: tuple[float, ...]
     sent_bytes: tuple[int, ...]
+    at_s: float
 
     def since(self, before: Counters) -> Counters:
+        """The difference; ``at_s`` is then the time between both."""
         return Counters(
             tuple(a - b for a, b in zip(self.cpu_s, before.cpu_s, strict=True)),
             tuple(a - b for a, b in zip(self.sent_bytes, before.sent_bytes, strict=True)),
+            self.at_s - before.at_s,
         )
 
 
@@ -70,15 +143,22 @@ class WorkerMemory:
 class Rig:
     """A lab with a running cluster and its client on device 0.
 
-    ``deploy_cores``: each device's until its worker begins, and while a model is deployed; 0 leaves
-    its quota as it is. Workers and links are measured under the real quota.
+    ``cores``: of its devices; a deployment may use some of them only. ``deploy_cores``: each
+    device's until its worker begins, and while a model is deployed; 0 leaves its quota as it is.
+    Workers and links are measured under the real quota. ``memory_bytes``: limits of the
+    devices' memory. ``broken``: why it is of no more use.
     """
 
-    setup: Setup
+    cores: Sequence[float]
+    link_bits_per_s: float
     folder: Path
+    patience: Patience
     deploy_cores: float = 0.0
+    plaintext: bool = False
+    memory_bytes: Sequence[int | None] = ()
     workers: list[WorkerMemory] = field(default_factory=list)
     deployed: int = 0
+    broken: str = ""
     idle_cores: float = 0.0
     start_s: float = 0.0
     start_cpu_s: float = 0.0
@@ -89,33 +169,38 @@ class Rig:
         try:
             self._start()
         except BaseException:
-            self._stack.close()
+            self.close()
             raise
 
     @property
-    def cores(self) -> dict[str, float]:
-        """By the device's name in the cluster."""
-        return {spec.name: spec.cpu for spec in self.lab.devices}
+    def names(self) -> list[str]:
+        """Of the devices in the cluster."""
+        return [spec.name for spec in self.lab.devices]
 
     def ask(self, **command: Any) -> Any:
         """The client's answer. Raises ``Broken``."""
-        return self.client.ask(command, ANSWER_S)
+        return self.client.ask(command, self.patience.answer_s)
 
     def load(self, model: Model, inputs: Sequence[Path]) -> None:
         """The client takes these pictures from now on."""
         assert self.ask(do="load", inputs=[str(p) for p in inputs]) == len(model.requests)
 
-    def deploy(self, model: Model, objective: str) -> dict[str, Any]:
-        """Deploy it under the name of model and objective; see ``Session.do_deploy``."""
+    def deploy(
+        self, name: str, model: Model, members: Sequence[int] | None = None, **options: Any
+    ) -> dict[str, Any]:
+        """Deploy it on these devices (all, if None); see ``Session.do_deploy``."""
+        others = set(range(len(self.cores))) - set(
+            range(len(self.cores)) if members is None else members
+        )
+        if others:
+            options["memory"] = {self.names[i]: 0 for i in sorted(others)}
         self._forget_peaks()
         before = self.counters()
         with lifted(self.lab, self.deploy_cores):
-            made: dict[str, Any] = self.ask(
-                do="deploy",
-                name=f"{model.name}-{objective}",
-                path=str(model.path),
-                objective=objective,
-                timeout_s=DEPLOY_S,
+            timeout_s = self.patience.deploy_s
+            command = {"do": "deploy", "name": name, "path": str(model.path), **options}
+            made: dict[str, Any] = self.client.ask(
+                {**command, "timeout_s": timeout_s}, timeout_s + _LEAST_S
             )
         made["deploy_cpu_s"] = sum(self.counters().since(before).cpu_s)
         self.deployed += 1
@@ -132,9 +217,16 @@ class Rig:
     def counters(self) -> Counters:
         """What the devices have used since they were made."""
         used = [self.lab.usage(i) for i in range(len(self.lab.devices))]
-        return Counters(tuple(u.cpu_s for u in used), tuple(u.sent_bytes for u in used))
+        at_s = time.monotonic()
+        return Counters(tuple(u.cpu_s for u in used), tuple(u.sent_bytes for u in used), at_s)
 
     def close(self) -> None:
+        """Take it down. Nothing is worth waiting for: what runs in it is killed."""
+        if hasattr(self, "lab"):  # else it could not be made
+            for i in range(len(self.lab.devices)):
+                for pid in self.lab.processes(i):
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
         self._stack.close()
 
     def __enter__(self) -> Rig:
@@ -147,9 +239,10 @@ class Rig:
 
     def _start(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
+        memory_bytes = self.memory_bytes or [None] * len(self.cores)
         specs = [
-            DeviceSpec(f"pi-{i}", cores, None, self.setup.link_bits_per_s)
-            for i, cores in enumerate(self.setup.cores)
+            DeviceSpec(f"pi-{i}", cores, nbytes, self.link_bits_per_s)
+            for i, (cores, nbytes) in enumerate(zip(self.cores, memory_bytes, strict=True))
         ]
         began = time.monotonic()
         self.lab = self._stack.enter_context(Lab(specs))
@@ -158,8 +251,8 @@ class Rig:
             self.client = self._stack.enter_context(
                 spawn(self.lab, "session.py", options, self.folder / "client.log")
             )
-            assert self.client.hear(_START_S) == "ready"
-            self.cluster = self.lab.start_cluster(plaintext=self.setup.plaintext)
+            assert self.client.hear(self.patience.start_s) == "ready"
+            self.cluster = self.lab.start_cluster(plaintext=self.plaintext)
         self.ask(
             do="connect",
             address=self.cluster.coordinator,
@@ -177,69 +270,26 @@ class Rig:
 
     def _pids(self) -> list[int]:
         found = self.cluster.worker_pids()
-        return [found[i] for i in range(len(self.lab.devices))]
+        if lost := set(range(len(self.cores))) - set(found):
+            raise Broken(f"the workers of devices {sorted(lost)} have ended")
+        return [found[i] for i in range(len(self.cores))]
 
     def _memory(self) -> list[tuple[int, int]]:
-        return [memory(pid) for pid in self._pids()]
+        with _ended():
+            return [memory(pid) for pid in self._pids()]
 
     def _forget_peaks(self) -> None:
-        for pid in self._pids():
-            forget_peak(pid)
+        with _ended():
+            for pid in self._pids():
+                forget_peak(pid)
 
 
-class Baseline:
-    """Plain onnxruntime on one device of its own, with the better of 1 and 2 threads."""
-
-    def __init__(
-        self,
-        cores: float,
-        model: Model,
-        inputs: Sequence[Path],
-        folder: Path,
-        load_cores: float,
-        tries: int,
-    ) -> None:
-        self.cores = cores
-        self._stack = contextlib.ExitStack()
-        try:
-            lab = self._stack.enter_context(Lab([DeviceSpec("plain", cores)]))
-            folder.mkdir(parents=True, exist_ok=True)
-            tried: dict[int, tuple[float, Peer]] = {}
-            for threads in (1, 2):
-                options = {
-                    "model": str(model.path),
-                    "inputs": [str(p) for p in inputs],
-                    "threads": threads,
-                }
-                log = folder / f"plain-{threads}.log"
-                with lifted(lab, load_cores):
-                    peer = self._stack.enter_context(spawn(lab, "plain.py", options, log))
-                    assert peer.hear(_START_S) == "ready"
-                peer.ask({"run": 1}, ANSWER_S)  # the first touches all the memory
-                tried[threads] = min(peer.ask({"run": tries}, ANSWER_S)["wall_s"]), peer
-            self.tried = {threads: best_s for threads, (best_s, _) in tried.items()}
-            self.threads = min(tried, key=lambda n: tried[n][0])
-            for threads, (_, peer) in tried.items():
-                if threads != self.threads:
-                    peer.close()
-            self._peer = tried[self.threads][1]
-        except BaseException:
-            self._stack.close()
-            raise
-
-    def run(self, times: int) -> dict[str, Any]:
-        """See ``Plain.do``."""
-        answer: dict[str, Any] = self._peer.ask({"run": times}, ANSWER_S)
-        return answer
-
-    def close(self) -> None:
-        self._stack.close()
-
-    def __enter__(self) -> Baseline:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+@contextlib.contextmanager
+def _ended() -> Iterator[None]:
+    try:
+        yield
+    except (OSError, KeyError) as error:  # of a process that is no more
+        raise Broken(f"a worker has ended: {error}") from error
 
 
 @contextlib.contextmanager

@@ -9,21 +9,26 @@ from typing import Any
 
 import numpy as np
 
-from bench_parts.figures import bound_s, breakdown, middle, spread
+from bench_parts.baseline import Baseline
+from bench_parts.figures import BUSY, bound_s, breakdown, doubt, middle, spread
 from bench_parts.models import Model
 from bench_parts.page import link_name
-from bench_parts.rig import Baseline, Counters, Rig, WorkerMemory
+from bench_parts.rig import Counters, Rig, Setup, WorkerMemory
 from meshinfer.plan import Plan
 
 
 @dataclass(slots=True)
 class Series:
-    """What the rounds of one cluster (or of its streams) gave."""
+    """What the rounds of one setup gave, on these devices of a cluster, or its streams."""
 
-    rig: Rig
+    setup: Setup
     objective: str
-    made: dict[str, Any]
-    clean: bool
+    rig: Rig
+    members: tuple[int, ...]
+    name: str = ""
+    made: dict[str, Any] = field(default_factory=dict)
+    clean: bool = False
+    failed: str = ""
     baseline_s: list[float] = field(default_factory=list)
     latency_s: list[float] = field(default_factory=list)
     used: list[tuple[Counters, int]] = field(default_factory=list)
@@ -32,27 +37,56 @@ class Series:
     identical: bool = True
     workers: list[WorkerMemory] = field(default_factory=list)
 
+    @property
+    def lives(self) -> bool:
+        """Whether there is anything to measure still."""
+        return not self.failed and not self.rig.broken
 
-def row_of(
-    series: Series,
-    model: Model,
-    baseline: Baseline,
-    plain: Mapping[str, Any],
-    input_bytes: int,
-    output_bytes: int,
-) -> dict[str, Any]:
-    rig, setup = series.rig, series.rig.setup
+    @property
+    def cores(self) -> dict[str, float]:
+        """By the device's name in the cluster."""
+        names = [self.rig.names[i] for i in self.members]
+        return dict(zip(names, self.setup.cores, strict=True))
+
+    def add(self, baseline_s: float, latency_s: float, used: Counters, frames: int) -> None:
+        """One round."""
+        self.baseline_s.append(baseline_s)
+        self.latency_s.append(latency_s)
+        self.used.append((used, frames))
+
+
+def failed_row(series: Series, model: Model, why: str) -> dict[str, Any]:
+    """What is known of a row that was not measured."""
+    return {
+        "name": _name(series, model),
+        "model": model.name,
+        "devices": series.setup.devices,
+        "link_bits_per_s": series.setup.link_bits_per_s,
+        "objective": series.objective,
+        "failed": why,
+    }
+
+
+def _name(series: Series, model: Model) -> str:
+    link = link_name(series.setup.link_bits_per_s)
+    stream = " · stream" if series.objective == "throughput" else ""
+    return f"{model.title} · {series.setup.name} · {link}{stream}"
+
+
+def row_of(series: Series, model: Model, baseline: Baseline) -> dict[str, Any]:
+    """A row as bench.json has it."""
+    setup = series.setup
+    input_bytes, output_bytes = model.requests[0].nbytes, output_bytes_of(series)
     ratios = [a / b for a, b in zip(series.baseline_s, series.latency_s, strict=True)]
     alone_s = statistics.median(series.baseline_s)
     latency, speedup = spread(series.latency_s), spread(ratios)
     bound = bound_s(
         alone_s, setup.cores, baseline.cores, setup.link_bits_per_s / 8, input_bytes, output_bytes
     )
-    link = link_name(setup.link_bits_per_s)
-    stream = series.objective == "throughput"
-    short = f"{model.title} · {setup.name} · {link}" + (" · stream" if stream else "")
+    short = _name(series, model)
     frames = sum(n for _, n in series.used)
-    per_device = zip(*(used.cpu_s for used, _ in series.used), strict=True)
+    cpu_s = [sum(used.cpu_s[i] for used, _ in series.used) / frames for i in series.members]
+    sent = sum(used.sent_bytes[i] for used, _ in series.used for i in series.members)
     ideal = sum(setup.cores) / baseline.cores
     return {
         "name": short,
@@ -75,11 +109,14 @@ def row_of(
         "input_bytes": input_bytes,
         "output_bytes": output_bytes,
         "payload_mb": _payload_mb(series.results),
-        "wire_mb": sum(sum(u.sent_bytes) for u, _ in series.used) / frames / 1e6,
-        "cpu_s": [sum(each) / frames for each in per_device],
+        "wire_mb": sent / frames / 1e6,
+        "cpu_s": cpu_s,
         "cpu_even_s": alone_s * baseline.cores / len(setup.cores),
-        "idle_cores": rig.idle_cores,
-        "profiles": rig.profiles,
+        "plain_share": baseline.share,
+        "plain_busy": baseline.share * BUSY < 1,
+        "doubt": _doubt(series, speedup.median, alone_s / bound, cpu_s),
+        "idle_cores": series.rig.idle_cores,
+        "profiles": series.rig.profiles,
         "answers": series.answers,
         "wrong": 0,  # a wrong one has ended the run
         "identical": series.identical,
@@ -88,8 +125,23 @@ def row_of(
         "raw": {"baseline_s": series.baseline_s, "latency_s": series.latency_s},
         **_planned(series),
         **_times(series, baseline, alone_s),
-        **_memory(series, plain),
+        **_memory(series, baseline.last),
     }
+
+
+def _doubt(
+    series: Series, speedup: float, bound_speedup: float, frame_cpu_s: Sequence[float]
+) -> str:
+    total = sum(series.setup.cores)
+    stream = series.objective == "throughput"
+    return doubt(
+        speedup,
+        bound_speedup,
+        cpu_s=sum(used.cpu_s[i] for used, _ in series.used for i in series.members),
+        had_s=total * sum(used.at_s for used, _ in series.used),
+        frame_cpu_s=sum(frame_cpu_s) if stream else 0.0,
+        frame_had_s=total * statistics.median(series.latency_s),
+    )
 
 
 def _payload_mb(results: Sequence[Mapping[str, Any]]) -> float:
@@ -130,7 +182,7 @@ def _times(series: Series, baseline: Baseline, alone_s: float) -> dict[str, Any]
     """Where the time of the requests went; only for one at a time."""
     if series.objective == "throughput":
         return {"breakdown": None, "compute_s": None, "worker_ratio": None}
-    cores = series.rig.cores
+    cores = series.cores
     parts = [
         breakdown(r["wall_s"], r["timing"], cores, alone_s, baseline.cores).parts()
         for r in series.results
@@ -170,9 +222,7 @@ def _memory(series: Series, plain: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def output_bytes_of(model: Model, all_: Sequence[Series]) -> int:
-    for series in all_:
-        for result in series.results:
-            outputs = dict(np.load(series.rig.folder / result["answer"]))
-            return sum(int(array.nbytes) for array in outputs.values())
-    raise AssertionError("no answers")
+def output_bytes_of(series: Series) -> int:
+    """Of one answer."""
+    outputs = dict(np.load(series.rig.folder / series.results[0]["answer"]))
+    return sum(int(array.nbytes) for array in outputs.values())

@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import meshinfer as mi
 from bench_parts.child import serve, take_stdout
+from bench_parts.figures import frame_s
+from cluster.client import Client
 
 _SETTLED_S, _POLL_S = 1.5, 0.1
+
+
+class Watched(Client):
+    """A client that notes when each answer is there: ``map`` hands them out in order, so what was
+    done long ago may wait behind a slow one, and the times of its results say nothing of rates."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self.done: list[float] = []
+        super().__init__(*args, **options)
+
+    def submit(self, *args: Any, **options: Any) -> Future[mi.Result]:
+        """As ``Client.submit``, which ``map`` calls."""
+        future = super().submit(*args, **options)
+        future.add_done_callback(lambda _: self.done.append(time.perf_counter()))
+        return future
 
 
 class Session:
@@ -36,7 +54,7 @@ class Session:
 
     def do_connect(self, address: str, keyring: str, cluster: str) -> None:
         """Connect to a cluster; before, only this process's imports were done."""
-        self.client = mi.Client(address, keyring=keyring, cluster=cluster, timeout_s=60.0)
+        self.client = Watched(address, keyring=keyring, cluster=cluster, timeout_s=60.0)
 
     def do_devices(self) -> Any:
         """The cluster's devices, as it describes them."""
@@ -58,10 +76,27 @@ class Session:
             time.sleep(_POLL_S)
         return known
 
-    def do_deploy(self, name: str, path: str, objective: str, timeout_s: float) -> dict[str, Any]:
+    def do_deploy(
+        self,
+        name: str,
+        path: str,
+        objective: str,
+        timeout_s: float,
+        memory: int | dict[str, int] | None = None,
+        plan: str | None = None,
+        spread: bool = False,
+    ) -> dict[str, Any]:
         """Deploy a file; seconds it took, the plan, the report in lines and its expectation."""
         began = time.perf_counter()
-        made = self.client.deploy(name, path, objective=objective, timeout_s=timeout_s)
+        made = self.client.deploy(
+            name,
+            path,
+            objective=objective,
+            timeout_s=timeout_s,
+            memory=memory,
+            plan=plan,
+            spread=spread,
+        )
         report = made.report
         return {
             "deploy_s": time.perf_counter() - began,
@@ -94,19 +129,18 @@ class Session:
     def do_stream(
         self, name: str, frames: int, around: int, in_flight: int, deadline_s: float
     ) -> dict[str, Any]:
-        """Frames a second while ``client.map`` is full: ``around`` frames before and after count
-        for nothing."""
-        total = frames + 2 * around
-        ends, told = [], []
+        """Seconds between two answers while ``client.map`` is full; see ``figures.frame_s``."""
+        total = around + frames + around + in_flight
+        told = []
+        self.client.done.clear()
         given = (self.requests[i % len(self.requests)] for i in range(total))
         results: Iterator[mi.Result] = self.client.map(
             name, given, max_in_flight=in_flight, deadline_s=deadline_s
         )
         for i, result in enumerate(results):
-            ends.append(time.perf_counter())
             told.append({"request": i % len(self.requests), **self._told(result)})
-        took_s = ends[around + frames - 1] - ends[around - 1]
-        return {"frame_s": took_s / frames, "frames": total, "results": told}
+        done = self.client.done
+        return {"frame_s": frame_s(done, frames, around), "frames": total, "results": told}
 
     def do_plans(self) -> dict[str, str]:
         """Every plan that answered, by the digest that the answers have."""
