@@ -468,6 +468,8 @@ def bench(*words: str, timeout_s: float = 60) -> subprocess.CompletedProcess[str
         (("--links", "10g"), "10g: links are 1g, 100m"),
         (("--devices", "0"), "'0' is neither mixed nor a number"),
         (("--rounds", "0"), "not within 1 and 1000"),
+        (("--shapes", "--mbit", "5,0"), "0 is not within 0.1 and 10000"),
+        (("--memory", "--limit-mb", "8"), "8 is not within 64"),
     ],
 )
 def test_what_cannot_be_measured_is_said_before_anything_starts(
