@@ -44,7 +44,7 @@ from meshinfer.scheduler.profiles import profile_of
 
 
 class Dropped(BaseException):
-    """What is more urgent waits. No ``Exception``: nothing on the way may take it for its own."""
+    """Nobody wants it now. No ``Exception``: nothing on the way may take it for its own."""
 
 
 class Pace:
@@ -77,10 +77,10 @@ class Pace:
 
     @contextmanager
     def may_be_dropped(self) -> Iterator[None]:
-        """Raises ``Dropped`` anywhere inside when something else is urgent, if it has a share."""
+        """Raises ``Dropped`` anywhere inside when nobody wants it any more."""
         try:
-            self._open = self._share < 1.0
-            if self._open and self._hurried:
+            self._open = True
+            if self._hurried:
                 raise Dropped
             yield
         finally:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 
 import msgspec
 import structlog
@@ -26,6 +27,7 @@ from cluster.storing import perform
 from meshinfer import limits
 from meshinfer.errors import ClusterUnavailable, MeshInferError
 from meshinfer.scheduler.events import (
+    Discard,
     Effect,
     FindBlobs,
     MakePlan,
@@ -49,6 +51,8 @@ class PlanningThread:
     ) -> None:
         self._store, self._post = store, post
         self._process = PlannerProcess(store, log_level, log_form)
+        self._asked: set[int] = set()  # deployments whose plan somebody wants
+        self._now: OpenModel | MakePlan | None = None
         self._jobs: queue.SimpleQueue[Effect | None] = queue.SimpleQueue()
         self._files: queue.SimpleQueue[Effect | None] = queue.SimpleQueue()
         # Planning may take seconds; workers that fetch blobs meanwhile must not wait for it.
@@ -58,10 +62,27 @@ class PlanningThread:
         ]
 
     def put(self, effect: Effect) -> None:
-        heavy = isinstance(effect, OpenModel | MakePlan)
-        (self._jobs if heavy else self._files).put(effect)
-        if heavy:
-            self._process.hurry()
+        match effect:
+            case MakePlan():
+                self._asked.add(effect.deployment)
+                self._jobs.put(effect)
+            case OpenModel():
+                self._jobs.put(effect)
+            case Discard(deployment):
+                self._asked.discard(deployment)
+            case _:
+                self._files.put(effect)
+                return
+        now = self._now
+        if now is not None and self._is_moot(now):
+            self._process.drop()
+
+    def _is_moot(self, effect: OpenModel | MakePlan) -> bool:
+        """Nobody wants it any more, or nobody waits for it and there is something else to do."""
+        if not isinstance(effect, MakePlan):
+            return False
+        beside = effect.share < 1.0 and not self._jobs.empty()
+        return beside or effect.deployment not in self._asked
 
     def close(self) -> None:
         """End the process, and what it works on."""
@@ -76,9 +97,13 @@ class PlanningThread:
         while (effect := self._jobs.get()) is not None:
             match effect:
                 case OpenModel() | MakePlan():
-                    answer = self._process.perform(effect, lambda: not self._jobs.empty())
+                    self._now = effect
+                    answer = self._process.perform(effect, partial(self._is_moot, effect))
+                    self._now = None
                     if answer is None:
                         return
+                    if isinstance(answer, PlanReady):
+                        self._asked.discard(answer.deployment)
                     self._post(answer)
                 case _:
                     raise AssertionError(f"a coordinator cannot plan {effect}")
@@ -96,44 +121,40 @@ class PlanningThread:
 
 class PlannerProcess:
     """``python -m cluster.planner``, started again when it has ended. One thread has it work; any
-    may hurry or close it."""
+    may drop it or close the process."""
 
     def __init__(self, store: BlobStore, log_level: str, log_form: str) -> None:
         self._store = store
         self._log = (log_level, log_form)
         self._models: dict[str, tuple[str, ...]] = {}  # what the next one must know of
         self._lock = threading.Lock()
-        self._closed = self._patient = False
+        self._closed = False
         self._process, self._oom_kills = self._started(), oom_kills()
 
     def perform(
-        self, effect: OpenModel | MakePlan, more: Callable[[], bool]
+        self, effect: OpenModel | MakePlan, is_moot: Callable[[], bool]
     ) -> ModelOpened | PlanReady | None:
-        """``more``: whether something waits to be done after it. None once it is closed.
+        """``is_moot``: whether it need not be done. None once it is closed.
 
         Whatever becomes of the process ends as a failure of what it was asked.
         """
         job = jobs.Job(plan=effect) if isinstance(effect, MakePlan) else jobs.Job(open=effect)
-        self._patient = isinstance(effect, MakePlan) and effect.share < 1.0
         try:
-            answer = self._asked(job, more)
+            answer = self._asked(job, is_moot)
         except (MeshInferError, msgspec.MsgspecError) as error:
             if isinstance(effect, MakePlan):
                 return PlanReady(effect.deployment, failure=report(error))
             return ModelOpened(effect.key, {}, None, report(error))
-        finally:
-            self._patient = False
         if answer is None:
             return None
         if job.open is not None and answer.weights is not None:
             jobs.remember(self._models, job.open.digest, answer.weights)
         return answer.opened or answer.planned
 
-    def hurry(self) -> None:
-        """Something waits: a search that nobody waits for is given up."""
-        if self._patient:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.send_signal(signal.SIGUSR1)
+    def drop(self) -> None:
+        """What it works at has become moot: a search is given up."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.send_signal(signal.SIGUSR1)
 
     def close(self) -> None:
         """End the process, and what it works on; ``perform`` returns."""
@@ -148,13 +169,14 @@ class PlannerProcess:
             with contextlib.suppress(OSError):  # what could not be written
                 pipe.close()
 
-    def _asked(self, job: jobs.Job, more: Callable[[], bool]) -> jobs.Answer | None:
+    def _asked(self, job: jobs.Job, is_moot: Callable[[], bool]) -> jobs.Answer | None:
         cause = ""
         for _ in range(limits.PLANNING_TRIES):
             if self._process.poll() is not None and not self._start_again():
                 return None
-            if self._patient and more():  # asked here, since the last process was told, if any
-                assert job.plan is not None
+            if (
+                job.plan is not None and is_moot()
+            ):  # asked here: the process before was told, if any
                 return jobs.Answer(planned=PlanReady(job.plan.deployment, dropped=True))
             answer = self._exchange(job)
             if answer is not None:

@@ -91,8 +91,8 @@ REPLAN_SHARE_GRAVE: Final = 0.05
 SEARCH_SHARE: Final = 0.1
 """Of what the coordinator's device is granted of a processor: a search for a better plan takes no
 more. So its tasks slow down by less than what counts as drift, and nobody waits for the search."""
-SEARCH_SHARE_GRAVE: Final = 0.5
-"""The same when a device has become so slow that requests suffer more from it than from that."""
+SEARCH_SHARE_GRAVE: Final = 0.3
+"""The same when a device has become so slow that its tasks still take longer than those there."""
 SEARCH_SLICE_S: Final = 0.005
 """A search pauses after so much work; the kernel looks at its timers every 4 ms or so."""
 PLANNING_NICE: Final = 5
@@ -163,7 +163,7 @@ assert HEARTBEAT_S < STALL_S < DEAD_AFTER_S
 assert PACE_SAMPLES_LEAST <= PACE_SAMPLES
 assert 1.0 < PACE_DEVIATION < PACE_GRAVE
 assert 1.0 / (1.0 - SEARCH_SHARE) < PACE_DEVIATION
-assert SEARCH_SHARE < SEARCH_SHARE_GRAVE < 1.0
+assert SEARCH_SHARE < SEARCH_SHARE_GRAVE and 1.0 / (1.0 - SEARCH_SHARE_GRAVE) < PACE_GRAVE
 assert RUNNING_REQUESTS <= WINDOW <= QUEUE_REQUESTS
 assert PLAN_TEXT_BYTES <= CONTROL_FRAME_BYTES
 assert BLOB_CHUNK_BYTES < BACKLOG_BYTES

@@ -30,6 +30,7 @@ from meshinfer.plan import Plan
 from meshinfer.protocol.messages import Facts, Failure, Link, Program
 from meshinfer.scheduler.events import (
     Candidate,
+    Discard,
     Effect,
     MakePlan,
     ModelOpened,
@@ -365,6 +366,28 @@ def test_one_that_is_killed_at_such_a_search_is_hurried_all_the_same(
     planning.put(making(digest, 3, 2, LARGE))  # the next process is just starting
     answers = [planning.next() for _ in range(2)]
     assert [a.dropped for a in answers if isinstance(a, PlanReady)] == [True, False]
+
+
+def test_a_plan_that_nobody_wants_any_more_is_not_searched_on(planning: Planning) -> None:
+    digest = planning.opened(squeezenet1_1(64))
+    never = replace(long_search(digest, 1), share=NEVER, present=None)
+    planning.put(never, replace(never, deployment=2, share=1.0))
+    planning.put(Discard(2), Discard(7))
+    answers = [planning.next() for _ in range(2)]
+    assert [a.dropped for a in answers if isinstance(a, PlanReady)] == [True, True]
+    planning.put(replace(never, deployment=3))
+    assert planning.works(0.002)
+    planning.put(Discard(3))
+    dropped = planning.next()
+    assert isinstance(dropped, PlanReady) and dropped.dropped and dropped.deployment == 3
+    long = long_search(digest, 4)
+    planning.put(long)
+    assert planning.works(0.1)
+    planning.put(Discard(4), replace(long, deployment=5))
+    answers = [planning.next() for _ in range(2)]
+    assert [(a.deployment, a.dropped) for a in answers if isinstance(a, PlanReady)] == [
+        (4, True), (5, False),
+    ]  # fmt: skip
 
 
 def test_such_a_search_takes_no_more_than_its_share_and_says_what_it_took(

@@ -21,6 +21,7 @@ from meshinfer.scheduler.assigning import choices_of
 from meshinfer.scheduler.balance import Balance
 from meshinfer.scheduler.catalogue import Catalogue, Deployment, Model, Phase
 from meshinfer.scheduler.events import (
+    Discard,
     Effect,
     MakePlan,
     ModelOpened,
@@ -280,11 +281,12 @@ class Deploying:
 
     def retire(self, made: Deployment) -> list[Effect]:
         """Take a deployment out of service; its requests start again under another."""
+        effects: list[Effect] = [Discard(made.number)] if _is_planning(made) else []
         made.phase = Phase.RETIRED
         self._catalogue.deployments.pop(made.number, None)
         self._answering.retired(made)
         devices = self._members.devices
-        return [
+        return effects + [
             _to(peer, m.Forget(deployment=made.number))
             for name, peer in sorted(made.members.items())
             if name in devices and devices[name].peer == peer

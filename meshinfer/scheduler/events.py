@@ -236,7 +236,7 @@ class Prepare:
 
 @dataclass(frozen=True, slots=True)
 class Discard:
-    """Free the prepared programs of a deployment."""
+    """Free the prepared programs of a deployment; nobody wants what is still being planned."""
 
     deployment: int
 
