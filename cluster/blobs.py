@@ -1,17 +1,20 @@
 """A folder of blobs named by their SHA-256: written by rename, verified before they count.
 
-Models, submodels and weights are blobs. Threads of one process may share a
-store, but one blob is written by one of them. What was not used for a while makes room when the
-folder grows beyond its bound.
+Models, submodels and weights are blobs. Threads and processes may share a folder, but chunks of one
+blob are written by one of them. What was not used for a while makes room when the folder grows
+beyond its bound.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
+import threading
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from meshinfer import limits
@@ -23,12 +26,17 @@ _KEEP_S = 1200.0
 
 
 class BlobStore:
-    """Content-addressed files under ``folder``, which is made if need be."""
+    """Content-addressed files under ``folder``, which is made if need be.
 
-    def __init__(self, folder: Path, max_bytes: int = limits.BLOB_STORE_BYTES) -> None:
+    ``shared``: another process has the folder open, and what is half written there is its own.
+    """
+
+    def __init__(
+        self, folder: Path, max_bytes: int = limits.BLOB_STORE_BYTES, *, shared: bool = False
+    ) -> None:
         self.folder = folder
         self.max_bytes = max_bytes
-        self._verified: set[str] = set()
+        self._verified: set[str] = set()  # each is looked for on the disk before it counts
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
@@ -36,9 +44,16 @@ class BlobStore:
                 f"cannot make the folder {folder}: {error.strerror}",
                 hint="choose another state folder with --state-dir",
             ) from error
+        if shared:
+            return
         for part in folder.glob("*.part"):  # of a process that was killed
             part.unlink(missing_ok=True)
-        for left in folder.glob("*-*"):  # its folders; the lock on the state folder makes it ours
+        self.sweep()  # the lock on the state folder makes it ours
+
+    def sweep(self) -> None:
+        """Remove what a process that was killed left of its work: folders, and whole blobs that it
+        was about to put. Nobody else may be at such work."""
+        for left in self.folder.glob("*-*"):
             if left.is_dir():
                 shutil.rmtree(left, ignore_errors=True)
             else:
@@ -55,12 +70,15 @@ class BlobStore:
         """Store a whole blob. Raises ``OSError`` when the disk does not take it."""
         if self._whole(digest):
             return
-        part = self._part(digest)
+        part = self.folder / f"{digest}-{os.getpid()}-{threading.get_ident()}"  # others may put it
         view = memoryview(data).cast("B")
-        with part.open("wb") as file:  # in steps: one long call would stop a throttled device
-            for start in range(0, len(view), _READ_BYTES):
-                file.write(view[start : start + _READ_BYTES])
-        self._admit(digest, part)
+        try:
+            with part.open("wb") as file:  # in steps: one long call would stop a throttled device
+                for start in range(0, len(view), _READ_BYTES):
+                    file.write(view[start : start + _READ_BYTES])
+            self._admit(digest, part)
+        finally:
+            part.unlink(missing_ok=True)
 
     def write(self, digest: str, offset: int, total: int, data: memoryview) -> bool:
         """Add a chunk; True when the blob is whole.
@@ -104,11 +122,33 @@ class BlobStore:
         try:
             if digest not in self._verified and _digest(path) != digest:
                 return False
-            os.utime(path)  # used now
+            with self._locked():
+                os.utime(path)  # used now
         except OSError:
             self._verified.discard(digest)
             return False
         self._verified.add(digest)
+        return True
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Nobody else, in any process, finds or trims meanwhile."""
+        folder = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(folder)
+
+    def _remove_unused(self, path: Path, since: float) -> bool:
+        with self._locked():
+            try:
+                if path.stat().st_mtime > since:  # found just now
+                    return False
+            except OSError:
+                return False
+            path.unlink(missing_ok=True)
+        self._verified.discard(path.name)
         return True
 
     def trim(self, keep: Collection[str] = ()) -> None:
@@ -126,9 +166,7 @@ class BlobStore:
         for used, nbytes, path in sorted(found):
             if size <= self.max_bytes or used > newest:
                 return
-            if path.name not in keep:
-                path.unlink(missing_ok=True)
-                self._verified.discard(path.name)
+            if path.name not in keep and self._remove_unused(path, newest):
                 size -= nbytes
 
 

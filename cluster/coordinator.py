@@ -52,10 +52,6 @@ _WARN_S = 60.0
 _JOIN_S = 5.0
 
 
-_SWITCH_S = 0.0005
-"""A thread that plans lets the loops go on after this time, not after 5 ms: they wake often."""
-
-
 class CoordinatorOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Settings of a coordinator. ``host``: address to listen at; empty: all of this machine's.
 
@@ -89,7 +85,6 @@ def run_coordinator(
 
     ``on_listening`` is called once, from when on devices can join.
     """
-    sys.setswitchinterval(_SWITCH_S)
     state = Path(options.state_dir)
     processes.hold_folder(state)
     address = state / "address.json"
@@ -115,7 +110,7 @@ def run_coordinator(
     core = CoordinatorCore(options.cluster, meshinfer.__version__, bulk)
     planning: PlanningThread
     loop = Loop(core, lambda: transport, lambda effect: planning.put(effect))
-    planning = PlanningThread(store, loop.post)
+    planning = PlanningThread(store, loop.post, options.log_level, options.log_form)
     head = Head(keyring, options.cluster, here, options.host, port, store, loop.post)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: loop.post(StopRequested()))

@@ -2,7 +2,7 @@
 graph or as a typed error, whether it refuses the model, crashes, hangs or wants all memory.
 
 One process stays and has everything loaded (0.8 s); it forks for each model (10 ms). The fork is
-bound in memory, file size and time by the kernel.
+bound in memory, file size and time by the kernel, and ends with its starter.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import select
 import signal
 import subprocess
 import sys
@@ -115,19 +116,36 @@ def _crashed(status: int) -> InvalidInput:
 
 
 def serve(requests: IO[bytes], answers: IO[bytes]) -> None:
-    """Fork for each job until there are no more."""
+    """Fork for each job until there are no more, or nobody is left who waits for it."""
     from meshinfer.importers.optimise import optimise as optimise  # for all forks at once
 
     for line in requests:
         job = msgspec.json.decode(line, type=_Job)
+        over, kept_open = os.pipe()
         pid = os.fork()
         if pid == 0:
             try:
                 _run(job)
             finally:
                 os._exit(0)
-        answers.write(b"%d\n" % os.waitpid(pid, 0)[1])
+        os.close(kept_open)  # the fork's alone now: closed when it ends, in whatever way
+        left = _is_left(requests, over)
+        if left:
+            os.kill(pid, signal.SIGKILL)
+        status = os.waitpid(pid, 0)[1]
+        if left:
+            return
+        os.close(over)
+        answers.write(b"%d\n" % status)
         answers.flush()
+
+
+def _is_left(requests: IO[bytes], over: int) -> bool:
+    """Wait for the end of a fork; whether who asks has ended before it."""
+    ends = select.poll()
+    ends.register(over, select.POLLIN)
+    ends.register(requests, 0)  # only that its other end is closed
+    return over not in dict(ends.poll())
 
 
 def _run(job: _Job) -> None:

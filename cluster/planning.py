@@ -1,37 +1,33 @@
-"""Performs what the coordinator's core asks of models: open, import, plan, lower, store the blobs.
+"""Has models opened and planned for the coordinator's core, in a process of its own, and serves
+blobs: beside the loop, which never waits.
 
-Beside the loop, which never waits. What a plan looks like is decided in ``meshinfer.planner``.
+The process may be killed at any time: what it worked on is asked again once, of another.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import queue
-from collections import OrderedDict
-from itertools import chain
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from functools import partial
 
 import msgspec
-import onnx
-from onnx import helper
+import structlog
 
+from cluster import jobs
 from cluster.blobs import BlobStore
-from cluster.importing import Importer
 from cluster.loop import Post, report, start_thread
+from cluster.processes import cause_of, oom_kills
 from cluster.storing import perform
 from meshinfer import limits
-from meshinfer.cost import DeviceProfile, timeline
-from meshinfer.cost.expected import expected_seconds, is_better
-from meshinfer.errors import InvalidInput
-from meshinfer.graph import Graph
-from meshinfer.identity import DeviceId
-from meshinfer.image import ImageSpec
-from meshinfer.importers import Source, inputs_needed, load, open_model
-from meshinfer.legality import refuse_sums, validate
-from meshinfer.plan import Plan
-from meshinfer.planner import make_plan, refuse_pinned
-from meshinfer.programs import Programs, make_programs
-from meshinfer.protocol.messages import Report
-from meshinfer.report import report_of
+from meshinfer.errors import ClusterUnavailable, MeshInferError
 from meshinfer.scheduler.events import (
+    Discard,
     Effect,
     FindBlobs,
     MakePlan,
@@ -39,21 +35,24 @@ from meshinfer.scheduler.events import (
     OpenModel,
     PlanReady,
     ServeBlob,
-    Signature,
     WriteBlob,
 )
-from meshinfer.scheduler.profiles import profile_of, with_head, within
+
+_COMMAND = (sys.executable, "-m", "cluster.planner")
+_JOIN_S = 2.0
 
 
 class PlanningThread:
-    """``post`` hands events and messages to the coordinator's loop."""
+    """``post`` hands events and messages to the coordinator's loop. ``log_level``, ``log_form``: as
+    the coordinator's."""
 
-    def __init__(self, store: BlobStore, post: Post) -> None:
+    def __init__(
+        self, store: BlobStore, post: Post, log_level: str = "info", log_form: str = "text"
+    ) -> None:
         self._store, self._post = store, post
-        self._graphs: OrderedDict[object, tuple[Graph, int]] = OrderedDict()
-        # Model -> the files of its weights; newest last. Trimming spares them.
-        self._models: dict[str, tuple[str, ...]] = {}
-        self._import = Importer()
+        self._process = PlannerProcess(store, log_level, log_form)
+        self._asked: set[int] = set()  # deployments whose plan somebody wants
+        self._now: OpenModel | MakePlan | None = None
         self._jobs: queue.SimpleQueue[Effect | None] = queue.SimpleQueue()
         self._files: queue.SimpleQueue[Effect | None] = queue.SimpleQueue()
         # Planning may take seconds; workers that fetch blobs meanwhile must not wait for it.
@@ -63,23 +62,49 @@ class PlanningThread:
         ]
 
     def put(self, effect: Effect) -> None:
-        heavy = isinstance(effect, OpenModel | MakePlan)
-        (self._jobs if heavy else self._files).put(effect)
+        match effect:
+            case MakePlan():
+                self._asked.add(effect.deployment)
+                self._jobs.put(effect)
+            case OpenModel():
+                self._jobs.put(effect)
+            case Discard(deployment):
+                self._asked.discard(deployment)
+            case _:
+                self._files.put(effect)
+                return
+        now = self._now
+        if now is not None and self._is_moot(now):
+            self._process.drop()
+
+    def _is_moot(self, effect: OpenModel | MakePlan) -> bool:
+        """Nobody wants it any more, or nobody waits for it and there is something else to do."""
+        if not isinstance(effect, MakePlan):
+            return False
+        beside = effect.share < 1.0 and not self._jobs.empty()
+        return beside or effect.deployment not in self._asked
 
     def close(self) -> None:
+        """End the process, and what it works on."""
         self._jobs.put(None)
         self._files.put(None)
+        self._process.close()
         for thread in self._threads:
-            thread.join(timeout=2.0)
-        self._import.close()
+            thread.join(timeout=_JOIN_S)
+        self._process.close_pipes()
 
     def _plan_all(self) -> None:
         while (effect := self._jobs.get()) is not None:
             match effect:
-                case OpenModel():
-                    self._post(self._open(effect))
-                case MakePlan():
-                    self._post(self._plan(effect))
+                case OpenModel() | MakePlan():
+                    self._now = effect
+                    answer = self._process.perform(effect, partial(self._is_moot, effect))
+                    self._now = None
+                    if answer is None:
+                        return
+                    if isinstance(answer, PlanReady):
+                        self._asked.discard(answer.deployment)
+                    self._post(answer)
                 case _:
                     raise AssertionError(f"a coordinator cannot plan {effect}")
 
@@ -93,158 +118,134 @@ class PlanningThread:
                 case _:
                     raise AssertionError(f"a coordinator cannot perform {effect}")
 
-    def _open(self, effect: OpenModel) -> ModelOpened:
+
+class PlannerProcess:
+    """``python -m cluster.planner``, started again when it has ended. One thread has it work; any
+    may drop it or close the process."""
+
+    def __init__(self, store: BlobStore, log_level: str, log_form: str) -> None:
+        self._store = store
+        self._log = (log_level, log_form)
+        self._models: dict[str, tuple[str, ...]] = {}  # what the next one must know of
+        self._lock = threading.Lock()
+        self._closed = False
+        self._process, self._oom_kills = self._started(), oom_kills()
+
+    def perform(
+        self, effect: OpenModel | MakePlan, is_moot: Callable[[], bool]
+    ) -> ModelOpened | PlanReady | None:
+        """``is_moot``: whether it need not be done. None once it is closed.
+
+        Whatever becomes of the process ends as a failure of what it was asked.
+        """
+        job = jobs.Job(plan=effect) if isinstance(effect, MakePlan) else jobs.Job(open=effect)
         try:
-            source = self._source(effect.digest)
-            source.check()
-            image = effect.image
-            if image is None and source.image is not None:
-                image = source.image.to_json()
-            inputs = {v.name: _input(v) for v in source.inputs}
-            outputs = inputs_needed(source.proto)
-            shapes, weights = source.static_shapes(), source.weight_files
-            del source  # the next line may need as much memory again
-            if shapes is not None:  # refused models are refused now, not at the first request
-                self._graph(effect.digest, None, Signature(False, tuple(sorted(shapes.items()))))
-            self._models.pop(effect.digest, None)
-            self._models[effect.digest] = weights
-            for old in list(self._models)[: -limits.MODELS * limits.VERSIONS_PER_MODEL]:
-                del self._models[old]
-            return ModelOpened(effect.key, inputs, image, outputs=outputs)
-        except Exception as error:
+            answer = self._asked(job, is_moot)
+        except (MeshInferError, msgspec.MsgspecError) as error:
+            if isinstance(effect, MakePlan):
+                return PlanReady(effect.deployment, failure=report(error))
             return ModelOpened(effect.key, {}, None, report(error))
-
-    def _plan(self, effect: MakePlan) -> PlanReady:
-        try:
-            spec = effect.image if effect.signature.picture else None
-            graph = self._graph(effect.digest, spec, effect.signature)
-            if effect.strict:
-                graph = graph.as_strict()
-            plan, made = self._planned(graph, effect)
-            profiles = _profiles(effect)
-            if effect.present is not None and not is_better(
-                graph, plan, Plan.parse(effect.present), profiles, effect.objective
-            ):
-                return PlanReady(effect.deployment, kept=True)
-            programs = make_programs(graph, plan)
-            _refuse_too_long(str(plan), programs)
-            for digest, data in programs.blobs.items():
-                if self._store.missing((digest,)):
-                    self._store.put(digest, data())
-            self._store.trim(keep={*self._models, *chain(*self._models.values())})
-            return PlanReady(
-                effect.deployment,
-                str(plan),
-                programs.by_device,
-                made,
-                window=plan.window,
-                expected=expected_seconds(graph, plan, profiles),
-            )
-        except Exception as error:
-            return PlanReady(effect.deployment, failure=report(error))
-
-    def _planned(self, graph: Graph, effect: MakePlan) -> tuple[Plan, Report]:
-        """A valid plan, given or searched, and what it comes to."""
-        profiles = _profiles(effect)
-        given = self._given_plan(graph, effect)
-        if given is not None:
-            validate(graph, given)
-            if effect.strict:
-                refuse_sums(given)
-            refuse_pinned(graph, given, profiles, _pins(effect))
-            expected = timeline(graph, given, profiles)
-            return given, report_of(graph, given, expected, ("the plan was given",))
-        head = DeviceId(effect.head)
-        planned = make_plan(
-            graph,
-            profiles,
-            head,
-            head,
-            objective=effect.objective,
-            spread=effect.spread,
-            pin=_pins(effect),
-        )
-        validate(graph, planned.plan)
-        return planned.plan, report_of(graph, planned.plan, planned.timeline, planned.notes)
-
-    def _given_plan(self, graph: Graph, effect: MakePlan) -> Plan | None:
-        """The user's plan, if the core asks for it and it is for this graph."""
-        if effect.plan is None:
+        if answer is None:
             return None
-        plan = Plan.parse(effect.plan)
-        other = effect.signature.picture or effect.signature.outputs is not None
-        if other and plan.graph != graph.digest:
-            return None  # it is for arrays, for pictures of another size, or for other outputs
-        known = {effect.head, *(c.device for c in effect.candidates)}
-        unknown = sorted({*plan.devices(), plan.source, plan.sink} - known)
-        if unknown:
-            raise InvalidInput(
-                f"the plan names the device {unknown[0]!r}, which is not in the cluster",
-                hint=f"devices are {sorted(known)}; the coordinator's own is {effect.head!r}",
-            )
-        if (plan.source, plan.sink) != (effect.head, effect.head):
-            raise InvalidInput(
-                f"the plan goes from {plan.source!r} to {plan.sink!r}",
-                hint=f"source and sink are the coordinator's own device, {effect.head!r}",
-            )
-        return plan
+        if job.open is not None and answer.weights is not None:
+            jobs.remember(self._models, job.open.digest, answer.weights)
+        return answer.opened or answer.planned
 
-    def _source(self, digest: str) -> Source:
-        """The model, with its weights in the store: they are named by their digests."""
-        source = open_model(self._store.path(digest).read_bytes())
-        return Source(source.proto, self._store.folder)
+    def drop(self) -> None:
+        """What it works at has become moot: a search is given up."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.send_signal(signal.SIGUSR1)
 
-    def _graph(self, digest: str, image: str | None, signature: Signature) -> Graph:
-        key = (digest, image, signature.shapes, signature.outputs)
-        found = self._graphs.pop(key, None)
-        if found is None:
-            graph = load(
-                self._source(digest),
-                shapes=dict(signature.shapes),
-                image=None if image is None else ImageSpec.from_json(image),
-                outputs=signature.outputs,
-                through=self._import,
-                scratch=self._store.folder,
-            )
-            weights = graph.model.graph.initializers
-            found = (graph, sum(graph.nbytes(name) for name in weights))
-        self._graphs[key] = found  # the last ones stay, as many as memory allows
-        while (
-            len(self._graphs) > limits.SHAPES_PER_MODEL
-            or sum(nbytes for _, nbytes in self._graphs.values()) > limits.GRAPH_CACHE_BYTES
-        ) and len(self._graphs) > 1:
-            self._graphs.popitem(last=False)
-        return found[0]
+    def close(self) -> None:
+        """End the process, and what it works on; ``perform`` returns."""
+        with self._lock:
+            self._closed = True
+        _kill(self._process)
 
+    def close_pipes(self) -> None:
+        """Once nobody can be at ``perform``: who reads from one would hold it."""
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            with contextlib.suppress(OSError):  # what could not be written
+                pipe.close()
 
-def _profiles(effect: MakePlan) -> list[DeviceProfile]:
-    """Of the candidates, within the memory that the user grants, and of the head."""
-    found = [profile_of(c.device, c.facts, c.link, c.slowdown, c.host) for c in effect.candidates]
-    return with_head(within(found, effect.memory), effect.head, effect.head_host)
-
-
-def _pins(effect: MakePlan) -> dict[str, tuple[DeviceId, ...]]:
-    return {value: tuple(map(DeviceId, devices)) for value, devices in effect.pin.items()}
-
-
-def _input(value: onnx.ValueInfoProto) -> tuple[str, tuple[int | None, ...] | None]:
-    tensor = value.type.tensor_type
-    try:
-        dtype = helper.tensor_dtype_to_np_dtype(tensor.elem_type).newbyteorder("<").str
-    except (KeyError, TypeError):
-        dtype = "?"
-    if not tensor.HasField("shape"):
-        return dtype, None
-    return dtype, tuple(d.dim_value if d.HasField("dim_value") else None for d in tensor.shape.dim)
-
-
-def _refuse_too_long(plan: str, programs: Programs) -> None:
-    """A plan's text and each device's programs travel as one message each."""
-    longest = max(
-        (len(msgspec.msgpack.encode(each)) for each in programs.by_device.values()), default=0
-    )
-    if len(plan) > limits.PLAN_TEXT_BYTES or longest > limits.INSTALL_BYTES:
-        raise InvalidInput(
-            f"the plan is too long: {len(plan)} bytes, and {longest} for one device",
-            hint="cut the model into fewer stages or tasks",
+    def _asked(self, job: jobs.Job, is_moot: Callable[[], bool]) -> jobs.Answer | None:
+        cause = ""
+        for _ in range(limits.PLANNING_TRIES):
+            if self._process.poll() is not None and not self._start_again():
+                return None
+            if (
+                job.plan is not None and is_moot()
+            ):  # asked here: the process before was told, if any
+                return jobs.Answer(planned=PlanReady(job.plan.deployment, dropped=True))
+            answer = self._exchange(job)
+            if answer is not None:
+                return answer
+            if self._closed:
+                return None
+            cause = self._end()
+        raise ClusterUnavailable(
+            f"the coordinator's process that plans ended over it, {limits.PLANNING_TRIES} times "
+            f"({cause})",
+            hint="look at the coordinator's log, and at the memory of its device",
         )
+
+    def _exchange(self, job: jobs.Job) -> jobs.Answer | None:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            jobs.write(self._process.stdin, job)
+            return jobs.read(self._process.stdout, jobs.Answer)
+        except (OSError, ValueError):  # it is gone, or closed
+            return None
+
+    def _end(self) -> str:
+        """Be sure that it has ended, and remove what it was at; why it did."""
+        _kill(self._process)
+        cause = cause_of(self._process.returncode, self._oom_kills)
+        structlog.get_logger().warning("the process that plans ended", cause=cause)
+        self._store.sweep()
+        return cause
+
+    def _start_again(self) -> bool:
+        """False when closed."""
+        self.close_pipes()
+        before = oom_kills()
+        try:
+            process = self._started()
+        except OSError as error:
+            raise ClusterUnavailable(
+                f"the coordinator cannot start the process that plans: {error.strerror}",
+                hint="look at the memory of its device, and its number of processes",
+            ) from error
+        with self._lock:
+            self._process, self._oom_kills = process, before
+            closed = self._closed
+        if closed:
+            _kill(process)
+        return not closed
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        # Blocked until the process can handle it: to be hurried must not kill it.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1,))
+        try:
+            process = subprocess.Popen(
+                _COMMAND,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                start_new_session=True,  # Ctrl-C is for its starter, which ends it
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        assert process.stdin is not None
+        folder, size = str(self._store.folder), self._store.max_bytes
+        begin = jobs.Begin(folder, size, self._models, os.getpid(), *self._log)
+        with contextlib.suppress(OSError):  # it has ended already, as will be seen
+            os.setpriority(os.PRIO_PROCESS, process.pid, limits.PLANNING_NICE)
+            jobs.write(process.stdin, begin)
+        return process
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

@@ -88,6 +88,18 @@ REPLAN_DOUBLINGS: Final = 5
 REPLAN_QUIET_S: Final = 1.0
 REPLAN_SHARE: Final = 0.01
 REPLAN_SHARE_GRAVE: Final = 0.05
+SEARCH_SHARE: Final = 0.1
+"""Of what the coordinator's device is granted of a processor: a search for a better plan takes no
+more. So its tasks slow down by less than what counts as drift, and nobody waits for the search."""
+SEARCH_SHARE_GRAVE: Final = 0.3
+"""The same when a device has become so slow that its tasks still take longer than those there."""
+SEARCH_SLICE_S: Final = 0.005
+"""A search pauses after so much work; the kernel looks at its timers every 4 ms or so."""
+PLANNING_NICE: Final = 5
+"""Who plans gives way to who computes. Not more, since no process may take it back: at 19 a plan
+that a lost device's requests wait for gets one part in 60 of a processor beside a busy program."""
+PLANNING_TRIES: Final = 2
+"""A process that ended once was killed by somebody; twice, by what it was asked to plan."""
 KERNEL_FAILURES_PER_REQUEST: Final = 3
 ORPHAN_INPUT_S: Final = 600.0
 REQUEST_DEADLINE_S: Final = 300.0
@@ -150,6 +162,8 @@ assert SUSPECT_S < DEAD_AFTER_S
 assert HEARTBEAT_S < STALL_S < DEAD_AFTER_S
 assert PACE_SAMPLES_LEAST <= PACE_SAMPLES
 assert 1.0 < PACE_DEVIATION < PACE_GRAVE
+assert 1.0 / (1.0 - SEARCH_SHARE) < PACE_DEVIATION
+assert SEARCH_SHARE < SEARCH_SHARE_GRAVE and 1.0 / (1.0 - SEARCH_SHARE_GRAVE) < PACE_GRAVE
 assert RUNNING_REQUESTS <= WINDOW <= QUEUE_REQUESTS
 assert PLAN_TEXT_BYTES <= CONTROL_FRAME_BYTES
 assert BLOB_CHUNK_BYTES < BACKLOG_BYTES

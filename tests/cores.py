@@ -203,6 +203,8 @@ class Cluster:
         self.by_work = False
         self.planner: Planner | None = None
         """What makes plans where none is given; None: bands, each on one device."""
+        self.plan_s = PLAN_S
+        self.search: int | None = None
         self.plan_fault: Callable[[e.MakePlan], m.Failure | None] = lambda effect: None
         self._delay = delay
         self._events: list[tuple[float, int, Node, e.Event]] = []
@@ -529,9 +531,19 @@ class Cluster:
                 took = self.slowness.get(node.name, 1.0) * (work if self.by_work else COMPUTE_S)
                 self.post(node, self._compute(node, effect, took), took)
             case e.OpenModel():
+                self._drop_search(node)
                 self.post(node, self._open(node, effect), PLAN_S)
             case e.MakePlan():
-                self.post(node, self._plan(node, effect), PLAN_S)
+                self._drop_search(node)
+                if effect.share < 1.0:
+                    self.search = effect.deployment
+                self.post(node, self._plan(node, effect), self.plan_s / effect.share)
+
+    def _drop_search(self, node: Node) -> None:
+        """What is urgent ends a search that nobody waits for; one that is over already is known."""
+        if self.search is not None:
+            self.post(node, e.PlanReady(self.search, dropped=True), 0.0)
+            self.search = None
 
     def _write(self, node: Node, effect: e.WriteBlob) -> None:
         part = node.parts.setdefault(effect.digest, bytearray())
@@ -618,14 +630,14 @@ class Cluster:
             if effect.present is not None:
                 present = Plan.parse(effect.present)
                 if not is_better(graph, plan, present, profiles, effect.objective):
-                    return e.PlanReady(effect.deployment, kept=True)
+                    return e.PlanReady(effect.deployment, kept=True, search_s=self.plan_s)
             expected = expected_seconds(graph, plan, profiles)
             for (place, device), seconds in expected.items():
                 slowdown = next(c.slowdown for c in effect.candidates if c.device == device)
                 self.works[effect.deployment, place, device] = seconds / slowdown
             return e.PlanReady(
                 effect.deployment, text, programs.by_device, report,
-                window=plan.window, expected=expected,
+                window=plan.window, expected=expected, search_s=self.plan_s,
             )  # fmt: skip
         except Exception as error:
             return e.PlanReady(effect.deployment, failure=failure_of(error))

@@ -165,6 +165,64 @@ def test_a_gain_that_is_not_worth_it_keeps_the_plan_and_is_not_asked_for_again()
     made.check_idle()
 
 
+def searching() -> Cluster:
+    """It looks for a better plan, for 20 s, since one device is a little slow; nothing runs."""
+    made = cluster(1e8)
+    made.deployed(model=MODEL)
+    stream(made, 6.0)
+    made.slowness["pi-3"] = 1.2
+    stream(made, 15.0)
+    made.plan_s = 20.0 * limits.SEARCH_SHARE
+    made.pass_time(limits.REPLAN_QUIET_S + 4 * limits.HEARTBEAT_S)
+    assert made.plans_asked == 2 and made.search is not None
+    return made
+
+
+def test_a_newcomer_does_not_wait_for_a_search_that_nobody_waits_for() -> None:
+    made = searching()
+    made.join("pi-4", m.Facts(flops_per_s=1e8, host="pi-4"))
+    made.pass_time(limits.REPLAN_SETTLE_S + made.plan_s + 1.0)
+    assert made.plans_asked == 3
+    assert "pi-4" in made.check(made.submit(image(size=SIZE)), image(size=SIZE), MODEL).plan
+    made.check_idle()
+
+
+def test_a_lost_device_s_requests_do_not_wait_for_a_search_that_nobody_waits_for() -> None:
+    made = searching()
+    made.kill("pi-1")
+    start = made.now
+    reply = made.check(made.submit(image(size=SIZE)), image(size=SIZE), MODEL)
+    assert "pi-1" not in reply.plan and made.now - start < made.plan_s + 1.0
+    made.check_idle()
+
+
+def test_a_search_given_up_for_another_model_is_made_again_later_and_not_at_once() -> None:
+    made = searching()
+    made.plan_s = 0.02
+    made.deployed("other", MODEL)
+    assert made.plans_asked == 3 and made.search is None
+    stream(made, 0.5 * limits.REPLAN_EVERY_S)
+    assert made.plans_asked == 3
+    stream(made, 2 * limits.REPLAN_EVERY_S)
+    made.pass_time(limits.REPLAN_QUIET_S + 4 * limits.HEARTBEAT_S)
+    assert made.plans_asked == 4
+    made.check_idle()
+
+
+def test_a_search_that_fails_leaves_what_serves_and_is_not_repeated_at_once() -> None:
+    made = cluster()
+    plan = made.deployed(model=MODEL).plan
+    stream(made, 5.0)
+    made.plan_fault = lambda effect: m.Failure(error="ClusterUnavailable", message="killed")
+    made.slowness["pi-3"] = 5.0
+    replies = stream(made, 3 * limits.REPLAN_EVERY_S)
+    assert {reply.plan for reply in replies} == {plan}
+    assert 2 <= made.plans_asked <= 5
+    made.plan_fault = lambda effect: None
+    assert stream(made, 2 * limits.REPLAN_EVERY_S)[-1].plan != plan
+    made.check_idle()
+
+
 def test_a_given_plan_stays_as_it_was_given() -> None:
     plan = cluster().deployed(model=MODEL).plan
     made = cluster()

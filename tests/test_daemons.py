@@ -223,15 +223,17 @@ def test_a_defect_in_planning_or_preparing_fails_the_deployment_and_no_more(
     tmp_path: Path,
 ) -> None:
     options = coordinator_options(tmp_path / "c")
-    patch = (
-        "import cluster.planning as c\n"
+    child = (
+        "import cluster.planner as c\n"
         "original = c.make_plan\n"
         "failures = [1]\n"
         "def make_plan(*a, **k):\n"
         "    if failures.pop() if failures else 0: raise ZeroDivisionError('planted')\n"
         "    return original(*a, **k)\n"
-        "c.make_plan = make_plan"
+        "c.make_plan = make_plan\n"
+        "c.main()"
     )
+    patch = f"import cluster.planning as c\nc._COMMAND = (sys.executable, '-c', {child!r})"
     ring = tmp_path / "c" / "keyring.json"
     with daemon("cluster.coordinator", options, patch):
         port = address_of(tmp_path / "c")["port"]

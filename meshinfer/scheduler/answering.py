@@ -305,7 +305,10 @@ class Answering:
     def _note_pace(
         self, made: Deployment, device: str, tasks: tuple[m.Done, ...], now: float
     ) -> None:
-        if any(d.phase is Phase.PLANNING for d in self._catalogue.deployments.values()):
+        if any(
+            d.phase is Phase.PLANNING and d.share > limits.SEARCH_SHARE
+            for d in self._catalogue.deployments.values()
+        ):
             return  # a search slows the coordinator's device, and must not be the cause of the next
         took = sum(done.compute_s for done in tasks)
         expected = [made.seconds(done.place, device) for done in tasks]

@@ -102,7 +102,8 @@ class Deployment:
     each task on each device that may get it. ``window``: requests in flight, as the plan says.
     ``looked``: how many samples of paces there were when it was last seen by how much its devices
     ``drift`` apart; ``uneven``: twice in turn too much. ``in_vain``: how often another plan was
-    looked for since, and was no better. ``search_s``: how long the last search for it took.
+    looked for since, and was no better. ``search_s``: of the coordinator's processor that the last
+    search for it took; ``share``: of it that the search may take.
     """
 
     number: int
@@ -126,6 +127,7 @@ class Deployment:
     uneven: bool = False
     in_vain: int = 0
     search_s: float = 0.0
+    share: float = 1.0
 
     @property
     def kind(self) -> Hashable:

@@ -21,6 +21,7 @@ from meshinfer.scheduler.assigning import choices_of
 from meshinfer.scheduler.balance import Balance
 from meshinfer.scheduler.catalogue import Catalogue, Deployment, Model, Phase
 from meshinfer.scheduler.events import (
+    Discard,
     Effect,
     MakePlan,
     ModelOpened,
@@ -113,6 +114,9 @@ class Deploying:
         plan = self._given_plan(model, set(members))
         made = self._catalogue.new_deployment(model, signature, members, names, now)
         made.factors, made.given = factors, plan is not None
+        if present is not None:
+            grave = present.drift > limits.PACE_GRAVE
+            made.share = limits.SEARCH_SHARE_GRAVE if grave else limits.SEARCH_SHARE
         return MakePlan(
             deployment=made.number,
             digest=model.digest,
@@ -128,6 +132,7 @@ class Deploying:
             head_host=head.where,
             pin=model.pin,
             memory=model.memory,
+            share=made.share,
         )
 
     def _given_plan(self, model: Model, here: set[str]) -> str | None:
@@ -144,7 +149,10 @@ class Deploying:
         made = self._catalogue.deployments.get(event.deployment)
         if made is None or made.phase is not Phase.PLANNING:
             return []
-        made.search_s = now - made.since
+        made.search_s = event.search_s
+        if event.dropped:
+            self._look_again_later(made, now)
+            return self.retire(made)
         failure = event.failure
         unknown = sorted(set(event.programs) - set(made.members))
         if failure is None and unknown:
@@ -183,6 +191,12 @@ class Deploying:
             serving.search_s = made.search_s
             serving.paced(made.factors)
         return self.retire(made)
+
+    def _look_again_later(self, made: Deployment, now: float) -> None:
+        """A search for a better plan came to nothing, and nothing was learnt of what serves."""
+        serving = self._catalogue.serving(made.model, made.signature)
+        if serving is not None and made.share < 1.0:
+            serving.since, serving.search_s = now, made.search_s
 
     def _install(self, made: Deployment, device: Device) -> Send:
         programs = made.programs[device.name]
@@ -245,6 +259,7 @@ class Deploying:
         serving = self._catalogue.serving(model, signature)
         if serving is not None:
             serving.candidates = made.candidates  # it stays; these devices were tried
+            self._look_again_later(made, now)
             return [note, *effects]
         if signature in model.signatures:
             model.signatures.remove(signature)
@@ -266,11 +281,12 @@ class Deploying:
 
     def retire(self, made: Deployment) -> list[Effect]:
         """Take a deployment out of service; its requests start again under another."""
+        effects: list[Effect] = [Discard(made.number)] if _is_planning(made) else []
         made.phase = Phase.RETIRED
         self._catalogue.deployments.pop(made.number, None)
         self._answering.retired(made)
         devices = self._members.devices
-        return [
+        return effects + [
             _to(peer, m.Forget(deployment=made.number))
             for name, peer in sorted(made.members.items())
             if name in devices and devices[name].peer == peer
@@ -288,19 +304,27 @@ class Deploying:
         if self._members.idle_since is not None:
             return self._give_up_without_workers(now)
         settled = now >= self._members.changed_at + limits.REPLAN_SETTLE_S
-        phases = [made.phase for made in self._catalogue.deployments.values()]
-        room = limits.PLANS_AT_ONCE - phases.count(Phase.PLANNING)
+        planning = [
+            made.share for made in self._catalogue.deployments.values() if _is_planning(made)
+        ]
+        room = limits.PLANS_AT_ONCE - planning.count(1.0)
         effects: list[Effect] = []
         for model in self._catalogue.all_models() if room > 0 else ():
             for signature in self._answering.wanted_signatures(model) if model.opened else ():
-                if self._catalogue.coming(model, signature) is not None:
-                    continue
+                coming = self._catalogue.coming(model, signature)
                 serving = self._catalogue.serving(model, signature)
-                stale = serving is not None and settled and serving.candidates != names
-                uneven = serving is not None and self._uneven(serving, now)
-                if (serving is None or stale or uneven) and len(effects) < room:
-                    present = serving if uneven and not stale else None
-                    effects.append(self._plan(model, signature, now, present))
+                urgent = serving is None or (settled and serving.candidates != names)
+                if coming is not None and not (urgent and _is_search_beside(coming)):
+                    continue
+                if urgent and room > 0:
+                    effects += [] if coming is None else self.retire(coming)
+                    effects.append(self._plan(model, signature, now))
+                    room -= 1
+                elif serving is not None and self._uneven(serving, now) and not planning:
+                    effects.append(self._plan(model, signature, now, serving))
+                else:
+                    continue
+                planning.append(1.0)
         return effects
 
     def _uneven(self, made: Deployment, now: float) -> bool:
@@ -358,6 +382,15 @@ class Deploying:
             ]
         pull = self.fetching.next_deadline()
         return times if pull is None else [*times, pull]
+
+
+def _is_planning(made: Deployment) -> bool:
+    return made.phase is Phase.PLANNING
+
+
+def _is_search_beside(made: Deployment) -> bool:
+    """Whether it is only looked for, while another serves, and may be dropped."""
+    return _is_planning(made) and made.share < 1.0
 
 
 def _to(peer: str, message: m.AnyMessage) -> Send:

@@ -125,7 +125,9 @@ class PlanReady:
     """Answer to ``MakePlan``: the plan's text and each device's programs, or why there is none.
 
     ``expected``: seconds of each task on each device that may get it. ``kept``: the present plan is
-    as good; there is no other.
+    as good; there is no other. ``dropped``: the search for a better one was given up for what is
+    more urgent. ``search_s``: of the coordinator's processor, as much as it is granted, that the
+    search took.
     """
 
     deployment: int
@@ -136,6 +138,8 @@ class PlanReady:
     window: int = 1
     kept: bool = False
     expected: Mapping[tuple[Place, str], float] = field(default_factory=dict)
+    dropped: bool = False
+    search_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +236,7 @@ class Prepare:
 
 @dataclass(frozen=True, slots=True)
 class Discard:
-    """Free the prepared programs of a deployment."""
+    """Free the prepared programs of a deployment; nobody wants what is still being planned."""
 
     deployment: int
 
@@ -291,7 +295,9 @@ class MakePlan:
     """Import for a signature, plan (or take ``plan``), lower, store the blobs -> ``PlanReady``.
 
     ``present``: the plan that serves; it is kept unless the new one is better by REPLAN_GAIN.
-    ``head_host``: as ``Candidate.host``. ``pin``, ``memory``: as in ``Deploy``.
+    ``head_host``: as ``Candidate.host``. ``pin``, ``memory``: as in ``Deploy``. ``share``: of the
+    coordinator's processor that it may take. Below 1 nobody waits for it, and it is dropped as soon
+    as anything else is to be opened or planned.
     """
 
     deployment: int
@@ -308,6 +314,7 @@ class MakePlan:
     head_host: str = ""
     pin: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     memory: Mapping[str, int] | int | None = None
+    share: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
