@@ -189,7 +189,16 @@ def run_worker(options: WorkerOptions) -> m.Failure | None:
     coordinator = Endpoint(host, port, keyring.coordinator_public)
     store = BlobStore(state / "blobs")
     engine = OrtEngine(store.folder, options.threads)
-    core = WorkerCore(_hello(options, identity, address, bulk_port, server.public, engine))
+    measured = options.measured or profiler.measured_once(
+        state, engine.name, options.threads, plaintext=keyring.plaintext
+    )
+    facts = profiler.facts(
+        threads=options.threads,
+        engine=engine.name,
+        measured=measured.slowed(options.speed),
+        memory_bytes=options.memory_bytes,
+    )
+    core = WorkerCore(_hello(options, identity, address, bulk_port, server.public, facts))
 
     def perform(effect: Effect) -> None:
         if isinstance(effect, Compute):
@@ -210,18 +219,9 @@ def run_worker(options: WorkerOptions) -> m.Failure | None:
 
 
 def _hello(
-    options: WorkerOptions, identity: str, host: str, port: int, key: str, engine: OrtEngine
+    options: WorkerOptions, identity: str, host: str, port: int, key: str, facts: m.Facts
 ) -> m.Hello:
     device, _, incarnation = identity.rpartition("#")
-    measured = options.measured or profiler.measured_once(
-        Path(options.state_dir), engine.name, options.threads
-    )
-    facts = profiler.facts(
-        threads=options.threads,
-        engine=engine.name,
-        measured=measured.slowed(options.speed),
-        memory_bytes=options.memory_bytes,
-    )
     return m.Hello(
         role="worker",
         device=device,

@@ -8,9 +8,10 @@ import msgspec
 import pytest
 
 from cluster import granted, profiler
-from meshinfer.cost import OpKind
+from meshinfer.cost import DeviceProfile, OpKind
+from meshinfer.identity import DeviceId
 from meshinfer.protocol import messages as m
-from meshinfer.scheduler.profiles import profile_of
+from meshinfer.scheduler.profiles import profile_of, with_head
 
 UNMEASURED = {OpKind.OTHER}
 """What is bound by bytes has no probe of its own."""
@@ -26,24 +27,57 @@ def test_a_device_measures_every_kind_and_the_fixed_costs() -> None:
     assert len(found.rates) == len(OpKind) - len(UNMEASURED)
     assert all(rate > 0 for rate in found.rates)
     assert found.flops_per_s == found.rates[OpKind.DENSE]
-    assert found.memory_bytes_per_s > 0 and found.kernel_s > 0 and found.overhead_s >= 0
+    assert found.memory_bytes_per_s > 0 and found.kernel_s > 0
+    # A task is handed over and back; a message wakes threads; its bytes are encrypted and copied.
+    assert found.overhead_s > found.message_s > 1000 * found.byte_s > 0
     half = found.slowed(0.5)
     assert half.rates[OpKind.DENSE] == found.rates[OpKind.DENSE] / 2
-    assert half.kernel_s == found.kernel_s * 2
+    assert (half.kernel_s, half.message_s) == (found.kernel_s * 2, found.message_s * 2)
+
+
+def test_a_quota_stretches_what_was_measured_by_what_it_grants(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for cores, threads, stretch, alone in ((0.25, 1, 4.0, 4.0), (2.0, 4, 2.0, 1.0), (8.0, 4, 1, 1)):
+        quota = granted.Quota(cores, 0.1)
+        monkeypatch.setattr(granted, "cpu_quota", lambda quota=quota: quota)
+        measuring = profiler._Measuring(threads)
+        assert (measuring.stretch(), measuring.stretch(1)) == (stretch, alone)
+    assert profiler.measure(1).cpu_cores == 0.0, "a quota of more than it uses does not bind"
 
 
 def test_what_is_measured_travels_and_becomes_the_planners_profile() -> None:
-    measured = profiler.Measured(tuple(range(1, 12)), 5.0, 1e-6, 2e-3)
+    measured = profiler.Measured(tuple(range(1, 12)), 5.0, 1e-6, 2e-3, 3e-4, 4e-9)
     facts = profiler.facts(threads=1, engine="onnxruntime", measured=measured, memory_bytes=1000)
     again = msgspec.json.decode(msgspec.json.encode(facts), type=m.Facts)
     profile = profile_of("pi", again, m.Link(peer="head", bytes_per_s=7.0))
     assert [profile.rate(kind) for kind in OpKind][:11] == list(measured.rates)
     assert (profile.memory_bytes, profile.memory_bytes_per_s) == (1000, 5.0)
     assert (profile.kernel_s, profile.overhead_s) == (1e-6, 2e-3)
+    assert (profile.message_s, profile.byte_s) == (3e-4, 4e-9)
     assert profile.bandwidth_bytes_per_s == 7.0
     assert profile.latency_s > 0, "what was not measured is assumed"
     silent = profiler.facts(threads=0, engine="none", measured=None)
     assert not silent.computes and not profile_of("head", silent).able
+
+
+def test_the_head_has_the_processor_of_the_device_on_its_host() -> None:
+    near = DeviceProfile(DeviceId("near"), 1e9, message_s=4e-4, byte_s=4e-9, host="one")
+    far = DeviceProfile(
+        DeviceId("far"), 4e9, message_s=1e-4, byte_s=1e-9, host="two", bandwidth_bytes_per_s=1e8
+    )
+    for host, base in (("one", near), ("two", far), ("three", far)):
+        *devices, head = with_head([near, far], "head", host)
+        assert [p.id for p in devices] == ["near", "far"]
+        assert (head.id, head.host, head.able) == ("head", host, False)
+        assert head.request_s > head.message_s > base.message_s > head.report_s > 0
+        assert head.message_s / base.message_s == pytest.approx(head_factor(near, "one"))
+        assert head.byte_s > base.byte_s
+        assert head.bandwidth_bytes_per_s == 1e8, "its link is as good as the best"
+
+
+def head_factor(device: DeviceProfile, host: str) -> float:
+    return with_head([device], "head", host)[-1].message_s / device.message_s
 
 
 def test_a_device_measures_once_and_again_when_the_numbers_are_of_another_machine(

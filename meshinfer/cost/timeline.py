@@ -309,7 +309,8 @@ def _uses(run: _Run) -> tuple[DeviceUse, ...]:
             weights.setdefault(device, {}).update(load.weights)
             largest[device] = max(largest.get(device, 0), load.work.peak_bytes)
         if run.plan.window > 1 and len(devices) > 1:
-            portions[ref] = _portions(run, ref, devices)
+            busy_s = run.ends_s if len(run.loads) == 1 else {}  # of whole requests
+            portions[ref] = _portions(run, ref, devices, busy_s)
     for span in run.tasks:
         for device, portion in portions.get(span.ref, {span.device: 1.0}).items():
             took = span.end_s - span.start_s
@@ -341,8 +342,17 @@ def _uses(run: _Run) -> tuple[DeviceUse, ...]:
     return tuple(uses)
 
 
-def _portions(run: _Run, ref: TaskRef, devices: Sequence[DeviceId]) -> dict[DeviceId, float]:
-    """The share of the requests for which each device runs a task, in proportion to its speed."""
+def _portions(
+    run: _Run, ref: TaskRef, devices: Sequence[DeviceId], busy_s: Mapping[DeviceId, float]
+) -> dict[DeviceId, float]:
+    """The share of the requests for which each device runs a task, in proportion to its speed.
+
+    ``busy_s``: what every request costs a device besides. It gets less, so that all are as busy.
+    """
     speeds = {d: 1 / max(1e-9, run.seconds(ref, d)) for d in devices}
     total = sum(speeds.values())
-    return {d: speed / total for d, speed in speeds.items()} if total else {devices[0]: 1.0}
+    if not total:
+        return {devices[0]: 1.0}
+    level = (1 + sum(speeds[d] * busy_s.get(d, 0.0) for d in devices)) / total
+    shares = {d: speeds[d] * max(0.0, level - busy_s.get(d, 0.0)) for d in devices}
+    return {d: share / sum(shares.values()) for d, share in shares.items()}
