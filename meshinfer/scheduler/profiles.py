@@ -13,11 +13,10 @@ from meshinfer.protocol.records import Link
 
 REQUEST_MESSAGES = 27.0
 """What a request takes of the processor of the head's host, as multiples of a worker's message:
-client 0.8 ms, coordinator and head 1.9 ms, where a message takes 0.1 ms (processor time of the
-processes of a LocalCluster over 60 requests, for plans of 1 to 12 stages on 1 and 3 devices; the
-figures below are of the same measurement)."""
+client 0.8 ms, coordinator and head 1.9 ms, where a message takes 0.1 ms (processor time in a
+LocalCluster, ``scripts/bench_messages``, as the figures below)."""
 HEAD_MESSAGE = 1.6
-"""A message of the head, beside one of a worker: 0.16 ms."""
+"""A message of the head, beside one of a worker: 0.16 ms (in another run 0.33 ms, and tasks heard of for less)."""
 HEAD_BYTE = 3.5
 """A byte that the head sends or receives, beside a worker's: 4.5 ns against 1.26 ns. It crosses
 from the client or to it as well, and pieces are cut."""
