@@ -12,7 +12,7 @@ from meshinfer.planner.candidates import Candidate, Choice
 from meshinfer.planner.space import CHANNEL_HEAVY
 from meshinfer.transfers import TaskRef
 
-EFFORT = 10_000
+EFFORT = 14_000
 """Of one local search, see ``Choice.effort``; about a second."""
 PASSES = 3
 MOST_ROUNDS = 16

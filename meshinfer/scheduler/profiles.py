@@ -16,7 +16,8 @@ REQUEST_MESSAGES = 27.0
 client 0.8 ms, coordinator and head 1.9 ms, where a message takes 0.1 ms (processor time in a
 LocalCluster, ``scripts/bench_messages``, as the figures below)."""
 HEAD_MESSAGE = 1.6
-"""A message of the head, beside one of a worker: 0.16 ms (in another run 0.33 ms, and tasks heard of for less)."""
+"""A message of the head, beside one of a worker: 0.16 ms (0.33 ms in another run, which
+found less for what is heard of tasks)."""
 HEAD_BYTE = 3.5
 """A byte that the head sends or receives, beside a worker's: 4.5 ns against 1.26 ns. It crosses
 from the client or to it as well, and pieces are cut."""
