@@ -11,17 +11,16 @@ from meshinfer.identity import DeviceId
 from meshinfer.protocol.messages import Facts
 from meshinfer.protocol.records import Link
 
-REQUEST_MESSAGES = 27.0
+REQUEST_MESSAGES = 28.0
 """What a request takes of the processor of the head's host, as multiples of a worker's message:
-client 0.8 ms, coordinator and head 1.9 ms, where a message takes 0.1 ms (processor time in a
+client, coordinator and head 2.2 ms, where a message takes 0.075 ms (processor time in a
 LocalCluster, ``scripts/bench_messages``, as the figures below)."""
-HEAD_MESSAGE = 1.6
-"""A message of the head, beside one of a worker: 0.16 ms (0.33 ms in another run, which
-found less for what is heard of tasks)."""
-HEAD_BYTE = 3.5
-"""A byte that the head sends or receives, beside a worker's: 4.5 ns against 1.26 ns. It crosses
+HEAD_MESSAGE = 1.5
+"""A message of the head, beside one of a worker: 0.11 ms."""
+HEAD_BYTE = 3.3
+"""A byte that the head sends or receives, beside a worker's: 4.7 ns against 1.42 ns. It crosses
 from the client or to it as well, and pieces are cut."""
-REPORT_MESSAGES = 0.55
+REPORT_MESSAGES = 0.7
 """What the coordinator takes for each task that it hears of, as a multiple of a message."""
 
 
