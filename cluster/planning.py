@@ -174,9 +174,7 @@ class PlannerProcess:
         for _ in range(limits.PLANNING_TRIES):
             if self._process.poll() is not None and not self._start_again():
                 return None
-            if (
-                job.plan is not None and is_moot()
-            ):  # asked here: the process before was told, if any
+            if job.plan is not None and is_moot():  # if any was told, it was the process before
                 return jobs.Answer(planned=PlanReady(job.plan.deployment, dropped=True))
             answer = self._exchange(job)
             if answer is not None:
