@@ -80,6 +80,15 @@ def small_maps() -> ModelProto:
     return b.model([b.rename(b.relu(b.conv(x, 242, 32, 3)), "y")])
 
 
+def small_maps_doubled() -> ModelProto:
+    """A transposed convolution is a matrix product with a column for each position that it reads."""
+    b = Builder(0)
+    x = b.relu(b.conv(b.input("image", [1, 3, 14, 14]), 3, 256, 3))
+    weights = b.const(b.rng.standard_normal((256, 8, 4, 4), np.float32) / np.float32(32))
+    y = b.op("ConvTranspose", [x, weights], strides=[2, 2], pads=[1, 1, 1, 1])
+    return b.model([b.rename(y, "y")])
+
+
 def mean_of(channels: int) -> Callable[[], ModelProto]:
     def build() -> ModelProto:
         b = Builder(0)
@@ -130,6 +139,7 @@ CASES: dict[str, Callable[[], ModelProto]] = {
     "normalisation behind a concat": dense,
     "small groups": grouped,
     "small maps": small_maps,
+    "small maps doubled": small_maps_doubled,
     "means of whole blocks": mean_of(96),
     "means of broken blocks": mean_of(200),
     "means of odd channels": mean_of(201),

@@ -9,9 +9,11 @@ kernel]. As for Conv, a part of the input channels (``over``) holds the bias if 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 from meshinfer.geometry import Box, Interval
 from meshinfer.graph import Op
+from meshinfer.ops.kernels import sums_alike
 from meshinfer.ops.rule import Boxes, Emission, Emitter, Rule, only
 
 
@@ -80,10 +82,14 @@ def _objection(op: Op) -> str:
 
 def _align(op: Op, outs: Boxes) -> Boxes:
     box = only(outs)
-    groups, _, per_group = _groups(op)
+    groups, inner, per_group = _groups(op)
     first, last = box[1].start // per_group, (box[1].stop - 1) // per_group
     if groups > 1 and first != last:  # part of one group is a plain one; else whole groups only
         box = box.replace(1, Interval(first * per_group, (last + 1) * per_group))
+    if op.graph.strict:  # a matrix product of a column for each input position (MLAS, col2im)
+        reads = [reach.reads(box[i]).size for i, reach in enumerate(_reaches(op), start=2)]
+        if not sums_alike(prod(reads), prod(op.shape(0)[2:]), inner):
+            box = Box((*box.axes[:2], *Box.whole(op.out_shape()).axes[2:]))
     return (box,)
 
 
