@@ -81,7 +81,7 @@ def small_maps() -> ModelProto:
 
 
 def small_maps_doubled() -> ModelProto:
-    """A transposed convolution is a matrix product with a column for each position that it reads."""
+    """A transposed convolution is a matrix product of a column for each position that it reads."""
     b = Builder(0)
     x = b.relu(b.conv(b.input("image", [1, 3, 14, 14]), 3, 256, 3))
     weights = b.const(b.rng.standard_normal((256, 8, 4, 4), np.float32) / np.float32(32))

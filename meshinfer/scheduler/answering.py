@@ -281,6 +281,7 @@ class Answering:
         self._attempts += 1
         request.attempt, request.deployment, request.merged = self._attempts, made, None
         tried = request.tried[request.attempt] = Try(made, now)
+        made.asked += 1
         self._covering.begin(tried, partial(self._seconds, now), now)
         request.started = now if request.started is None else request.started
         start = m.Start(

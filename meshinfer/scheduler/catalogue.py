@@ -103,7 +103,7 @@ class Deployment:
     ``looked``: how many samples of paces there were when it was last seen by how much its devices
     ``drift`` apart; ``uneven``: twice in turn too much. ``in_vain``: how often another plan was
     looked for since, and was no better. ``search_s``: of the coordinator's processor that the last
-    search for it took; ``share``: of it that the search may take.
+    search for it took; ``share``: of it that the search may take. ``asked``: requests begun since.
     """
 
     number: int
@@ -128,6 +128,7 @@ class Deployment:
     in_vain: int = 0
     search_s: float = 0.0
     share: float = 1.0
+    asked: int = 0
 
     @property
     def kind(self) -> Hashable:

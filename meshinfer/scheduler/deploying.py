@@ -187,7 +187,7 @@ class Deploying:
         """What serves is as good on devices as they are now: go on, and compare with that."""
         serving = self._catalogue.serving(made.model, made.signature)
         if serving is not None and serving.candidates == made.candidates:
-            serving.since, serving.in_vain = made.since, serving.in_vain + 1
+            serving.since, serving.in_vain, serving.asked = made.since, serving.in_vain + 1, 0
             serving.search_s = made.search_s
             serving.paced(made.factors)
         return self.retire(made)
@@ -196,7 +196,7 @@ class Deploying:
         """A search for a better plan came to nothing, and nothing was learnt of what serves."""
         serving = self._catalogue.serving(made.model, made.signature)
         if serving is not None and made.share < 1.0:
-            serving.since, serving.search_s = now, made.search_s
+            serving.since, serving.search_s, serving.asked = now, made.search_s, 0
 
     def _install(self, made: Deployment, device: Device) -> Send:
         programs = made.programs[device.name]
@@ -341,13 +341,15 @@ class Deploying:
             made.drift = self._balance.drift(made.candidates, made.factors, made.since, now)
             made.uneven = min(before, made.drift) > limits.PACE_DEVIATION
         # A search takes the coordinator's device, maybe as slow as the others, from its tasks.
-        # So for a small gain it is rare, waits until nothing runs, and is rarer each time in vain.
+        # So for a small gain it is rare, waits until nothing runs, and is rarer each time in vain;
+        # and a model that nobody asks gains nothing.
         grave = made.drift > limits.PACE_GRAVE
         part = limits.REPLAN_SHARE_GRAVE if grave else limits.REPLAN_SHARE
         pause_s = max(limits.REPLAN_EVERY_S, made.search_s / part)
         pause_s *= 2 ** min(made.in_vain, limits.REPLAN_DOUBLINGS)
         quiet = now >= self._busy_at + limits.REPLAN_QUIET_S
-        return made.uneven and (quiet or grave) and now >= made.since + pause_s
+        asked = made.asked >= limits.REPLAN_REQUESTS
+        return made.uneven and asked and (quiet or grave) and now >= made.since + pause_s
 
     def _give_up_without_workers(self, now: float) -> list[Effect]:
         failure = unavailable(

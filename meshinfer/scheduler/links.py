@@ -113,12 +113,13 @@ class LinkMeter:
         self._nbytes = 0
         self._fastest_s = 0.0
         self._bytes_per_s = 0.0
+        self._was_long = False
 
     def begin(self, peer: m.Peer, now: float) -> list[Effect]:
         """Measure the link to a peer; what was being measured is dropped."""
         self._peer, self._ends = peer, now + limits.LINK_MEASURE_S
         self._left = [*[0] * limits.LINK_ECHOES, *limits.LINK_BYTES]
-        self._fastest_s, self._bytes_per_s = float("inf"), 0.0
+        self._fastest_s, self._bytes_per_s, self._was_long = float("inf"), 0.0, False
         return [Connect(peer), *self._echo(now)]
 
     def echoed(self, peer: str, number: int, now: float) -> list[Effect]:
@@ -131,8 +132,9 @@ class LinkMeter:
         else:
             pure_s = max(took - self._fastest_s, took / 8, 1e-6)
             self._bytes_per_s = max(self._bytes_per_s, self._nbytes / pure_s)
-            if took > limits.LINK_LONG_S:
-                self._left.clear()  # a longer one would tell little more
+            if took > limits.LINK_LONG_S:  # one more, or what was in the way would count; no longer
+                self._left = [] if self._was_long else [self._nbytes]
+                self._was_long = True
         return self._echo(now)
 
     def due(self, now: float) -> list[Effect]:
