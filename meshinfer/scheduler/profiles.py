@@ -20,8 +20,6 @@ HEAD_MESSAGE = 1.5
 HEAD_BYTE = 3.3
 """A byte that the head sends or receives, beside a worker's: 4.7 ns against 1.42 ns. It crosses
 from the client or to it as well, and pieces are cut."""
-_LEAST_WIRE = 4
-"""A link by itself is taken for at most so many times as fast as it was measured."""
 REPORT_MESSAGES = 0.7
 """What the coordinator takes for each task that it hears of, as a multiple of a message."""
 
@@ -38,12 +36,11 @@ def profile_of(
     ``slowdown``: how many times longer than by its own figures its kernels take now.
     """
     plain = DeviceProfile(DeviceId(device), facts.flops_per_s)
-    byte_s = facts.byte_s or plain.byte_s
     return DeviceProfile(
         id=plain.id,
         flops_per_s=facts.flops_per_s / slowdown,
         overhead_s=facts.overhead_s or plain.overhead_s,
-        bandwidth_bytes_per_s=_wire(link, byte_s) or plain.bandwidth_bytes_per_s,
+        bandwidth_bytes_per_s=(link and link.bytes_per_s) or plain.bandwidth_bytes_per_s,
         latency_s=(link and link.latency_s) or plain.latency_s,
         memory_bytes=facts.memory_bytes,
         numeric_class=facts.engine,
@@ -53,17 +50,8 @@ def profile_of(
         kernel_s=facts.kernel_s * slowdown,
         host=host,
         message_s=facts.message_s or plain.message_s,
-        byte_s=byte_s,
+        byte_s=facts.byte_s or plain.byte_s,
     )
-
-
-def _wire(link: Link | None, byte_s: float) -> float:
-    """Bytes a second of a link by itself: what both ends take of their processors for a byte is in
-    what was measured, and the timeline counts it apart."""
-    if link is None or link.bytes_per_s <= 0:
-        return 0.0
-    took_s = 1 / link.bytes_per_s
-    return 1 / max(took_s - 2 * byte_s, took_s / _LEAST_WIRE)
 
 
 def with_head(found: Sequence[DeviceProfile], head: str, host: str = "") -> list[DeviceProfile]:
