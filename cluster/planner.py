@@ -40,7 +40,7 @@ from meshinfer.programs import Programs, make_programs
 from meshinfer.protocol.messages import Report
 from meshinfer.report import report_of
 from meshinfer.scheduler.events import MakePlan, ModelOpened, OpenModel, PlanReady, Signature
-from meshinfer.scheduler.profiles import profile_of, with_head, within
+from meshinfer.scheduler.profiles import profile_of, slowed, with_head, within
 
 
 class Dropped(BaseException):
@@ -96,7 +96,10 @@ class Pace:
         if self._share >= 1.0 or self._hurried:
             return
         took = (time.process_time() - self._worked_s) / self._share
-        time.sleep(max(0.0, took - (time.monotonic() - self._since)))
+        # Not for long: one call into C may have taken seconds, and what is urgent must not wait.
+        ends = min(self._since + took, time.monotonic() + limits.SEARCH_PAUSE_S)
+        while not self._hurried and (left := ends - time.monotonic()) > 0.0:
+            time.sleep(min(left, limits.SEARCH_SLICE_S * 10))
         self._start_slice()
 
     def _start_slice(self) -> None:
@@ -257,8 +260,9 @@ class Planner:
 
 def _profiles(effect: MakePlan) -> list[DeviceProfile]:
     """Of the candidates, within the memory that the user grants, and of the head."""
-    found = [profile_of(c.device, c.facts, c.link, c.slowdown, c.host) for c in effect.candidates]
-    return with_head(within(found, effect.memory), effect.head, effect.head_host)
+    found = [profile_of(c.device, c.facts, c.link, c.host) for c in effect.candidates]
+    alike = with_head(within(found, effect.memory), effect.head, effect.head_host)
+    return slowed(alike, {c.device: c.slowdown for c in effect.candidates})
 
 
 def _pins(effect: MakePlan) -> dict[str, tuple[DeviceId, ...]]:

@@ -10,9 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import platform
-import queue
 import socket
-import threading
 import time
 from collections.abc import Callable
 from importlib.resources import files
@@ -22,18 +20,15 @@ import msgspec
 import numpy as np
 import onnxruntime as ort
 import psutil
+import structlog
 
 import meshinfer
 from cluster import granted
-from cluster.security import generate_keypair
-from cluster.sockets import Endpoint, Plane, Received
-from cluster.transport import Transport
+from cluster.fixed_costs import LONGEST_S, HandOver, Wire
 from meshinfer.errors import ConfigurationError
-from meshinfer.protocol import codec
 from meshinfer.protocol import messages as m
 
 _WINDOWS, _WINDOW_S, _QUOTA_WINDOW_S = 4, 0.012, 0.02
-_LONGEST_S = 8.0
 """A slow device stops measuring after this; kinds without a rate are derived from the others."""
 _LEAST_SHARE = 0.1
 """What is subtracted from a probe leaves at least this part of it."""
@@ -93,7 +88,7 @@ class Measured(msgspec.Struct, frozen=True):
 
 
 def measure(threads: int, *, plaintext: bool = False) -> Measured:
-    """Measure this device: about a second, and never much more than ``_LONGEST_S``.
+    """Measure this device: about a second, and never much more than ``LONGEST_S``.
 
     ``plaintext``: its messages are not encrypted.
     """
@@ -119,7 +114,7 @@ class _Measuring:
         if self.quota is not None and self.quota.cores >= threads:
             self.quota = None
         self.by_cpu = threads == 1 or self.quota is not None
-        self.ends = time.perf_counter() + _LONGEST_S
+        self.ends = time.perf_counter() + LONGEST_S
 
     def all(self) -> Measured:
         found = {probe.name: probe for probe in probes()}
@@ -133,22 +128,32 @@ class _Measuring:
             took = self.probe(probe) if time.perf_counter() < self.ends else 0.0
             known = probe.nbytes * byte_s + probe.kernels * kernel_s
             rates.append(probe.flops / max(took - known, took * _LEAST_SHARE) if took else 0.0)
-        with _HandOver(found["KERNELS"]) as task:
+        with HandOver(_prepared(found["KERNELS"], 1)) as task:
             handed_s = max(0.0, self.one_thread(task) - fixed["KERNELS"])
-        with _Wire(plaintext=self.plaintext) as wire:
-            short, long = (
-                self.one_thread(wire(n)) / _Wire.ENDS for n in (_SHORT_BYTES, _LONG_BYTES)
-            )
+        short, long = self.messages()
         stretch, alone = self.stretch(), self.stretch(1)
         return Measured(
             rates=tuple(rate / stretch for rate in rates),
             memory_bytes_per_s=1.0 / (byte_s * stretch),
             kernel_s=kernel_s * stretch,
-            overhead_s=(handed_s + _TASK * short) * alone,
+            overhead_s=(handed_s + _TASK * short) * alone if short else 0.0,
             message_s=_MESSAGE * short * alone,
             byte_s=_BYTE * max(0.0, long - short) / _LONG_BYTES * alone,
             cpu_cores=self.quota.cores if self.quota else 0.0,
         )
+
+    def messages(self) -> tuple[float, float]:
+        """Of one end of a short message and of a long one; 0 where loopback carries none, for a
+        device may compute without."""
+        try:
+            with Wire(plaintext=self.plaintext) as wire:
+                return (
+                    self.one_thread(wire(_SHORT_BYTES)) / Wire.ENDS,
+                    self.one_thread(wire(_LONG_BYTES)) / Wire.ENDS,
+                )
+        except ConfigurationError as error:
+            structlog.get_logger().warning("messages are not measured", why=error.message)
+            return 0.0, 0.0
 
     def dense(self) -> float:
         """FLOP/s of the first probe alone, with all that it takes; a quick check."""
@@ -161,13 +166,7 @@ class _Measuring:
 
     def probe(self, probe: Probe) -> float:
         """Seconds of one run of a probe."""
-        session = ort.InferenceSession(
-            base64.b64decode(probe.model),
-            _options(self.threads),
-            providers=["CPUExecutionProvider"],
-        )
-        feeds = {session.get_inputs()[0].name: np.ones(probe.shape, np.dtype(probe.dtype))}
-        return self.seconds(lambda: session.run(None, feeds))
+        return self.seconds(_prepared(probe, self.threads))
 
     def one_thread(self, run: Callable[[], object]) -> float:
         """Processor seconds of one run of what is not a kernel, whichever threads it takes."""
@@ -195,6 +194,14 @@ class _Measuring:
         return best
 
 
+def _prepared(probe: Probe, threads: int) -> Callable[[], object]:
+    session = ort.InferenceSession(
+        base64.b64decode(probe.model), _options(threads), providers=["CPUExecutionProvider"]
+    )
+    feeds = {session.get_inputs()[0].name: np.ones(probe.shape, np.dtype(probe.dtype))}
+    return lambda: session.run(None, feeds)
+
+
 def _options(threads: int) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -202,93 +209,6 @@ def _options(threads: int) -> ort.SessionOptions:
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return options
-
-
-class _HandOver:
-    """A trivial model run by the compute thread, there and back."""
-
-    def __init__(self, probe: Probe) -> None:
-        self.model = base64.b64decode(probe.model)
-        self.feed = np.ones(probe.shape, np.dtype(probe.dtype))
-        self.jobs: queue.SimpleQueue[bool] = queue.SimpleQueue()
-        self.done: queue.SimpleQueue[bool] = queue.SimpleQueue()
-
-    def __enter__(self) -> Callable[[], None]:
-        threading.Thread(target=self._compute, name="probe", daemon=True).start()
-        return self._run
-
-    def __exit__(self, *_: object) -> None:
-        self.jobs.put(False)
-
-    def _compute(self) -> None:
-        providers = ["CPUExecutionProvider"]
-        session = ort.InferenceSession(self.model, _options(1), providers=providers)
-        name = session.get_inputs()[0].name
-        while self.jobs.get():
-            session.run(None, {name: self.feed})
-            self.done.put(True)
-
-    def _run(self) -> None:
-        self.jobs.put(True)
-        self.done.get()
-
-
-class _Wire:
-    """A piece of a value goes from one transport of this process to another over loopback, is put
-    in its place, and comes back: four ends of a message, with the I/O threads' encryption."""
-
-    ENDS = 4
-
-    def __init__(self, *, plaintext: bool) -> None:
-        key = generate_keypair()
-        self.here = Transport("here#1", key, plaintext=plaintext)
-        self.there = Transport("there#1", key, plaintext=plaintext)
-        port = self.here.bind(Plane.BULK, "127.0.0.1")
-        endpoint = Endpoint("127.0.0.1", port, self.here.public_key)
-        self.there.connect(Plane.BULK, "here#1", endpoint)
-
-    def __enter__(self) -> Callable[[int], Callable[[], None]]:
-        return self._of
-
-    def __exit__(self, *_: object) -> None:
-        self.here.close(linger_s=0.0)
-        self.there.close(linger_s=0.0)
-
-    def _of(self, nbytes: int) -> Callable[[], None]:
-        """What sends a piece of so many bytes there and back."""
-        piece, place = np.ones(nbytes // 4, np.float32), np.empty(nbytes // 4, np.float32)
-        message = m.Deliver(
-            id=1,
-            request="request",
-            attempt=1,
-            deployment=1,
-            consumer=(0, 0),
-            slot=0,
-            tensor=codec.describe("value", piece),
-        )
-
-        def run() -> None:
-            ways = (self.there, "here#1", self.here), (self.here, "there#1", self.there)
-            for sender, name, receiver in ways:
-                sender.send(Plane.BULK, name, codec.encode(message, codec.payload_of(piece)))
-                place[:] = _received(receiver)
-
-        return run
-
-
-def _received(transport: Transport) -> np.ndarray:
-    """The piece that comes in. Raises ``ConfigurationError`` where loopback carries nothing."""
-    ends = time.monotonic() + _LONGEST_S
-    while time.monotonic() < ends:
-        for incoming in transport.receive(0.1):
-            if isinstance(incoming, Received):
-                message, payload = codec.decode(incoming.frames)
-                assert isinstance(message, m.Deliver)
-                return codec.array_of(message.tensor, payload)
-    raise ConfigurationError(
-        f"a message over loopback did not arrive within {_LONGEST_S:.0f} s",
-        hint="look at this device's firewall: 127.0.0.1 must be open to itself",
-    )
 
 
 def facts(

@@ -96,6 +96,7 @@ SEARCH_SHARE_GRAVE: Final = 0.3
 """The same when a device has become so slow that its tasks still take longer than those there."""
 SEARCH_SLICE_S: Final = 0.005
 """A search pauses after so much work; the kernel looks at its timers every 4 ms or so."""
+SEARCH_PAUSE_S: Final = 2.0
 PLANNING_NICE: Final = 5
 """Who plans gives way to who computes. Not more, since no process may take it back: at 19 a plan
 that a lost device's requests wait for gets one part in 60 of a processor beside a busy program."""

@@ -217,9 +217,9 @@ def test_a_search_that_fails_leaves_what_serves_and_is_not_repeated_at_once() ->
     made.slowness["pi-3"] = 5.0
     replies = stream(made, 3 * limits.REPLAN_EVERY_S)
     assert {reply.plan for reply in replies} == {plan}
-    assert 2 <= made.plans_asked <= 5
+    assert 2 <= made.plans_asked <= 3, "less and less often: it may end the process that plans"
     made.plan_fault = lambda effect: None
-    assert stream(made, 2 * limits.REPLAN_EVERY_S)[-1].plan != plan
+    assert stream(made, 8 * limits.REPLAN_EVERY_S)[-1].plan != plan
     made.check_idle()
 
 

@@ -267,11 +267,25 @@ def test_devices_that_measured_alike_become_equal_and_others_stay() -> None:
     assert alike(far) == far
 
 
+def test_what_noise_does_not_explain_stays_apart_kind_by_kind() -> None:
+    """Two boards of one speed for convolutions, one with half the memory bandwidth."""
+    measured = [
+        DeviceProfile(A, 1.0e9, rates=(1.0e9, 2.0e8, 3e8), memory_bytes_per_s=8e9),
+        DeviceProfile(B, 1.1e9, rates=(1.1e9, 2.2e8, 1e8), memory_bytes_per_s=4e9),
+    ]
+    found = alike(measured)
+    assert [p.flops_per_s for p in found] == pytest.approx([1.05e9, 1.05e9])
+    assert [p.rates[1] for p in found] == pytest.approx([2.1e8, 2.1e8])
+    assert [p.rates[2] for p in found] == [3e8, 1e8]
+    assert [p.memory_bytes_per_s for p in found] == [8e9, 4e9]
+
+
 def test_links_that_measured_alike_are_as_good_as_the_best_of_them() -> None:
-    rates, waits = (118e6, 90e6, 20e6), (3e-4, 2e-4, 1e-4)
+    rates, waits = (118e6, 90e6, 20e6, 110e6), (3e-4, 2e-4, 1e-4, 5e-3)
+    names = (A, B, C, DeviceId("far"))
     measured = [
         DeviceProfile(d, 1e9, bandwidth_bytes_per_s=r, latency_s=w)
-        for d, r, w in zip((A, B, C), rates, waits, strict=True)
+        for d, r, w in zip(names, rates, waits, strict=True)
     ]
     found = [(p.bandwidth_bytes_per_s, p.latency_s) for p in alike(measured)]
-    assert found == [(118e6, 2e-4), (118e6, 2e-4), (20e6, 1e-4)]
+    assert found == [(118e6, 2e-4), (118e6, 2e-4), (20e6, 1e-4), (118e6, 5e-3)]

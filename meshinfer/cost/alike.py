@@ -15,8 +15,12 @@ from meshinfer.cost.profile import DeviceProfile
 SPEED_NOISE = 0.08
 """How far a measured speed may be from the true one, either way: equal devices of the lab differed
 by up to this on a busy machine."""
+RATE_NOISE = 0.16
+"""The same of a speed of one kind of operator, whose probe is shorter."""
 LINK_NOISE = 0.25
 """The same of a link, whose measurement is short and meets what else is sent."""
+LATENCY_NOISE_S = 0.002
+"""By how much a link's latency may have been measured too long, on a device that has other work."""
 
 
 def alike(profiles: Sequence[DeviceProfile]) -> list[DeviceProfile]:
@@ -24,8 +28,9 @@ def alike(profiles: Sequence[DeviceProfile]) -> list[DeviceProfile]:
     figures.
 
     A group reaches from its slowest device up to what noise explains: their speeds become the
-    medians, and their links the best of theirs, since what disturbs a measurement of a link only
-    makes it worse. Devices of other numeric classes, or that cannot compute, stay apart.
+    medians, kind by kind where noise explains the difference, and their links the best of theirs,
+    since what disturbs a measurement of a link only makes it worse. Devices of other numeric
+    classes, or that cannot compute, stay apart.
     """
     found = {p.id: p for p in profiles}
     kinds = dict.fromkeys(p.numeric_class for p in profiles if p.able)
@@ -38,7 +43,8 @@ def alike(profiles: Sequence[DeviceProfile]) -> list[DeviceProfile]:
         best = max(p.bandwidth_bytes_per_s for p in group)
         soonest = min(p.latency_s for p in group)
         for p in group:
-            found[p.id] = replace(p, bandwidth_bytes_per_s=best, latency_s=soonest)
+            latency_s = soonest if p.latency_s <= soonest + LATENCY_NOISE_S else p.latency_s
+            found[p.id] = replace(p, bandwidth_bytes_per_s=best, latency_s=latency_s)
     return [found[p.id] for p in profiles]
 
 
@@ -56,21 +62,32 @@ def _groups(
 
 
 def _of_one_speed(group: Sequence[DeviceProfile]) -> list[DeviceProfile]:
-    most = max(len(p.rates) for p in group)
-    rates = tuple(_middle([p.rates[k] for p in group if k < len(p.rates)]) for k in range(most))
+    kinds = range(max(len(p.rates) for p in group))
+    by_kind = [[p.rates[k] for p in group if k < len(p.rates)] for k in kinds]
+    memory = [p.memory_bytes_per_s for p in group]
     return [
         replace(
             p,
             flops_per_s=_middle([q.flops_per_s for q in group]),
             overhead_s=_middle([q.overhead_s for q in group]),
-            memory_bytes_per_s=_middle([q.memory_bytes_per_s for q in group]),
-            rates=rates,
+            memory_bytes_per_s=_common(memory, p.memory_bytes_per_s),
+            rates=tuple(
+                _common(rates, p.rates[k] if k < len(p.rates) else 0.0)
+                for k, rates in enumerate(by_kind)
+            ),
             kernel_s=_middle([q.kernel_s for q in group]),
             message_s=_middle([q.message_s for q in group]),
             byte_s=_middle([q.byte_s for q in group]),
         )
         for p in group
     ]
+
+
+def _common(values: Sequence[float], own: float) -> float:
+    """The median of speeds that noise explains; else a device's own, if it is known."""
+    known = [v for v in values if v > 0]
+    apart = known and max(known) * (1 - RATE_NOISE) > min(known) * (1 + RATE_NOISE)
+    return own if apart and own > 0 else _middle(values)
 
 
 def _middle(values: Sequence[float]) -> float:

@@ -28,29 +28,46 @@ def profile_of(
     device: str,
     facts: Facts,
     link: Link | None = None,
-    slowdown: float = 1.0,
     host: str = "",
 ) -> DeviceProfile:
-    """The profile of a device. What was not measured is as ``DeviceProfile`` assumes.
-
-    ``slowdown``: how many times longer than by its own figures its kernels take now.
-    """
+    """The profile of a device. What was not measured is as ``DeviceProfile`` assumes."""
     plain = DeviceProfile(DeviceId(device), facts.flops_per_s)
     return DeviceProfile(
         id=plain.id,
-        flops_per_s=facts.flops_per_s / slowdown,
+        flops_per_s=facts.flops_per_s,
         overhead_s=facts.overhead_s or plain.overhead_s,
         bandwidth_bytes_per_s=(link and link.bytes_per_s) or plain.bandwidth_bytes_per_s,
         latency_s=(link and link.latency_s) or plain.latency_s,
         memory_bytes=facts.memory_bytes,
         numeric_class=facts.engine,
         computes=facts.computes,
-        memory_bytes_per_s=facts.memory_bytes_per_s / slowdown,
-        rates=tuple(rate / slowdown for rate in facts.rates),
-        kernel_s=facts.kernel_s * slowdown,
+        memory_bytes_per_s=facts.memory_bytes_per_s,
+        rates=tuple(facts.rates),
+        kernel_s=facts.kernel_s,
         host=host,
         message_s=facts.message_s or plain.message_s,
         byte_s=facts.byte_s or plain.byte_s,
+    )
+
+
+def slowed(
+    profiles: Sequence[DeviceProfile], slowdowns: Mapping[str, float]
+) -> list[DeviceProfile]:
+    """The same, where kernels take so many times longer now than by the profiles given.
+
+    After ``with_head``: slowdowns were measured against profiles where equals are equal, and would
+    else count a difference twice.
+    """
+    return [_slowed(p, slowdowns.get(p.id, 1.0)) for p in profiles]
+
+
+def _slowed(p: DeviceProfile, slowdown: float) -> DeviceProfile:
+    return replace(
+        p,
+        flops_per_s=p.flops_per_s / slowdown,
+        memory_bytes_per_s=p.memory_bytes_per_s / slowdown,
+        rates=tuple(rate / slowdown for rate in p.rates),
+        kernel_s=p.kernel_s * slowdown,
     )
 
 
