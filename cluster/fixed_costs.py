@@ -17,6 +17,7 @@ from meshinfer.protocol import codec
 from meshinfer.protocol import messages as m
 
 LONGEST_S = 8.0
+"""A slow device stops measuring after this; kinds without a rate are derived from the others."""
 
 
 class HandOver:

@@ -29,7 +29,6 @@ from meshinfer.errors import ConfigurationError
 from meshinfer.protocol import messages as m
 
 _WINDOWS, _WINDOW_S, _QUOTA_WINDOW_S = 4, 0.012, 0.02
-"""A slow device stops measuring after this; kinds without a rate are derived from the others."""
 _LEAST_SHARE = 0.1
 """What is subtracted from a probe leaves at least this part of it."""
 _DRIFT = 0.2

@@ -86,6 +86,7 @@ REPLAN_GAIN: Final = 1.10
 REPLAN_EVERY_S: Final = 5.0
 REPLAN_DOUBLINGS: Final = 5
 REPLAN_REQUESTS: Final = 8
+"""Requests under a plan before a better one is looked for: what nobody asks gains nothing."""
 REPLAN_QUIET_S: Final = 1.0
 REPLAN_SHARE: Final = 0.01
 REPLAN_SHARE_GRAVE: Final = 0.05
@@ -97,6 +98,7 @@ SEARCH_SHARE_GRAVE: Final = 0.3
 SEARCH_SLICE_S: Final = 0.005
 """A search pauses after so much work; the kernel looks at its timers every 4 ms or so."""
 SEARCH_PAUSE_S: Final = 2.0
+"""The longest pause of a search, after one call into C that took long: it is to see what waits."""
 PLANNING_NICE: Final = 5
 """Who plans gives way to who computes. Not more, since no process may take it back: at 19 a plan
 that a lost device's requests wait for gets one part in 60 of a processor beside a busy program."""

@@ -83,7 +83,7 @@ def test_what_nobody_awaits_is_refused(slot: int, array: Array) -> None:
 
 def test_each_reader_gets_its_cut_of_an_output() -> None:
     sends = tuple(
-        m.Send(piece=Shard("y", box), device="d", consumer=(2, 0))
+        m.Send(piece=Shard("y", box), device="d", consumer=(2, 0), slot=0)
         for box in (rows(0, 9), rows(4, 5))
     )
     recipe = Recipe.of(program(rows(0, 9), piece(rows(0, 9)), sends=sends))

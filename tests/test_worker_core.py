@@ -194,7 +194,7 @@ def test_a_piece_of_an_older_attempt_is_acknowledged_but_never_used() -> None:
     core = alone()
     array = np.zeros((2,), np.float32)
     shard = Shard("x", Box.whole(array.shape))
-    value = m.Value(name="x", box=shard, pieces=(m.Piece(shard=shard, producer=SOURCE),))
+    value = m.Value(name="x", box=shard, pieces=(m.Piece(shard=shard, producer=SOURCE, slot=0),))
     program = m.Program(place=(0, 0), model="a" * 64, inputs=(value,))
     told(core, welcome(), 0.0)
     told(core, m.Install(deployment=5, programs=(program,), peers=()), 0.0)

@@ -53,12 +53,17 @@ def _groups(
 ) -> Iterator[list[DeviceProfile]]:
     group: list[DeviceProfile] = []
     for p in sorted(profiles, key=lambda p: (figure(p), p.id)):
-        if group and figure(p) * (1 - noise) > figure(group[0]) * (1 + noise):
+        if group and _apart(figure(group[0]), figure(p), noise):
             yield group
             group = []
         group.append(p)
     if group:
         yield group
+
+
+def _apart(low: float, high: float, noise: float) -> bool:
+    """Whether noise, either way, does not explain the difference."""
+    return high * (1 - noise) > low * (1 + noise)
 
 
 def _of_one_speed(group: Sequence[DeviceProfile]) -> list[DeviceProfile]:
@@ -86,7 +91,7 @@ def _of_one_speed(group: Sequence[DeviceProfile]) -> list[DeviceProfile]:
 def _common(values: Sequence[float], own: float) -> float:
     """The median of speeds that noise explains; else a device's own, if it is known."""
     known = [v for v in values if v > 0]
-    apart = known and max(known) * (1 - RATE_NOISE) > min(known) * (1 + RATE_NOISE)
+    apart = known and _apart(min(known), max(known), RATE_NOISE)
     return own if apart and own > 0 else _middle(values)
 
 

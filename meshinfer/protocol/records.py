@@ -121,7 +121,7 @@ class Piece(Record, frozen=True):
 
     shard: Shard
     producer: Place
-    slot: Count = 0
+    slot: Count
 
 
 class Value(Record, frozen=True):
@@ -146,7 +146,7 @@ class Send(Record, frozen=True):
     piece: Shard
     device: Name
     consumer: Place
-    slot: Count = 0
+    slot: Count
     others: tuple[Name, ...] = ()
 
 

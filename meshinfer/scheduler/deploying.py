@@ -260,7 +260,7 @@ class Deploying:
         if serving is not None:
             serving.candidates = made.candidates  # it stays; these devices were tried
             self._look_again_later(made, now)
-            serving.in_vain += 1  # it may have been the end of the process that plans
+            serving.in_vain += made.share < 1.0  # maybe the end of the process that plans
             return [note, *effects]
         if signature in model.signatures:
             model.signatures.remove(signature)
