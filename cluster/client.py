@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import socket
 import tempfile
 import threading
 from collections import deque
@@ -22,7 +23,7 @@ import meshinfer
 from cluster import results
 from cluster.blobs import BlobStore
 from cluster.config import default_keyring
-from cluster.locate import find_coordinator
+from cluster.locate import find_coordinator, own_address
 from cluster.loop import Loop
 from cluster.offers import Offers
 from cluster.results import Deployment, Result, closed_error
@@ -108,6 +109,8 @@ class Client:
             cluster=ring.cluster,
             protocol=m.PROTOCOL,
             version=meshinfer.__version__,
+            facts=m.Facts(host=socket.gethostname()),
+            address=own_address(found[0]),
         )
         coordinator = Endpoint(found[0], found[1], ring.coordinator_public)
         transport = partial(Transport, f"{name}#0", ring.member, plaintext=ring.plaintext)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Sequence
 
 from cluster.discovery import browse, fingerprint
-from meshinfer.errors import InvalidInput
+from meshinfer.errors import ConfigurationError, InvalidInput
+from meshinfer.protocol.records import BESIDE_COORDINATOR
 
 DEFAULT_PORT = 7433
 VARIABLE = "MESHINFER_COORDINATOR"
@@ -44,3 +46,26 @@ def find_coordinator(
         if wanted is None or each.fingerprint == wanted:
             return each.host, each.port
     return None
+
+
+def local_address(towards: str) -> str:
+    """The address of ours that a peer at ``towards`` can reach (nothing is sent)."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((towards, 9))
+            return str(probe.getsockname()[0])
+        except OSError as error:
+            raise ConfigurationError(
+                f"no route to the coordinator at {towards}: {error.strerror}",
+                hint="check the address and the network",
+            ) from error
+
+
+def own_address(towards: str) -> str:
+    """This process's, as devices say theirs: ``BESIDE_COORDINATOR`` on the coordinator's machine;
+    empty where there is no route."""
+    try:
+        own = local_address(towards)
+        return BESIDE_COORDINATOR if own == socket.gethostbyname(towards) else own
+    except (OSError, ConfigurationError):
+        return ""

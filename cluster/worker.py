@@ -9,7 +9,6 @@ import os
 import queue
 import secrets
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -24,7 +23,7 @@ import structlog
 import meshinfer
 from cluster import processes, profiler, telemetry
 from cluster.blobs import BlobStore
-from cluster.locate import find_coordinator
+from cluster.locate import find_coordinator, local_address
 from cluster.loop import Loop, Post, report, start_thread
 from cluster.security import generate_keypair, read_keyring
 from cluster.sockets import Endpoint, Plane
@@ -32,7 +31,7 @@ from cluster.storing import perform
 from cluster.transport import Transport
 from meshinfer.engine import EngineError
 from meshinfer.engine.ort import OrtEngine, OrtPrepared
-from meshinfer.errors import ConfigurationError, MeshInferError
+from meshinfer.errors import MeshInferError
 from meshinfer.protocol import messages as m
 from meshinfer.protocol.codec import error_of, failure_of
 from meshinfer.protocol.records import BESIDE_COORDINATOR
@@ -262,19 +261,6 @@ def _wait_for_stop_signals() -> None:
     """Until the loop runs there is nothing to drain: a stop signal ends the process."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: os._exit(0))
-
-
-def local_address(towards: str) -> str:
-    """The address of ours that a peer at ``towards`` can reach (nothing is sent)."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((towards, 9))
-            return str(probe.getsockname()[0])
-        except OSError as error:
-            raise ConfigurationError(
-                f"no route to the coordinator at {towards}: {error.strerror}",
-                hint="check the address and the network",
-            ) from error
 
 
 def main(arguments: list[str]) -> int:

@@ -29,7 +29,7 @@ from meshinfer.protocol.records import (
 # isort: on
 from meshinfer.protocol.report import Report as Report
 
-PROTOCOL = (2, 2)
+PROTOCOL = (3, 3)
 """Protocol versions that this release speaks, first and last (RELIABILITY: N-1 to N)."""
 
 Acks = Annotated[tuple[Count, ...], Meta(max_length=limits.ACKS_AT_ONCE)]
@@ -43,7 +43,11 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True,
 
 
 class Hello(Message, frozen=True, forbid_unknown_fields=False):
-    """First message of a worker or client. ``protocol``: the versions it speaks."""
+    """First message of a worker or client. ``protocol``: the versions it speaks.
+
+    ``address``: a client's, as seen on its way to the coordinator; ``BESIDE_COORDINATOR`` on the
+    coordinator's own machine.
+    """
 
     role: str
     device: Name
@@ -53,15 +57,21 @@ class Hello(Message, frozen=True, forbid_unknown_fields=False):
     version: str = ""
     bulk: Peer | None = None
     facts: Facts = Facts()
+    address: str = ""
 
 
 class Welcome(Message, frozen=True):
-    """The coordinator admits the peer. ``bulk``: the coordinator's; ``head``: the head device's."""
+    """The coordinator admits the peer. ``bulk``: the coordinator's; ``head``: the head device's.
+
+    ``acts_as``: a client on a device's host is itself the source and the sink of its requests,
+    under this device's name in their plans; empty: ``head`` is.
+    """
 
     coordinator: Name
     protocol: int
     bulk: Peer
     head: Peer | None = None
+    acts_as: str = ""
 
 
 class Refused(Message, frozen=True, forbid_unknown_fields=False):
@@ -174,11 +184,13 @@ class Deployed(Message, frozen=True):
 
 
 class Install(Message, frozen=True):
-    """Prepare these programs. ``peers``: where their sends go."""
+    """Prepare these programs. ``peers``: where their sends go; ``head``: the plan's source and
+    sink, in whose place a request's own may be."""
 
     deployment: Count
     programs: tuple[Program, ...]
     peers: tuple[Peer, ...]
+    head: str = ""
 
 
 class Installed(Message, frozen=True):
@@ -218,7 +230,8 @@ class Start(Message, frozen=True):
     """To the source and the sink: run this attempt; the answer goes to ``client``.
 
     The coordinator numbers attempts upwards over all requests, so that none comes twice for an id.
-    ``assigned``: who takes the tasks that have several devices.
+    ``assigned``: who takes the tasks that have several devices. ``head``: the peer that is the
+    source and the sink of this request; empty: the plan's own device.
     """
 
     request: Name
@@ -226,16 +239,18 @@ class Start(Message, frozen=True):
     deployment: Count
     client: Name
     assigned: tuple[Assigned, ...] = ()
+    head: str = ""
 
 
 class Assign(Message, frozen=True):
     """More devices take tasks of this attempt: ``assigned`` is what all messages say so far, and
-    more. Whoever holds inputs of such a task sends them there too."""
+    more. Whoever holds inputs of such a task sends them there too. ``head`` as in ``Start``."""
 
     request: Name
     attempt: Count
     deployment: Count
     assigned: tuple[Assigned, ...]
+    head: str = ""
 
 
 class NotKept(Message, frozen=True):
@@ -318,7 +333,7 @@ class Deliver(Message, frozen=True):
     """A piece for a task, by its ``slot`` there; raw bytes behind. ``id`` is acknowledged, and
     ``acks`` are.
 
-    ``assigned`` as in ``Start``, for the receiver's own sends.
+    ``assigned`` and ``head`` as in ``Start``, for the receiver's own sends.
     """
 
     id: Count
@@ -330,6 +345,7 @@ class Deliver(Message, frozen=True):
     tensor: Tensor
     acks: Acks = ()
     assigned: tuple[Assigned, ...] = ()
+    head: str = ""
 
 
 class Feed(Message, frozen=True):

@@ -19,6 +19,7 @@ from meshinfer.scheduler.balance import Balance
 from meshinfer.scheduler.catalogue import Catalogue, Deployment, Model, Phase
 from meshinfer.scheduler.covering import Covering
 from meshinfer.scheduler.events import Effect, Note, Plane, Send, Signature
+from meshinfer.scheduler.heads import Heads
 from meshinfer.scheduler.membership import Membership
 from meshinfer.scheduler.request import Answered, Request, Try
 
@@ -26,11 +27,14 @@ from meshinfer.scheduler.request import Answered, Request, Try
 class Answering:
     """Mutable: owned by the coordinator's core."""
 
-    def __init__(self, members: Membership, catalogue: Catalogue, balance: Balance) -> None:
+    def __init__(
+        self, members: Membership, catalogue: Catalogue, balance: Balance, heads: Heads
+    ) -> None:
         self.open: OrderedDict[str, Request] = OrderedDict()
         self._members = members
         self._catalogue = catalogue
         self._balance = balance
+        self._heads = heads
         self._answered: OrderedDict[str, Answered] = OrderedDict()
         self._attempts = 0
         self._covering = Covering(self.open)
@@ -45,7 +49,7 @@ class Answering:
         done = self._answered.get(name)
         if done is not None and not same_body(done.header, message):
             return [_to(peer, _other_body(message)), *self._release(name, peer, message.turn)]
-        if done is not None and (done.reply.failure is not None or done.head == self._head()):
+        if done is not None and (done.reply.failure or done.head in (peer, self._head())):
             return [_to(peer, done.reply), *self._release(name, peer, message.turn)]
         failure = refuse(self._catalogue, message, len(self.open))
         if stopping:
@@ -99,7 +103,7 @@ class Answering:
             request is not None
             and request.merged is None
             and message.attempt in request.tried
-            and peer == self._head()
+            and peer == (request.tried[message.attempt].head or self._head())
         ):
             request.merged = (now, message.attempt)
         return []
@@ -128,7 +132,7 @@ class Answering:
         request = self.open.get(message.request)
         if request is None or request.deployment is None or request.attempt != message.attempt:
             return False
-        if message.peer not in request.deployment.members.values():
+        if message.peer not in request.tried[request.attempt].peers().values():
             return False
         request.deployment = None
         return True
@@ -167,7 +171,8 @@ class Answering:
     def head_lost(self) -> None:
         """Merged answers may not have left it."""
         for request in self.open.values():
-            request.merged = None
+            if request.merged is not None and not request.tried[request.merged[1]].head:
+                request.merged = None
 
     def client_gone(self, peer: str) -> list[Effect]:
         effects: list[Effect] = []
@@ -232,6 +237,9 @@ class Answering:
                 continue
             if self._is_leaving(made, now):
                 continue
+            if not self._heads.ready(request.client, made):
+                effects += self._heads.install(request.client, made)
+                continue
             if len(request.tried) >= limits.ATTEMPTS_PER_REQUEST:
                 failure = m.Failure(
                     error="WorkerLost",
@@ -280,7 +288,8 @@ class Answering:
     def _begin(self, request: Request, made: Deployment, now: float) -> list[Effect]:
         self._attempts += 1
         request.attempt, request.deployment, request.merged = self._attempts, made, None
-        tried = request.tried[request.attempt] = Try(made, now)
+        own = request.client if self._heads.stands(request.client) else ""
+        tried = request.tried[request.attempt] = Try(made, now, own)
         made.asked += 1
         self._covering.begin(tried, partial(self._seconds, now), now)
         request.started = now if request.started is None else request.started
@@ -290,9 +299,11 @@ class Answering:
             deployment=made.number,
             client=request.client,
             assigned=tried.on_wire(),
+            head=own,
         )
+        peers = tried.peers()
         return [
-            _to(made.members[name], start)
+            _to(peers[name], start)
             for name, programs in sorted(made.programs.items())
             if any(p.model is None or not p.inputs for p in programs)
         ]
@@ -347,19 +358,27 @@ class Answering:
         del self.open[request.id]
         effects: list[Effect] = []
         if reply is not None:
-            self._answered[request.id] = Answered(request.header, reply, self._head())
+            last = request.tried.get(request.attempt)
+            head = self._head() if last is None or not last.head else last.head
+            self._answered[request.id] = Answered(request.header, reply, head)
             while len(self._answered) > limits.ANSWERED_IDS_KEPT:
                 self._answered.popitem(last=False)
             effects.append(_to(request.client, reply))
-        took_part = {name for t in request.tried.values() for name in t.deployment.members}
+        took_part = {
+            name
+            for t in request.tried.values()
+            for name in t.deployment.members
+            if not t.head or name != t.deployment.head
+        }
         return effects + self._release(request.id, request.client, request.turn, took_part)
 
     def _release(
         self, request: str, client: str, turn: int, names: Iterable[str] = ()
     ) -> list[Effect]:
-        """To those that took part, and to the head, which may hold the inputs."""
+        """To those that took part, and to the head, which may hold the inputs: not where the client
+        has them, which knows."""
         release = m.Release(request=request, attempt=self._attempts, client=client, turn=turn)
-        head = self._members.head
+        head = None if self._heads.stands(client) else self._members.head
         at = {*names, *(() if head is None else (head.name,))}
         devices = self._members.devices
         return [_to(devices[name].peer, release) for name in sorted(at) if name in devices]

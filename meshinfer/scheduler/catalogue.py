@@ -104,6 +104,7 @@ class Deployment:
     ``drift`` apart; ``uneven``: twice in turn too much. ``in_vain``: how often another plan was
     looked for since, and was no better. ``search_s``: of the coordinator's processor that the last
     search for it took; ``share``: of it that the search may take. ``asked``: requests begun since.
+    ``head``: the device that is source and sink, where the client is not.
     """
 
     number: int
@@ -129,6 +130,7 @@ class Deployment:
     search_s: float = 0.0
     share: float = 1.0
     asked: int = 0
+    head: str = ""
 
     @property
     def kind(self) -> Hashable:

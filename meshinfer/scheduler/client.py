@@ -1,7 +1,8 @@
 """The client's core: says hello, sends headers to the coordinator and tensors to the source.
 
-A request is over when its reply and all its tensors are here, or its failure. Bodies are kept until
-then, so that a broken connection costs nothing.
+On a device's host it is the source and the sink itself, by the same rules as a worker. A request is
+over when its reply and all its tensors are here, or its failure. Bodies are kept until then, so
+that a broken connection costs nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from msgspec import structs
 from meshinfer import limits
 from meshinfer.protocol import messages as m
 from meshinfer.protocol.codec import ProtocolError, array_of, describe, payload_of
-from meshinfer.scheduler.acks import AckBox
+from meshinfer.scheduler.computing import Computing
 from meshinfer.scheduler.events import (
     Array,
     Arrived,
@@ -36,8 +37,10 @@ from meshinfer.scheduler.events import (
     Submitted,
     Ticked,
 )
-from meshinfer.scheduler.installing import COORDINATOR
-from meshinfer.scheduler.outbox import Outbox
+from meshinfer.scheduler.installing import COORDINATOR, Installing
+
+NOBODY = ""
+"""The name in plans of a client whose requests the head holds."""
 
 LATE_S = 2.0
 """How long after its deadline a request is given up here, should the coordinator not say so."""
@@ -69,13 +72,20 @@ class ClientCore:
         self._welcome: m.Welcome | None = None
         self._requests: dict[str, _Request] = {}
         self._questions: dict[str, _Question] = {}
-        self._outbox = Outbox()
-        self._acks = AckBox()
+        self._peer = f"{hello.device}#{hello.incarnation}"
+        self._act_as(NOBODY)
         self._hello_due = 0.0
         self._beat_due = 0.0
         self._heard = 0.0
         self._ever_welcome = False
         self._connected: set[str] = set()
+
+    def _act_as(self, name: str) -> None:
+        """Begin with nothing, as the device of this name in plans."""
+        self._acts_as = name
+        self._installing = Installing(name)
+        self._computing = Computing(name, self._installing.deployments, self._peer, self._merged)
+        self._outbox, self._acks = self._computing.outbox, self._computing.acks
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         match event:
@@ -96,7 +106,7 @@ class ClientCore:
                 given_up = self._requests.pop(request, None)
                 if given_up is None:
                     return []
-                self._forget_feeds(request)
+                self._forget_feeds(request, given_up.turn)
                 return [self._tell(m.Cancel(request=request, turn=given_up.turn))]
             case PeerLost():
                 return self._lost(event, now)
@@ -121,8 +131,8 @@ class ClientCore:
         times = [self._beat_due if self._welcome is not None else self._hello_due]
         times += [r.deadline + LATE_S for r in self._requests.values()]
         times += [q.deadline for q in self._questions.values()]
-        others = (self._outbox.next_deadline(), self._acks.next_deadline())
-        return min((*times, *(t for t in others if t is not None)))
+        other = self._computing.next_deadline()
+        return min(times if other is None else [*times, other])
 
     # --- messages
 
@@ -132,6 +142,8 @@ class ClientCore:
             return self._told(event.message, now)
         message = event.message
         match message:
+            case m.Deliver() if self._acts_as:
+                return self._computing.deliver(event.peer, message, event.payload, now)
             case m.Answer():
                 self._acks.add(event.peer, message.id, len(event.payload), now)
                 return self._answered(message, event.payload)
@@ -169,6 +181,16 @@ class ClientCore:
                 return [*self._fail_all("the coordinator has stopped"), *self._rejoin(now + 1.0)]
             case m.Alive() | m.Probe():
                 return []
+            case m.Start() if self._acts_as:
+                return self._computing.start(message, now)
+            case m.Assign() if self._acts_as:
+                return self._computing.assign(message, now)
+            case m.Install() if self._acts_as:
+                return self._installing.install(message)
+            case m.Forget() if self._acts_as:
+                self._computing.holding.forget(message.deployment)
+                self._installing.forget(message.deployment)  # nothing was prepared here
+                return []
             case _:
                 return [Note("warning", "unexpected message", {"type": type(message).__name__})]
 
@@ -176,9 +198,16 @@ class ClientCore:
         if message.head is None:  # the coordinator's own device is still starting
             self._hello_due = now + 0.05
             return []
-        if self._welcome is not None and self._welcome.head != message.head:
+        before = self._welcome
+        other = before is not None and before.head != message.head
+        if other or self._acts_as != message.acts_as:
             self._rejoin(now)  # what the other head was fed must be fed again
-        peers = {peer.id: peer for peer in (message.bulk, message.head)}
+            self._act_as(message.acts_as)
+        elif self._acts_as:  # what was told before this welcome means nothing any more
+            self._computing.reset(keep_inputs=True)
+            self._installing.reset()
+        ends = (message.bulk,) if self._acts_as else (message.bulk, message.head)
+        peers = {peer.id: peer for peer in ends}
         left = sorted(self._connected - set(peers))
         self._connected = set(peers)
         self._welcome = message
@@ -194,6 +223,7 @@ class ClientCore:
         """The coordinator does not know us (any more): say hello and send again what is open."""
         self._welcome = None
         self._hello_due = when
+        self._computing.reset(keep_inputs=False)
         for request in self._requests.values():
             request.sent = False
         for question in self._questions.values():
@@ -209,11 +239,14 @@ class ClientCore:
             if request.sent:
                 continue
             request.sent = True
+            self._forget_feeds(name, request.turn)
             request.turn += 1
-            self._forget_feeds(name)
             left = max(0.0, request.deadline - now)
             header = structs.replace(request.header, turn=request.turn, deadline_s=left)
             effects.append(self._tell(header))
+            if self._acts_as:
+                effects += self._computing.feed_here(name, request.turn, request.arrays, now)
+                continue
             for value, array in request.arrays.items():
                 tensor = describe(value, array)
                 number = self._outbox.number()
@@ -240,12 +273,20 @@ class ClientCore:
         request.answers = {-1: answers}  # whole; any attempt's answer is right
         return self._try_resolve(message.request, request)
 
+    def _merged(self, name: str, outputs: dict[str, Array]) -> list[Effect]:
+        """This client was the sink itself."""
+        request = self._requests.get(name)
+        if request is None:
+            return []
+        request.answers = {-1: outputs}
+        return self._try_resolve(name, request)
+
     def _try_resolve(self, name: str, request: _Request) -> list[Effect]:
         reply = request.reply
         if reply is None or (reply.failure is None and -1 not in request.answers):
             return []
         del self._requests[name]
-        self._forget_feeds(name)
+        self._forget_feeds(name, request.turn)
         effects: list[Effect] = [Resolve(name, reply, request.answers.get(-1, {}))]
         if request.turn > 1:  # the header of the last turn may be lost, and its inputs held
             effects.append(self._tell(m.Cancel(request=name, turn=request.turn)))
@@ -265,8 +306,7 @@ class ClientCore:
             effects += self._fail_all("the coordinator is silent")
             if self._welcome is not None:
                 effects += self._rejoin(now + limits.HELLO_RETRY_S)
-        again, _ = self._outbox.resend_due(now)
-        effects += self._acks.due(now) + again
+        effects += self._computing.due(now)
         for name in [n for n, r in self._requests.items() if r.deadline + LATE_S <= now]:
             effects += self._give_up(name)
         for call in [c for c, q in self._questions.items() if q.deadline <= now]:
@@ -276,7 +316,7 @@ class ClientCore:
 
     def _give_up(self, name: str) -> list[Effect]:
         request = self._requests.pop(name)
-        self._forget_feeds(name)
+        self._forget_feeds(name, request.turn)
         if self._welcome is None:
             failure = self._silence()
         else:
@@ -310,14 +350,16 @@ class ClientCore:
             Resolve(name, m.Reply(request=name, failure=failure), {}) for name in self._requests
         ]
         effects += [Settle(call, None, failure) for call in self._questions]
-        for name in self._requests:
-            self._forget_feeds(name)
+        for name, request in self._requests.items():
+            self._forget_feeds(name, request.turn)
         self._requests.clear()
         self._questions.clear()
         return effects
 
-    def _forget_feeds(self, request: str) -> None:
+    def _forget_feeds(self, request: str, turn: int) -> None:
         self._outbox.forget(lambda message: message.request == request)
+        if self._acts_as:
+            self._computing.let_go(request, turn)
 
     def _silence(self, why: str = "no coordinator answers") -> m.Failure:
         return m.Failure(

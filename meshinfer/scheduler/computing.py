@@ -7,7 +7,7 @@ dropped: tasks are pure, and the coordinator has started, or will start, what is
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from meshinfer import limits
 from meshinfer.protocol import messages as m
@@ -24,13 +24,23 @@ SOURCE: m.Place = (-1, 0)
 
 
 class Computing:
-    """Mutable: owned by the worker's core. ``deployments`` is a view of what is installed."""
+    """Mutable: owned by a worker's or a client's core. ``deployments``: what is installed, a view.
 
-    def __init__(self, device: str, deployments: Mapping[int, Deployment]) -> None:
+    ``own``: the client that this is itself, if it is one; ``merged`` gets the answers to it.
+    """
+
+    def __init__(
+        self,
+        device: str,
+        deployments: Mapping[int, Deployment],
+        own: str = "",
+        merged: Callable[[str, dict[str, Array]], list[Effect]] = lambda name, outputs: [],
+    ) -> None:
         self.outbox = Outbox()
         self.acks = AckBox()
         self.running: tuple[Compute, float] | None = None
         self._device = device
+        self._own, self._merged = own, merged
         self._deployments = deployments
         self.holding = Holding(self._drop_work)
         self._requests = self.holding.requests
@@ -65,13 +75,27 @@ class Computing:
         request.fed[message.tensor.name] = array
         return self._scatter(name, request, now)
 
+    def feed_here(
+        self, name: str, turn: int, arrays: Mapping[str, Array], now: float
+    ) -> list[Effect]:
+        """The inputs of a request of this client's own; those of an earlier turn are dropped."""
+        request = self.holding.request(name, now)
+        request.giver, request.turn, request.fed = self._own, turn, dict(arrays)
+        return self._scatter(name, request, now)
+
+    def let_go(self, name: str, turn: int) -> None:
+        """A request of this client's own is over, as it was given by this turn."""
+        held = self._requests.get(name)
+        attempt = 0 if held is None else held.attempt
+        self.holding.release(m.Release(request=name, attempt=attempt, client=self._own, turn=turn))
+
     def start(self, message: m.Start, now: float) -> list[Effect]:
         if message.deployment not in self._deployments:
             return []
         request = self.holding.current(message.request, message.attempt, message.deployment, now)
         if request is None:
             return []
-        request.client = message.client
+        request.client, request.head = message.client, message.head
         effects = self._learn(message.request, request, message.assigned, now)
         effects += self._scatter(message.request, request, now)
         effects += self._begin_without_inputs(message.request, request, now)
@@ -85,6 +109,7 @@ class Computing:
         request = self.holding.current(name, message.attempt, message.deployment, now)
         if request is None:
             return []
+        request.head = message.head
         effects = self._learn(name, request, message.assigned, now)
         return effects + self._begin_without_inputs(name, request, now)
 
@@ -142,6 +167,7 @@ class Computing:
         request = self.holding.current(message.request, message.attempt, message.deployment, now)
         if request is None:
             return []
+        request.head = message.head
         effects = self._learn(message.request, request, message.assigned, now)
         try:
             array = array_of(message.tensor, payload)
@@ -214,6 +240,10 @@ class Computing:
     def _answer(
         self, name: str, request: Held, place: m.Place, outputs: dict[str, Array], now: float
     ) -> list[Effect]:
+        request.pieces.pop(place, None)
+        merged = _tell(m.Merged(request=name, attempt=request.attempt))
+        if request.client == self._own:
+            return [*self._merged(name, outputs), merged]
         effects: list[Effect] = []
         try:
             tensors = [describe(value, array) for value, array in outputs.items()]
@@ -228,8 +258,7 @@ class Computing:
                 count=len(outputs),
             )
             effects.append(self.outbox.send(request.client, message, payload_of(array), now))
-        request.pieces.pop(place, None)
-        return [*effects, _tell(m.Merged(request=name, attempt=request.attempt))]
+        return [*effects, merged]
 
     # --- computing
 
@@ -330,6 +359,9 @@ class Computing:
                 local.append(cut)
                 continue
             array = cut.of(arrays)
+            peer = deployment.peers[device]
+            if request.head and device == deployment.head:
+                peer = request.head
             try:
                 tensor = describe(send.piece.value, array)
             except ValueError as error:
@@ -342,12 +374,13 @@ class Computing:
                 consumer=send.consumer,
                 slot=send.slot,
                 tensor=tensor,
-                acks=self.acks.take(deployment.peers[device]),
+                acks=self.acks.take(peer),
                 assigned=request.assigned,
+                head=request.head,
             )
             payload = payload_of(array)  # the one copy of what is sent, where rows are strided
             sent += len(payload)
-            effects.append(self.outbox.send(deployment.peers[device], message, payload, now))
+            effects.append(self.outbox.send(peer, message, payload, now))
         for cut in local:
             consumer, slot = cut.send.consumer, cut.send.slot
             effects += self._place(name, request, consumer, slot, cut.of(arrays), now)

@@ -32,6 +32,7 @@ from meshinfer.scheduler.events import (
     StopRequested,
     Ticked,
 )
+from meshinfer.scheduler.heads import Heads
 from meshinfer.scheduler.links import LinkRounds
 from meshinfer.scheduler.membership import Device, Membership
 from meshinfer.scheduler.request import Request
@@ -46,8 +47,11 @@ class CoordinatorCore:
         epoch = int.from_bytes(hashlib.sha256(bulk.id.encode()).digest()[:4])
         self.catalogue = Catalogue(first_deployment=epoch << 24)
         self._balance = Balance()
-        self._answering = Answering(self.members, self.catalogue, self._balance)
-        self._deploying = Deploying(self.members, self.catalogue, self._answering, self._balance)
+        self._heads = Heads(self.members)
+        self._answering = Answering(self.members, self.catalogue, self._balance, self._heads)
+        self._deploying = Deploying(
+            self.members, self.catalogue, self._answering, self._balance, self._heads
+        )
         self._links = LinkRounds()
         self._bulk = bulk
         self._stop_due: float | None = None
@@ -133,22 +137,26 @@ class CoordinatorCore:
     def _told(self, peer: str, message: m.AnyMessage, now: float) -> list[Effect]:
         """From a peer that has joined."""
         device = self.members.by_peer(peer)
+        runs = device is not None or self._heads.stands(peer)
         match message:
             case m.TasksDone() if device is not None:
                 return self._answering.tasks_done(peer, message, now)
-            case m.NotKept() if device is not None:
+            case m.NotKept() if runs:
                 return self._answering.not_kept(message)
-            case m.Merged() if device is not None:
+            case m.Merged() if runs:
                 return self._answering.merged(peer, message, now)
-            case m.TaskFailed() if device is not None:
+            case m.TaskFailed() if runs:
                 return self._answering.task_failed(message, now)
-            case m.Unreachable() if device is not None:
+            case m.Unreachable() if runs:
                 return self._unreachable(device, message, now)
             case m.LinkMeasured() if device is not None:
                 self._links.measured(self.members, device, message.link)
                 return []
             case m.Installed() if device is not None:
                 return self._deploying.installed(peer, message, now)
+            case m.Installed() if runs:
+                self._heads.installed(peer, message)
+                return []
             case m.Goodbye() if device is not None:
                 device.draining = True
                 self.members.changed_at = now - limits.REPLAN_SETTLE_S
@@ -194,17 +202,22 @@ class CoordinatorCore:
             protocol=min(hello.protocol[1], m.PROTOCOL[1]),
             bulk=self._bulk,
             head=None if head is None else head.bulk,
+            acts_as=self._heads.admit(peer, hello),
         )
         return [*effects, _to(peer, welcome)]
 
-    def _unreachable(self, device: Device, message: m.Unreachable, now: float) -> list[Effect]:
-        """A device does not get what another sends: plan without it for a while."""
+    def _unreachable(
+        self, device: Device | None, message: m.Unreachable, now: float
+    ) -> list[Effect]:
+        """A device does not get what another, or a client, sends: plan without it for a while."""
         if not self._answering.unreachable(message):
             return []
         lost = self.members.by_peer(message.peer)
         if lost is None or lost.hello.facts.head:
-            lost = device  # a piece for the head, or for one that has left: it is the sender's link
-        fields = {"device": lost.name, "heard_by": device.name}
+            lost = device  # a piece for a head, or for one that has left: it is the sender's link
+        if lost is None:
+            return []
+        fields = {"device": lost.name, "heard_by": "a client" if device is None else device.name}
         lost.excluded_until = now + limits.EXCLUDED_S
         note = Note("warning", "a device cannot be reached", fields)
         return [note, *self._deploying.out_of_service(lost.name, now)]
@@ -268,6 +281,7 @@ class CoordinatorCore:
         for device in self.members.silent(now):
             effects += self._device_lost(device, f"no heartbeat for {limits.DEAD_AFTER_S} s", now)
         for peer in self.members.gone_clients(now):
+            self._heads.gone(peer)
             effects += self._deploying.fetching.client_gone(peer)
             effects += self._answering.client_gone(peer)
         return effects

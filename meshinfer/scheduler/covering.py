@@ -185,7 +185,6 @@ def _tell(request: Request, tried: Try) -> list[Effect]:
         attempt=request.attempt,
         deployment=tried.deployment.number,
         assigned=tried.on_wire(),
+        head=tried.head,
     )
-    return [
-        Send(Plane.CONTROL, peer, message) for _, peer in sorted(tried.deployment.members.items())
-    ]
+    return [Send(Plane.CONTROL, peer, message) for _, peer in sorted(tried.peers().items())]

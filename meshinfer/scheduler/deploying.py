@@ -32,6 +32,7 @@ from meshinfer.scheduler.events import (
     Signature,
 )
 from meshinfer.scheduler.fetching import Fetching
+from meshinfer.scheduler.heads import Heads, install
 from meshinfer.scheduler.membership import Device, Membership
 
 
@@ -45,9 +46,15 @@ class Deploying:
     """Mutable: owned by the coordinator's core."""
 
     def __init__(
-        self, members: Membership, catalogue: Catalogue, answering: Answering, balance: Balance
+        self,
+        members: Membership,
+        catalogue: Catalogue,
+        answering: Answering,
+        balance: Balance,
+        heads: Heads,
     ) -> None:
         self._members = members
+        self._heads = heads
         self._catalogue = catalogue
         self._answering = answering
         self._balance = balance
@@ -113,7 +120,7 @@ class Deploying:
         members = {n: self._members.devices[n].peer for n in (*names, head.name)}
         plan = self._given_plan(model, set(members))
         made = self._catalogue.new_deployment(model, signature, members, names, now)
-        made.factors, made.given = factors, plan is not None
+        made.factors, made.given, made.head = factors, plan is not None, head.name
         if present is not None:
             grave = present.drift > limits.PACE_GRAVE
             made.share = limits.SEARCH_SHARE_GRAVE if grave else limits.SEARCH_SHARE
@@ -170,7 +177,10 @@ class Deploying:
         made.choices, made.expected = choices_of(event.programs), event.expected
         made.window = event.window
         made.phase, made.waiting, made.since = Phase.INSTALLING, set(event.programs), now
-        sends = [self._install(made, self._members.devices[name]) for name in sorted(made.members)]
+        sends = [
+            _to(peer, install(made, name, self._members))
+            for name, peer in sorted(made.members.items())
+        ]
         largest = max(header_bytes(send.message) for send in sends)
         if largest > limits.CONTROL_FRAME_BYTES:
             failure = m.Failure(
@@ -197,13 +207,6 @@ class Deploying:
         serving = self._catalogue.serving(made.model, made.signature)
         if serving is not None and made.share < 1.0:
             serving.since, serving.search_s, serving.asked = now, made.search_s, 0
-
-    def _install(self, made: Deployment, device: Device) -> Send:
-        programs = made.programs[device.name]
-        sends = [send for program in programs for send in program.sends]
-        receivers = {name for send in sends for name in (send.device, *send.others)}
-        peers = tuple(self._members.devices[name].bulk for name in sorted(receivers))
-        return _to(device.peer, m.Install(deployment=made.number, programs=programs, peers=peers))
 
     def installed(self, peer: str, message: m.Installed, now: float) -> list[Effect]:
         made = self._catalogue.deployments.get(message.deployment)
@@ -286,6 +289,7 @@ class Deploying:
         made.phase = Phase.RETIRED
         self._catalogue.deployments.pop(made.number, None)
         self._answering.retired(made)
+        effects += self._heads.forget(made)
         devices = self._members.devices
         return effects + [
             _to(peer, m.Forget(deployment=made.number))

@@ -15,6 +15,7 @@ class Held:
     """One request on this device, under its newest attempt.
 
     ``made``: what tasks (and the source) have made here for tasks that have several devices.
+    ``head``: the peer that is this request's source and sink, if not the plan's own device.
     ``giver`` and ``turn``: the client that gave ``fed``, and how often it had submitted by then.
     ``heard``: when its attempt was first heard of; ``ready``: when the last piece of a task came,
     and how long its device had waited for that with nothing to do.
@@ -24,6 +25,7 @@ class Held:
     attempt: int = 0
     deployment: int = -1
     client: str = ""
+    head: str = ""
     giver: str = ""
     turn: int = -1
     fed: dict[str, Array] = field(default_factory=dict)
@@ -64,7 +66,7 @@ class Held:
     def renew(self, attempt: int, deployment: int, now: float) -> None:
         """Start over under a newer attempt; what the client fed stays."""
         self.attempt, self.deployment, self.scattered = attempt, deployment, False
-        self.assigned, self.heard = (), now
+        self.assigned, self.heard, self.head = (), now, ""
         self.ready.clear()
         self.made.clear()
         self.not_kept.clear()

@@ -31,12 +31,13 @@ COORDINATOR = "coordinator"
 @dataclass(slots=True)
 class Deployment:
     """``peers``: device -> peer id, for what the programs send; ``tasks``: how many programs
-    compute; ``missing``: blobs to come."""
+    compute; ``head``: the plan's source and sink; ``missing``: blobs to come."""
 
     programs: dict[m.Place, m.Program]
     recipes: dict[m.Place, Recipe]
     peers: dict[str, str]
     tasks: int
+    head: str = ""
     missing: set[str] = field(default_factory=set)
 
     @staticmethod
@@ -47,6 +48,7 @@ class Deployment:
             {place: Recipe.of(program) for place, program in programs.items()},
             {peer.device: peer.id for peer in message.peers},
             sum(p.model is not None and not p.devices for p in message.programs),
+            message.head,
         )
 
 
@@ -71,10 +73,10 @@ class Installing:
             if program.model is not None
             for digest in (program.model, *program.weights)
         }
-        return [
-            *self._connect(message.peers),
-            FindBlobs(str(message.deployment), tuple(sorted(digests))),
-        ]
+        effects = self._connect(message.peers)
+        if not digests:
+            return [*effects, _tell(m.Installed(deployment=message.deployment))]
+        return [*effects, FindBlobs(str(message.deployment), tuple(sorted(digests)))]
 
     def _connect(self, peers: tuple[m.Peer, ...]) -> list[Effect]:
         """A device that has started anew is another peer; the old one never comes back."""

@@ -14,13 +14,20 @@ from meshinfer.scheduler.events import Signature
 class Try:
     """One attempt: the deployment that it runs under, who took what, and the tasks that are done.
 
-    ``assigned``: the devices of each task that had a choice, the first one first.
+    ``head``: the client, where it is itself source and sink; else empty. ``assigned``: the devices
+    of each task that had a choice, the first one first.
     """
 
     deployment: Deployment
     since: float = 0.0
+    head: str = ""
     assigned: dict[m.Place, tuple[str, ...]] = field(default_factory=dict)
     tasks: dict[m.Place, m.TaskTime] = field(default_factory=dict)
+
+    def peers(self) -> dict[str, str]:
+        """Who is to hear of it, by the names in the plan."""
+        members = self.deployment.members
+        return {**members, self.deployment.head: self.head} if self.head else dict(members)
 
     def on_wire(self) -> tuple[m.Assigned, ...]:
         """The assignment as messages carry it."""
@@ -72,7 +79,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """An outcome that was given. ``head`` is the device that sent the tensors."""
+    """An outcome that was given. ``head``: the peer that sent, or has, the tensors."""
 
     header: m.Submit
     reply: m.Reply

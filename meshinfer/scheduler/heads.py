@@ -1,0 +1,78 @@
+"""Who is the source and the sink of a request: the coordinator's own device, or the client itself.
+
+A client on a device's host takes the head's place in every plan: it cuts its inputs and merges its
+answers itself, so that no tensor passes through another process on the way.
+"""
+
+from __future__ import annotations
+
+from meshinfer.protocol import messages as m
+from meshinfer.protocol.records import BESIDE_COORDINATOR
+from meshinfer.scheduler.catalogue import Deployment
+from meshinfer.scheduler.events import Effect, Plane, Send
+from meshinfer.scheduler.membership import Membership
+
+
+class Heads:
+    """Mutable: owned by the coordinator's core. ``_with``: of each client that stands for the head,
+    the deployments that it has (True) or was told of."""
+
+    def __init__(self, members: Membership) -> None:
+        self._members = members
+        self._with: dict[str, dict[int, bool]] = {}
+
+    def admit(self, peer: str, hello: m.Hello) -> str:
+        """The name that a client acts under, or none; what it was told before, it has forgotten."""
+        self.gone(peer)
+        head = self._members.head
+        if hello.role != "client" or head is None or not self._beside_a_device(hello):
+            return ""
+        self._with[peer] = {}
+        return head.name
+
+    def _beside_a_device(self, hello: m.Hello) -> bool:
+        if hello.address == BESIDE_COORDINATOR:
+            return True
+        return bool(hello.address) and any(
+            (device.hello.facts.host, device.bulk.host) == (hello.facts.host, hello.address)
+            for device in self._members.devices.values()
+        )
+
+    def gone(self, peer: str) -> None:
+        self._with.pop(peer, None)
+
+    def stands(self, peer: str) -> bool:
+        """Whether a peer is the head of its own requests."""
+        return peer in self._with
+
+    def ready(self, peer: str, made: Deployment) -> bool:
+        """Whether a client's requests can begin under a deployment."""
+        return peer not in self._with or self._with[peer].get(made.number, False)
+
+    def install(self, peer: str, made: Deployment) -> list[Effect]:
+        """Give a client the head's programs, once."""
+        if made.number in self._with[peer]:
+            return []
+        self._with[peer][made.number] = False
+        return [Send(Plane.CONTROL, peer, install(made, made.head, self._members))]
+
+    def installed(self, peer: str, message: m.Installed) -> None:
+        known = self._with.get(peer, {})
+        if message.deployment in known:
+            known[message.deployment] = message.failure is None
+
+    def forget(self, made: Deployment) -> list[Effect]:
+        """A deployment is retired."""
+        told = [
+            peer for peer, known in self._with.items() if known.pop(made.number, None) is not None
+        ]
+        return [Send(Plane.CONTROL, peer, m.Forget(deployment=made.number)) for peer in told]
+
+
+def install(made: Deployment, name: str, members: Membership) -> m.Install:
+    """What a device is told of a deployment."""
+    programs = made.programs[name]
+    sends = [send for program in programs for send in program.sends]
+    receivers = {device for send in sends for device in (send.device, *send.others)}
+    peers = tuple(members.devices[device].bulk for device in sorted(receivers))
+    return m.Install(deployment=made.number, programs=programs, peers=peers, head=made.head)
