@@ -329,7 +329,7 @@ class Computing:
             if device == self._device:
                 local.append(cut)
                 continue
-            array = cut.of(arrays)
+            array = cut.sent(arrays)
             try:
                 tensor = describe(send.piece.value, array)
             except ValueError as error:
@@ -350,7 +350,7 @@ class Computing:
             effects.append(self.outbox.send(deployment.peers[device], message, payload, now))
         for cut in local:
             consumer, slot = cut.send.consumer, cut.send.slot
-            effects += self._place(name, request, consumer, slot, cut.of(arrays), now)
+            effects += self._place(name, request, consumer, slot, cut.kept(arrays), now)
         return effects, sent
 
     def next_deadline(self) -> float | None:
