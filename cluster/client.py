@@ -137,6 +137,7 @@ class Client:
         objective: str = "latency",
         spread: bool = False,
         strict: bool = False,
+        half_transfers: bool = False,
         memory: int | Mapping[str, int] | None = None,
         pin: Mapping[str, Sequence[str]] | None = None,
         timeout_s: float = DEPLOY_S,
@@ -152,6 +153,10 @@ class Client:
         bytes of weights and values that each device, or all of them alike, may hold of this model.
         ``pin``: values that never leave these devices, nor what merely rewrites them (scaled,
         transposed); inputs and outputs lie on ``head``, which stands for the workers on its host.
+        ``half_transfers``: float32 values go from task to task as float16, half the bytes for a
+        small loss that the report tells as measured (``report.rounding``); a piece that float16 has
+        no range for goes as it is. Input and answer stay exact, as does what is no float32; not
+        with ``strict``.
         Raises ``InvalidInput`` for what torch cannot export or onnxruntime refuses or a pin that no
         plan keeps, ``NotEnoughMemory`` with numbers when no plan fits, ``ClusterUnavailable`` when
         no worker can compute.
@@ -174,6 +179,7 @@ class Client:
                 objective=objective,
                 spread=spread,
                 strict=strict,
+                half_transfers=half_transfers,
                 pin=None if pin is None else {v: tuple(names) for v, names in pin.items()},
                 memory=memory if memory is None or isinstance(memory, int) else dict(memory),
             )

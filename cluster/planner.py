@@ -21,7 +21,7 @@ import msgspec
 import onnx
 from onnx import helper
 
-from cluster import granted, jobs, processes, telemetry
+from cluster import granted, jobs, loss, processes, telemetry
 from cluster.blobs import BlobStore
 from cluster.importing import Importer
 from cluster.loop import report
@@ -33,7 +33,7 @@ from meshinfer.graph import Graph
 from meshinfer.identity import DeviceId
 from meshinfer.image import ImageSpec
 from meshinfer.importers import Source, inputs_needed, load, open_model
-from meshinfer.legality import refuse_sums, validate
+from meshinfer.legality import as_asked, refuse_sums, validate
 from meshinfer.plan import Plan
 from meshinfer.planner import make_plan, refuse_pinned
 from meshinfer.programs import Programs, make_programs
@@ -115,13 +115,14 @@ class Planner:
         # Model -> the files of its weights; newest last. Trimming spares them.
         self._models = dict(models)
         self._import = Importer()
+        self._measuring_s = 0.0
 
     def perform(self, job: jobs.Job) -> jobs.Answer:
         """Never raises for what the job asks."""
         quota = granted.cpu_quota()
         cores = 1.0 if quota is None else min(1.0, quota.cores)
         share = 1.0 if job.plan is None else job.plan.share
-        before_s = time.process_time()
+        before_s, self._measuring_s = time.process_time(), 0.0
         try:
             with self._pace.share(share if share >= 1.0 else share * cores):
                 if job.open is not None:
@@ -131,7 +132,7 @@ class Planner:
         except Dropped:
             assert job.plan is not None
             planned = PlanReady(job.plan.deployment, dropped=True)
-        took_s = (time.process_time() - before_s) / cores
+        took_s = (time.process_time() - before_s - self._measuring_s) / cores
         return jobs.Answer(planned=replace(planned, search_s=took_s))
 
     def _open(self, effect: OpenModel) -> jobs.Answer:
@@ -158,8 +159,7 @@ class Planner:
         try:
             spec = effect.image if effect.signature.picture else None
             graph = self._graph(effect.digest, spec, effect.signature)
-            if effect.strict:
-                graph = graph.as_strict()
+            graph = as_asked(graph, strict=effect.strict, half_transfers=effect.half_transfers)
             with self._pace.may_be_dropped():
                 plan, made = self._planned(graph, effect)
             profiles = _profiles(effect)
@@ -173,6 +173,8 @@ class Planner:
                 if self._store.missing((digest,)):
                     self._store.put(digest, data())
             self._store.trim(keep={*self._models, *chain(*self._models.values())})
+            if effect.tell_loss:
+                made = self._with_loss(graph, plan, made)
             return PlanReady(
                 effect.deployment,
                 str(plan),
@@ -183,6 +185,14 @@ class Planner:
             )
         except Exception as error:
             return PlanReady(effect.deployment, failure=report(error))
+
+    def _with_loss(self, graph: Graph, plan: Plan, made: Report) -> Report:
+        """What it takes is no part of what a search takes."""
+        before_s = time.process_time()
+        with self._pace.may_be_dropped():
+            made = loss.with_loss(graph, plan, made, self._store.folder)
+        self._measuring_s = time.process_time() - before_s
+        return made
 
     def _planned(self, graph: Graph, effect: MakePlan) -> tuple[Plan, Report]:
         """A valid plan, given or searched, and what it comes to."""

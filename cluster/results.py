@@ -47,7 +47,8 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """The answer to one request. ``attempts`` above 1: devices were lost on the way."""
+    """The answer to one request. ``attempts`` above 1: devices were lost on the way. ``rounded``:
+    float32 values went from task to task as float16 (``half_transfers``)."""
 
     request_id: str
     outputs: Mapping[str, Array]
@@ -58,6 +59,7 @@ class Result:
     degraded: bool
     attempts: int
     image: ImageSpec | None = field(default=None, repr=False)
+    rounded: bool = False
 
     def picture(self) -> Picture:
         """The output that is a picture (``ImageSpec.output``). Raises ``InvalidInput``."""
@@ -188,6 +190,7 @@ def result_of(
         degraded=reply.degraded,
         attempts=reply.attempts,
         image=image_of(reply),
+        rounded=reply.rounded,
     )
 
 

@@ -13,6 +13,7 @@ from meshinfer.engine import Array, Engine
 from meshinfer.engine.ort import OrtEngine
 from meshinfer.errors import InvalidInput
 from meshinfer.graph import Graph
+from meshinfer.halves import rounded
 from meshinfer.legality import validate
 from meshinfer.lower import lower
 from meshinfer.mapreduce import reduce, scatter
@@ -26,9 +27,11 @@ def run_plan(
     inputs: Mapping[str, Array],
     *,
     engine: Callable[[Path], Engine] = OrtEngine,
+    scratch: Path | None = None,
 ) -> dict[str, Array]:
     """The model's outputs, computed task by task as the plan says.
 
+    ``scratch``: a folder for the weights meanwhile; the system's if None.
     ``inputs``: one array for each of ``graph.inputs``, of its static shape and element type.
     Raises ``InvalidInput`` for a plan or an array that does not fit.
     """
@@ -38,7 +41,7 @@ def run_plan(
     held: dict[tuple[TaskRef, Shard], Array] = {
         (flow.source, Shard(name, graph.whole(name))): array for name, array in checked.items()
     }
-    with tempfile.TemporaryDirectory(prefix="meshinfer-") as folder:
+    with tempfile.TemporaryDirectory(prefix="meshinfer-", dir=scratch) as folder:
         made = engine(Path(folder))
         for s, stage in enumerate(plan.stages):
             for t, task in enumerate(stage.tasks):
@@ -72,6 +75,8 @@ def gather(
                 and shard.box.contains(piece.box)
             ):
                 cut = scatter(array, shard.box, piece.box)
+                if flow.halved(graph, transfer):
+                    cut = rounded(cut)
                 pieces.setdefault(piece.value, []).append((piece, cut))
                 break
         else:

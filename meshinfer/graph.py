@@ -78,12 +78,18 @@ class Graph:
     """Sums that onnxruntime computes inside a convolution here: value -> which operand that is."""
     strict: bool = False
     """Rules grow boxes until the kernels of tiles round as those of the whole model do."""
+    half_transfers: bool = False
+    """float32 values travel between the tasks of a plan as float16 (``halves``)."""
     memo: dict[tuple[object, ...], Any] = field(default_factory=dict, repr=False)
     """What was worked out about this graph once: constants, digests of weights, rules."""
 
     def as_strict(self) -> Graph:
         """The same graph, ``strict``."""
         return replace(self, strict=True)
+
+    def with_half_transfers(self) -> Graph:
+        """The same graph, whose float32 values travel between tasks as float16."""
+        return replace(self, half_transfers=True)
 
     @cached_property
     def ops(self) -> tuple[Op, ...]:
@@ -230,6 +236,12 @@ class Graph:
         itemsize = self._itemsizes.get(value, 0)
         volume = self.whole(value).volume if box is None else box.volume
         return int(volume * itemsize + 0.999)
+
+    def wire_share(self, value: str) -> float:
+        """The share of a value's bytes that crosses a link from one task to another."""
+        if not self.half_transfers or self.dtype(value) != ir.DataType.FLOAT:
+            return 1.0
+        return 0.5
 
     def produced(self, start: int, stop: int) -> tuple[str, ...]:
         """Values made by ops ``[start, stop)``, in order."""

@@ -32,6 +32,17 @@ def validate(graph: Graph, plan: Plan) -> None:
         raise _wrong(f"the stages end at op {position} of {len(graph.ops)}")
 
 
+def as_asked(graph: Graph, *, strict: bool = False, half_transfers: bool = False) -> Graph:
+    """The graph with the rules that a deployment asks for. Raises ``InvalidInput`` for both."""
+    if strict and half_transfers:
+        raise InvalidInput(
+            "strict keeps every bit, half transfers round what devices exchange",
+            hint="ask for one of them",
+        )
+    graph = graph.as_strict() if strict else graph
+    return graph.with_half_transfers() if half_transfers else graph
+
+
 def refuse_sums(plan: Plan) -> None:
     """Raise ``InvalidInput`` if the plan adds up partial sums, which changes the last bits."""
     for stage in plan.stages:

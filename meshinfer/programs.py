@@ -90,13 +90,19 @@ class _Ends:
                 consumer=_place(t.consumer),
                 slot=self._slots[t.consumer][t.piece],
                 others=tuple(others),
+                half=self._flow.halved(self._graph, t),
             )
             found.append(send)
         return tuple(found)
 
     def value(self, ref: TaskRef, name: str, shard: Shard) -> m.Value:
         pieces = tuple(
-            m.Piece(shard=t.piece, producer=_place(t.producer), slot=self._slots[ref][t.piece])
+            m.Piece(
+                shard=t.piece,
+                producer=_place(t.producer),
+                slot=self._slots[ref][t.piece],
+                half=self._flow.halved(self._graph, t),
+            )
             for t in self._into[ref, shard.value]
         )
         return m.Value(name=name, box=shard, pieces=pieces)

@@ -13,7 +13,8 @@ from meshinfer.graph import Graph, Op
 from meshinfer.importers.onnx_model import GIVEN_OPS
 from meshinfer.ops import BARRIER, rule_of, why_barrier
 from meshinfer.plan import Plan
-from meshinfer.protocol.report import Barrier, DeviceReport, Folded, Report
+from meshinfer.protocol.report import Barrier, DeviceReport, Folded, Report, Rounding
+from meshinfer.transfers import derive
 
 
 def report_of(graph: Graph, plan: Plan, expected: Timeline, notes: Sequence[str] = ()) -> Report:
@@ -30,7 +31,19 @@ def report_of(graph: Graph, plan: Plan, expected: Timeline, notes: Sequence[str]
         expected_s=expected.total_s if math.isfinite(expected.total_s) else 0.0,
         bound=_line(expected.bound),
         notes=tuple(_line(note) for note in notes[: limits.REPORT_ENTRIES]),
+        rounding=_rounding(graph, plan) if graph.half_transfers else None,
     )
+
+
+def _rounding(graph: Graph, plan: Plan) -> Rounding:
+    """What is rounded; the loss is yet to be measured."""
+    flow = derive(graph, plan)
+    nbytes = sum(
+        graph.nbytes(t.piece.value, t.piece.box)
+        for t in flow.transfers
+        if not t.local and flow.halved(graph, t)
+    )
+    return Rounding(float32_bytes=nbytes, how="the loss is measured at deployment")
 
 
 def _folded(graph: Graph) -> Folded:

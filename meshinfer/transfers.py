@@ -57,6 +57,28 @@ class Flow:
             return self.plan.sink
         return self.plan.stages[ref.stage].tasks[ref.task].devices[0]
 
+    def halved(self, graph: Graph, transfer: Transfer) -> bool:
+        """Whether a piece goes as float16: of a float32 value, from one task to another, where the
+        plan lets it leave its device.
+
+        What the source scatters and the sink gathers is as the user gave it and as it was made;
+        parts of a sum are yet to be added. What the plan keeps on one device stays exact. Where any
+        of several devices may take one of the two tasks, it is rounded on its own device too, so
+        that a request's answer does not depend on who takes a task, nor on a second copy.
+        """
+        if graph.wire_share(transfer.piece.value) == 1.0 or transfer.piece.over is not None:
+            return False
+        if transfer.producer == self.source or transfer.consumer == self.sink:
+            return False
+        stages = self.plan.stages
+        ends = (stages[s].tasks[t].devices for s, t in (transfer.producer, transfer.consumer))
+        return len({device for devices in ends for device in devices}) > 1
+
+    def wire_bytes(self, graph: Graph, transfer: Transfer) -> int:
+        """Bytes that a piece takes on a link."""
+        nbytes = graph.nbytes(transfer.piece.value, transfer.piece.box)
+        return nbytes // 2 if self.halved(graph, transfer) else nbytes
+
     def into(self, ref: TaskRef) -> tuple[Transfer, ...]:
         return tuple(t for t in self.transfers if t.consumer == ref)
 
@@ -66,7 +88,7 @@ class Flow:
         for t in self.transfers:
             if not t.local:
                 key = (t.sender, t.receiver)
-                total[key] = total.get(key, 0) + graph.nbytes(t.piece.value, t.piece.box)
+                total[key] = total.get(key, 0) + self.wire_bytes(graph, t)
         return total
 
 

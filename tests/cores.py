@@ -31,7 +31,7 @@ from meshinfer.graph import Graph
 from meshinfer.identity import DeviceId
 from meshinfer.image import ImageSpec
 from meshinfer.importers import inputs_needed, load, open_model
-from meshinfer.legality import validate
+from meshinfer.legality import as_asked, validate
 from meshinfer.plan import Plan
 from meshinfer.planner import Block, axes_of, build
 from meshinfer.programs import Programs, make_programs
@@ -104,8 +104,9 @@ def _imported(model: bytes, spec: str | None, signature: e.Signature):  # type: 
 def _planned(
     model: bytes, spec: str | None, signature: e.Signature, names: tuple[str, ...], head: str,
     text: str | None, slowdowns: tuple[float, ...], planner: Planner | None = None,
+    half_transfers: bool = False,
 ) -> tuple[str, Programs, Report, Plan]:  # fmt: skip
-    graph = _imported(model, spec, signature)
+    graph = as_asked(_imported(model, spec, signature), half_transfers=half_transfers)
     if text is None and planner is not None:
         plan = planner(graph, names)
     elif text is None:
@@ -617,6 +618,7 @@ class Cluster:
             text, programs, report, plan = _planned(
                 model, spec, effect.signature, names, effect.head, effect.plan,
                 tuple(round(c.slowdown, 2) for c in effect.candidates), self.planner,
+                effect.half_transfers,
             )  # fmt: skip
             for digest, data in programs.blobs.items():
                 if digest not in node.blobs:

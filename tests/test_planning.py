@@ -128,6 +128,7 @@ def test_whatever_effects_and_answers_may_hold_comes_out_as_it_went_in() -> None
         candidates=(Candidate("a", Facts(), link, (link, link), 1.5, "host"), *devices(1)),
         head="head", plan="text", objective="throughput", spread=True, strict=True, present="text",
         head_host="host", pin={"x": ("a", "head")}, memory={"a": 1 << 40}, share=0.1,
+        half_transfers=True, tell_loss=True,
     )  # fmt: skip
     failure = Failure(error="InvalidInput", message="no", hint="yes", retry_after_s=0.5)
     opened = ModelOpened(

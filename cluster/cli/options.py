@@ -96,6 +96,13 @@ Outputs = Annotated[
         help="Only this output, without what lies behind it; may be given several times.",
     ),
 ]
+HalfTransfers = Annotated[
+    bool,
+    typer.Option(
+        "--half-transfers",
+        help="float32 goes from task to task as float16: half the bytes, for a loss that is told.",
+    ),
+]
 Memory = Annotated[
     list[str] | None,
     typer.Option(

@@ -14,6 +14,7 @@ from cluster.cli.options import (
     AsJson,
     ClusterName,
     Coordinator,
+    HalfTransfers,
     Interfaces,
     KeyringFile,
     LogLevel,
@@ -66,6 +67,7 @@ def plan(
     strict: Annotated[
         bool, typer.Option("--strict", help="No partial sums, one numeric class of devices.")
     ] = False,
+    half_transfers: HalfTransfers = False,
     memory: Memory = None,
     pin: Pins = None,
     shape: Shapes = None,
@@ -100,14 +102,14 @@ def plan(
                 return
             profiles = _measured(client, mbit)
     from meshinfer.identity import DeviceId
+    from meshinfer.legality import as_asked
     from meshinfer.planner import make_plan
     from meshinfer.scheduler.profiles import within
 
     profiles = within(profiles, budget)
     graph, drawn = _graph(model, shape, picture, output)
     head = DeviceId(HEAD)  # a cluster's source and sink
-    if strict:
-        graph = graph.as_strict()
+    graph = as_asked(graph, strict=strict, half_transfers=half_transfers)
     held = {value: tuple(map(DeviceId, names)) for value, names in pinned.items()}
     planned = make_plan(graph, profiles, head, head, objective=objective, spread=spread, pin=held)
     _print(graph, planned, as_json)

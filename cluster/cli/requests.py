@@ -18,6 +18,7 @@ from cluster.cli.options import (
     AsJson,
     ClusterName,
     Coordinator,
+    HalfTransfers,
     Interfaces,
     KeyringFile,
     LogLevel,
@@ -115,6 +116,7 @@ def deploy(
     strict: Annotated[
         bool, typer.Option("--strict", help="No partial sums, one numeric class of devices.")
     ] = False,
+    half_transfers: HalfTransfers = False,
     objective: Annotated[
         str, typer.Option(help="What the plan makes small: latency, throughput or memory.")
     ] = "latency",
@@ -148,6 +150,7 @@ def deploy(
             objective=objective,
             spread=spread,
             strict=strict,
+            half_transfers=half_transfers,
             memory=budget,
             pin=pinned,
         )

@@ -50,13 +50,15 @@ def timeline(
     ``derive`` made of this plan, if it is at hand.
     """
     flow = flow if flow is not None else derive(graph, plan)
-    total: dict[tuple[TaskRef, TaskRef], int] = {}
+    total: dict[tuple[TaskRef, TaskRef], tuple[int, int]] = {}
     for t in flow.transfers:
         key = (t.producer, t.consumer)
-        total[key] = total.get(key, 0) + graph.nbytes(t.piece.value, t.piece.box)
+        nbytes, wire = total.get(key, (0, 0))
+        nbytes += graph.nbytes(t.piece.value, t.piece.box)
+        total[key] = (nbytes, wire + flow.wire_bytes(graph, t))
     numbers: Boxes = {}
     loads = {ref: load_of(graph, f, numbers) for ref, f in flow.fields.items()}
-    return predict(plan, profiles, loads, [(a, b, n) for (a, b), n in total.items()])
+    return predict(plan, profiles, loads, [(*ends, *n) for ends, n in total.items()])
 
 
 def predict(
@@ -169,7 +171,7 @@ class _Run:
         self.outgoing: dict[TaskRef, list[int]] = {}
         self.missing: dict[TaskRef, int] = {}
         self.talk: dict[TaskRef, tuple[int, float]] = {}
-        for i, (producer, consumer, nbytes) in enumerate(self.messages):
+        for i, (producer, consumer, nbytes, _) in enumerate(self.messages):
             self.outgoing.setdefault(producer, []).append(i)
             self.missing[consumer] = self.missing.get(consumer, 0) + 1
             sent = self.where[producer] != self.where[consumer]
@@ -200,7 +202,7 @@ class _Run:
 
     def toll(self, i: int, device: DeviceId) -> float:
         """How long a message keeps the processor of this end, its sender or receiver, busy."""
-        producer, consumer, nbytes = self.messages[i]
+        producer, consumer, nbytes, _ = self.messages[i]
         p = self.profile(device)
         if self.where[producer] == self.where[consumer]:
             return KEPT * nbytes * p.byte_s if consumer == self.sink else 0.0
@@ -257,7 +259,7 @@ class _Run:
         return seconds(self.loads[ref].work, profile) + talk
 
     def _send(self, i: int, ready: float) -> None:
-        producer, consumer, nbytes = self.messages[i]
+        producer, consumer, _, nbytes = self.messages[i]
         way = self.way(self.where[producer], self.where[consumer])
         if way.beside:
             end = ready + nbytes * way.s_per_byte
@@ -321,7 +323,7 @@ def _uses(run: _Run) -> tuple[DeviceUse, ...]:
         busy[device] = busy.get(device, 0.0) + took
     out: dict[DeviceId, float] = {}
     into: dict[DeviceId, float] = {}
-    for producer, consumer, nbytes in run.messages:
+    for producer, consumer, _, nbytes in run.messages:
         a, b = run.where[producer], run.where[consumer]
         if producer not in portions and consumer not in portions:
             if not run.way(a, b).beside:

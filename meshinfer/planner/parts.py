@@ -15,9 +15,9 @@ from meshinfer.transfers import TaskRef
 
 _SOURCE = -1
 
-_Into = tuple[tuple[int, int, int, int], ...]
+_Into = tuple[tuple[int, int, int, int, int], ...]
 """Messages into one stage: which of its makers (-1: the source), the task there, the task here,
-bytes."""
+bytes, and bytes on a link."""
 
 
 class Parts:
@@ -73,9 +73,9 @@ class Parts:
         for s, end in enumerate(ends):
             stages = tuple(sorted({where[op] for op in self._made_by(end)}))
             makers = tuple(layout[i] for i in stages)
-            for maker, producer, consumer, nbytes in self._messages(end, makers):
+            for maker, producer, consumer, nbytes, wire in self._messages(end, makers):
                 sender = _SOURCE if maker == _SOURCE else stages[maker]
-                found.append((self.ref(sender, producer), self.ref(s, consumer), nbytes))
+                found.append((self.ref(sender, producer), self.ref(s, consumer), nbytes, wire))
         return found
 
     def _made_by(self, block: Block | None) -> tuple[int, ...]:
@@ -100,15 +100,19 @@ class Parts:
             for t, task in enumerate(self.stage(maker).tasks):
                 for shard in task.outputs:
                     holders.setdefault(shard.value, []).append((shard, m, t))
-        total: dict[tuple[int, int, int], int] = {}
+        shares = {n: 1.0 if block is None else self.graph.wire_share(n) for n in holders}
+        total: dict[tuple[int, int, int], tuple[int, int]] = {}
         for consumer, needs in enumerate(self._needs(block)):
             for value, box in needs:
                 for shard, m, t in holders.get(value, ()):
                     nbytes = _common(self.graph, shard, box)
                     if nbytes is not None:
                         place = (m, t, consumer)
-                        total[place] = total.get(place, 0) + nbytes
-        self._into[key] = tuple((*place, nbytes) for place, nbytes in total.items())
+                        before, crossed = total.get(place, (0, 0))
+                        half = shares[value] < 1.0 and m != _SOURCE and shard.over is None
+                        wire = nbytes // 2 if half else nbytes
+                        total[place] = (before + nbytes, crossed + wire)
+        self._into[key] = tuple((*place, *nbytes) for place, nbytes in total.items())
         return self._into[key]
 
     def _needs(self, block: Block | None) -> list[list[tuple[str, Box]]]:

@@ -170,7 +170,9 @@ def pipeline(choice: Choice, members: Members) -> list[Block]:
     """Consecutive blocks on consecutive devices, so that the busiest device or link has least to
     do (the linear partition problem)."""
     graph, cuts, sums = choice.graph, choice.space.cuts, choice.space.sums
-    lives = {c: sum(graph.nbytes(n) for n in graph.live(c)) for c in cuts[1:-1]}
+    lives: dict[int, float] = {
+        c: sum(graph.nbytes(n) * graph.wire_share(n) for n in graph.live(c)) for c in cuts[1:-1]
+    }
     lives[0] = sum(graph.nbytes(n) for n in graph.inputs)
     lives[cuts[-1]] = sum(graph.nbytes(n) for n in graph.outputs)
 

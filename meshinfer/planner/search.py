@@ -214,26 +214,30 @@ class Prices:
     def _parts(self, reads: Sequence[Read], before: State, kind: Kind) -> float:
         members, seconds = self.team.members, 0.0
         near: dict[DeviceId, float] = {}
-        halo = kept = 0.0
+        crossing: dict[DeviceId, float] = {}  # bytes on links, where fewer than processors see
+        halo = halo_wire = kept = 0.0
         for read in reads:
             made = self.space.graph.producer.get(read.value, -1) >= 0
+            share = self.space.graph.wire_share(read.value) if made else 1.0
             if made and before.kind is not None:
                 halo += read.missing[before.kind]
+                halo_wire += read.missing[before.kind] * share
                 kept += read.need - read.missing[before.kind]
             else:
                 holder = self._holder(made, before)
                 near[holder.id] = near.get(holder.id, 0.0) + read.need
+                crossing[holder.id] = crossing.get(holder.id, 0.0) + read.need * share
         for name, need in near.items():  # to one member after another; each takes its own
             holder = self.ends[name]
             sent = sum(p.id != name for p in members)
-            crossing = sum(not p.beside(holder) for p in members)
-            seconds += need * crossing / holder.bandwidth_bytes_per_s
+            away = sum(not p.beside(holder) for p in members)
+            seconds += crossing[name] * away / holder.bandwidth_bytes_per_s
             seconds += sent * self._toll(holder, need) + self.message_s + need * self.byte_s
         if halo:
             others = len(members) - 1
             beside = {"rows": 2, "batch": 2, "grid": 5}.get(kind, others)
             talk = min(others, beside) if before.kind == kind else others
-            seconds += halo / self.link + 2 * (talk * self.message_s + halo * self.byte_s)
+            seconds += halo_wire / self.link + 2 * (talk * self.message_s + halo * self.byte_s)
         seconds += KEPT * kept * self.byte_s
         return seconds + (self.latency if halo or near else 0.0)
 
@@ -250,17 +254,18 @@ class Prices:
         sent: dict[DeviceId, float] = {}
         for name, nbytes in self.space.inputs(block.start, block.stop):
             made = self.space.graph.producer.get(name, -1) >= 0
+            share = self.space.graph.wire_share(name) if made else 1.0
             holder = self._holder(made, before)
             if made and before.kind is not None:
                 own = self.weights.get(place.id, 0.0) / self.total
-                moved += nbytes * (1 - own)
+                moved += nbytes * (1 - own) * share
                 spread += nbytes * (1 - own)
                 kept += nbytes * own
             elif holder.id == place.id:
                 kept += nbytes
             else:
                 sent[holder.id] = sent.get(holder.id, 0.0) + nbytes
-                moved += 0.0 if holder.beside(place) else nbytes
+                moved += 0.0 if holder.beside(place) else nbytes * share
         seconds = self._move(moved, place) + KEPT * kept * place.byte_s
         for name, needed in sent.items():
             seconds += self._toll(self.ends[name], needed) + self._toll(place, needed)

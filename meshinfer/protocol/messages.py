@@ -154,7 +154,7 @@ class Gone(Message, frozen=True):
 class Deploy(Message, frozen=True):
     """Deploy a model that the client serves, with its external ``weights``, as blobs. ``shapes``
     fixes dynamic inputs. ``pin``: values and the devices that they never leave; ``memory``: bytes
-    of each device, or of all, that it may use."""
+    of each device, or of all, that it may use. ``half_transfers``: float32 goes as float16."""
 
     call: Name
     name: Name
@@ -167,6 +167,7 @@ class Deploy(Message, frozen=True):
     objective: str = "latency"
     spread: bool = False
     strict: bool = False
+    half_transfers: bool = False
     pin: Pins | None = None
     memory: Budgets | Count | None = None
 
@@ -312,7 +313,7 @@ class Cancel(Message, frozen=True):
 
 
 class Reply(Message, frozen=True):
-    """The outcome of a request; its tensors come from the sink."""
+    """The outcome; the tensors come from the sink. ``rounded``: float32 went as float16."""
 
     request: Name
     version: Count = 0
@@ -321,6 +322,7 @@ class Reply(Message, frozen=True):
     total_s: Seconds = 0.0
     queue_s: Seconds = 0.0
     degraded: bool = False
+    rounded: bool = False
     image: Text | None = None
     tasks: tuple[TaskTime, ...] = ()
     failure: Failure | None = None
@@ -331,10 +333,7 @@ class Reply(Message, frozen=True):
 
 class Deliver(Message, frozen=True):
     """A piece for a task, by its ``slot`` there; raw bytes behind. ``id`` is acknowledged, and
-    ``acks`` are.
-
-    ``assigned`` and ``head`` as in ``Start``, for the receiver's own sends.
-    """
+    ``acks`` are. ``assigned`` and ``head`` as in ``Start``, for the receiver's own sends."""
 
     id: Count
     request: Name

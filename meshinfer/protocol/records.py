@@ -117,11 +117,13 @@ class Tensor(Record, frozen=True):
 
 
 class Piece(Record, frozen=True):
-    """One awaited part of an input value; ``slot`` is its number among all that its task awaits."""
+    """One awaited part of an input value; ``slot`` is its number among all that its task awaits.
+    ``half``: it may come as float16 of a float32 value."""
 
     shard: Shard
     producer: Place
     slot: Count
+    half: bool = False
 
 
 class Value(Record, frozen=True):
@@ -141,6 +143,7 @@ class Send(Record, frozen=True):
     """A piece of what a task made, for a task on ``device``, which awaits it as number ``slot``.
 
     Where ``others`` may take that task as well, the attempt's assignment says which of them does.
+    ``half``: it is rounded to float16, whichever device takes it, and travels so.
     """
 
     piece: Shard
@@ -148,6 +151,7 @@ class Send(Record, frozen=True):
     consumer: Place
     slot: Count
     others: tuple[Name, ...] = ()
+    half: bool = False
 
 
 class Output(Record, frozen=True):

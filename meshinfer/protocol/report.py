@@ -52,13 +52,36 @@ class DeviceReport(Record, frozen=True):
     peak_bytes: Count
 
 
+class Rounding(Record, frozen=True):
+    """What goes as float16 under a plan, and what that costs.
+
+    ``float32_bytes``: of the values that leave their device so, for one request; half of them are
+    sent. ``loss``: the largest max|a - b| / max|b| of the outputs that are floating point, against
+    the same plan without rounding, as measured; ``changed``: the largest share of elements of one
+    other output that came out different. Both None where it was not measured. ``how``: on what it
+    was, or why not.
+    """
+
+    float32_bytes: Count
+    loss: Annotated[float, Meta(ge=0)] | None = None
+    changed: Annotated[float, Meta(ge=0, le=1)] | None = None
+    how: Line = ""
+
+    def __str__(self) -> str:
+        text = f"{self.float32_bytes / 1e6:.2f} MB of float32 go as float16, half of that"
+        text += "" if self.loss is None else f"; loss {self.loss:.2g} of the largest output value"
+        if self.changed:
+            text += f"; {self.changed:.2%} of another output's elements changed"
+        return f"{text} ({self.how})" if self.how else text
+
+
 class Report(Record, frozen=True):
     """What was made of a model under one plan. ``str(report)`` is for people, ``lines`` too.
 
     ``distributed``: the share, 0 to 1, of the model's operations (multiplications and additions)
     that is in nodes which several devices compute together; recomputed overlap does not count.
     ``expected_s``: seconds of one request; ``bound``: what takes most of them. ``notes``: why the
-    plan is as it is.
+    plan is as it is. ``rounding``: of transfers, if that was asked for.
     """
 
     folded: Folded
@@ -68,6 +91,7 @@ class Report(Record, frozen=True):
     expected_s: Seconds = 0.0
     bound: Line = ""
     notes: Annotated[tuple[Line, ...], Meta(max_length=limits.REPORT_ENTRIES)] = ()
+    rounding: Rounding | None = None
 
     @property
     def lines(self) -> tuple[str, ...]:
@@ -82,6 +106,7 @@ class Report(Record, frozen=True):
             folded += f"; {what}: {_counted(counts)}" if counts else ""
         none = () if self.barriers else ("barriers, which run whole on one device: none",)
         return (
+            *(() if self.rounding is None else (f"half transfers: {self.rounding}",)),
             folded,
             *none,
             *(

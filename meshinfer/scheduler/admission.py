@@ -56,6 +56,11 @@ def same_body(one: m.Submit, other: m.Submit) -> bool:
 
 def refuse_deploy(catalogue: Catalogue, message: m.Deploy) -> m.Failure | None:
     """Why a model is not even fetched; None when it is."""
+    if message.strict and message.half_transfers:
+        return _invalid(
+            "strict=True keeps every bit, half_transfers=True rounds what devices exchange",
+            "ask for one of them",
+        )
     nbytes = message.nbytes + sum(weight.nbytes for weight in message.weights)
     if nbytes > limits.MODEL_BYTES:
         return _invalid(

@@ -340,6 +340,7 @@ class Answering:
             total_s=merged - request.submitted,
             queue_s=request.started - request.submitted,
             tasks=tuple(sorted(tried.tasks.values(), key=lambda t: t.place)),
+            rounded=tried.deployment.rounded,
         )
         return self._end(request, reply)
 

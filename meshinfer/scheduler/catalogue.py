@@ -51,6 +51,7 @@ class Model:
     asked: Call
     pin: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     memory: Mapping[str, int] | int | None = None
+    half_transfers: bool = False
     answer: m.Deployed | None = None
     version: int = 0
     inputs: Inputs = field(default_factory=dict)
@@ -137,6 +138,12 @@ class Deployment:
         """What its tasks' times are compared within: one model for one signature."""
         return (self.model.key, self.signature)
 
+    @property
+    def rounded(self) -> bool:
+        """Whether float32 goes as float16 somewhere under this plan."""
+        sent = (s for ps in self.programs.values() for program in ps for s in program.sends)
+        return self.model.half_transfers and any(send.half for send in sent)
+
     def seconds(self, place: m.Place, device: str) -> float | None:
         """Of a task, as expected when it was planned; None where nothing is known."""
         return self.expected.get((place, device))
@@ -190,6 +197,7 @@ class Catalogue:
             strict=message.strict,
             pin=message.pin or {},
             memory=message.memory,
+            half_transfers=message.half_transfers,
             shapes=dict(message.shapes or {}),
             call=call,
             asked=call,

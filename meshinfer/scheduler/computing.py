@@ -358,7 +358,7 @@ class Computing:
             if device == self._device:
                 local.append(cut)
                 continue
-            array = cut.of(arrays)
+            array = cut.sent(arrays)
             peer = deployment.peers[device]
             if request.head and device == deployment.head:
                 peer = request.head
@@ -383,7 +383,7 @@ class Computing:
             effects.append(self.outbox.send(peer, message, payload, now))
         for cut in local:
             consumer, slot = cut.send.consumer, cut.send.slot
-            effects += self._place(name, request, consumer, slot, cut.of(arrays), now)
+            effects += self._place(name, request, consumer, slot, cut.kept(arrays), now)
         return effects, sent
 
     def next_deadline(self) -> float | None:

@@ -37,9 +37,8 @@ from meshinfer.scheduler.membership import Device, Membership
 
 
 def _with_notes(report: m.Report, notes: tuple[str, ...]) -> m.Report:
-    cut = tuple(note[: limits.REPORT_LINE_CHARS] for note in notes)
-    more: m.Report = structs.replace(report, notes=(*cut, *report.notes)[: limits.REPORT_ENTRIES])
-    return more
+    all_ = (*(note[: limits.REPORT_LINE_CHARS] for note in notes), *report.notes)
+    return structs.replace(report, notes=all_[: limits.REPORT_ENTRIES])
 
 
 class Deploying:
@@ -140,6 +139,8 @@ class Deploying:
             pin=model.pin,
             memory=model.memory,
             share=made.share,
+            half_transfers=model.half_transfers,
+            tell_loss=model.call is not None,
         )
 
     def _given_plan(self, model: Model, here: set[str]) -> str | None:
@@ -172,10 +173,9 @@ class Deploying:
             return self._plan_failed(made, failure, now)
         if event.kept:
             return self._keep(made)
-        made.plan, made.report, made.programs = event.plan, event.report, event.programs
-        made.members = {n: made.members[n] for n in event.programs}
-        made.choices, made.expected = choices_of(event.programs), event.expected
-        made.window = event.window
+        made.plan, made.report, made.window = event.plan, event.report, event.window
+        made.programs, made.choices = event.programs, choices_of(event.programs)
+        made.expected, made.members = event.expected, {n: made.members[n] for n in event.programs}
         made.phase, made.waiting, made.since = Phase.INSTALLING, set(event.programs), now
         sends = [
             _to(peer, install(made, name, self._members))

@@ -295,9 +295,10 @@ class MakePlan:
     """Import for a signature, plan (or take ``plan``), lower, store the blobs -> ``PlanReady``.
 
     ``present``: the plan that serves; it is kept unless the new one is better by REPLAN_GAIN.
-    ``head_host``: as ``Candidate.host``. ``pin``, ``memory``: as in ``Deploy``. ``share``: of the
-    coordinator's processor that it may take. Below 1 nobody waits for it, and it is dropped as soon
-    as anything else is to be opened or planned.
+    ``head_host``: as ``Candidate.host``. ``pin``, ``memory``, ``half_transfers``: as in ``Deploy``.
+    ``tell_loss``: somebody awaits the report, with what rounding costs (and not the plan for a lost
+    device's requests). ``share``: of the coordinator's processor that it may take. Below 1 nobody
+    waits for it, and it is dropped as soon as anything else is to be opened or planned.
     """
 
     deployment: int
@@ -315,6 +316,8 @@ class MakePlan:
     pin: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     memory: Mapping[str, int] | int | None = None
     share: float = 1.0
+    half_transfers: bool = False
+    tell_loss: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from meshinfer.halves import narrowed, rounded, widened
 from meshinfer.mapreduce import reduce
 from meshinfer.plan import Shard
 from meshinfer.protocol import messages as m
@@ -23,13 +24,15 @@ _Where = tuple[slice, ...]
 class Slot:
     """Where an awaited piece goes: which input, and which part of it (None: it is all of it).
 
-    ``shape``: of the piece; None where it is known only when it comes.
+    ``shape``: of the piece; None where it is known only when it comes. ``half``: it is float32 and
+    may come as float16.
     """
 
     shard: Shard
     value: int
     where: _Where | None
     shape: tuple[int, ...] | None
+    half: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +47,14 @@ class Cut:
         """A view; the output itself where all of it is wanted."""
         array = outputs[self.output]
         return array if self.where is None else array[self.where]
+
+    def sent(self, outputs: Sequence[Array]) -> Array:
+        """As it travels: a copy if it is rounded."""
+        return narrowed(self.of(outputs)) if self.send.half else self.of(outputs)
+
+    def kept(self, outputs: Sequence[Array]) -> Array:
+        """What this device itself reads: the values that another would have been sent."""
+        return rounded(self.of(outputs)) if self.send.half else self.of(outputs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +83,7 @@ class Recipe:
                 box = piece.shard.box
                 where = None if alone else box.within(whole)
                 shape = box.shape if box.axes else None
-                slots[piece.slot] = Slot(piece.shard, position, where, shape)
+                slots[piece.slot] = Slot(piece.shard, position, where, shape, piece.half)
         cuts = tuple(_cut(program, send) for send in program.sends)
         return Recipe(program, slots, tuple(shapes), frozenset(sums), cuts)
 
@@ -118,14 +129,15 @@ class Gathering:
         if slot.value in self.recipe.sums:
             self._parts.setdefault(slot.value, []).append((slot.shard, array))
         elif slot.where is None:
-            self._values[slot.value] = array
+            self._values[slot.value] = widened(array) if slot.half else array
         else:
             value = self._values[slot.value]
             if value is None:
                 shape = self.recipe.shapes[slot.value]
                 assert shape is not None, "an input of one piece has no part"
-                value = self._values[slot.value] = np.empty(shape, array.dtype)
-            value[slot.where] = array
+                dtype = np.dtype(np.float32) if slot.half else array.dtype
+                value = self._values[slot.value] = np.empty(shape, dtype)
+            value[slot.where] = array  # float16 becomes float32 on the way into place
         return True
 
     def inputs(self) -> dict[str, Array]:
