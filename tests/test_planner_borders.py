@@ -85,6 +85,14 @@ def test_equal_devices_are_given_about_equal_work_from_wherever_borders_begin(ki
     assert choice.key(found) < choice.key(begun)
 
 
+def test_a_block_with_more_devices_than_rows_is_left_as_it_is() -> None:
+    choice = choice_of(convolutions(side=3), four_equal())
+    begun = of_weights(choice, "rows", (0.4, 0.2, 0.2, 0.2))
+    assert len(begun.timeline.tasks) < 4
+    assert Cells.of(choice, begun.blocks[0]) is None
+    assert settle(choice, begun) is begun
+
+
 def test_effort_bounds_what_is_tried() -> None:
     choice = choice_of(convolutions(), four_equal())
     begun = of_weights(choice, "rows", (0.45, 0.2, 0.25, 0.1))

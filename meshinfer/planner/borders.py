@@ -28,7 +28,7 @@ class Cells:
 
     @staticmethod
     def of(choice: Choice, block: Block) -> Cells | None:
-        """The cells of a block; None where nothing is split."""
+        """The cells of a block; None where nothing is split, or somebody has nothing."""
         if len(block.shares) < 2 or block.whole_on is not None:
             return None
         graph, live = choice.graph, choice.graph.live_outputs(block.start, block.stop)
@@ -37,6 +37,8 @@ class Cells:
         rows = members_of(block.kind, cells)
         outer = tuple(row[0][0].size for row in rows)
         inner = tuple(tuple(inside.size for _, inside in row) for row in rows)
+        if not min(min(outer), *map(min, inner)):
+            return None  # zero weights stand for no cells
         return Cells(outer, inner, steps)
 
     def shares(self, block: Block) -> Block:
