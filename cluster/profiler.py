@@ -230,6 +230,7 @@ def facts(
         cpu_quota=quota.cores if quota else 0.0,
         memory_bytes=min(memory_bytes or limit, granted.memory_left(limit)),
         architecture=platform.machine(),
+        processor=_processor(),
         system=f"{platform.system()} {platform.release()}",
         engine=engine,
         version=meshinfer.__version__,
@@ -292,7 +293,11 @@ def _key(engine: str, threads: int, plaintext: bool) -> str:
 
 
 def _processor() -> str:
-    """The processor's model, as Linux names it."""
+    """The board's name where there is one (a Raspberry Pi), else the processor's, as Linux has
+    them."""
+    board = _first_line(Path("/proc/device-tree/model")).strip("\0 ")
+    if board:
+        return board
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -280,6 +280,26 @@ def test_what_noise_does_not_explain_stays_apart_kind_by_kind() -> None:
     assert [p.memory_bytes_per_s for p in found] == [8e9, 4e9]
 
 
+def test_devices_of_one_model_are_equals_though_something_slowed_a_measurement() -> None:
+    """Measured in the lab: six equal devices, the first of them beside a starting coordinator."""
+    speeds, pools = (17.0, 22.3, 22.9, 21.7, 22.3, 22.9), (6.0, 2.3, 6.0, 1.2, 7.3, 2.8)
+    measured = [
+        DeviceProfile(
+            DeviceId(f"pi-{i}"), 1e9 * s, rates=(1e9 * s, 1e9 * w), memory_bytes_per_s=1e9 * w
+        )
+        for i, (s, w) in enumerate(zip(speeds, pools, strict=True))
+    ]
+    known = [replace(p, model="Raspberry Pi 4") for p in measured]
+    assert len({(p.flops_per_s, p.rates, p.memory_bytes_per_s) for p in alike(known)}) == 1
+    assert alike(known)[0].flops_per_s == pytest.approx(22.3e9)
+    assert alike(measured)[0].flops_per_s == 17.0e9
+    other = [replace(known[0], model="Raspberry Pi 3"), *known[1:]]
+    assert alike(other)[0].flops_per_s == 17.0e9
+    halved = [replace(known[0], flops_per_s=11e9), *known[1:]]
+    assert alike(halved)[0].flops_per_s == 11e9
+    assert alike(known[::-1]) == alike(known)[::-1]
+
+
 def test_links_that_measured_alike_are_as_good_as_the_best_of_them() -> None:
     rates, waits = (118e6, 90e6, 20e6, 110e6), (3e-4, 2e-4, 1e-4, 5e-3)
     names = (A, B, C, DeviceId("far"))

@@ -15,6 +15,10 @@ from meshinfer.cost.profile import DeviceProfile
 SPEED_NOISE = 0.08
 """How far a measured speed may be from the true one, either way: equal devices of the lab differed
 by up to this on a busy machine."""
+SAME_NOISE = 0.16
+"""The same of devices of one model, which what else ran meanwhile made slower: the lab's first
+device, where a coordinator starts as well, measured a quarter below its equals. That one of them
+really is slower, a request's tasks tell (``scheduler.balance``)."""
 RATE_NOISE = 0.16
 """The same of a speed of one kind of operator, whose probe is shorter."""
 LINK_NOISE = 0.25
@@ -29,13 +33,19 @@ def alike(profiles: Sequence[DeviceProfile]) -> list[DeviceProfile]:
 
     A group reaches from its slowest device up to what noise explains: their speeds become the
     medians, kind by kind where noise explains the difference, and their links the best of theirs,
-    since what disturbs a measurement of a link only makes it worse. Devices of other numeric
-    classes, or that cannot compute, stay apart.
+    since what disturbs a measurement of a link only makes it worse. Of devices of one model noise
+    explains more, and all their kinds become common. Devices of other numeric classes, or that
+    cannot compute, stay apart.
     """
     found = {p.id: p for p in profiles}
-    kinds = dict.fromkeys(p.numeric_class for p in profiles if p.able)
-    for kind in kinds:
-        same = [p for p in profiles if p.able and p.numeric_class == kind]
+    models = dict.fromkeys((p.numeric_class, p.model) for p in profiles if p.able and p.model)
+    for model in models:
+        same = [p for p in profiles if p.able and (p.numeric_class, p.model) == model]
+        for group in _groups(same, lambda p: p.flops_per_s, SAME_NOISE):
+            found.update((p.id, p) for p in _of_one_speed(group, one_model=True))
+    classes = dict.fromkeys(p.numeric_class for p in profiles if p.able)
+    for name in classes:
+        same = [found[p.id] for p in profiles if p.able and p.numeric_class == name]
         for group in _groups(same, lambda p: p.flops_per_s, SPEED_NOISE):
             found.update((p.id, p) for p in _of_one_speed(group))
     able = [found[p.id] for p in profiles if p.able]
@@ -66,7 +76,9 @@ def _apart(low: float, high: float, noise: float) -> bool:
     return high * (1 - noise) > low * (1 + noise)
 
 
-def _of_one_speed(group: Sequence[DeviceProfile]) -> list[DeviceProfile]:
+def _of_one_speed(
+    group: Sequence[DeviceProfile], *, one_model: bool = False
+) -> list[DeviceProfile]:
     kinds = range(max(len(p.rates) for p in group))
     by_kind = [[p.rates[k] for p in group if k < len(p.rates)] for k in kinds]
     memory = [p.memory_bytes_per_s for p in group]
@@ -75,9 +87,9 @@ def _of_one_speed(group: Sequence[DeviceProfile]) -> list[DeviceProfile]:
             p,
             flops_per_s=_middle([q.flops_per_s for q in group]),
             overhead_s=_middle([q.overhead_s for q in group]),
-            memory_bytes_per_s=_common(memory, p.memory_bytes_per_s),
+            memory_bytes_per_s=_common(memory, p.memory_bytes_per_s, one_model),
             rates=tuple(
-                _common(rates, p.rates[k] if k < len(p.rates) else 0.0)
+                _common(rates, p.rates[k] if k < len(p.rates) else 0.0, one_model)
                 for k, rates in enumerate(by_kind)
             ),
             kernel_s=_middle([q.kernel_s for q in group]),
@@ -88,10 +100,10 @@ def _of_one_speed(group: Sequence[DeviceProfile]) -> list[DeviceProfile]:
     ]
 
 
-def _common(values: Sequence[float], own: float) -> float:
+def _common(values: Sequence[float], own: float, one_model: bool) -> float:
     """The median of speeds that noise explains; else a device's own, if it is known."""
     known = [v for v in values if v > 0]
-    apart = known and _apart(min(known), max(known), RATE_NOISE)
+    apart = known and not one_model and _apart(min(known), max(known), RATE_NOISE)
     return own if apart and own > 0 else _middle(values)
 
 

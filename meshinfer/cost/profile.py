@@ -47,7 +47,8 @@ class DeviceProfile:
     that it runs on and whose link it shares, "" where that is unknown. ``message_s``, ``byte_s``:
     time of its processor that a message takes, and each byte of it, sent or received: encryption,
     copies. ``request_s``, ``report_s``: of a head, what client, coordinator and head take of their
-    host's processor for each request, and for each task that they hear of.
+    host's processor for each request, and for each task that they hear of. ``model``: what it says
+    of its hardware, "" where that is unknown; devices of one model are as fast as each other.
     """
 
     id: DeviceId
@@ -66,6 +67,7 @@ class DeviceProfile:
     byte_s: float = 2e-9
     request_s: float = 0.0
     report_s: float = 0.0
+    model: str = ""
 
     def beside(self, other: DeviceProfile) -> bool:
         """Whether the two share a machine, so that nothing between them crosses a link."""

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import isqrt
+from typing import TypeVar
 
 from meshinfer.geometry import Box, Interval, split_even, split_weighted
 from meshinfer.graph import Graph
@@ -19,6 +20,7 @@ from meshinfer.ops.kernels import BLOCK
 from meshinfer.plan import Plan, Shard, Stage, Task
 from meshinfer.planner.axes import Axes, Kind
 
+_T = TypeVar("_T")
 Shares = tuple[tuple[DeviceId, float], ...]
 
 
@@ -159,15 +161,12 @@ def stage_of(graph: Graph, axes: Axes, block: Block) -> Stage:
         shards = tuple(Shard(name, graph.whole(name)) for name in live)
         tasks = (Task(block.devices, shards),) if shards else ()
         return Stage(block.start, block.stop, tasks)
-    weights = [weight for _, weight in shares]
     parts: dict[tuple[int, int], list[Shard]] = {
         (turn, i): [] for turn in range(block.rounds) for i in range(len(shares))
     }
     for name in live:
-        cut = cutting(graph, axes, name, block.kind, block.stop)
-        assert cut is not None, f"{name} cannot be split"
-        by_rows = block.kind != "channels" and (block.kind != "rows" or name in axes.rowed)
-        for i, (outer, inner) in enumerate(_cells(cut, block.kind, weights, by_rows)):
+        cut, cells, _ = cells_of(graph, axes, block, name)
+        for i, (outer, inner) in enumerate(cells):
             for turn, piece in enumerate(split_even(outer.size, block.rounds)):
                 if piece.size > 0 and inner.size > 0:
                     part = cut.part(graph, name, piece.shift(outer.start), inner)
@@ -179,22 +178,37 @@ def stage_of(graph: Graph, axes: Axes, block: Block) -> Stage:
     )
 
 
-def _cells(
-    cut: Cutting, kind: Kind, weights: Sequence[float], by_rows: bool
-) -> list[tuple[Interval, Interval]]:
-    """What each device gets of the first axis, and of the second. Some are empty."""
-    groups, cells = groups_of(kind, len(weights)), []
-    borders = [sum(groups[:g]) for g in range(len(groups) + 1)]
-    members = [weights[a:b] for a, b in pairwise(borders)]
-    sums = [sum(each) for each in members]
+Cell = tuple[Interval, Interval]
+"""What a device gets of the first axis of a value, and of the second. Some are empty."""
+
+
+def cells_of(
+    graph: Graph, axes: Axes, block: Block, value: str
+) -> tuple[Cutting, list[Cell], tuple[int, int]]:
+    """How a block that says which devices share it cuts a value: the cell of each of them, and by
+    how much a border can move on either axis."""
+    cut = cutting(graph, axes, value, block.kind, block.stop)
+    assert cut is not None, f"{value} cannot be split"
+    by_rows = block.kind != "channels" and (block.kind != "rows" or value in axes.rowed)
+    members = members_of(block.kind, [weight for _, weight in block.shares])
+    sums, cells = [sum(each) for each in members], []
     grain = 1 if by_rows or cut.partial else _grain(cut.size, sums)
+    widest = 1
     for outer, own in zip(split_weighted(cut.size, sums, grain), members, strict=True):
         if cut.inner is None:
             cells.append((outer, Interval(0, 1)))
             continue
-        grain = _grain(cut.inner_size, own) if kind == "slabs" else 1
-        cells += [(outer, inner) for inner in split_weighted(cut.inner_size, own, grain)]
-    return cells
+        inside = _grain(cut.inner_size, own) if block.kind == "slabs" else 1
+        widest = max(widest, inside)
+        cells += [(outer, inner) for inner in split_weighted(cut.inner_size, own, inside)]
+    return cut, cells, (grain, widest)
+
+
+def members_of(kind: Kind, each: Sequence[_T]) -> list[Sequence[_T]]:
+    """What is said of each device, by the bands of the first axis that they share."""
+    groups = groups_of(kind, len(each))
+    borders = [sum(groups[:g]) for g in range(len(groups) + 1)]
+    return [each[a:b] for a, b in pairwise(borders)]
 
 
 def _grain(size: int, weights: Sequence[float]) -> int:

@@ -11,6 +11,7 @@ from meshinfer.graph import Graph
 from meshinfer.identity import DeviceId
 from meshinfer.legality import validate
 from meshinfer.plan import Plan
+from meshinfer.planner.borders import settle
 from meshinfer.planner.candidates import Candidate, Choice
 from meshinfer.planner.notes import (
     TRIED_APART,
@@ -105,7 +106,7 @@ def _search(choice: Choice, *, spread: bool) -> Candidate:
     for rival in ranked[1:3]:  # what loses by a little may win when its borders are moved
         if len(rival.plan.devices()) > 1 and not rival.breach:
             best = choice.best([best, balance(choice, rival)])
-    return _surely(choice, _members(choice, best))
+    return _surely(choice, settle(choice, _members(choice, best)))
 
 
 def _surely(choice: Choice, best: Candidate) -> Candidate:

@@ -64,6 +64,7 @@ class Facts(Record, frozen=True, forbid_unknown_fields=False):
     cores: Count = 0
     memory_bytes: Count = 0
     architecture: str = ""
+    processor: str = ""
     system: str = ""
     engine: str = ""
     version: str = ""

@@ -47,7 +47,16 @@ def profile_of(
         host=host,
         message_s=facts.message_s or plain.message_s,
         byte_s=facts.byte_s or plain.byte_s,
+        model=_model(facts),
     )
+
+
+def _model(facts: Facts) -> str:
+    """All that a device says of its hardware and of what it may use of it."""
+    if not facts.processor:
+        return ""
+    granted = f"{facts.cores} cores, quota {facts.cpu_quota:.3f}, {facts.threads} threads"
+    return f"{facts.processor}, {facts.architecture}, {granted}"
 
 
 def slowed(
