@@ -104,9 +104,10 @@ class MeasureLink(Message, frozen=True):
 
 
 class LinkMeasured(Message, frozen=True):
-    """What a link came to; its numbers are 0 where no echo came back."""
+    """What a link came to, 0 where no echo came back; unasked: at most, by real transfers."""
 
     link: Link
+    least_bytes_per_s: Rate = 0.0
 
 
 class Closing(Message, frozen=True):

@@ -95,3 +95,10 @@ class Balance:
     def forget(self, device: str) -> None:
         """It has left; who comes back under its name may be another."""
         self._paces.pop(device, None)
+
+
+def pause_of(search_s: float, in_vain: int, *, grave: bool) -> float:
+    """Seconds from one plan to the next search for a better one: longer each time in vain."""
+    part = limits.REPLAN_SHARE_GRAVE if grave else limits.REPLAN_SHARE
+    pause_s = max(limits.REPLAN_EVERY_S, search_s / part)
+    return float(pause_s * 2 ** min(in_vain, limits.REPLAN_DOUBLINGS))

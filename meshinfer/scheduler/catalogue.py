@@ -10,6 +10,8 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
+from msgspec import structs
+
 from meshinfer import limits
 from meshinfer.protocol import messages as m
 from meshinfer.scheduler.events import Signature
@@ -104,6 +106,7 @@ class Deployment:
     ``drift`` apart; ``uneven``: twice in turn too much. ``in_vain``: how often another plan was
     looked for since, and was no better. ``search_s``: of the coordinator's processor that the last
     search for it took; ``share``: of it that the search may take. ``asked``: requests begun since.
+    ``links``: how often links had changed when it was planned.
     """
 
     number: int
@@ -129,6 +132,7 @@ class Deployment:
     search_s: float = 0.0
     share: float = 1.0
     asked: int = 0
+    links: int = 0
 
     @property
     def kind(self) -> Hashable:
@@ -268,3 +272,10 @@ class Catalogue:
                 )
                 found.append(info)
         return tuple(found)
+
+
+def with_notes(report: m.Report, notes: tuple[str, ...]) -> m.Report:
+    """A report with more notes in front, within its bounds."""
+    cut = tuple(note[: limits.REPORT_LINE_CHARS] for note in notes)
+    more: m.Report = structs.replace(report, notes=(*cut, *report.notes)[: limits.REPORT_ENTRIES])
+    return more

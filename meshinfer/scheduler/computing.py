@@ -17,6 +17,7 @@ from meshinfer.scheduler.events import Array, Compute, Computed, Effect, Note, P
 from meshinfer.scheduler.held import Held
 from meshinfer.scheduler.holding import Holding
 from meshinfer.scheduler.installing import COORDINATOR, Deployment
+from meshinfer.scheduler.links import LinkWatch
 from meshinfer.scheduler.outbox import Numbered, Outbox
 from meshinfer.scheduler.recipe import Cut, Gathering
 
@@ -29,6 +30,7 @@ class Computing:
     def __init__(self, device: str, deployments: Mapping[int, Deployment]) -> None:
         self.outbox = Outbox()
         self.acks = AckBox()
+        self.watch = LinkWatch()
         self.running: tuple[Compute, float] | None = None
         self._device = device
         self._deployments = deployments
@@ -348,6 +350,8 @@ class Computing:
             payload = payload_of(array)  # the one copy of what is sent, where rows are strided
             sent += len(payload)
             effects.append(self.outbox.send(deployment.peers[device], message, payload, now))
+            if len(payload) >= limits.LINK_SAMPLE_BYTES:
+                effects += self.watch.sent(deployment.peers[device], len(payload), now)
         for cut in local:
             consumer, slot = cut.send.consumer, cut.send.slot
             effects += self._place(name, request, consumer, slot, cut.of(arrays), now)

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from msgspec import structs
-
 from meshinfer import limits
 from meshinfer.errors import InvalidInput
 from meshinfer.plan import Plan
@@ -18,8 +16,8 @@ from meshinfer.protocol.codec import header_bytes
 from meshinfer.scheduler.admission import refuse_model
 from meshinfer.scheduler.answering import Answering, unavailable
 from meshinfer.scheduler.assigning import choices_of
-from meshinfer.scheduler.balance import Balance
-from meshinfer.scheduler.catalogue import Catalogue, Deployment, Model, Phase
+from meshinfer.scheduler.balance import Balance, pause_of
+from meshinfer.scheduler.catalogue import Catalogue, Deployment, Model, Phase, with_notes
 from meshinfer.scheduler.events import (
     Discard,
     Effect,
@@ -33,12 +31,6 @@ from meshinfer.scheduler.events import (
 )
 from meshinfer.scheduler.fetching import Fetching
 from meshinfer.scheduler.membership import Device, Membership
-
-
-def _with_notes(report: m.Report, notes: tuple[str, ...]) -> m.Report:
-    cut = tuple(note[: limits.REPORT_LINE_CHARS] for note in notes)
-    more: m.Report = structs.replace(report, notes=(*cut, *report.notes)[: limits.REPORT_ENTRIES])
-    return more
 
 
 class Deploying:
@@ -114,8 +106,9 @@ class Deploying:
         plan = self._given_plan(model, set(members))
         made = self._catalogue.new_deployment(model, signature, members, names, now)
         made.factors, made.given = factors, plan is not None
+        made.links = self._members.links_changed
         if present is not None:
-            grave = present.drift > limits.PACE_GRAVE
+            grave = self._grave(present)
             made.share = limits.SEARCH_SHARE_GRAVE if grave else limits.SEARCH_SHARE
         return MakePlan(
             deployment=made.number,
@@ -190,6 +183,7 @@ class Deploying:
             serving.since, serving.in_vain, serving.asked = made.since, serving.in_vain + 1, 0
             serving.search_s = made.search_s
             serving.paced(made.factors)
+            serving.links = made.links
         return self.retire(made)
 
     def _look_again_later(self, made: Deployment, now: float) -> None:
@@ -218,7 +212,7 @@ class Deploying:
         made.phase = Phase.READY
         model = made.model
         if made.report is not None and made.signature in model.unprepared:
-            made.report = _with_notes(made.report, model.unprepared.pop(made.signature))
+            made.report = with_notes(made.report, model.unprepared.pop(made.signature))
         if not model.version:
             self._catalogue.publish(model)
         note = Note("info", "plan ready", {"model": model.name, "deployment": made.number})
@@ -329,7 +323,7 @@ class Deploying:
         return effects
 
     def _uneven(self, made: Deployment, now: float) -> bool:
-        """Whether devices have changed their pace so much that another plan may be better.
+        """Whether devices or links have changed so much that another plan may be better.
 
         Not where the plan was given, and not where each request's tasks go to who is free.
         """
@@ -344,13 +338,19 @@ class Deploying:
         # A search takes the coordinator's device, maybe as slow as the others, from its tasks.
         # So for a small gain it is rare, waits until nothing runs, and is rarer each time in vain;
         # and a model that nobody asks gains nothing.
-        grave = made.drift > limits.PACE_GRAVE
-        part = limits.REPLAN_SHARE_GRAVE if grave else limits.REPLAN_SHARE
-        pause_s = max(limits.REPLAN_EVERY_S, made.search_s / part)
-        pause_s *= 2 ** min(made.in_vain, limits.REPLAN_DOUBLINGS)
+        grave = self._grave(made)
+        pause_s = pause_of(made.search_s, made.in_vain, grave=grave)
         quiet = now >= self._busy_at + limits.REPLAN_QUIET_S
         asked = made.asked >= limits.REPLAN_REQUESTS
-        return made.uneven and asked and (quiet or grave) and now >= made.since + pause_s
+        return (
+            (made.uneven or made.links != self._members.links_changed)
+            and asked
+            and (quiet or grave)
+            and now >= made.since + pause_s
+        )
+
+    def _grave(self, made: Deployment) -> bool:
+        return made.drift > limits.PACE_GRAVE or made.links != self._members.links_changed
 
     def _give_up_without_workers(self, now: float) -> list[Effect]:
         failure = unavailable(
