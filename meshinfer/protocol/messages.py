@@ -2,7 +2,6 @@
 
 Only ``Hello`` and ``Refused`` (and what they hold) may carry fields of a later release: they are
 how two releases find out that they cannot work together.
-
 Messages carry no pickle and no code. Times are seconds that remain, never a wall clock's.
 ``device#incarnation`` is a peer; ids of requests are chosen by clients.
 """
