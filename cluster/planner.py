@@ -270,7 +270,7 @@ class Planner:
 
 def _profiles(effect: MakePlan) -> list[DeviceProfile]:
     """Of the candidates, within the memory that the user grants, and of the head."""
-    found = [profile_of(c.device, c.facts, c.link, c.host) for c in effect.candidates]
+    found = [profile_of(c.device, c.facts, c.link, c.host, c.links) for c in effect.candidates]
     alike = with_head(within(found, effect.memory), effect.head, effect.head_host)
     return slowed(alike, {c.device: c.slowdown for c in effect.candidates})
 

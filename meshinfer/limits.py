@@ -36,6 +36,14 @@ LINK_LONG_S: Final = 0.05
 LINK_MEASURE_S: Final = 3.0
 LINK_ASKED_S: Final = 5.0
 LINK_AGE_S: Final = 60.0
+LINK_SAMPLE_BYTES: Final = 64 << 10
+LINK_SAMPLE_S: Final = 0.5
+LINK_SAMPLES: Final = 4
+LINK_SLACK_S: Final = 0.015
+"""Of the time of a real transfer so much may be its processors': a quota makes them late."""
+LINK_DEVIATION: Final = 1.5
+"""By how much a link must differ from what is known of it to be measured again, or planned for."""
+LINK_DOUBT_S: Final = 5.0
 LINKED_DEVICES: Final = 12
 """Up to so many devices the links of all pairs are measured; of more, those with the head."""
 SLOWEST_LINK_BYTES_PER_S: Final = 250_000

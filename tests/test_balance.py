@@ -144,6 +144,19 @@ def test_devices_that_slow_down_together_are_left_alone() -> None:
     assert made.plans_asked == 1
 
 
+def test_a_link_that_changed_makes_a_plan_while_requests_run_and_just_one() -> None:
+    made = cluster()
+    made.deployed(model=MODEL)
+    stream(made, 3.0)
+    made.core.members.links_changed += 1
+    assert made.plans_asked == 1
+    stream(made, 15.0)
+    assert made.plans_asked == 2
+    stream(made, 10.0)
+    assert made.plans_asked == 2
+    made.check_idle()
+
+
 def test_noise_makes_no_plan() -> None:
     made, rng = cluster(), random.Random(3)
     made.deployed(model=MODEL)

@@ -18,7 +18,7 @@ def sends(effects: list[e.Effect], kind_: type) -> list[e.Send]:
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
-        ({"protocol": (7, 9)}, "ProtocolMismatch", ["7 to 9", f"{m.PROTOCOL[0]} to {m.PROTOCOL[1]}", "version 0"]),
+        ({"protocol": (7, 9)}, "ProtocolMismatch", ["7 to 9", "3 to 3", "version 0"]),
         ({"cluster": "away"}, "ConfigurationError", ["'away'", "'home'"]),
         ({"role": "boss"}, "InvalidInput", ["'boss'"]),
         ({"bulk": None}, "InvalidInput", []),

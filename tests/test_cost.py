@@ -21,8 +21,9 @@ from meshinfer.cost import (
     seconds,
     timeline,
 )
+from meshinfer.cost.alike import apart_links
 from meshinfer.cost.model import whole_flops
-from meshinfer.cost.profile import RATIOS
+from meshinfer.cost.profile import RATIOS, PairLink
 from meshinfer.cost.timeline import KEPT
 from meshinfer.geometry import Box, split_even
 from meshinfer.graph import Graph
@@ -309,3 +310,41 @@ def test_links_that_measured_alike_are_as_good_as_the_best_of_them() -> None:
     ]
     found = [(p.bandwidth_bytes_per_s, p.latency_s) for p in alike(measured)]
     assert found == [(118e6, 2e-4), (118e6, 2e-4), (20e6, 1e-4), (118e6, 5e-3)]
+
+
+def test_a_slow_pair_holds_up_its_own_message_and_nothing_else_of_its_ends() -> None:
+    """What A and B send each other takes ten times as long, and C gets its part as before."""
+    g = chain()
+    plan = bands(g, (2,), (A, B, C))
+    even = [profile(d) for d in (A, B, C)]
+    slow = [
+        replace(even[0], links=(PairLink(B, 1e4, 0.5),)),
+        replace(even[1], links=(PairLink(A, 1e4, 0.5),)),
+        even[2],
+    ]
+    before, after = timeline(g, plan, even), timeline(g, plan, slow)
+    passed = {(A, B): 0.0, (B, A): 0.0}
+    for t in after.transfers:
+        way = (t.sender, t.receiver)
+        if way in passed:  # one after another, each in ten times the time
+            passed[way] = max(t.start_s, passed[way]) + (t.nbytes + MESSAGE) / 1e4
+            assert t.end_s == pytest.approx(passed[way] + 0.5)
+        else:
+            assert t.end_s == pytest.approx(t.start_s + (t.nbytes + MESSAGE) / 1e5 + 0.25)
+    assert all(passed.values())
+    scatter = [[t for t in x.transfers if t.producer.stage < 0] for x in (before, after)]
+    assert [t.start_s for t in scatter[0]] == [t.start_s for t in scatter[1]]
+    assert after.total_s > before.total_s
+
+
+def test_pairs_that_their_ends_explain_are_not_kept_and_either_end_may_have_measured() -> None:
+    ends = [profile(d, latency_s=0.001) for d in (A, B, C)]
+    measured = [
+        replace(ends[0], links=(PairLink(B, 5e4, 0.001), PairLink(C, 9e4, 0.002))),
+        replace(ends[1], links=(PairLink(C, 1e5, 0.0),)),
+        ends[2],
+    ]
+    found = apart_links(measured)
+    assert [p.links for p in found] == [(PairLink(B, 5e4),), (PairLink(A, 5e4),), ()]
+    uniform = [replace(p, links=tuple(PairLink(d, 1e5, 0.001) for d in (A, B, C))) for p in ends]
+    assert apart_links(uniform) == ends, "so predictions are the same to the last bit"

@@ -8,7 +8,7 @@ from cores import LATENCY_S, Cluster, image, kind
 from meshinfer import limits
 from meshinfer.protocol import messages as m
 from meshinfer.scheduler import events as e
-from meshinfer.scheduler.links import LinkMeter
+from meshinfer.scheduler.links import LinkMeter, LinkRounds, LinkWatch
 
 PEER = m.Peer(device="pi-2", incarnation="1", host="127.0.0.1", port=9, key="k" * 40)
 
@@ -111,3 +111,58 @@ def test_a_link_over_which_nothing_comes_back_is_given_up_and_stays_unknown() ->
     due = meter.next_deadline()
     assert due == limits.LINK_MEASURE_S and not meter.due(due - 0.1)
     assert echo(meter.due(due)).message == m.LinkMeasured(link=m.Link(peer="pi-2"))
+
+
+def watched(watch: LinkWatch, start: float, count: int, took_s: float) -> list[m.LinkMeasured]:
+    """What is told of so many pieces of 256 KiB, one each second, that take so long."""
+    told = []
+    for i in range(count):
+        now = start + i
+        (sent,) = watch.sent("pi-2#1", 256 << 10, now)
+        assert isinstance(sent, e.Send) and isinstance(sent.message, m.Echo)
+        assert not watch.sent("pi-2#1", 256 << 10, now + 0.01), "one sample at a time"
+        assert not watch.echoed("pi-9#1", sent.message.id, now + took_s)
+        effects = watch.echoed("pi-2#1", sent.message.id, now + took_s)
+        told += [x.message for x in effects if isinstance(x, e.Send)]
+    assert all(isinstance(word, m.LinkMeasured) for word in told)
+    return told  # type: ignore[return-value]
+
+
+def test_real_transfers_tell_that_a_link_became_slow_and_nothing_while_it_is_not() -> None:
+    watch = LinkWatch()
+    assert len(watched(watch, 0.0, 8, 0.006)) == 1, "what it carries at least"
+    assert not watched(watch, 8.0, 3, 0.12), "a few late ones are the receiver's"
+    assert not watched(watch, 11.0, 8, 0.006)
+    (word,) = watched(watch, 19.0, 5, 0.12)
+    assert word.link.peer == "pi-2"
+    assert word.least_bytes_per_s == pytest.approx((256 << 10) / 0.12)
+    assert word.link.bytes_per_s == pytest.approx((256 << 10) / (0.12 - limits.LINK_SLACK_S))
+    (again,) = watched(watch, 24.0, 6, 0.006)
+    assert again.least_bytes_per_s > 10 * word.least_bytes_per_s
+
+
+def test_a_link_in_doubt_is_measured_though_requests_run_and_taken_as_it_is_now() -> None:
+    cluster = Cluster(("pi-1", "pi-2"))
+    cluster.pass_time(2.0)
+    members, rounds, now = cluster.core.members, LinkRounds(), cluster.now
+    device = members.devices["pi-1"]
+    device.links["pi-2"] = m.Link(peer="pi-2", bytes_per_s=1e8, latency_s=0.001)
+
+    def doubt(at: float, most: float) -> list[e.Effect]:
+        link = m.Link(peer="pi-2", bytes_per_s=most)
+        rounds.seen(members, device, m.LinkMeasured(link=link, least_bytes_per_s=most / 2), at)
+        return rounds.next(members, at, busy=True)
+
+    assert not doubt(now, 9e7), "near enough"
+    (asked,) = doubt(now, 3e6)
+    assert isinstance(asked, e.Send) and isinstance(asked.message, m.MeasureLink)
+    before = members.links_changed
+    rounds.measured(members, device, m.Link(peer="pi-2", bytes_per_s=9.5e7), now)
+    assert members.links_changed == before and device.links["pi-2"].bytes_per_s == 1e8
+    assert not doubt(now + limits.LINK_DOUBT_S, 3e6), "rarer, since it was in vain"
+    assert doubt(now + 2 * limits.LINK_DOUBT_S, 3e6)
+    slow = m.Link(peer="pi-2", bytes_per_s=2.5e6, latency_s=0.002)
+    rounds.measured(members, device, slow, now + 11.0)
+    assert members.links_changed == before + 1 and device.links["pi-2"] == slow
+    (candidate,) = [c for c in members.candidates(cluster.now) if c.device == "pi-1"]
+    assert slow in candidate.links, "so it is in the next plan, and shown"

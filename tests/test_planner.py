@@ -15,7 +15,7 @@ from networks import Network, networks
 from onnx import ModelProto
 
 import meshinfer as mi
-from meshinfer.cost import DeviceProfile, glued_to, timeline
+from meshinfer.cost import DeviceProfile, PairLink, glued_to, timeline
 from meshinfer.graph import Graph
 from meshinfer.identity import DeviceId
 from meshinfer.ops import BARRIER, rule_of
@@ -436,3 +436,24 @@ def test_a_mean_over_rows_is_summed_in_bands_unless_the_graph_is_strict() -> Non
         shards = [s for stage in planned.stages for task in stage.tasks for s in task.outputs]
         assert any(shard.over is not None for shard in shards) is not strict
         oracle.assert_exact(proto, picture(proto), mi.run_plan(g, planned, picture(proto)))
+
+
+def test_devices_behind_a_slow_bridge_exchange_no_halos_over_it() -> None:
+    g = graph("vgg16")
+    plain = [replace(p, flops_per_s=2e8) for p in devices(3)]
+    bridge = {"pi-1": "pi-2", "pi-2": "pi-1"}
+    bridged = [
+        replace(p, links=(PairLink(DeviceId(bridge[p.id]), 2e5),)) if p.id in bridge else p
+        for p in plain
+    ]
+    blind = make_plan(g, plain, PI0, PI0)
+    over = {("pi-1", "pi-2"), ("pi-2", "pi-1")}
+
+    def crosses(planned: Planned) -> bool:
+        found = timeline(g, planned.plan, bridged)
+        return any((t.sender, t.receiver) in over for t in found.transfers)
+
+    seeing = make_plan(g, bridged, PI0, PI0)
+    assert crosses(blind) and not crosses(seeing)
+    assert seeing.timeline.total_s < timeline(g, blind.plan, bridged).total_s
+    assert len(seeing.plan.devices()) > 1

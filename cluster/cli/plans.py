@@ -153,7 +153,7 @@ def _measured(client: Client, mbit: float) -> list[DeviceProfile]:
 
     assumed = Link(peer=HEAD, bytes_per_s=mbit * 1e6 / 8)
     found = [
-        profile_of(info.device, info.facts, info.link or assumed)
+        profile_of(info.device, info.facts, info.link or assumed, links=info.links)
         for info in client.devices()
         if info.facts.computes and info.state == "ready"
     ]

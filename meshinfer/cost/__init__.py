@@ -5,7 +5,7 @@ from __future__ import annotations
 from meshinfer.cost.alike import alike
 from meshinfer.cost.kinds import OpKind, kind_of
 from meshinfer.cost.model import field_work, glued_to, op_work, seconds, variable_seconds
-from meshinfer.cost.profile import DeviceProfile
+from meshinfer.cost.profile import DeviceProfile, PairLink
 from meshinfer.cost.spans import (
     Boxes,
     DeviceUse,
@@ -26,6 +26,7 @@ __all__ = [
     "Load",
     "Message",
     "OpKind",
+    "PairLink",
     "TaskSpan",
     "Timeline",
     "TransferSpan",

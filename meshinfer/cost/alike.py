@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from statistics import median
 
-from meshinfer.cost.profile import DeviceProfile
+from meshinfer.cost.profile import DeviceProfile, PairLink
+from meshinfer.identity import DeviceId
 
 SPEED_NOISE = 0.08
 """How far a measured speed may be from the true one, either way: equal devices of the lab differed
@@ -56,6 +57,29 @@ def alike(profiles: Sequence[DeviceProfile]) -> list[DeviceProfile]:
             latency_s = soonest if p.latency_s <= soonest + LATENCY_NOISE_S else p.latency_s
             found[p.id] = replace(p, bandwidth_bytes_per_s=best, latency_s=latency_s)
     return [found[p.id] for p in profiles]
+
+
+def apart_links(profiles: Sequence[DeviceProfile]) -> list[DeviceProfile]:
+    """The same devices, each with those pairs only whose link differs from what both ends suggest
+    by more than noise, whichever end measured it: by the better of two measurements.
+    """
+    by_id = {p.id: p for p in profiles}
+    kept: dict[DeviceId, list[PairLink]] = {p.id: [] for p in profiles}
+    for i, a in enumerate(profiles):
+        for b in profiles[i + 1 :]:
+            ways = [w for w in (a.link_to(b), b.link_to(a)) if w is not None]
+            if not ways or a.beside(b):
+                continue
+            suggested = min(a.bandwidth_bytes_per_s, b.bandwidth_bytes_per_s)
+            rate = max(w.bytes_per_s for w in ways)
+            rate = rate if rate and _apart(rate, suggested, LINK_NOISE) else 0.0
+            late = max(a.latency_s, b.latency_s)
+            latency_s = min((w.latency_s for w in ways if w.latency_s), default=late)
+            latency_s = latency_s if abs(latency_s - late) > LATENCY_NOISE_S else 0.0
+            if rate or latency_s:
+                kept[a.id].append(PairLink(b.id, rate, latency_s))
+                kept[b.id].append(PairLink(a.id, rate, latency_s))
+    return [replace(by_id[name], links=tuple(links)) for name, links in kept.items()]
 
 
 def _groups(

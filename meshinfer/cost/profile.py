@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 from meshinfer.cost.kinds import OpKind
@@ -35,6 +35,15 @@ fit."""
 
 
 @dataclass(frozen=True, slots=True)
+class PairLink:
+    """The link of a device with ``peer``, each way; 0 where the ends tell it."""
+
+    peer: DeviceId
+    bytes_per_s: float = 0.0
+    latency_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class DeviceProfile:
     """One device as measured. ``cluster.profiler`` makes these; tests write them by hand.
 
@@ -49,6 +58,7 @@ class DeviceProfile:
     copies. ``request_s``, ``report_s``: of a head, what client, coordinator and head take of their
     host's processor for each request, and for each task that they hear of. ``model``: what it says
     of its hardware, "" where that is unknown; devices of one model are as fast as each other.
+    ``links``: of pairs of devices whose link is not what both ends suggest.
     """
 
     id: DeviceId
@@ -68,6 +78,17 @@ class DeviceProfile:
     request_s: float = 0.0
     report_s: float = 0.0
     model: str = ""
+    links: tuple[PairLink, ...] = field(default=(), hash=False)
+
+    def link_to(self, other: DeviceProfile) -> PairLink | None:
+        """What is known of this pair beyond its ends; None where the ends tell all."""
+        return next((link for link in self.links if link.peer == other.id), None)
+
+    def rate_to(self, other: DeviceProfile) -> float:
+        """Bytes/s of a transfer to a device on another host."""
+        rate = min(self.bandwidth_bytes_per_s, other.bandwidth_bytes_per_s)
+        pair = self.link_to(other) if self.links else None
+        return rate if pair is None or not pair.bytes_per_s else min(rate, pair.bytes_per_s)
 
     def beside(self, other: DeviceProfile) -> bool:
         """Whether the two share a machine, so that nothing between them crosses a link."""

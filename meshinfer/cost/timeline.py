@@ -3,9 +3,10 @@
 A list schedule over the derived transfers (Graham 1969): a task starts when its inputs are there
 and its device is free; a message when it is ready and both links are. Links are full duplex
 (switched Ethernet): a device may send one message and receive another at the same time. Devices on
-one host share its link, and reach each other without it. Messages take processors as well: those
-of a task are part of it; source and sink see to theirs one by one, on the processor of the device
-that computes on their host, if there is just one.
+one host share its link, and reach each other without it. Where a pair's own link is slower than
+both ends, it carries one message each way beside what else the ends send. Messages take processors
+as well: those of a task are part of it; source and sink see to theirs one by one, on the processor
+of the device that computes on their host, if there is just one.
 """
 
 from __future__ import annotations
@@ -80,7 +81,9 @@ def predict(
         transfers=tuple(run.sent),
         devices=use,
         bound="" if brief else run.bound(),
-        bottleneck_s=max([*(u.busy_s for u in use), *_busy_links(run, use)], default=0.0),
+        bottleneck_s=max(
+            [*(u.busy_s for u in use), *_busy_links(run, use), *run.busy_pairs()], default=0.0
+        ),
     )
 
 
@@ -117,6 +120,7 @@ class _Way:
     latency_s: float = 0.0
     out: str = ""
     into: str = ""
+    pair_s_per_byte: float = 0.0
 
 
 class _Run:
@@ -164,6 +168,10 @@ class _Run:
                 pace = 1 / max(slow.bandwidth_bytes_per_s, 1e-9)
                 late = max(a.latency_s, b.latency_s)
                 known = _Way(False, sender, receiver, slow.id, pace, late, _link(a), _link(b))
+                if a.links and (pair := a.link_to(b)) is not None:
+                    known.latency_s = pair.latency_s or late
+                    own = 1 / pair.bytes_per_s if pair.bytes_per_s else 0.0
+                    known.pair_s_per_byte = own if own > pace else 0.0
             self.ways[sender, receiver] = known
         return known
 
@@ -183,6 +191,7 @@ class _Run:
         self.heap: list[tuple[float, int]] = []
         self.out: dict[str, tuple[float, int | None]] = {}
         self.into: dict[str, tuple[float, int | None]] = {}
+        self.pairs: dict[tuple[DeviceId, DeviceId], float] = {}
         self._scatter()
         for device in self.queues:
             self._advance(device)
@@ -269,11 +278,15 @@ class _Run:
             start = max(ready, t_out, t_in)
             done = start + (nbytes + MESSAGE_BYTES) * way.s_per_byte
             end = done + way.latency_s
+            if way.pair_s_per_byte:
+                end = self._narrow(way, start, nbytes) + way.latency_s
             self.out[way.out] = self.into[way.into] = (done, i)
             if not self.brief:
                 waited: TaskRef | int | None = producer
                 slow, a, b = way.slow, way.sender, way.receiver
-                if start > ready:
+                if way.pair_s_per_byte:
+                    slow = DeviceId(f"{a} to {b}")
+                elif start > ready:
                     waited, slow = (m_out, a) if t_out >= t_in else (m_in, b)
                 self.cause[i] = (f"link of {slow}", end - start, waited)
                 self.sent.append(TransferSpan(producer, consumer, a, b, nbytes, start, end))
@@ -285,6 +298,21 @@ class _Run:
         self.missing[consumer] -= 1
         if not self.missing[consumer] and consumer != self.sink:
             self._advance(self.where[consumer])
+
+    def _narrow(self, way: _Way, start: float, nbytes: int) -> float:
+        """When a message has passed a pair's own slow link; the ends may send others meanwhile."""
+        key = (way.sender, way.receiver)
+        begin = max(start, self.pairs.get(key, 0.0))
+        done = self.pairs[key] = begin + (nbytes + MESSAGE_BYTES) * way.pair_s_per_byte
+        return done
+
+    def busy_pairs(self) -> list[float]:
+        """Seconds that each pair's own slow link is busy for one request."""
+        busy: dict[tuple[DeviceId, DeviceId], float] = {}
+        for producer, consumer, _, nbytes in self.messages if self.pairs else ():
+            key = (self.where[producer], self.where[consumer])
+            busy[key] = busy.get(key, 0.0) + nbytes * self.way(*key).pair_s_per_byte
+        return list(busy.values())
 
     def bound(self) -> str:
         """The largest share of the critical path, walked back from the sink."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import combinations, pairwise
+from itertools import combinations, pairwise, permutations
 
 from meshinfer.cost import DeviceProfile, variable_seconds
 from meshinfer.identity import DeviceId
@@ -84,11 +84,12 @@ def everything(choice: Choice) -> Iterator[Candidate]:
 
 def teams(choice: Choice) -> Iterator[Members]:
     """Sets of devices to search with: all there are of a few devices, else the most useful ones,
-    from all downwards."""
+    from all downwards. Where links of pairs differ, it matters who is whose neighbour."""
     order = choice.order
     if len(order) <= FEW:
+        ways = permutations if any(p.links for p in order) else combinations
         for count in range(len(order), 1, -1):
-            yield from combinations(order, count)
+            yield from ways(order, count)
         return
     for count in reversed(_sizes(len(order))):
         yield order[:count]

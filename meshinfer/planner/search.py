@@ -133,6 +133,9 @@ class Prices:
         self.byte_s = max(p.byte_s for p in team.members)
         self.report_s = team.sink.report_s
         self.link = min(p.bandwidth_bytes_per_s for p in team.members)
+        if any(p.links for p in team.members):  # neighbours exchange halos, so by the slowest pair
+            pairs = zip(team.members, team.members[1:], strict=False)
+            self.link = min([self.link, *(a.rate_to(b) for a, b in pairs if not a.beside(b))])
         known = (*team.alone, team.source, team.sink, *team.members)
         self.ends = {p.id: p for p in known}
         self.weights = team.weights

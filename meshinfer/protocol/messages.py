@@ -2,7 +2,6 @@
 
 Only ``Hello`` and ``Refused`` (and what they hold) may carry fields of a later release: they are
 how two releases find out that they cannot work together.
-
 Messages carry no pickle and no code. Times are seconds that remain, never a wall clock's.
 ``device#incarnation`` is a peer; ids of requests are chosen by clients.
 """
@@ -31,7 +30,6 @@ from meshinfer.protocol.report import Report as Report
 
 PROTOCOL = (3, 3)
 """Protocol versions that this release speaks, first and last (RELIABILITY: N-1 to N)."""
-
 Acks = Annotated[tuple[Count, ...], Meta(max_length=limits.ACKS_AT_ONCE)]
 
 
@@ -43,11 +41,8 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True,
 
 
 class Hello(Message, frozen=True, forbid_unknown_fields=False):
-    """First message of a worker or client. ``protocol``: the versions it speaks.
-
-    ``address``: a client's, as seen on its way to the coordinator; ``BESIDE_COORDINATOR`` on the
-    coordinator's own machine.
-    """
+    """First message of a worker or client. ``protocol``: the versions it speaks; ``address``: a
+    client's on its way to the coordinator, ``BESIDE_COORDINATOR`` on that one's machine."""
 
     role: str
     device: Name
@@ -62,10 +57,7 @@ class Hello(Message, frozen=True, forbid_unknown_fields=False):
 
 class Welcome(Message, frozen=True):
     """The coordinator admits the peer. ``bulk``: the coordinator's; ``head``: the head device's.
-
-    ``acts_as``: a client on a device's host is itself the source and the sink of its requests,
-    under this device's name in their plans; empty: ``head`` is.
-    """
+    ``acts_as``: a client by a device is its requests' source and sink, as this device in plans."""
 
     coordinator: Name
     protocol: int
@@ -114,9 +106,10 @@ class MeasureLink(Message, frozen=True):
 
 
 class LinkMeasured(Message, frozen=True):
-    """What a link came to; its numbers are 0 where no echo came back."""
+    """What a link came to, 0 where no echo came back; unasked: at most, by real transfers."""
 
     link: Link
+    least_bytes_per_s: Rate = 0.0
 
 
 class Closing(Message, frozen=True):
@@ -211,11 +204,8 @@ class Forget(Message, frozen=True):
 
 
 class Submit(Message, frozen=True):
-    """Header of a request; its tensors go to the source device. ``deadline_s`` is what remains.
-
-    ``outputs``: those that are asked for; None: all. ``turn`` counts how often the client has sent
-    this request; its ``Feed`` has the same.
-    """
+    """Header of a request; its tensors go to the source. ``deadline_s``: what remains; ``outputs``:
+    asked for, None: all; ``turn``: how often the client has sent it, as in its ``Feed``."""
 
     request: Name
     model: Name
@@ -228,12 +218,9 @@ class Submit(Message, frozen=True):
 
 
 class Start(Message, frozen=True):
-    """To the source and the sink: run this attempt; the answer goes to ``client``.
-
-    The coordinator numbers attempts upwards over all requests, so that none comes twice for an id.
-    ``assigned``: who takes the tasks that have several devices. ``head``: the peer that is the
-    source and the sink of this request; empty: the plan's own device.
-    """
+    """To source and sink: run this attempt (numbers go up over all requests); the answer goes to
+    ``client``. ``assigned``: who takes tasks of several devices. ``head``: the peer that is source
+    and sink of this request; empty: the plan's own device."""
 
     request: Name
     attempt: Count
@@ -244,8 +231,8 @@ class Start(Message, frozen=True):
 
 
 class Assign(Message, frozen=True):
-    """More devices take tasks of this attempt: ``assigned`` is what all messages say so far, and
-    more. Whoever holds inputs of such a task sends them there too. ``head`` as in ``Start``."""
+    """More devices take tasks of this attempt: ``assigned`` as said so far, and more. Whoever holds
+    inputs of such a task sends them there too. ``head`` as in ``Start``."""
 
     request: Name
     attempt: Count
@@ -295,9 +282,7 @@ class Merged(Message, frozen=True):
 
 class Release(Message, frozen=True):
     """The request is over: drop all that is held for it, up to this attempt and ``client``'s turn.
-
-    What comes later for a later attempt or turn, or from another client, is the same id again.
-    """
+    What comes later for a later attempt or turn, or from another client, is the same id again."""
 
     request: Name
     attempt: Count = 0

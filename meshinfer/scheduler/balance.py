@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from statistics import median_low
 
 from meshinfer import limits
+from meshinfer.scheduler.catalogue import Deployment
 
 
 @dataclass(slots=True)
@@ -85,6 +86,15 @@ class Balance:
         fresh = any(self._fresh(name, since, now) for name in devices)
         return max(drift) / min(drift) if fresh else 1.0
 
+    def look(self, made: Deployment, now: float) -> None:
+        """Note in a deployment by how much its devices have drifted apart, once there is news of
+        most. What slows all down alike is seen of one before the others: it must be so twice."""
+        if self.count < made.looked + len(made.candidates):
+            return
+        before, made.looked = made.drift, self.count
+        made.drift = self.drift(made.candidates, made.factors, made.since, now)
+        made.uneven = min(before, made.drift) > limits.PACE_DEVIATION
+
     def _fresh(self, device: str, since: float, now: float) -> bool:
         pace = self._paces.get(device)
         if pace is None:
@@ -95,3 +105,10 @@ class Balance:
     def forget(self, device: str) -> None:
         """It has left; who comes back under its name may be another."""
         self._paces.pop(device, None)
+
+
+def pause_of(search_s: float, in_vain: int, *, grave: bool) -> float:
+    """Seconds from one plan to the next search for a better one: longer each time in vain."""
+    part = limits.REPLAN_SHARE_GRAVE if grave else limits.REPLAN_SHARE
+    pause_s = max(limits.REPLAN_EVERY_S, search_s / part)
+    return float(pause_s * 2 ** min(in_vain, limits.REPLAN_DOUBLINGS))

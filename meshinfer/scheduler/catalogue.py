@@ -10,6 +10,8 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
+from msgspec import structs
+
 from meshinfer import limits
 from meshinfer.protocol import messages as m
 from meshinfer.scheduler.events import Signature
@@ -106,6 +108,7 @@ class Deployment:
     looked for since, and was no better. ``search_s``: of the coordinator's processor that the last
     search for it took; ``share``: of it that the search may take. ``asked``: requests begun since.
     ``head``: the device that is source and sink, where the client is not.
+    ``links``: how often links had changed when it was planned.
     """
 
     number: int
@@ -132,6 +135,7 @@ class Deployment:
     share: float = 1.0
     asked: int = 0
     head: str = ""
+    links: int = 0
 
     @property
     def kind(self) -> Hashable:
@@ -278,3 +282,10 @@ class Catalogue:
                 )
                 found.append(info)
         return tuple(found)
+
+
+def with_notes(report: m.Report, notes: tuple[str, ...]) -> m.Report:
+    """A report with more notes in front, within its bounds."""
+    cut = tuple(note[: limits.REPORT_LINE_CHARS] for note in notes)
+    more: m.Report = structs.replace(report, notes=(*cut, *report.notes)[: limits.REPORT_ENTRIES])
+    return more

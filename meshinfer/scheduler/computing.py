@@ -13,12 +13,14 @@ from meshinfer import limits
 from meshinfer.protocol import messages as m
 from meshinfer.protocol.codec import ProtocolError, array_of, describe, payload_of
 from meshinfer.scheduler.acks import AckBox
-from meshinfer.scheduler.events import Array, Compute, Computed, Effect, Note, Plane, Send
+from meshinfer.scheduler.events import Array, Compute, Computed, Effect, Note
 from meshinfer.scheduler.held import Held
 from meshinfer.scheduler.holding import Holding
-from meshinfer.scheduler.installing import COORDINATOR, Deployment
+from meshinfer.scheduler.installing import Deployment
+from meshinfer.scheduler.links import LinkWatch
 from meshinfer.scheduler.outbox import Numbered, Outbox
 from meshinfer.scheduler.recipe import Cut, Gathering
+from meshinfer.scheduler.telling import task_failed, told, told_done, unreachable
 
 SOURCE: m.Place = (-1, 0)
 
@@ -38,6 +40,7 @@ class Computing:
     ) -> None:
         self.outbox = Outbox()
         self.acks = AckBox()
+        self.watch = LinkWatch()
         self.running: tuple[Compute, float] | None = None
         self._device = device
         self._own, self._merged = own, merged
@@ -150,7 +153,7 @@ class Computing:
             array = request.fed[output.name]
             if output.shard.box.shape != array.shape:
                 text = f"input {output.name} has shape {array.shape}, not {output.shard.box.shape}"
-                return [_failed(name, request.attempt, SOURCE, text)]
+                return [task_failed(name, request.attempt, SOURCE, text)]
         request.scattered = True
         arrays = [request.fed[o.name] for o in program.outputs]
         effects, _ = self._send_on(name, request, deployment, SOURCE, arrays, now)
@@ -194,17 +197,11 @@ class Computing:
             effects += self._send_cuts(name, request, place, cuts, arrays, now)[0]
         for place in sorted(request.not_kept):
             if any(request.routes(cut.send, new) for cut in deployment.recipes[place].cuts):
-                effects.append(_tell(m.NotKept(request=name, attempt=request.attempt)))
+                effects.append(told(m.NotKept(request=name, attempt=request.attempt)))
         return effects
 
     def _place(
-        self,
-        name: str,
-        request: Held,
-        consumer: m.Place,
-        slot: int,
-        array: Array,
-        now: float,
+        self, name: str, request: Held, consumer: m.Place, slot: int, array: Array, now: float
     ) -> list[Effect]:
         """A piece has come (from a peer or from this device): compute when it was the last one."""
         if consumer in request.begun:
@@ -241,14 +238,14 @@ class Computing:
         self, name: str, request: Held, place: m.Place, outputs: dict[str, Array], now: float
     ) -> list[Effect]:
         request.pieces.pop(place, None)
-        merged = _tell(m.Merged(request=name, attempt=request.attempt))
+        merged = told(m.Merged(request=name, attempt=request.attempt))
         if request.client == self._own:
             return [*self._merged(name, outputs), merged]
         effects: list[Effect] = []
         try:
             tensors = [describe(value, array) for value, array in outputs.items()]
         except ValueError as error:
-            return [_failed(name, request.attempt, place, str(error))]
+            return [task_failed(name, request.attempt, place, str(error))]
         for tensor, array in zip(tensors, outputs.values(), strict=True):
             message = m.Answer(
                 id=self.outbox.number(),
@@ -294,7 +291,7 @@ class Computing:
 
     def _finish(self, event: Computed, request: Held, since: float, now: float) -> list[Effect]:
         if event.error is not None:
-            return [_failed(event.request, request.attempt, event.place, event.error)]
+            return [task_failed(event.request, request.attempt, event.place, event.error)]
         deployment = self._deployments[request.deployment]
         effects, sent = self._send_on(
             event.request, request, deployment, event.place, event.outputs, now
@@ -310,11 +307,11 @@ class Computing:
         )
         if deployment.programs[event.place].devices:
             # Told at once: it says how busy this device still is.
-            return [*effects, _tell_done(event.request, request, [done])]
+            return [*effects, told_done(event.request, request, [done])]
         request.done.append(done)
         if len(request.done) < deployment.tasks:
             return effects  # told with the last one: the answer cannot come before it
-        return [*effects, _tell_done(event.request, request, request.done)]
+        return [*effects, told_done(event.request, request, request.done)]
 
     def _send_on(
         self,
@@ -365,7 +362,7 @@ class Computing:
             try:
                 tensor = describe(send.piece.value, array)
             except ValueError as error:
-                return [_failed(name, request.attempt, place, str(error))], 0
+                return [task_failed(name, request.attempt, place, str(error))], 0
             message = m.Deliver(
                 id=self.outbox.number(),
                 request=name,
@@ -381,6 +378,8 @@ class Computing:
             payload = payload_of(array)  # the one copy of what is sent, where rows are strided
             sent += len(payload)
             effects.append(self.outbox.send(peer, message, payload, now))
+            if len(payload) >= limits.LINK_SAMPLE_BYTES and not self._own:
+                effects += self.watch.sent(peer, len(payload), now)
         for cut in local:
             consumer, slot = cut.send.consumer, cut.send.slot
             effects += self._place(name, request, consumer, slot, cut.kept(arrays), now)
@@ -396,23 +395,5 @@ class Computing:
         effects, lost = self.outbox.resend_due(now)
         effects = self.acks.due(now) + effects
         for entry in lost:
-            effects.append(Note("warning", "no acknowledgement", {"peer": entry.peer}))
-            message = entry.message
-            if isinstance(message, m.Deliver):
-                word = m.Unreachable(
-                    request=message.request, attempt=message.attempt, peer=entry.peer
-                )
-                effects.append(_tell(word))
+            effects += unreachable(entry)
         return effects
-
-
-def _failed(name: str, attempt: int, place: m.Place, text: str) -> Send:
-    return _tell(m.TaskFailed(request=name, attempt=attempt, place=place, text=text[:4000]))
-
-
-def _tell_done(name: str, request: Held, done: list[m.Done]) -> Send:
-    return _tell(m.TasksDone(request=name, attempt=request.attempt, tasks=tuple(done)))
-
-
-def _tell(message: m.AnyMessage) -> Send:
-    return Send(Plane.CONTROL, COORDINATOR, message)

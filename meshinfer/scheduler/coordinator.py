@@ -150,7 +150,10 @@ class CoordinatorCore:
             case m.Unreachable() if runs:
                 return self._unreachable(device, message, now)
             case m.LinkMeasured() if device is not None:
-                self._links.measured(self.members, device, message.link)
+                if message.least_bytes_per_s:
+                    self._links.seen(self.members, device, message, now)
+                else:
+                    self._links.measured(self.members, device, message.link, now)
                 return []
             case m.Installed() if device is not None:
                 return self._deploying.installed(peer, message, now)

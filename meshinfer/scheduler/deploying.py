@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from msgspec import structs
-
 from meshinfer import limits
 from meshinfer.errors import InvalidInput
 from meshinfer.plan import Plan
@@ -18,8 +16,8 @@ from meshinfer.protocol.codec import header_bytes
 from meshinfer.scheduler.admission import refuse_model
 from meshinfer.scheduler.answering import Answering, unavailable
 from meshinfer.scheduler.assigning import choices_of
-from meshinfer.scheduler.balance import Balance
-from meshinfer.scheduler.catalogue import Catalogue, Deployment, Model, Phase
+from meshinfer.scheduler.balance import Balance, pause_of
+from meshinfer.scheduler.catalogue import Catalogue, Deployment, Model, Phase, with_notes
 from meshinfer.scheduler.events import (
     Discard,
     Effect,
@@ -34,11 +32,6 @@ from meshinfer.scheduler.events import (
 from meshinfer.scheduler.fetching import Fetching
 from meshinfer.scheduler.heads import Heads, install
 from meshinfer.scheduler.membership import Device, Membership
-
-
-def _with_notes(report: m.Report, notes: tuple[str, ...]) -> m.Report:
-    all_ = (*(note[: limits.REPORT_LINE_CHARS] for note in notes), *report.notes)
-    return structs.replace(report, notes=all_[: limits.REPORT_ENTRIES])
 
 
 class Deploying:
@@ -120,8 +113,9 @@ class Deploying:
         plan = self._given_plan(model, set(members))
         made = self._catalogue.new_deployment(model, signature, members, names, now)
         made.factors, made.given, made.head = factors, plan is not None, head.name
+        made.links = self._members.links_changed
         if present is not None:
-            grave = present.drift > limits.PACE_GRAVE
+            grave = self._grave(present)
             made.share = limits.SEARCH_SHARE_GRAVE if grave else limits.SEARCH_SHARE
         return MakePlan(
             deployment=made.number,
@@ -200,6 +194,7 @@ class Deploying:
             serving.since, serving.in_vain, serving.asked = made.since, serving.in_vain + 1, 0
             serving.search_s = made.search_s
             serving.paced(made.factors)
+            serving.links = made.links
         return self.retire(made)
 
     def _look_again_later(self, made: Deployment, now: float) -> None:
@@ -221,7 +216,7 @@ class Deploying:
         made.phase = Phase.READY
         model = made.model
         if made.report is not None and made.signature in model.unprepared:
-            made.report = _with_notes(made.report, model.unprepared.pop(made.signature))
+            made.report = with_notes(made.report, model.unprepared.pop(made.signature))
         if not model.version:
             self._catalogue.publish(model)
         note = Note("info", "plan ready", {"model": model.name, "deployment": made.number})
@@ -333,28 +328,25 @@ class Deploying:
         return effects
 
     def _uneven(self, made: Deployment, now: float) -> bool:
-        """Whether devices have changed their pace so much that another plan may be better.
+        """Whether devices or links have changed so much that another plan may be better.
 
         Not where the plan was given, and not where each request's tasks go to who is free.
         """
         if made.given or len(made.choices) == made.tasks or len(made.candidates) < 2:
             return False
-        count = self._balance.count
-        if count >= made.looked + len(made.candidates):  # news of most of them
-            # What slows all down alike is seen of one device before the others: look twice.
-            before, made.looked = made.drift, count
-            made.drift = self._balance.drift(made.candidates, made.factors, made.since, now)
-            made.uneven = min(before, made.drift) > limits.PACE_DEVIATION
+        self._balance.look(made, now)
         # A search takes the coordinator's device, maybe as slow as the others, from its tasks.
         # So for a small gain it is rare, waits until nothing runs, and is rarer each time in vain;
         # and a model that nobody asks gains nothing.
-        grave = made.drift > limits.PACE_GRAVE
-        part = limits.REPLAN_SHARE_GRAVE if grave else limits.REPLAN_SHARE
-        pause_s = max(limits.REPLAN_EVERY_S, made.search_s / part)
-        pause_s *= 2 ** min(made.in_vain, limits.REPLAN_DOUBLINGS)
+        grave = self._grave(made)
+        pause_s = pause_of(made.search_s, made.in_vain, grave=grave)
         quiet = now >= self._busy_at + limits.REPLAN_QUIET_S
         asked = made.asked >= limits.REPLAN_REQUESTS
-        return made.uneven and asked and (quiet or grave) and now >= made.since + pause_s
+        changed = made.uneven or made.links != self._members.links_changed
+        return changed and asked and (quiet or grave) and now >= made.since + pause_s
+
+    def _grave(self, made: Deployment) -> bool:
+        return made.drift > limits.PACE_GRAVE or made.links != self._members.links_changed
 
     def _give_up_without_workers(self, now: float) -> list[Effect]:
         failure = unavailable(

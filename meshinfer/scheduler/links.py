@@ -1,11 +1,13 @@
 """Links, measured one at a time while nothing runs: who asks for it, and who does it.
 
+Real transfers tell whether a link still is what it was; if not, it is measured again, busy or not.
 The coordinator asks a device to measure its link to another; that one sends short echoes and then
 a long one over the bulk plane, so that all is in it that a transfer goes through.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 
 from meshinfer import limits
@@ -13,6 +15,40 @@ from meshinfer.protocol import messages as m
 from meshinfer.scheduler.events import Connect, Effect, Plane, Send
 from meshinfer.scheduler.installing import COORDINATOR
 from meshinfer.scheduler.membership import Device, Membership
+
+_WATCHED = 1 << 32
+"""Echoes behind real pieces have numbers above this one, those of a measurement below."""
+_ANY = 1e12
+"""The rate of a link of which a transfer tells no upper bound, in bytes/s."""
+_TOLD_EVERY_S = 2.0
+
+
+@dataclass(slots=True)
+class _Watched:
+    """Transfers to one peer: the next sample and the one under way (``number``, 0 for none); the
+    last samples as (least, most) bytes/s; what the coordinator was told, and when."""
+
+    next_at: float
+    number: int = 0
+    nbytes: int = 0
+    since: float = 0.0
+    samples: deque[tuple[float, float]] = field(
+        default_factory=lambda: deque(maxlen=limits.LINK_SAMPLES)
+    )
+    told_at: float = -limits.LINK_AGE_S
+    least: float = 0.0
+    most: float = _ANY
+
+
+@dataclass(slots=True)
+class _Doubt:
+    """A link that transfers disagree with: ``open`` until it is measured, not before ``next_at``;
+    ``asked``: it is being measured; ``in_vain``: how often in turn it was found as it was."""
+
+    next_at: float
+    open: bool = False
+    asked: bool = False
+    in_vain: int = 0
 
 
 @dataclass(slots=True)
@@ -24,6 +60,7 @@ class LinkRounds:
     asked: tuple[str, str, float] | None = None
     _look_at: float = 0.0
     _known_at: dict[str, float] = field(default_factory=dict)
+    _doubted: dict[tuple[str, str], _Doubt] = field(default_factory=dict)
 
     def next(self, members: Membership, now: float, *, busy: bool) -> list[Effect]:
         """Ask for the next link, if none is being measured and nothing runs."""
@@ -32,12 +69,16 @@ class LinkRounds:
             there = name in members.devices and peer in members.devices
             if there and now - since < limits.LINK_ASKED_S:
                 return []
-            if there:  # unknown it stays, rather than being asked for ever
+            doubt = self._doubted.get((name, peer))
+            if doubt is not None and doubt.asked:
+                doubt.asked, doubt.next_at = False, now + limits.LINK_DOUBT_S
+            elif there:  # unknown it stays, rather than being asked for ever
                 members.devices[name].links[peer] = m.Link(peer=peer)
             self.asked = None
-        if busy or now < self._look_at:
+        pair = self._doubtful(members, now) if self._doubted else None
+        if pair is None and (busy or now < self._look_at):
             return []
-        pair = _missing(members, now) or self._aged(members, now)
+        pair = pair or _missing(members, now) or self._aged(members, now)
         if pair is None:
             self._look_at = now + limits.HEARTBEAT_S  # of many devices there are many pairs
             return []
@@ -61,12 +102,39 @@ class LinkRounds:
                 return device, head
         return None
 
-    def measured(self, members: Membership, device: Device, link: m.Link) -> None:
+    def _doubtful(self, members: Membership, now: float) -> tuple[Device, Device] | None:
+        """A pair whose transfers disagree with what is known of it, and whose turn has come."""
+        for (name, peer), doubt in list(self._doubted.items()):
+            if name not in members.devices or peer not in members.devices:
+                del self._doubted[name, peer]
+            elif doubt.open and now >= doubt.next_at:
+                doubt.open = False
+                doubt.asked = True
+                return members.devices[name], members.devices[peer]
+        return None
+
+    def seen(self, members: Membership, device: Device, word: m.LinkMeasured, now: float) -> None:
+        """What real transfers of a device came to: reason to measure, if it is far from what is
+        known. Rarer each time that the measurement finds the link as it was."""
+        known = device.links.get(word.link.peer)
+        if known is None or not known.bytes_per_s or word.link.peer not in members.devices:
+            return
+        slower = word.link.bytes_per_s * limits.LINK_DEVIATION < known.bytes_per_s
+        faster = word.least_bytes_per_s > known.bytes_per_s * limits.LINK_DEVIATION
+        if slower or faster:
+            doubt = self._doubted.setdefault((device.name, word.link.peer), _Doubt(now))
+            doubt.open = True
+
+    def measured(self, members: Membership, device: Device, link: m.Link, now: float = 0.0) -> None:
         """A device tells what its link came to. What is worse than before counts half: a link may
         have become slow, or something was in the way for a moment."""
         if self.asked is None or self.asked[:2] != (device.name, link.peer):
             return
         self.asked = None
+        doubt = self._doubted.get((device.name, link.peer))
+        if doubt is not None and doubt.asked:
+            self._checked(members, device, link, doubt, now)
+            return
         head = members.head
         if head is not None and link.peer == head.name and device.name in head.links:
             known = members.link(device.name)
@@ -78,6 +146,29 @@ class LinkRounds:
                 peer=device.name, bytes_per_s=rate, latency_s=link.latency_s
             )
         device.links[link.peer] = link
+
+    def _checked(
+        self, members: Membership, device: Device, link: m.Link, doubt: _Doubt, now: float
+    ) -> None:
+        """The answer to a doubt. Transfers and echoes agree that it has changed, or nothing has."""
+        before = device.links.get(link.peer)
+        doubt.asked = False
+        if before is None or not link.bytes_per_s:
+            doubt.next_at = now + limits.LINK_DOUBT_S
+            return
+        ratio = link.bytes_per_s / max(before.bytes_per_s, 1.0)
+        changed = max(ratio, 1 / ratio) > limits.LINK_DEVIATION
+        doubt.in_vain = 0 if changed else min(doubt.in_vain + 1, limits.REPLAN_DOUBLINGS)
+        doubt.next_at = now + limits.LINK_DOUBT_S * 2**doubt.in_vain
+        if not changed:
+            return
+        members.links_changed += 1
+        device.links[link.peer] = link
+        other = members.devices.get(link.peer)
+        if other is not None and device.name in other.links:  # what it had measured is no more
+            other.links[device.name] = m.Link(
+                peer=device.name, bytes_per_s=link.bytes_per_s, latency_s=link.latency_s
+            )
 
     def next_deadline(self) -> float | None:
         return None if self.asked is None else self.asked[2] + limits.LINK_ASKED_S
@@ -168,3 +259,50 @@ class LinkMeter:
         link = m.Link(peer=self._peer.device, bytes_per_s=self._bytes_per_s, latency_s=latency_s)
         self._peer = None
         return [Send(Plane.CONTROL, COORDINATOR, m.LinkMeasured(link=link))]
+
+
+class LinkWatch:
+    """The sender's eye on real transfers. Mutable: owned by a worker's core.
+
+    Now and then an empty echo goes behind a large piece, and comes back when that has arrived: so
+    much at least the link carried, and so much at most, if the processors were late.
+    """
+
+    def __init__(self) -> None:
+        self._peers: dict[str, _Watched] = {}
+        self._number = _WATCHED
+
+    def sent(self, peer: str, nbytes: int, now: float) -> list[Effect]:
+        """A piece of at least LINK_SAMPLE_BYTES goes out to a peer."""
+        watched = self._peers.get(peer)
+        if watched is None:
+            while len(self._peers) >= limits.DEVICES:  # they come and go
+                del self._peers[next(iter(self._peers))]
+            watched = self._peers[peer] = _Watched(now)
+        if now < watched.next_at or (watched.number and now < watched.since + limits.LINK_ASKED_S):
+            return []
+        self._number += 1
+        watched.next_at = now + limits.LINK_SAMPLE_S
+        watched.number, watched.nbytes, watched.since = self._number, nbytes, now
+        return [Send(Plane.BULK, peer, m.Echo(id=self._number))]
+
+    def echoed(self, peer: str, number: int, now: float) -> list[Effect]:
+        """A piece has arrived. Several in turn must agree, so the best of them counts."""
+        watched = self._peers.get(peer)
+        if watched is None or number != watched.number:
+            return []
+        watched.number, took = 0, now - watched.since
+        slack = took - limits.LINK_SLACK_S
+        most = watched.nbytes / slack if slack > 0 else _ANY
+        watched.samples.append((watched.nbytes / max(took, 1e-6), most))
+        if len(watched.samples) < limits.LINK_SAMPLES or now < watched.told_at + _TOLD_EVERY_S:
+            return []
+        least, most = (max(each) for each in zip(*watched.samples, strict=True))
+        old = now > watched.told_at + limits.LINK_AGE_S
+        same = watched.most <= most * 1.2 and most <= watched.most * 1.2
+        if same and least <= watched.least * 1.2 and not old:
+            return []
+        watched.told_at, watched.least, watched.most = now, least, most
+        link = m.Link(peer=peer.rpartition("#")[0], bytes_per_s=most)
+        word = m.LinkMeasured(link=link, least_bytes_per_s=least)
+        return [Send(Plane.CONTROL, COORDINATOR, word)]

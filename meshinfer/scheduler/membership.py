@@ -65,6 +65,7 @@ class Membership:
 
     ``absent``: clients whose connection broke, and since when; they come back or are given up.
     ``idle_since``: since when nobody can compute, or there is no head; None while somebody can.
+    ``links_changed``: how often a link was found to be another than it was.
     """
 
     cluster: str
@@ -74,6 +75,7 @@ class Membership:
     absent: dict[str, float] = field(default_factory=dict)
     changed_at: float = 0.0
     idle_since: float | None = 0.0
+    links_changed: int = 0
 
     def refusal(self, hello: m.Hello, now: float) -> m.Failure | None:
         """Why a hello is not admitted; None when it is."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from meshinfer.cost import DeviceProfile, alike
+from meshinfer.cost import DeviceProfile, PairLink, alike
+from meshinfer.cost.alike import apart_links
 from meshinfer.errors import InvalidInput
 from meshinfer.identity import DeviceId
 from meshinfer.protocol.messages import Facts
@@ -29,15 +30,24 @@ def profile_of(
     facts: Facts,
     link: Link | None = None,
     host: str = "",
+    links: Sequence[Link] = (),
 ) -> DeviceProfile:
-    """The profile of a device. What was not measured is as ``DeviceProfile`` assumes."""
+    """The profile of a device. What was not measured is as ``DeviceProfile`` assumes.
+
+    ``link``: with the head; ``links``: with others. Its own interface is as fast as its best link.
+    """
+    known = [x for x in (*([link] if link else ()), *links) if x.bytes_per_s or x.latency_s]
+    best = max((x.bytes_per_s for x in known), default=0.0)
+    soonest = (link and link.latency_s) or min(
+        (x.latency_s for x in known if x.latency_s), default=0.0
+    )
     plain = DeviceProfile(DeviceId(device), facts.flops_per_s)
     return DeviceProfile(
         id=plain.id,
         flops_per_s=facts.flops_per_s,
         overhead_s=facts.overhead_s or plain.overhead_s,
-        bandwidth_bytes_per_s=(link and link.bytes_per_s) or plain.bandwidth_bytes_per_s,
-        latency_s=(link and link.latency_s) or plain.latency_s,
+        bandwidth_bytes_per_s=best or plain.bandwidth_bytes_per_s,
+        latency_s=soonest or plain.latency_s,
         memory_bytes=facts.memory_bytes,
         numeric_class=facts.engine,
         computes=facts.computes,
@@ -48,6 +58,12 @@ def profile_of(
         message_s=facts.message_s or plain.message_s,
         byte_s=facts.byte_s or plain.byte_s,
         model=_model(facts),
+        links=tuple(
+            {
+                x.peer: PairLink(DeviceId(x.peer), x.bytes_per_s, x.latency_s)
+                for x in reversed(known)
+            }.values()
+        ),
     )
 
 
@@ -84,26 +100,25 @@ def with_head(found: Sequence[DeviceProfile], head: str, host: str = "") -> list
     """What to plan with: devices that measured alike as equals, and the head.
 
     The head has no engine, and its processor is that of the device on its host; of the quickest
-    device, where none is. Its link is as good as the best one that was measured.
+    device, where none is. Its link is as good as the best one that was measured. Of pairs is kept
+    what their ends do not tell.
     """
     devices = alike(found)
     near = [p for p in devices if host and p.host == host] or devices
     like = min(near, key=lambda p: (p.message_s, p.id))
-    return [
-        *devices,
-        DeviceProfile(
-            DeviceId(head),
-            0.0,
-            bandwidth_bytes_per_s=max(p.bandwidth_bytes_per_s for p in devices),
-            latency_s=min(p.latency_s for p in devices),
-            computes=False,
-            host=host,
-            message_s=like.message_s * HEAD_MESSAGE,
-            byte_s=like.byte_s * HEAD_BYTE,
-            request_s=like.message_s * REQUEST_MESSAGES,
-            report_s=like.message_s * REPORT_MESSAGES,
-        ),
-    ]
+    end = DeviceProfile(
+        DeviceId(head),
+        0.0,
+        bandwidth_bytes_per_s=max(p.bandwidth_bytes_per_s for p in devices),
+        latency_s=min(p.latency_s for p in devices),
+        computes=False,
+        host=host,
+        message_s=like.message_s * HEAD_MESSAGE,
+        byte_s=like.byte_s * HEAD_BYTE,
+        request_s=like.message_s * REQUEST_MESSAGES,
+        report_s=like.message_s * REPORT_MESSAGES,
+    )
+    return apart_links([*devices, end])
 
 
 def within(

@@ -110,7 +110,8 @@ class WorkerCore:
             case m.Echo():
                 return [Send(Plane.BULK, peer, m.Echoed(id=message.id))]
             case m.Echoed():
-                return self._links.echoed(peer, message.id, now)
+                watched = self._computing.watch.echoed(peer, message.id, now)
+                return watched or self._links.echoed(peer, message.id, now)
             case m.Chunk():
                 return self._installing.chunk(peer, message, event.payload, now)
             case m.Gone():

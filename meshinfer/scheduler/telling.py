@@ -1,0 +1,31 @@
+"""What a device tells the coordinator of its tasks."""
+
+from __future__ import annotations
+
+from meshinfer.protocol import messages as m
+from meshinfer.scheduler.events import Effect, Note, Plane, Send
+from meshinfer.scheduler.held import Held
+from meshinfer.scheduler.installing import COORDINATOR
+from meshinfer.scheduler.outbox import Unacknowledged
+
+
+def told(message: m.AnyMessage) -> Send:
+    return Send(Plane.CONTROL, COORDINATOR, message)
+
+
+def task_failed(name: str, attempt: int, place: m.Place, text: str) -> Send:
+    return told(m.TaskFailed(request=name, attempt=attempt, place=place, text=text[:4000]))
+
+
+def told_done(name: str, request: Held, done: list[m.Done]) -> Send:
+    return told(m.TasksDone(request=name, attempt=request.attempt, tasks=tuple(done)))
+
+
+def unreachable(lost: Unacknowledged) -> list[Effect]:
+    """A peer never acknowledged a message; it is news where it was a piece."""
+    effects: list[Effect] = [Note("warning", "no acknowledgement", {"peer": lost.peer})]
+    message = lost.message
+    if isinstance(message, m.Deliver):
+        word = m.Unreachable(request=message.request, attempt=message.attempt, peer=lost.peer)
+        effects.append(told(word))
+    return effects
