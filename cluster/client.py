@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import socket
 import tempfile
 import threading
 from collections import deque
@@ -23,7 +22,7 @@ import meshinfer
 from cluster import results
 from cluster.blobs import BlobStore
 from cluster.config import default_keyring
-from cluster.locate import find_coordinator, own_address
+from cluster.locate import find_coordinator, own_place
 from cluster.loop import Loop
 from cluster.offers import Offers
 from cluster.results import Deployment, Result, closed_error
@@ -109,8 +108,7 @@ class Client:
             cluster=ring.cluster,
             protocol=m.PROTOCOL,
             version=meshinfer.__version__,
-            facts=m.Facts(host=socket.gethostname()),
-            address=own_address(found[0]),
+            where=own_place(found[0]),
         )
         coordinator = Endpoint(found[0], found[1], ring.coordinator_public)
         transport = partial(Transport, f"{name}#0", ring.member, plaintext=ring.plaintext)

@@ -61,11 +61,12 @@ def local_address(towards: str) -> str:
             ) from error
 
 
-def own_address(towards: str) -> str:
-    """This process's, as devices say theirs: ``BESIDE_COORDINATOR`` on the coordinator's machine;
-    empty where there is no route."""
+def own_place(towards: str) -> str:
+    """Machine and address of this process, as of a device there; ``BESIDE_COORDINATOR`` where the
+    coordinator is, empty where there is no route to it."""
     try:
         own = local_address(towards)
-        return BESIDE_COORDINATOR if own == socket.gethostbyname(towards) else own
+        beside = own == socket.gethostbyname(towards)
+        return BESIDE_COORDINATOR if beside else f"{socket.gethostname()} {own}"
     except (OSError, ConfigurationError):
         return ""

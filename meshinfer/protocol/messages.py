@@ -41,8 +41,8 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True,
 
 
 class Hello(Message, frozen=True, forbid_unknown_fields=False):
-    """First message of a worker or client. ``protocol``: the versions it speaks; ``address``: a
-    client's on its way to the coordinator, ``BESIDE_COORDINATOR`` on that one's machine."""
+    """First message of a worker or client. ``protocol``: the versions it speaks; ``where``: a
+    client's machine and address there, or ``BESIDE_COORDINATOR``."""
 
     role: str
     device: Name
@@ -52,7 +52,7 @@ class Hello(Message, frozen=True, forbid_unknown_fields=False):
     version: str = ""
     bulk: Peer | None = None
     facts: Facts = Facts()
-    address: str = ""
+    where: str = ""
 
 
 class Welcome(Message, frozen=True):

@@ -360,24 +360,18 @@ class Answering:
         effects: list[Effect] = []
         if reply is not None:
             last = request.tried.get(request.attempt)
-            head = self._head() if last is None or not last.head else last.head
+            head = (last and last.head) or self._head()
             self._answered[request.id] = Answered(request.header, reply, head)
             while len(self._answered) > limits.ANSWERED_IDS_KEPT:
                 self._answered.popitem(last=False)
             effects.append(_to(request.client, reply))
-        took_part = {
-            name
-            for t in request.tried.values()
-            for name in t.deployment.members
-            if not t.head or name != t.deployment.head
-        }
+        took_part = {name for t in request.tried.values() for name in t.devices()}
         return effects + self._release(request.id, request.client, request.turn, took_part)
 
     def _release(
         self, request: str, client: str, turn: int, names: Iterable[str] = ()
     ) -> list[Effect]:
-        """To those that took part, and to the head, which may hold the inputs: not where the client
-        has them, which knows."""
+        """To those that took part, and to the head, which may hold the inputs."""
         release = m.Release(request=request, attempt=self._attempts, client=client, turn=turn)
         head = None if self._heads.stands(client) else self._members.head
         at = {*names, *(() if head is None else (head.name,))}

@@ -31,12 +31,8 @@ class Heads:
         return head.name
 
     def _beside_a_device(self, hello: m.Hello) -> bool:
-        if hello.address == BESIDE_COORDINATOR:
-            return True
-        return bool(hello.address) and any(
-            (device.hello.facts.host, device.bulk.host) == (hello.facts.host, hello.address)
-            for device in self._members.devices.values()
-        )
+        places = {device.where for device in self._members.devices.values()}
+        return hello.where in {BESIDE_COORDINATOR, *places}
 
     def gone(self, peer: str) -> None:
         self._with.pop(peer, None)

@@ -29,6 +29,11 @@ class Try:
         members = self.deployment.members
         return {**members, self.deployment.head: self.head} if self.head else dict(members)
 
+    def devices(self) -> list[str]:
+        """Those of the plan but for a head whose place the client took."""
+        members = self.deployment.members
+        return [name for name in members if not self.head or name != self.deployment.head]
+
     def on_wire(self) -> tuple[m.Assigned, ...]:
         """The assignment as messages carry it."""
         choices = self.deployment.choices
