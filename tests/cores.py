@@ -37,6 +37,7 @@ from meshinfer.planner import Block, axes_of, build
 from meshinfer.programs import Programs, make_programs
 from meshinfer.protocol import messages as m
 from meshinfer.protocol.codec import decode, describe, encode, failure_of
+from meshinfer.protocol.records import BESIDE_COORDINATOR
 from meshinfer.protocol.report import Report
 from meshinfer.report import report_of
 from meshinfer.scheduler import events as e
@@ -182,7 +183,8 @@ class Stuck(AssertionError):
 
 
 class Cluster:
-    """A coordinator, a head, workers and clients. ``delay`` draws the time a message takes."""
+    """A coordinator, a head, workers and clients. ``delay`` draws the time a message takes.
+    ``beside``: clients are on the coordinator's host, and so source and sink themselves."""
 
     def __init__(
         self,
@@ -191,7 +193,9 @@ class Cluster:
         *,
         delay: Callable[[], float] = lambda: LATENCY_S,
         head: bool = True,
+        beside: bool = False,
     ) -> None:
+        self.beside = beside
         self.now = 100.0
         self.story: deque[tuple[float, str]] = deque(maxlen=20_000)
         self.sent: Counter[str] = Counter()
@@ -263,7 +267,8 @@ class Cluster:
 
     def connect(self, name: str, **changes: object) -> Node:
         """Start a client."""
-        hello = self.hello(name, "client", **changes)
+        where = BESIDE_COORDINATOR if self.beside else ""
+        hello = self.hello(name, "client", **{"where": where, **changes})
         return self._add(name, f"{name}#{hello.incarnation}", ClientCore(hello))
 
     def kill(self, name: str, *, silent: bool = False) -> None:
@@ -456,6 +461,10 @@ class Cluster:
             self._tell_story(f"{sender} -> {send.peer} (gone) {send.message}")
             return
         assert to_coordinator or send.plane is e.Plane.BULK or sender is self.coordinator
+        if send.plane is e.Plane.BULK:
+            assert receiver.id in sender.links or sender.id in receiver.links, (
+                f"no connection from {sender} to {receiver} for {send.message}"
+            )
         message, payload = decode(frames)
         assert message == send.message, "the codec changed it"
         self.sent[type(message).__name__] += 1
@@ -705,6 +714,7 @@ class Cluster:
         for node in self.living():
             if isinstance(node.core, ClientCore):
                 assert not node.core._requests and not node.core._outbox, self.tell()
+                assert node.core._computing.idle, self.tell()
 
     # --- stories
 

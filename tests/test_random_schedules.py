@@ -1,7 +1,7 @@
 """Random delays, deaths, cuts and joins: every accepted request gets one outcome, right or typed.
 
 A quarter of the seeds is calm, and those never need a second attempt. In a third the plans are of
-tasks that any device may take. To replay
+tasks that any device may take; in half the client is its own source and sink. To replay
 seed 17: ``cd tests && python -c 'import test_random_schedules as t; t.run(17)'``.
 """
 
@@ -45,7 +45,8 @@ def run(seed: int) -> int:
     rng = random.Random(seed)
     calm = seed % 4 == 0
     workers = NAMES[: rng.randint(1, 3)]
-    cluster = Cluster(workers, delay=random_delay(seed, rng.choice([0.001, 0.02, 0.2])))
+    delay = random_delay(seed, rng.choice([0.001, 0.02, 0.2]))
+    cluster = Cluster(workers, delay=delay, beside=seed % 8 > 3)
     cluster.planner = bands_for_all if seed % 3 == 1 else None
     cluster.deployed()
     asked: dict[str, int] = {}

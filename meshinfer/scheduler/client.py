@@ -142,8 +142,11 @@ class ClientCore:
             return self._told(event.message, now)
         message = event.message
         match message:
-            case m.Deliver() if self._acts_as:
+            case m.Deliver() if message.request in self._requests and self._acts_as:
                 return self._computing.deliver(event.peer, message, event.payload, now)
+            case m.Deliver():  # of what is over here
+                self._acks.add(event.peer, message.id, len(event.payload), now)
+                return []
             case m.Answer():
                 self._acks.add(event.peer, message.id, len(event.payload), now)
                 return self._answered(message, event.payload)
@@ -181,6 +184,8 @@ class ClientCore:
                 return [*self._fail_all("the coordinator has stopped"), *self._rejoin(now + 1.0)]
             case m.Alive() | m.Probe():
                 return []
+            case m.Start() | m.Assign() if message.request not in self._requests:
+                return []  # it is over here
             case m.Start() if self._acts_as:
                 return self._computing.start(message, now)
             case m.Assign() if self._acts_as:

@@ -6,6 +6,8 @@ answers itself, so that no tensor passes through another process on the way.
 
 from __future__ import annotations
 
+from msgspec import structs
+
 from meshinfer.protocol import messages as m
 from meshinfer.protocol.records import BESIDE_COORDINATOR
 from meshinfer.scheduler.catalogue import Deployment
@@ -50,7 +52,10 @@ class Heads:
         if made.number in self._with[peer]:
             return []
         self._with[peer][made.number] = False
-        return [Send(Plane.CONTROL, peer, install(made, made.head, self._members))]
+        devices = self._members.devices  # those that send it the answer need a connection, too
+        bulk = tuple(devices[n].bulk for n in sorted(made.members) if n in devices)
+        message = structs.replace(install(made, made.head, self._members), peers=bulk)
+        return [Send(Plane.CONTROL, peer, message)]
 
     def installed(self, peer: str, message: m.Installed) -> None:
         known = self._with.get(peer, {})
@@ -70,5 +75,6 @@ def install(made: Deployment, name: str, members: Membership) -> m.Install:
     programs = made.programs[name]
     sends = [send for program in programs for send in program.sends]
     receivers = {device for send in sends for device in (send.device, *send.others)}
-    peers = tuple(members.devices[device].bulk for device in sorted(receivers))
+    here = sorted(receivers & set(members.devices))  # not who left a plan that goes on without it
+    peers = tuple(members.devices[device].bulk for device in here)
     return m.Install(deployment=made.number, programs=programs, peers=peers, head=made.head)

@@ -1,0 +1,104 @@
+"""A client on a device's host is source and sink of its own requests; elsewhere the head is."""
+
+from __future__ import annotations
+
+from cores import Cluster, conv_net, image
+from oracle import assert_exact
+
+from meshinfer.protocol import messages as m
+from meshinfer.scheduler import events as e
+from meshinfer.scheduler.client import ClientCore
+
+
+def _moved(cluster: Cluster) -> set[tuple[str, str, str]]:
+    """Sender, receiver and type of all that carried tensors from now on."""
+    seen: set[tuple[str, str, str]] = set()
+
+    def note(sender, receiver, message) -> bool:  # type: ignore[no-untyped-def]
+        if isinstance(message, m.Deliver | m.Feed | m.Answer):
+            seen.add((sender.name, receiver.name, type(message).__name__))
+        return False
+
+    cluster.drop(note)
+    return seen
+
+
+def _core(cluster: Cluster) -> ClientCore:
+    core = cluster.nodes["ann"].core
+    assert isinstance(core, ClientCore)
+    return core
+
+
+def test_tensors_of_a_client_on_the_coordinators_host_pass_no_other_process() -> None:
+    cluster = Cluster(beside=True)
+    cluster.deployed()
+    seen = _moved(cluster)
+    reply = cluster.check(cluster.submit(image()), image())
+    assert reply.attempts == 1
+    assert {("ann", "pi-1", "Deliver"), ("pi-2", "ann", "Deliver")} <= seen
+    assert not any("head" in ends[:2] for ends in seen)
+    cluster.check_idle()
+
+
+def test_tensors_of_a_client_elsewhere_go_by_the_head() -> None:
+    cluster = Cluster()
+    cluster.deployed()
+    seen = _moved(cluster)
+    cluster.check(cluster.submit(image()), image())
+    assert {("ann", "head", "Feed"), ("head", "ann", "Answer")} <= seen
+    assert not any(ends[2] == "Deliver" and "ann" in ends[:2] for ends in seen)
+
+
+def test_a_client_on_a_workers_host_is_its_own_head_and_another_is_not() -> None:
+    cluster = Cluster(clients=())
+    cluster.connect("ann", where="pi-1 h")
+    cluster.connect("bob", where="pi-1 elsewhere")
+    cluster.settle(lambda: len(cluster.core.members.clients) == 2)
+    cluster.pass_time(0.1)
+    assert _core(cluster)._acts_as == "head"
+    other = cluster.nodes["bob"].core
+    assert isinstance(other, ClientCore) and other._acts_as == ""
+
+
+def test_a_client_is_given_a_plans_programs_once_and_forgets_them_with_it() -> None:
+    cluster = Cluster(beside=True)
+    cluster.deployed()
+    for number in range(3):
+        cluster.check(cluster.submit(image(number)), image(number))
+    assert len(_core(cluster)._installing.deployments) == 1
+    cluster.kill("pi-2")
+    cluster.check(cluster.submit(image()), image())
+    cluster.pass_time(3.0)
+    assert len(_core(cluster)._installing.deployments) == 1, "the old plan's are gone"
+
+
+def test_a_request_outlives_a_worker_and_the_clients_connection() -> None:
+    cluster = Cluster(beside=True)
+    cluster.deployed()
+    request = cluster.submit(image())
+    cluster.pass_time(0.004)
+    cluster.kill("pi-1")
+    cluster.cut("ann")
+    reply = cluster.check(request, image())
+    assert reply.attempts >= 1
+    cluster.check_idle()
+
+
+def test_a_cancelled_request_leaves_nothing_with_its_client() -> None:
+    cluster = Cluster(beside=True)
+    cluster.deployed()
+    request = cluster.submit(image())
+    cluster.pass_time(0.003)
+    cluster._handle(cluster.nodes["ann"], e.Cancelled(request))
+    cluster.check_idle()
+    assert _core(cluster)._computing.idle
+
+
+def test_a_mean_and_a_map_are_merged_as_onnxruntime_has_them() -> None:
+    cluster = Cluster(("pi-1", "pi-2", "pi-3"), beside=True)
+    cluster.deployed()
+    request = cluster.submit(image(5))
+    cluster.reply(request)
+    (resolved,) = cluster.nodes["ann"].resolved[request]
+    assert set(resolved.arrays) == {"y", "mean"}
+    assert_exact(conv_net(), image(5), dict(resolved.arrays))
