@@ -378,7 +378,8 @@ class Computing:
             payload = payload_of(array)  # the one copy of what is sent, where rows are strided
             sent += len(payload)
             effects.append(self.outbox.send(peer, message, payload, now))
-            if len(payload) >= limits.LINK_SAMPLE_BYTES and not self._own:
+            between = not self._own and peer != request.head  # devices, whose links plans use
+            if between and len(payload) >= limits.LINK_SAMPLE_BYTES:
                 effects += self.watch.sent(peer, len(payload), now)
         for cut in local:
             consumer, slot = cut.send.consumer, cut.send.slot
