@@ -24,7 +24,7 @@ import meshinfer as mi
 from cluster import loss
 from cluster.cli import app
 from meshinfer import limits
-from meshinfer.cost import DeviceProfile, timeline
+from meshinfer.cost import DeviceProfile, PairLink, timeline
 from meshinfer.errors import InvalidInput
 from meshinfer.graph import Graph
 from meshinfer.halves import LARGEST, narrowed, rounded, widened
@@ -205,6 +205,16 @@ def test_the_timeline_has_half_the_bytes_between_tasks_and_is_sooner() -> None:
     ):
         at_an_end = {one.producer.stage, one.consumer.stage} & ends
         assert other.nbytes == one.nbytes if at_an_end else other.nbytes <= one.nbytes // 2 + 1
+
+
+def test_a_slow_link_of_a_pair_is_busy_half_as_long_too() -> None:
+    _, half, plan = planned(yolov2)
+    exact = replace(half, half_transfers=False)
+    slow = [replace(p, links=tuple(PairLink(DeviceId(n), 1e3) for n in FOUR)) for p in profiles()]
+    before, after = timeline(exact, plan, slow), timeline(half, plan, slow)
+    assert before.bottleneck_s > 100 * timeline(exact, plan, profiles()).bottleneck_s
+    assert after.bottleneck_s == pytest.approx(before.bottleneck_s / 2)
+    assert after.total_s < 0.6 * before.total_s
 
 
 def test_the_search_counts_as_the_timeline_does_and_finds_a_sooner_plan() -> None:
