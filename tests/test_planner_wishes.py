@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
@@ -200,6 +201,40 @@ def test_a_picture_that_is_merely_scaled_stays_as_well_so_that_features_travel()
     first_conv = next(op.index for op in g.ops if op.type == "Conv")
     for name in (g.inputs[0], *g.produced(0, first_conv)):
         assert readers(g, planned.plan, name) <= {HEAD, PIS[0]}, name
+
+
+def turned_round() -> ModelProto:
+    """Red and blue change places."""
+    b = Builder(0)
+    x = b.input("image", [1, 3, 32, 32])
+    red, green, blue = b.op("Split", [x, b.const(np.int64([1, 1, 1]))], 3, axis=1)
+    x = b.conv(b.op("Concat", [blue, green, red], axis=1), 3, 8, 3)
+    return b.model([b.rename(b.conv(x, 8, 3, 3), "y")])
+
+
+def beside_another() -> ModelProto:
+    """A mask from somebody else lies upon the image, which behind it is there all the same."""
+    b = Builder(0)
+    x, mask = b.input("image", [1, 3, 32, 32]), b.input("mask", [1, 1, 32, 32])
+    x = b.conv(b.op("Concat", [x, mask], axis=1), 4, 8, 3)
+    return b.model([b.rename(b.conv(x, 8, 3, 3), "y")])
+
+
+@pytest.mark.parametrize("made", [turned_round, beside_another])
+def test_an_image_that_is_cut_up_or_put_beside_something_is_the_image_still(
+    made: Callable[[], ModelProto],
+) -> None:
+    g = mi.load(made())
+    first = next(op.index for op in g.ops if op.type == "Conv")
+    pin = {"image": [HEAD]}
+    planned = make_plan(g, cluster(3), HEAD, HEAD, pin=pin, spread=True)
+    assert set(planned.plan.devices()) > {PIS[0]}
+    for name in ("image", *g.produced(0, first)):
+        assert readers(g, planned.plan, name) <= {HEAD, PIS[0]}, name
+    blocks = (Block(0, first, PIS[0]), Block(first, len(g.ops), PIS[1]))
+    leaking = build(g, axes_of(g), blocks, {}, (HEAD, HEAD))
+    with pytest.raises(mi.InvalidInput, match="what is pinned must not go"):
+        refuse_pinned(g, leaking, cluster(3), pin)
 
 
 def test_a_value_in_the_middle_is_made_and_read_where_it_is_pinned() -> None:

@@ -1,17 +1,22 @@
 """Values that must not leave some devices: which operators only those may compute.
 
 That holds for whoever makes or reads such a value, and for what merely rewrites it: a picture cast,
-scaled or transposed is the picture still. The first convolution or pooling behind it ends that.
+scaled, transposed, or cut up and put together again is the picture still. The first convolution or
+pooling behind it ends that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from itertools import product
 
 from meshinfer.graph import Graph, Op
 from meshinfer.identity import DeviceId
 from meshinfer.planner.estimate import HEAVY
+
+COPIES = frozenset(("Concat", "Where", "ScatterElements", "ScatterND", "Max", "Min"))
+"""Operators whose output has elements of each of its inputs as they were."""
 
 
 @dataclass
@@ -29,9 +34,9 @@ class Pins:
         by_op: dict[int, frozenset[DeviceId]] = {}
         for op in graph.ops if held else ():
             reads = [n for n in (*op.inputs, *op.captured) if n in held]
-            if len(reads) > 0 and _rewrites(graph, op):
-                for name in op.outputs:
-                    held[name] = _meet(held.get(name), held[reads[0]])
+            if _rewrites(graph, op, held):
+                for name, read in product(op.outputs, reads):
+                    held[name] = _meet(held.get(name), held[read])
             for name in (*reads, *(n for n in op.outputs if n in held)):
                 by_op[op.index] = _meet(by_op.get(op.index), held[name])
         return Pins(by_op, held)
@@ -57,7 +62,13 @@ def _meet(one: frozenset[DeviceId] | None, other: frozenset[DeviceId]) -> frozen
     return other if one is None else one & other
 
 
-def _rewrites(graph: Graph, op: Op) -> bool:
-    """Whether an op makes another form of its one computed input, and nothing of anything else."""
-    computed = [n for n in (*op.inputs, *op.captured) if n and not graph.is_initializer(n)]
-    return op.type not in HEAVY and len(set(computed)) == 1
+def _rewrites(graph: Graph, op: Op, held: Collection[str]) -> bool:
+    """Whether what an op makes is what is held, in another form: made of nothing else, or copied.
+
+    Sums and products with something else count as features of both.
+    """
+    if op.type in HEAVY:
+        return False
+    computed = {n for n in (*op.inputs, *op.captured) if n and not graph.is_initializer(n)}
+    of_it = {n for n in computed if n in held}
+    return bool(of_it) and (of_it == computed or op.type in COPIES)
