@@ -281,11 +281,12 @@ def test_a_plan_keeps_to_the_memory_and_the_pins_given(small: Path) -> None:
     assert devices() == {"worker-0", "worker-1", "worker-2"}
     assert devices("--memory", "worker-1=0MB") == {"worker-0", "worker-2"}
     assert devices("--pin", "c=worker-2") == {"worker-2"}  # c is all that there is to compute
+    assert devices("--pin", "x=head") == {"worker-0"}, "the first one is on the head's host"
     for flags, word in (
         (("--memory", "1kB"), "would need"),
         (("--memory", "ghost=1MB"), "'ghost', which does not compute"),
         (("--pin", "nothing=worker-0"), "not in the model"),
-        (("--pin", "x=worker-0"), "must hold it as an input"),
+        (("--pin", "x=worker-1"), "must hold it as an input"),
     ):
         result = CliRunner().invoke(app, ["plan", str(small), "--devices", "3", *flags])
         assert result.exit_code != 0
@@ -436,6 +437,10 @@ def test_memory_and_pins_of_a_deployment_are_kept_or_refused(
     done = running("deploy", "fits", small, *kept, "--json")
     assert done.returncode == 0, done.stderr
     assert Plan.parse(json.loads(done.stdout)["plan"]).devices() == (running.worker,)
+    planned = running("plan", small, "--pin", "x=head")
+    assert planned.returncode == 0, planned.stderr
+    assert Plan.parse(planned.stdout).devices() == (running.worker,), "it is on the head's host"
+    refused(running("plan", small, "--pin", "x=ghost"), 2, "'ghost'")
 
 
 def test_a_plan_for_a_picture_is_used_for_pictures(running: Running, tmp_path: Path) -> None:

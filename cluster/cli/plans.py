@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -89,12 +91,15 @@ def plan(
     The plan goes to stdout, as deploy --plan takes it; to stderr, what is expected of it: time,
     what was folded, which nodes are barriers and why, the share of the FLOPs that is distributed,
     weights and peak memory of each device. With a coordinator's address and the name of a deployed
-    model: the plans that serve it now.
+    model: the plans that serve it now. Inputs are pinned to ``head``, the coordinator's host; of
+    devices that you describe, the first one is on it.
     """
     budget, pinned = parse_memory(memory), parse_pins(pin) or {}
     described = devices is not None or speeds is not None
     if described or coordinator is None:
         profiles = _described(devices, speeds, names, gflops, mbit)
+        if pinned:
+            profiles = _beside_the_first(profiles)
     else:
         with connect(coordinator, keyring, cluster, interface, timeout, log_level) as client:
             if not Path(model).exists():
@@ -146,18 +151,27 @@ def _described(
     ]
 
 
+def _beside_the_first(found: Sequence[DeviceProfile]) -> list[DeviceProfile]:
+    """The same, with the head on the first device's host: so inputs can be pinned to it."""
+    from meshinfer.scheduler.profiles import with_head
+
+    return with_head([replace(found[0], host=found[0].id), *found[1:]], HEAD, found[0].id)
+
+
 def _measured(client: Client, mbit: float) -> list[DeviceProfile]:
     """The devices of a cluster as they measured themselves; ``mbit`` where a link was not."""
     from meshinfer.protocol.messages import Link
     from meshinfer.scheduler.profiles import profile_of, with_head
 
     assumed = Link(peer=HEAD, bytes_per_s=mbit * 1e6 / 8)
+    known = client.devices()
     found = [
-        profile_of(info.device, info.facts, info.link or assumed, links=info.links)
-        for info in client.devices()
+        profile_of(info.device, info.facts, info.link or assumed, info.where, info.links)
+        for info in known
         if info.facts.computes and info.state == "ready"
     ]
-    return with_head(found, HEAD) if found else []
+    where = next((info.where for info in known if info.facts.head), "")
+    return with_head(found, HEAD, where) if found else []
 
 
 def _graph(

@@ -201,7 +201,7 @@ class TaskTime(Done, frozen=True, kw_only=True):
 
 class DeviceInfo(Record, frozen=True):
     """A device as ``meshinfer devices`` shows it. ``link``: to the coordinator's own device;
-    ``links``: to others that it has sent to."""
+    ``links``: to others that it has sent to; ``where``: the same for those on one host."""
 
     device: Name
     state: str
@@ -211,6 +211,7 @@ class DeviceInfo(Record, frozen=True):
     tasks_done: Count = 0
     link: Link | None = None
     links: Annotated[tuple[Link, ...], Meta(max_length=limits.DEVICES)] = ()
+    where: Text = ""
 
 
 class ModelInfo(Record, frozen=True):

@@ -253,6 +253,7 @@ class Membership:
                 heard_s=now - d.heard,
                 computing=d.computing,
                 tasks_done=d.tasks_done,
+                where=d.where,
             )
             for _, d in sorted(self.devices.items())
         )
