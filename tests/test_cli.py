@@ -284,6 +284,7 @@ def test_a_plan_keeps_to_the_memory_and_the_pins_given(small: Path) -> None:
     assert devices("--pin", "x=head") == {"worker-0"}, "the first one is on the head's host"
     for flags, word in (
         (("--memory", "1kB"), "would need"),
+        (("--memory", "0MB"), "memory=0 is granted to every device"),
         (("--memory", "ghost=1MB"), "'ghost', which does not compute"),
         (("--pin", "nothing=worker-0"), "not in the model"),
         (("--pin", "x=worker-1"), "must hold it as an input"),

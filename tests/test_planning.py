@@ -194,8 +194,14 @@ def test_what_is_refused_is_refused_in_the_same_words(planning: Planning) -> Non
     good = planning.opened(small_model())
     ready = planning.planned(replace(making(good, 1), memory={"nobody": 5}))
     assert ready.failure is not None and "'nobody'" in ready.failure.message
-    ready = planning.planned(replace(making(good, 2), memory=1000))
-    assert ready.failure is not None and ready.failure.error == "NotEnoughMemory"
+    for memory, word in (
+        (1000, "pi-0 would need"),
+        (0, "pi-0, pi-1"),
+        ({"pi-0": 0, "pi-1": 0}, "pi-0, pi-1"),
+    ):
+        ready = planning.planned(replace(making(good, 2), memory=memory))
+        assert ready.failure is not None and ready.failure.error == "NotEnoughMemory"
+        assert word in ready.failure.message and ready.failure.hint
     picture = Signature(True, (("image", (1, 24, 24, 3)),))
     spec = ImageSpec(input="image", output="y").to_json()
     ready = planning.planned(replace(making(good, 3), image=spec, signature=picture))

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from meshinfer.cost import DeviceProfile, PairLink, alike
 from meshinfer.cost.alike import apart_links
-from meshinfer.errors import InvalidInput
+from meshinfer.errors import InvalidInput, NotEnoughMemory
 from meshinfer.identity import DeviceId
 from meshinfer.protocol.messages import Facts
 from meshinfer.protocol.records import Link
@@ -126,18 +126,23 @@ def within(
 ) -> list[DeviceProfile]:
     """The same, within the bytes that the user grants to each, or to all alike; 0: not used.
 
-    Raises ``InvalidInput`` for a device that does not compute.
+    Raises ``InvalidInput`` for a device that does not compute, ``NotEnoughMemory`` where 0 is all
+    that devices get.
     """
-    if not isinstance(granted, Mapping):
-        return [_within(p, granted) for p in profiles]
     able = sorted(p.id for p in profiles if p.computes)
-    unknown = sorted(set(granted) - set(able))
+    each = granted if isinstance(granted, Mapping) else dict.fromkeys(able, granted)
+    unknown = sorted(set(each) - set(able))
     if unknown:
         raise InvalidInput(
             f"memory is granted for {unknown[0]!r}, which does not compute in this cluster",
             hint=f"devices that compute are {able}",
         )
-    return [_within(p, granted.get(p.id)) for p in profiles]
+    if able and all(each.get(name) == 0 for name in able):
+        raise NotEnoughMemory(
+            f"memory=0 is granted to every device that computes ({', '.join(able)})",
+            hint="grant at least one of them memory; 0 means that a device is not used",
+        )
+    return [_within(p, each.get(p.id)) for p in profiles]
 
 
 def _within(p: DeviceProfile, granted: int | None) -> DeviceProfile:
