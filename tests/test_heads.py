@@ -102,3 +102,56 @@ def test_a_mean_and_a_map_are_merged_as_onnxruntime_has_them() -> None:
     (resolved,) = cluster.nodes["ann"].resolved[request]
     assert set(resolved.arrays) == {"y", "mean"}
     assert_exact(conv_net(), image(5), dict(resolved.arrays))
+
+
+def test_a_client_whose_connection_is_cut_while_its_request_runs_is_answered_soon() -> None:
+    for after_s in (0.0015, 0.004, 0.008, 0.015, 0.021):
+        cluster = Cluster(beside=True)
+        cluster.deployed()
+        request = cluster.submit(image(), deadline_s=30.0)
+        cluster.pass_time(after_s)
+        cluster.cut("ann")
+        since = cluster.now
+        cluster.check(request, image())
+        assert cluster.now - since < 5.0
+        cluster.check_idle()
+
+
+def test_a_head_that_is_lost_and_comes_back_costs_no_request_of_such_a_client() -> None:
+    for after_s in (0.0015, 0.006, 0.012):
+        cluster = Cluster(beside=True)
+        cluster.deployed()
+        request = cluster.submit(image(), deadline_s=30.0)
+        cluster.pass_time(after_s)
+        cluster.cut("head")
+        since = cluster.now
+        cluster.check(request, image())
+        assert cluster.now - since < 10.0
+
+
+def test_a_dead_client_keeps_nobody_waiting() -> None:
+    cluster = Cluster(clients=("ann", "bob"), beside=True)
+    cluster.deployed()
+    for number in range(8):
+        cluster.submit(image(number))
+    cluster.pass_time(0.003)
+    cluster.kill("ann")
+    since = cluster.now
+    cluster.check(cluster.submit(image(), client="bob"), image(), client="bob")
+    assert cluster.now - since < 2.0
+
+
+def test_a_client_that_does_not_reach_a_device_goes_by_the_head_and_costs_no_device() -> None:
+    cluster = Cluster(beside=True)
+    cluster.deployed()
+
+    def lost(sender, receiver, message) -> bool:  # type: ignore[no-untyped-def]
+        return sender.name == "ann" and receiver.name == "pi-1" and isinstance(message, m.Deliver)
+
+    for _ in range(40):
+        cluster.drop(lost)
+    cluster.check(cluster.submit(image(), deadline_s=120.0), image())
+    assert _core(cluster)._acts_as == ""
+    answer = cluster.ask(m.ListDevices).answer
+    assert isinstance(answer, m.Devices)
+    assert {d.state for d in answer.devices} == {"ready"}

@@ -172,3 +172,16 @@ def _fits(shape: tuple[int, ...], dims: tuple[int | None, ...]) -> bool:
 
 def _invalid(message: str, hint: str) -> m.Failure:
     return m.Failure(error="InvalidInput", message=message, hint=hint)
+
+
+def unavailable(message: str, hint: str) -> m.Failure:
+    return m.Failure(error="ClusterUnavailable", message=message, hint=hint, retry_after_s=5.0)
+
+
+def other_body(message: m.Submit) -> m.Reply:
+    failure = m.Failure(
+        error="InvalidInput",
+        message=f"the id {message.request!r} belongs to another request",
+        hint="give each request an id of its own",
+    )
+    return m.Reply(request=message.request, failure=failure)

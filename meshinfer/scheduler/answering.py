@@ -14,7 +14,13 @@ from msgspec import structs
 
 from meshinfer import limits
 from meshinfer.protocol import messages as m
-from meshinfer.scheduler.admission import refuse, same_body, signature_of
+from meshinfer.scheduler.admission import (
+    other_body,
+    refuse,
+    same_body,
+    signature_of,
+    unavailable,
+)
 from meshinfer.scheduler.balance import Balance
 from meshinfer.scheduler.catalogue import Catalogue, Deployment, Model, Phase
 from meshinfer.scheduler.covering import Covering
@@ -48,7 +54,7 @@ class Answering:
             return self._submitted_again(before, peer, message)
         done = self._answered.get(name)
         if done is not None and not same_body(done.header, message):
-            return [_to(peer, _other_body(message)), *self._release(name, peer, message.turn)]
+            return [_to(peer, other_body(message)), *self._release(name, peer, message.turn)]
         if done is not None and (done.reply.failure or done.head in (peer, self._head())):
             return [_to(peer, done.reply), *self._release(name, peer, message.turn)]
         failure = refuse(self._catalogue, message, len(self.open))
@@ -68,7 +74,7 @@ class Answering:
 
     def _submitted_again(self, request: Request, peer: str, message: m.Submit) -> list[Effect]:
         if not same_body(request.header, message):
-            return [_to(peer, _other_body(message))]
+            return [_to(peer, other_body(message))]
         if peer == request.client:
             request.turn = max(request.turn, message.turn)
         else:  # the answer would go to the one who asked before
@@ -174,11 +180,15 @@ class Answering:
             if request.merged is not None and not request.tried[request.merged[1]].head:
                 request.merged = None
 
+    def client_away(self, peer: str) -> None:
+        """A client that is source and sink itself has left, or forgot what it was told."""
+        for request in [r for r in self.open.values() if r.client == peer and r.runs]:
+            if request.tried[request.attempt].head or self._heads.stands(peer):
+                request.deployment = None
+
     def client_gone(self, peer: str) -> list[Effect]:
-        effects: list[Effect] = []
-        for request in [r for r in self.open.values() if r.client == peer]:
-            effects += self._end(request, None)
-        return effects
+        mine = [r for r in self.open.values() if r.client == peer]
+        return [effect for request in mine for effect in self._end(request, None)]
 
     def fail_waiting(
         self, model: Model, signature: Signature, failure: m.Failure, now: float
@@ -229,6 +239,8 @@ class Answering:
         running = Counter(r.deployment.number for r in self.open.values() if r.deployment)
         serving: dict[tuple[int, Signature], Deployment | None] = {}
         for request in [r for r in self.open.values() if r.waiting]:
+            if request.client in self._members.absent and self._heads.stands(request.client):
+                continue
             kind = (request.model.key, request.signature)
             if kind not in serving:
                 serving[kind] = self._catalogue.serving(request.model, request.signature)
@@ -381,19 +393,6 @@ class Answering:
     def _head(self) -> str:
         head = self._members.head
         return "" if head is None else head.peer
-
-
-def unavailable(message: str, hint: str) -> m.Failure:
-    return m.Failure(error="ClusterUnavailable", message=message, hint=hint, retry_after_s=5.0)
-
-
-def _other_body(message: m.Submit) -> m.Reply:
-    failure = m.Failure(
-        error="InvalidInput",
-        message=f"the id {message.request!r} belongs to another request",
-        hint="give each request an id of its own",
-    )
-    return m.Reply(request=message.request, failure=failure)
 
 
 def _to(peer: str, message: m.AnyMessage) -> Send:

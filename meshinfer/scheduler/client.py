@@ -38,6 +38,7 @@ from meshinfer.scheduler.events import (
     Ticked,
 )
 from meshinfer.scheduler.installing import COORDINATOR, Installing
+from meshinfer.scheduler.outbox import Outbox
 
 NOBODY = ""
 """The name in plans of a client whose requests the head holds."""
@@ -73,6 +74,7 @@ class ClientCore:
         self._requests: dict[str, _Request] = {}
         self._questions: dict[str, _Question] = {}
         self._peer = f"{hello.device}#{hello.incarnation}"
+        self._outbox = Outbox()
         self._act_as(NOBODY)
         self._hello_due = 0.0
         self._beat_due = 0.0
@@ -85,6 +87,7 @@ class ClientCore:
         self._acts_as = name
         self._installing = Installing(name)
         self._computing = Computing(name, self._installing.deployments, self._peer, self._merged)
+        self._computing.outbox.follow(self._outbox)
         self._outbox, self._acks = self._computing.outbox, self._computing.acks
 
     def handle(self, event: Event, now: float) -> list[Effect]:
@@ -145,6 +148,7 @@ class ClientCore:
             case m.Deliver() if message.request in self._requests and self._acts_as:
                 return self._computing.deliver(event.peer, message, event.payload, now)
             case m.Deliver():  # of what is over here
+                self._outbox.acknowledge(message.acks)
                 self._acks.add(event.peer, message.id, len(event.payload), now)
                 return []
             case m.Answer():
@@ -184,7 +188,9 @@ class ClientCore:
                 return [*self._fail_all("the coordinator has stopped"), *self._rejoin(now + 1.0)]
             case m.Alive() | m.Probe():
                 return []
-            case m.Start() | m.Assign() if message.request not in self._requests:
+            case m.Start() if message.request not in self._requests:
+                return [self._tell(m.Cancel(request=message.request))]  # it may be lost
+            case m.Assign() if message.request not in self._requests:
                 return []  # it is over here
             case m.Start() if self._acts_as:
                 return self._computing.start(message, now)
@@ -203,15 +209,16 @@ class ClientCore:
         if message.head is None:  # the coordinator's own device is still starting
             self._hello_due = now + 0.05
             return []
-        before = self._welcome
+        before, apart = self._welcome, []
         other = before is not None and before.head != message.head
         if other or self._acts_as != message.acts_as:
             self._rejoin(now)  # what the other head was fed must be fed again
+            apart = self._installing.leave()
             self._act_as(message.acts_as)
         elif self._acts_as:  # what was told before this welcome means nothing any more
             self._computing.reset(keep_inputs=True)
             self._installing.reset()
-        ends = (message.bulk,) if self._acts_as else (message.bulk, message.head)
+        ends = (message.bulk, message.head)
         peers = {peer.id: peer for peer in ends}
         left = sorted(self._connected - set(peers))
         self._connected = set(peers)
@@ -219,6 +226,7 @@ class ClientCore:
         self._ever_welcome = True
         self._beat_due = now
         return [
+            *apart,
             *(Disconnect(peer) for peer in left),
             *(Connect(peer) for peer in peers.values()),
             *self._send_open(now),

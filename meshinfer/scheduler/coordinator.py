@@ -148,7 +148,7 @@ class CoordinatorCore:
             case m.TaskFailed() if runs:
                 return self._answering.task_failed(message, now)
             case m.Unreachable() if runs:
-                return self._unreachable(device, message, now)
+                return self._unreachable(peer, message, now)
             case m.LinkMeasured() if device is not None:
                 if message.least_bytes_per_s:
                     self._links.seen(self.members, device, message, now)
@@ -207,20 +207,21 @@ class CoordinatorCore:
             head=None if head is None else head.bulk,
             acts_as=self._heads.admit(peer, hello),
         )
+        self._answering.client_away(peer)
         return [*effects, _to(peer, welcome)]
 
-    def _unreachable(
-        self, device: Device | None, message: m.Unreachable, now: float
-    ) -> list[Effect]:
-        """A device does not get what another, or a client, sends: plan without it for a while."""
+    def _unreachable(self, peer: str, message: m.Unreachable, now: float) -> list[Effect]:
+        """A device does not get what another sends: plan without it for a while. Where one end is a
+        client, it goes by the head instead."""
         if not self._answering.unreachable(message):
             return []
-        lost = self.members.by_peer(message.peer)
+        for client in filter(self._heads.stands, (peer, message.peer)):
+            return self._heads.refuse(client)
+        device, lost = self.members.by_peer(peer), self.members.by_peer(message.peer)
+        assert device is not None
         if lost is None or lost.hello.facts.head:
-            lost = device  # a piece for a head, or for one that has left: it is the sender's link
-        if lost is None:
-            return []
-        fields = {"device": lost.name, "heard_by": "a client" if device is None else device.name}
+            lost = device  # a piece for the head, or for one that has left: it is the sender's link
+        fields = {"device": lost.name, "heard_by": device.name}
         lost.excluded_until = now + limits.EXCLUDED_S
         note = Note("warning", "a device cannot be reached", fields)
         return [note, *self._deploying.out_of_service(lost.name, now)]
@@ -237,6 +238,7 @@ class CoordinatorCore:
         if device is not None:
             return self._device_lost(device, event.reason, now)
         self.members.leave_open(event.peer, now)
+        self._answering.client_away(event.peer)
         return []
 
     def _device_lost(self, device: Device, why: str, now: float) -> list[Effect]:

@@ -13,8 +13,8 @@ from meshinfer.errors import InvalidInput
 from meshinfer.plan import Plan
 from meshinfer.protocol import messages as m
 from meshinfer.protocol.codec import header_bytes
-from meshinfer.scheduler.admission import refuse_model
-from meshinfer.scheduler.answering import Answering, unavailable
+from meshinfer.scheduler.admission import refuse_model, unavailable
+from meshinfer.scheduler.answering import Answering
 from meshinfer.scheduler.assigning import choices_of
 from meshinfer.scheduler.balance import Balance, pause_of
 from meshinfer.scheduler.catalogue import Catalogue, Deployment, Model, Phase, with_notes

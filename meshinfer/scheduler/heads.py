@@ -11,23 +11,26 @@ from msgspec import structs
 from meshinfer.protocol import messages as m
 from meshinfer.protocol.records import BESIDE_COORDINATOR
 from meshinfer.scheduler.catalogue import Deployment
-from meshinfer.scheduler.events import Effect, Plane, Send
+from meshinfer.scheduler.events import Effect, Note, Plane, Send
 from meshinfer.scheduler.membership import Membership
 
 
 class Heads:
     """Mutable: owned by the coordinator's core. ``_with``: of each client that stands for the head,
-    the deployments that it has (True) or was told of."""
+    the deployments that it has (True) or was told of. ``_refused``: clients that may not."""
 
     def __init__(self, members: Membership) -> None:
         self._members = members
         self._with: dict[str, dict[int, bool]] = {}
+        self._refused: set[str] = set()
 
     def admit(self, peer: str, hello: m.Hello) -> str:
         """The name that a client acts under, or none; what it was told before, it has forgotten."""
-        self.gone(peer)
+        self._with.pop(peer, None)
         head = self._members.head
-        if hello.role != "client" or head is None or not self._beside_a_device(hello):
+        if hello.role != "client" or head is None or peer in self._refused:
+            return ""
+        if not self._beside_a_device(hello):
             return ""
         self._with[peer] = {}
         return head.name
@@ -38,6 +41,13 @@ class Heads:
 
     def gone(self, peer: str) -> None:
         self._with.pop(peer, None)
+        self._refused.discard(peer)
+
+    def refuse(self, peer: str) -> list[Effect]:
+        """It and a device do not reach each other: from its next hello on it goes by the head."""
+        self._refused.add(peer)
+        note = Note("warning", "a client does not reach all devices", {"client": peer})
+        return [note, Send(Plane.CONTROL, peer, m.Who())]
 
     def stands(self, peer: str) -> bool:
         """Whether a peer is the head of its own requests."""

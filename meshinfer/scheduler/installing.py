@@ -91,6 +91,12 @@ class Installing:
             effects.append(Connect(peer))
         return effects
 
+    def leave(self) -> list[Effect]:
+        """Nobody here needs the other devices any more."""
+        apart: list[Effect] = [Disconnect(peer) for peer in self._connected.values()]
+        self._connected.clear()
+        return apart
+
     def found(self, event: BlobsFound, coordinator: m.Peer, now: float) -> list[Effect]:
         number = int(event.purpose)
         deployment = self.deployments.get(number)

@@ -41,6 +41,10 @@ class Outbox:
     def __len__(self) -> int:
         return len(self._entries)
 
+    def follow(self, other: Outbox) -> None:
+        """Use no number of another that was there before: word of those may come late."""
+        self._last = max(self._last, other._last)
+
     def number(self) -> int:
         """The ``id`` of the next message."""
         self._last += 1
