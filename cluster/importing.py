@@ -86,7 +86,8 @@ class Importer:
             [sys.executable, "-m", "cluster.importing"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C is for its starter, which ends it
+            # Ctrl-C is for its starter, which ends it; who ends that can still find its session.
+            process_group=0,
         )
 
     def _ask(self, job: _Job) -> int | None:

@@ -22,7 +22,7 @@ import structlog
 from cluster import jobs
 from cluster.blobs import BlobStore
 from cluster.loop import Post, report, start_thread
-from cluster.processes import cause_of, oom_kills
+from cluster.processes import cause_of, end_session, oom_kills
 from cluster.storing import perform
 from meshinfer import limits
 from meshinfer.errors import ClusterUnavailable, MeshInferError
@@ -244,6 +244,7 @@ class PlannerProcess:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    """End it and what it has started, which may be at work in a folder that is to be swept."""
+    if process.returncode is None:
+        end_session(process.pid)
     process.wait()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import signal
@@ -13,6 +14,8 @@ from pathlib import Path
 from meshinfer.errors import ConfigurationError
 
 _POLL_S = 0.2
+_END_POLL_S = 0.005
+_END_S = 10.0
 
 
 def cause_of(returncode: int, oom_before: int) -> str:
@@ -51,6 +54,26 @@ def watch_parent(parent: int, on_orphaned: Callable[[], None]) -> None:
         on_orphaned()
 
     threading.Thread(target=watch, name="watch-parent", daemon=True).start()
+
+
+def end_session(session: int) -> None:
+    """Kill all processes of a session, in whatever groups, and wait for their ends.
+
+    Its leader must not have been waited for: then its id might be another's by now.
+    """
+    import psutil
+
+    until = time.monotonic() + _END_S
+    while time.monotonic() < until:
+        living = 0
+        for process in psutil.process_iter():  # again: they may have forked meanwhile
+            with contextlib.suppress(OSError, psutil.Error):
+                if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
+                    living += 1
+                    os.kill(process.pid, signal.SIGKILL)
+        if not living:
+            return
+        time.sleep(_END_POLL_S)
 
 
 def hold_folder(folder: Path) -> int:

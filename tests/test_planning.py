@@ -300,6 +300,29 @@ def test_no_fork_that_imports_outlives_it(planning: Planning, how: str) -> None:
     assert eventually(lambda: none_alive(family))
 
 
+def test_what_imports_for_one_that_is_killed_is_ended_before_its_folder_is_removed(
+    planning: Planning,
+) -> None:
+    """1. it imports; 2. what imports is held up; 3. it is killed, and so is the next one."""
+    data = slow_to_import().SerializeToString()
+    digest = hashlib.sha256(data).hexdigest()
+    planning.store.put(digest, data)
+    planning.put(OpenModel(1, digest, None))
+    families: list[list[int]] = []
+    for _ in range(limits.PLANNING_TRIES):
+        known = [pids[0] for pids in families]
+        assert eventually(lambda: planning.process.pid not in known, WITHIN_S)  # noqa: B023
+        assert eventually(lambda: len(planning.family()) == 3, WITHIN_S), "it, and two that import"
+        families.append(planning.family())
+        for pid in families[-1][1:]:
+            os.kill(pid, signal.SIGSTOP)  # they see nothing of what becomes of it
+        os.kill(families[-1][0], signal.SIGKILL)
+    opened = planning.next()
+    assert isinstance(opened, ModelOpened) and opened.failure is not None
+    assert none_alive(sum(families, [])), "before it is told"
+    assert [path.name for path in planning.store.folder.iterdir()] == [digest]
+
+
 def test_it_ends_when_the_coordinator_is_killed(tmp_path: Path) -> None:
     script = (
         "import sys, time\n"
