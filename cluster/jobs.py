@@ -5,6 +5,7 @@ Length first, then msgpack. Effects and events are those of the cores, checked a
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import IO, TypeVar
 
@@ -14,12 +15,15 @@ from meshinfer import limits
 from meshinfer.scheduler.events import MakePlan, ModelOpened, OpenModel, PlanReady
 
 _LENGTH_BYTES = 8
+_NUMBER_BYTES = 8
+_READ_BYTES = 1 << 16  # all that a pipe holds
 _T = TypeVar("_T")
 
 
 class Begin(msgspec.Struct, frozen=True):
     """The first frame. ``folder``, ``max_bytes``: of the blobs. ``models``: those opened before,
-    with the files of their weights; oldest first. ``parent``: the process to end with."""
+    with the files of their weights; oldest first. ``parent``: the process to end with. ``drops``:
+    where numbers of searches come that nobody wants, each before a SIGUSR1."""
 
     folder: str
     max_bytes: int
@@ -27,6 +31,7 @@ class Begin(msgspec.Struct, frozen=True):
     parent: int
     log_level: str
     log_form: str
+    drops: int
 
 
 class Job(msgspec.Struct, frozen=True):
@@ -69,3 +74,18 @@ def read(stream: IO[bytes], kind: type[_T]) -> _T | None:
     if len(head) < _LENGTH_BYTES or len(body := stream.read(length)) < length:
         return None
     return msgspec.msgpack.decode(body, type=kind)
+
+
+def write_drop(pipe: int, deployment: int) -> None:
+    """Raises ``OSError`` when nobody reads, or nobody has for long."""
+    os.write(pipe, deployment.to_bytes(_NUMBER_BYTES, "little"))
+
+
+def read_drops(pipe: int) -> list[int]:
+    """Those that are there now; ``pipe`` does not block."""
+    try:
+        data = os.read(pipe, _READ_BYTES)
+    except BlockingIOError:
+        return []
+    starts = range(0, len(data), _NUMBER_BYTES)
+    return [int.from_bytes(data[i : i + _NUMBER_BYTES], "little") for i in starts]

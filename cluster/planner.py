@@ -52,20 +52,25 @@ class Pace:
 
     Two processes in one control group share its quota as equals, however low one's priority: so
     it is not enough to be nice. One job at a time, in the main thread, where signals are handled.
+    ``drops``: as in ``jobs.Begin``. A drop comes at any time, also when its job has just ended.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, drops: int) -> None:
+        self._drops = drops
+        self._dropped: set[int] = set()
+        self._job: int | None = None
         self._share = 1.0
         self._worked_s, self._since = 0.0, 0.0
-        self._hurried = self._open = False
+        self._open = False
         signal.signal(signal.SIGPROF, self._pause)
         signal.signal(signal.SIGUSR1, self._hurry)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGUSR1,))
 
     @contextmanager
-    def share(self, share: float) -> Iterator[None]:
-        """Take so much of a processor meanwhile, until something else is urgent."""
-        self._share = share
+    def share(self, share: float, job: int | None) -> Iterator[None]:
+        """Take so much of a processor meanwhile, until something else is urgent. ``job``: as drops
+        name it, if they may."""
+        self._share, self._job = share, job
         self._start_slice()
         if share < 1.0:
             signal.setitimer(signal.ITIMER_PROF, limits.SEARCH_SLICE_S, limits.SEARCH_SLICE_S)
@@ -73,7 +78,8 @@ class Pace:
             yield
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0.0)
-            self._share, self._hurried = 1.0, False
+            self._share, self._job = 1.0, None
+            self._dropped.clear()  # the next one's can only come when this one is answered
 
     @contextmanager
     def may_be_dropped(self) -> Iterator[None]:
@@ -86,9 +92,13 @@ class Pace:
         finally:
             self._open = False
 
+    @property
+    def _hurried(self) -> bool:
+        return self._job in self._dropped
+
     def _hurry(self, *_: object) -> None:
-        self._hurried = True
-        if self._open:
+        self._dropped.update(jobs.read_drops(self._drops))
+        if self._open and self._hurried:
             self._open = False
             raise Dropped
 
@@ -124,7 +134,8 @@ class Planner:
         share = 1.0 if job.plan is None else job.plan.share
         before_s, self._measuring_s = time.process_time(), 0.0
         try:
-            with self._pace.share(share if share >= 1.0 else share * cores):
+            number = None if job.plan is None else job.plan.deployment
+            with self._pace.share(share if share >= 1.0 else share * cores, number):
                 if job.open is not None:
                     return self._open(job.open)
                 assert job.plan is not None
@@ -312,7 +323,7 @@ def main() -> None:
     telemetry.configure(begin.log_level, begin.log_form, name="planning")
     processes.watch_parent(begin.parent, lambda: os._exit(0))
     store = BlobStore(Path(begin.folder), begin.max_bytes, shared=True)
-    planner = Planner(store, begin.models, Pace())
+    planner = Planner(store, begin.models, Pace(begin.drops))
     while (job := jobs.read(sys.stdin.buffer, jobs.Job)) is not None:
         jobs.write(answers, planner.perform(job))
 

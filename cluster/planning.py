@@ -74,8 +74,8 @@ class PlanningThread:
                 self._files.put(effect)
                 return
         now = self._now
-        if now is not None and self._is_moot(now):
-            self._process.drop()
+        if isinstance(now, MakePlan) and self._is_moot(now):
+            self._process.drop(now.deployment)
 
     def _is_moot(self, effect: OpenModel | MakePlan) -> bool:
         """Nobody wants it any more, or nobody waits for it and there is something else to do."""
@@ -129,7 +129,7 @@ class PlannerProcess:
         self._models: dict[str, tuple[str, ...]] = {}  # what the next one must know of
         self._lock = threading.Lock()
         self._closed = False
-        self._process, self._oom_kills = self._started(), oom_kills()
+        (self._process, self._drops), self._oom_kills = self._started(), oom_kills()
 
     def perform(
         self, effect: OpenModel | MakePlan, is_moot: Callable[[], bool]
@@ -151,9 +151,10 @@ class PlannerProcess:
             jobs.remember(self._models, job.open.digest, answer.weights)
         return answer.opened or answer.planned
 
-    def drop(self) -> None:
-        """What it works at has become moot: a search is given up."""
-        with contextlib.suppress(ProcessLookupError):
+    def drop(self, deployment: int) -> None:
+        """A search has become moot: it is given up, if it is what the process works at."""
+        with self._lock, contextlib.suppress(OSError):
+            jobs.write_drop(self._drops, deployment)
             self._process.send_signal(signal.SIGUSR1)
 
     def close(self) -> None:
@@ -168,6 +169,10 @@ class PlannerProcess:
             assert pipe is not None
             with contextlib.suppress(OSError):  # what could not be written
                 pipe.close()
+        with self._lock:
+            drops, self._drops = self._drops, -1
+        with contextlib.suppress(OSError):  # closed before
+            os.close(drops)
 
     def _asked(self, job: jobs.Job, is_moot: Callable[[], bool]) -> jobs.Answer | None:
         cause = ""
@@ -209,20 +214,24 @@ class PlannerProcess:
         self.close_pipes()
         before = oom_kills()
         try:
-            process = self._started()
+            process, drops = self._started()
         except OSError as error:
             raise ClusterUnavailable(
                 f"the coordinator cannot start the process that plans: {error.strerror}",
                 hint="look at the memory of its device, and its number of processes",
             ) from error
         with self._lock:
-            self._process, self._oom_kills = process, before
+            self._process, self._drops, self._oom_kills = process, drops, before
             closed = self._closed
         if closed:
             _kill(process)
         return not closed
 
-    def _started(self) -> subprocess.Popen[bytes]:
+    def _started(self) -> tuple[subprocess.Popen[bytes], int]:
+        """The process, and where to write what it need not do any more."""
+        heard, drops = os.pipe()
+        for end in (heard, drops):
+            os.set_blocking(end, False)
         # Blocked until the process can handle it: to be hurried must not kill it.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1,))
         try:
@@ -230,17 +239,22 @@ class PlannerProcess:
                 _COMMAND,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
+                pass_fds=(heard,),
                 start_new_session=True,  # Ctrl-C is for its starter, which ends it
             )
+        except OSError:
+            os.close(drops)
+            raise
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            os.close(heard)
         assert process.stdin is not None
         folder, size = str(self._store.folder), self._store.max_bytes
-        begin = jobs.Begin(folder, size, self._models, os.getpid(), *self._log)
+        begin = jobs.Begin(folder, size, self._models, os.getpid(), *self._log, drops=heard)
         with contextlib.suppress(OSError):  # it has ended already, as will be seen
             os.setpriority(os.PRIO_PROCESS, process.pid, limits.PLANNING_NICE)
             jobs.write(process.stdin, begin)
-        return process
+        return process, drops
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

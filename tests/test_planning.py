@@ -145,7 +145,7 @@ def test_whatever_effects_and_answers_may_hold_comes_out_as_it_went_in() -> None
     items = (
         jobs.Job(plan=making_all), jobs.Job(plan=replace(making_all, memory=5, signature=SMALL)),
         jobs.Job(open=OpenModel(1, "ab" * 32, "{}")), jobs.Answer(opened=opened, weights=("a",)),
-        jobs.Answer(planned=ready), jobs.Begin("f", 1, {"a": ("b", "c")}, 1, "info", "text"),
+        jobs.Answer(planned=ready), jobs.Begin("f", 1, {"a": ("b", "c")}, 1, "info", "text", 3),
     )  # fmt: skip
     stream = io.BytesIO()
     for item in items:
@@ -319,7 +319,7 @@ def test_what_imports_for_one_that_is_killed_is_ended_before_its_folder_is_remov
         os.kill(families[-1][0], signal.SIGKILL)
     opened = planning.next()
     assert isinstance(opened, ModelOpened) and opened.failure is not None
-    assert none_alive(sum(families, [])), "before it is told"
+    assert none_alive([pid for family in families for pid in family]), "before it is told"
     assert [path.name for path in planning.store.folder.iterdir()] == [digest]
 
 
@@ -418,6 +418,25 @@ def test_a_plan_that_nobody_wants_any_more_is_not_searched_on(planning: Planning
     assert [(a.deployment, a.dropped) for a in answers if isinstance(a, PlanReady)] == [
         (4, True), (5, False),
     ]  # fmt: skip
+
+
+def test_a_drop_meets_the_search_that_it_names_however_late_or_early_it_comes(
+    planning: Planning, searching: tuple[str, str]
+) -> None:
+    digest, _ = searching  # by the first job, which has ended
+    drop = planning.thread._process.drop
+    drop(1)
+    assert not planning.planned(making(digest, 2)).dropped
+    drop(2)
+    planning.put(long_search(digest, 3))
+    assert planning.works()
+    drop(2)
+    assert not planning.next().dropped  # type: ignore[attr-defined]
+    drop(4)
+    assert planning.planned(long_search(digest, 4)).dropped, "told before it was read"
+    for _ in range(20_000):
+        drop(4)  # never waits
+    assert not planning.planned(making(digest, 5)).dropped
 
 
 def test_such_a_search_takes_no_more_than_its_share_and_says_what_it_took(
