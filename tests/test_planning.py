@@ -77,8 +77,13 @@ class Planning:
         return answer
 
     @property
+    def pid(self) -> int:
+        """Of the process that plans, or of the last one until the next is there."""
+        return self.thread._process._process.pid
+
+    @property
     def process(self) -> psutil.Process:
-        return psutil.Process(self.thread._process._process.pid)
+        return psutil.Process(self.pid)
 
     def family(self) -> list[int]:
         return [self.process.pid, *(p.pid for p in self.process.children(recursive=True))]
@@ -231,8 +236,8 @@ def test_a_job_at_which_two_processes_were_killed_fails_and_the_next_is_done(
     planning.put(long_search(digest, 1))
     killed: list[int] = []
     for _ in range(limits.PLANNING_TRIES):
-        assert eventually(lambda: planning.process.pid not in killed, WITHIN_S)
-        killed.append(planning.process.pid)
+        assert eventually(lambda: planning.pid not in killed, WITHIN_S)
+        killed.append(planning.pid)
         assert planning.works(), "it starts"
         os.kill(killed[-1], signal.SIGKILL)
     failed = planning.next()
@@ -311,7 +316,7 @@ def test_what_imports_for_one_that_is_killed_is_ended_before_its_folder_is_remov
     families: list[list[int]] = []
     for _ in range(limits.PLANNING_TRIES):
         known = [pids[0] for pids in families]
-        assert eventually(lambda: planning.process.pid not in known, WITHIN_S)  # noqa: B023
+        assert eventually(lambda: planning.pid not in known, WITHIN_S)  # noqa: B023
         assert eventually(lambda: len(planning.family()) == 3, WITHIN_S), "it, and two that import"
         families.append(planning.family())
         for pid in families[-1][1:]:
