@@ -217,6 +217,7 @@ def test_the_processes_of_a_cluster_die_with_their_owner(number: signal.Signals)
             keyring, *rest = owner.stdout.readline().split()
             pids = [int(pid) for pid in rest]
             assert len(pids) == 5 and all(map(alive, pids))
+            time.sleep(0.3)  # until it sleeps: Python drops a KeyboardInterrupt in a finaliser
         finally:
             owner.send_signal(number)
         owner.wait(timeout=30)  # processes stop one after another, each in its time
