@@ -9,7 +9,7 @@ from meshinfer import limits
 from meshinfer.protocol import messages as m
 from meshinfer.scheduler import events as e
 from meshinfer.scheduler.client import LATE_S
-from meshinfer.scheduler.installing import COORDINATOR
+from meshinfer.scheduler.telling import COORDINATOR
 
 
 def test_it_waits_for_the_head() -> None:

@@ -27,9 +27,7 @@ from meshinfer.scheduler.events import (
     Event,
     Note,
     PeerLost,
-    Plane,
     Resolve,
-    Send,
     ServeBlob,
     Settle,
     Stop,
@@ -37,8 +35,9 @@ from meshinfer.scheduler.events import (
     Submitted,
     Ticked,
 )
-from meshinfer.scheduler.installing import COORDINATOR, Installing
+from meshinfer.scheduler.installing import Installing
 from meshinfer.scheduler.outbox import Outbox
+from meshinfer.scheduler.telling import COORDINATOR, told
 
 NOBODY = ""
 """The name in plans of a client whose requests the head holds."""
@@ -110,15 +109,14 @@ class ClientCore:
                 if given_up is None:
                     return []
                 self._forget_feeds(request, given_up.turn)
-                return [self._tell(m.Cancel(request=request, turn=given_up.turn))]
+                return [told(m.Cancel(request=request, turn=given_up.turn))]
             case PeerLost():
                 return self._lost(event, now)
             case Ticked():
                 return self._tick(now)
             case StopRequested():
                 cancels = [
-                    self._tell(m.Cancel(request=name, turn=r.turn))
-                    for name, r in self._requests.items()
+                    told(m.Cancel(request=name, turn=r.turn)) for name, r in self._requests.items()
                 ]
                 failed = self._fail_all("the client was closed")
                 return [*cancels, *failed, *self._acks.flush(), Stop()]
@@ -189,7 +187,7 @@ class ClientCore:
             case m.Alive() | m.Probe():
                 return []
             case m.Start() if message.request not in self._requests:
-                return [self._tell(m.Cancel(request=message.request))]  # it may be lost
+                return [told(m.Cancel(request=message.request))]  # it may be lost
             case m.Assign() if message.request not in self._requests:
                 return []  # it is over here
             case m.Start() if self._acts_as:
@@ -218,8 +216,7 @@ class ClientCore:
         elif self._acts_as:  # what was told before this welcome means nothing any more
             self._computing.reset(keep_inputs=True)
             self._installing.reset()
-        ends = (message.bulk, message.head)
-        peers = {peer.id: peer for peer in ends}
+        peers = {peer.id: peer for peer in (message.bulk, message.head)}
         left = sorted(self._connected - set(peers))
         self._connected = set(peers)
         self._welcome = message
@@ -256,7 +253,7 @@ class ClientCore:
             request.turn += 1
             left = max(0.0, request.deadline - now)
             header = structs.replace(request.header, turn=request.turn, deadline_s=left)
-            effects.append(self._tell(header))
+            effects.append(told(header))
             if self._acts_as:
                 effects += self._computing.feed_here(name, request.turn, request.arrays, now)
                 continue
@@ -268,7 +265,7 @@ class ClientCore:
         for question in self._questions.values():
             if not question.sent:
                 question.sent = True
-                effects.append(self._tell(question.message))
+                effects.append(told(question.message))
         return effects
 
     def _answered(self, message: m.Answer, payload: memoryview) -> list[Effect]:
@@ -302,7 +299,7 @@ class ClientCore:
         self._forget_feeds(name, request.turn)
         effects: list[Effect] = [Resolve(name, reply, request.answers.get(-1, {}))]
         if request.turn > 1:  # the header of the last turn may be lost, and its inputs held
-            effects.append(self._tell(m.Cancel(request=name, turn=request.turn)))
+            effects.append(told(m.Cancel(request=name, turn=request.turn)))
         return effects
 
     # --- time, loss
@@ -311,10 +308,10 @@ class ClientCore:
         effects: list[Effect] = []
         if self._welcome is None and now >= self._hello_due:
             self._hello_due = now + limits.HELLO_RETRY_S
-            effects.append(self._tell(self.hello))
+            effects.append(told(self.hello))
         if self._welcome is not None and now >= self._beat_due:
             self._beat_due = now + limits.HEARTBEAT_S
-            effects.append(self._tell(m.Heartbeat()))
+            effects.append(told(m.Heartbeat()))
         if self._ever_welcome and now - self._heard > limits.COORDINATOR_SILENT_S:
             effects += self._fail_all("the coordinator is silent")
             if self._welcome is not None:
@@ -339,7 +336,7 @@ class ClientCore:
                 hint="give a longer deadline_s, or look at meshinfer devices",
             )
         return [
-            self._tell(m.Cancel(request=name, turn=request.turn)),
+            told(m.Cancel(request=name, turn=request.turn)),
             Resolve(name, m.Reply(request=name, failure=failure), {}),
         ]
 
@@ -381,6 +378,3 @@ class ClientCore:
             hint="start one with meshinfer coordinator, or give its address",
             retry_after_s=5.0,
         )
-
-    def _tell(self, message: m.AnyMessage) -> Send:
-        return Send(Plane.CONTROL, COORDINATOR, message)

@@ -215,7 +215,8 @@ class CoordinatorCore:
         client, it goes by the head instead."""
         if not self._answering.unreachable(message):
             return []
-        for client in filter(self._heads.stands, (peer, message.peer)):
+        client = next(filter(self._heads.stands, (peer, message.peer)), None)
+        if client is not None:
             return self._heads.refuse(client)
         device, lost = self.members.by_peer(peer), self.members.by_peer(message.peer)
         assert device is not None

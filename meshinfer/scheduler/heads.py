@@ -6,8 +6,6 @@ answers itself, so that no tensor passes through another process on the way.
 
 from __future__ import annotations
 
-from msgspec import structs
-
 from meshinfer.protocol import messages as m
 from meshinfer.protocol.records import BESIDE_COORDINATOR
 from meshinfer.scheduler.catalogue import Deployment
@@ -64,7 +62,7 @@ class Heads:
         self._with[peer][made.number] = False
         devices = self._members.devices  # those that send it the answer need a connection, too
         bulk = tuple(devices[n].bulk for n in sorted(made.members) if n in devices)
-        message = structs.replace(install(made, made.head, self._members), peers=bulk)
+        message = _install(made, made.head, bulk)
         return [Send(Plane.CONTROL, peer, message)]
 
     def installed(self, peer: str, message: m.Installed) -> None:
@@ -82,9 +80,12 @@ class Heads:
 
 def install(made: Deployment, name: str, members: Membership) -> m.Install:
     """What a device is told of a deployment."""
-    programs = made.programs[name]
-    sends = [send for program in programs for send in program.sends]
+    sends = [send for program in made.programs[name] for send in program.sends]
     receivers = {device for send in sends for device in (send.device, *send.others)}
     here = sorted(receivers & set(members.devices))  # not who left a plan that goes on without it
-    peers = tuple(members.devices[device].bulk for device in here)
+    return _install(made, name, tuple(members.devices[device].bulk for device in here))
+
+
+def _install(made: Deployment, name: str, peers: tuple[m.Peer, ...]) -> m.Install:
+    programs = made.programs[name]
     return m.Install(deployment=made.number, programs=programs, peers=peers, head=made.head)

@@ -16,16 +16,12 @@ from meshinfer.scheduler.events import (
     Disconnect,
     Effect,
     FindBlobs,
-    Plane,
     Prepare,
     Prepared,
-    Send,
 )
 from meshinfer.scheduler.puller import Puller
 from meshinfer.scheduler.recipe import Recipe
-
-COORDINATOR = "coordinator"
-"""Name of the control connection to the coordinator."""
+from meshinfer.scheduler.telling import told
 
 
 @dataclass(slots=True)
@@ -75,7 +71,7 @@ class Installing:
         }
         effects = self._connect(message.peers)
         if not digests:
-            return [*effects, _tell(m.Installed(deployment=message.deployment))]
+            return [*effects, told(m.Installed(deployment=message.deployment))]
         return [*effects, FindBlobs(str(message.deployment), tuple(sorted(digests)))]
 
     def _connect(self, peers: tuple[m.Peer, ...]) -> list[Effect]:
@@ -130,7 +126,7 @@ class Installing:
         self._puller.done(digest)
         failure = m.Failure(error="MeshInferError", message=f"blob {digest[:12]}: {why}")
         return [
-            _tell(m.Installed(deployment=number, failure=failure))
+            told(m.Installed(deployment=number, failure=failure))
             for number, deployment in self.deployments.items()
             if digest in deployment.missing
         ]
@@ -138,7 +134,7 @@ class Installing:
     def prepared(self, event: Prepared) -> list[Effect]:
         if event.deployment not in self.deployments:
             return [Discard(event.deployment)]
-        return [_tell(m.Installed(deployment=event.deployment, failure=event.failure))]
+        return [told(m.Installed(deployment=event.deployment, failure=event.failure))]
 
     def forget(self, number: int) -> list[Effect]:
         deployment = self.deployments.pop(number, None)
@@ -172,7 +168,3 @@ class Installing:
 def _prepare(number: int, deployment: Deployment) -> list[Effect]:
     programs = tuple(p for p in deployment.programs.values() if p.model is not None)
     return [Prepare(number, programs)]
-
-
-def _tell(message: m.AnyMessage) -> Send:
-    return Send(Plane.CONTROL, COORDINATOR, message)

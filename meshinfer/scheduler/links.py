@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from meshinfer import limits
 from meshinfer.protocol import messages as m
 from meshinfer.scheduler.events import Connect, Effect, Plane, Send
-from meshinfer.scheduler.installing import COORDINATOR
 from meshinfer.scheduler.membership import Device, Membership
+from meshinfer.scheduler.telling import told
 
 _WATCHED = 1 << 32
 """Echoes behind real pieces have numbers above this one, those of a measurement below."""
@@ -258,7 +258,7 @@ class LinkMeter:
         latency_s = self._fastest_s / 2 if self._fastest_s < float("inf") else 0.0
         link = m.Link(peer=self._peer.device, bytes_per_s=self._bytes_per_s, latency_s=latency_s)
         self._peer = None
-        return [Send(Plane.CONTROL, COORDINATOR, m.LinkMeasured(link=link))]
+        return [told(m.LinkMeasured(link=link))]
 
 
 class LinkWatch:
@@ -305,4 +305,4 @@ class LinkWatch:
         watched.told_at, watched.least, watched.most = now, least, most
         link = m.Link(peer=peer.rpartition("#")[0], bytes_per_s=most)
         word = m.LinkMeasured(link=link, least_bytes_per_s=least)
-        return [Send(Plane.CONTROL, COORDINATOR, word)]
+        return [told(word)]

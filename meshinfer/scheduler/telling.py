@@ -1,12 +1,14 @@
-"""What a device tells the coordinator of its tasks."""
+"""How devices and clients speak to the coordinator: what all say alike, and what of tasks."""
 
 from __future__ import annotations
 
 from meshinfer.protocol import messages as m
 from meshinfer.scheduler.events import Effect, Note, Plane, Send
 from meshinfer.scheduler.held import Held
-from meshinfer.scheduler.installing import COORDINATOR
 from meshinfer.scheduler.outbox import Unacknowledged
+
+COORDINATOR = "coordinator"
+"""Name of the control connection to the coordinator."""
 
 
 def told(message: m.AnyMessage) -> Send:

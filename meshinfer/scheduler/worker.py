@@ -28,8 +28,9 @@ from meshinfer.scheduler.events import (
     StopRequested,
     Ticked,
 )
-from meshinfer.scheduler.installing import COORDINATOR, Installing
+from meshinfer.scheduler.installing import Installing
 from meshinfer.scheduler.links import LinkMeter
+from meshinfer.scheduler.telling import COORDINATOR, told
 
 __all__ = ["COORDINATOR", "SOURCE", "WorkerCore"]
 
@@ -172,7 +173,7 @@ class WorkerCore:
         self._beat_due = now
         effects += [Connect(message.bulk), Note("info", "joined", {"device": self.device})]
         if self._stop_due is not None:
-            effects.append(self._tell(m.Goodbye()))
+            effects.append(told(m.Goodbye()))
         return effects
 
     def _rejoin(self, when: float) -> list[Effect]:
@@ -204,10 +205,10 @@ class WorkerCore:
         effects: list[Effect] = []
         if not self.joined and now >= self._hello_due:
             self._hello_due = now + limits.HELLO_RETRY_S
-            effects.append(self._tell(self.hello))
+            effects.append(told(self.hello))
         if self.joined and now >= self._beat_due:
             self._beat_due = now + limits.HEARTBEAT_S
-            effects.append(self._tell(self._heartbeat(now)))
+            effects.append(told(self._heartbeat(now)))
         effects += self._computing.due(now)
         effects += self._installing.due(now)
         effects += self._links.due(now)
@@ -239,10 +240,7 @@ class WorkerCore:
         if self._stop_due is not None or not self.joined:
             return self._end()
         self._stop_due = now + limits.DRAIN_S
-        return [self._tell(m.Goodbye())]
+        return [told(m.Goodbye())]
 
     def _end(self) -> list[Effect]:
         return [*self._computing.acks.flush(), Stop()]
-
-    def _tell(self, message: m.AnyMessage) -> Send:
-        return Send(Plane.CONTROL, COORDINATOR, message)
