@@ -7,13 +7,11 @@ disks and the clock are fake: blobs are dicts, computing is instant and takes vi
 from __future__ import annotations
 
 import hashlib
-import heapq
 import itertools
 import random
 import tempfile
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -22,7 +20,6 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from oracle import assert_exact
 
-from meshinfer import limits
 from meshinfer.cost import DeviceProfile, timeline
 from meshinfer.cost.expected import expected_seconds, is_better
 from meshinfer.engine import EngineError
@@ -36,14 +33,14 @@ from meshinfer.plan import Plan
 from meshinfer.planner import Block, axes_of, build
 from meshinfer.programs import Programs, make_programs
 from meshinfer.protocol import messages as m
-from meshinfer.protocol.codec import decode, describe, encode, failure_of
-from meshinfer.protocol.records import BESIDE_COORDINATOR
+from meshinfer.protocol.codec import Buffer, decode, describe, encode, failure_of
 from meshinfer.protocol.report import Report
 from meshinfer.report import report_of
 from meshinfer.scheduler import events as e
 from meshinfer.scheduler.client import ClientCore
-from meshinfer.scheduler.coordinator import CoordinatorCore
 from meshinfer.scheduler.worker import COORDINATOR, WorkerCore
+from meshinfer.simulator.node import Node, Timing
+from meshinfer.simulator.world import World
 
 LATENCY_S, COMPUTE_S, PLAN_S, DISK_S = 0.001, 0.005, 0.02, 0.001
 STEPS = 60_000
@@ -153,36 +150,11 @@ def _engine() -> _Engine:
     return _Engine()
 
 
-# --- Nodes ----------------------------------------------------------------------------------------
-
-
-@dataclass(eq=False)
-class Node:
-    """One process: a core and what its shell would hold."""
-
-    name: str
-    id: str
-    core: CoordinatorCore | WorkerCore | ClientCore
-    alive: bool = True
-    stopped: e.Stop | None = None
-    paused: bool = False
-    blobs: dict[str, bytes] = field(default_factory=dict)
-    parts: dict[str, bytearray] = field(default_factory=dict)
-    prepared: dict[int, dict[m.Place, OrtPrepared]] = field(default_factory=dict)
-    links: set[str] = field(default_factory=set)
-    notes: list[e.Note] = field(default_factory=list)
-    resolved: dict[str, list[e.Resolve]] = field(default_factory=dict)
-    settled: dict[str, list[e.Settle]] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        return self.id
-
-
 class Stuck(AssertionError):
     """What was awaited did not happen; the text is the story."""
 
 
-class Cluster:
+class Cluster(World):
     """A coordinator, a head, workers and clients. ``delay`` draws the time a message takes.
     ``beside``: clients are on the coordinator's host, and so source and sink themselves."""
 
@@ -196,9 +168,7 @@ class Cluster:
         beside: bool = False,
     ) -> None:
         self.beside = beside
-        self.now = 100.0
         self.story: deque[tuple[float, str]] = deque(maxlen=20_000)
-        self.sent: Counter[str] = Counter()
         self.plans_asked = 0
         self.kernel_fault: Callable[[Node, e.Compute], str | None] = lambda node, job: None
         self.slowness: dict[str, float] = {}
@@ -209,17 +179,9 @@ class Cluster:
         self.planner: Planner | None = None
         """What makes plans where none is given; None: bands, each on one device."""
         self.plan_s = PLAN_S
-        self.search: int | None = None
         self.plan_fault: Callable[[e.MakePlan], m.Failure | None] = lambda effect: None
-        self._delay = delay
-        self._events: list[tuple[float, int, Node, e.Event]] = []
-        self._order = itertools.count()
-        self._link_free: dict[tuple[str, str, str], float] = {}
-        self._incarnations: Counter[str] = Counter()
         self._rules: list[tuple[Matches, Callable[[], object] | None, float]] = []
-        self.nodes: dict[str, Node] = {}
-        bulk = self._peer(COORDINATOR, "1")
-        self.coordinator = self._add(COORDINATOR, bulk.id, CoordinatorCore("home", "0", bulk))
+        super().__init__(Timing(LATENCY_S, COMPUTE_S, PLAN_S, DISK_S), delay, now=100.0)
         if head:
             self.join("head", m.Facts(computes=False, head=True, host="h"))
         for name in workers:
@@ -231,102 +193,22 @@ class Cluster:
 
     # --- members
 
-    def _peer(self, name: str, incarnation: str) -> m.Peer:
-        return m.Peer(device=name, incarnation=incarnation, host="h", port=1, key="k" * 40)
-
-    def _add(self, name: str, peer: str, core: CoordinatorCore | WorkerCore | ClientCore) -> Node:
-        node = Node(name, peer, core)
-        self.nodes[name] = node
-        self._handle(node, e.Ticked())
-        return node
-
-    def hello(self, name: str, role: str = "worker", **changes: object) -> m.Hello:
-        self._incarnations[name] += 1
-        incarnation = str(self._incarnations[name])
-        fields = {
-            "role": role,
-            "device": name,
-            "incarnation": incarnation,
-            "cluster": "home",
-            "protocol": m.PROTOCOL,
-            "bulk": self._peer(name, incarnation) if role == "worker" else None,
-            "facts": m.Facts(flops_per_s=1e9, host=name),
-        }
-        return m.Hello(**{**fields, **changes})  # type: ignore[arg-type]
-
-    def join(self, name: str, facts: m.Facts | None = None, **changes: object) -> Node:
-        """Start a worker process of this name; its disk keeps what an earlier one stored."""
-        if facts is not None:
-            changes["facts"] = facts
-        hello = self.hello(name, **changes)
-        before = self.nodes.get(name)
-        node = self._add(name, f"{name}#{hello.incarnation}", WorkerCore(hello))
-        if before is not None:
-            node.blobs = before.blobs
-        return node
-
-    def connect(self, name: str, **changes: object) -> Node:
-        """Start a client."""
-        where = BESIDE_COORDINATOR if self.beside else ""
-        hello = self.hello(name, "client", **{"where": where, **changes})
-        return self._add(name, f"{name}#{hello.incarnation}", ClientCore(hello))
-
-    def kill(self, name: str, *, silent: bool = False) -> None:
-        """SIGKILL; ``silent``: nobody is told, as when its cable is pulled."""
-        node = self.nodes[name]
-        node.alive = False
-        self._tell_story(f"KILL {node}")
-        if not silent:
-            self._gone(node)
-
-    def _gone(self, node: Node) -> None:
-        """Its connections are reset."""
-        for other in self.living():
-            if other is self.coordinator:
-                self.post(other, e.PeerLost(node.id, "reset"), LATENCY_S)
-            elif node is self.coordinator:
-                self.post(other, e.PeerLost(COORDINATOR, "reset"), LATENCY_S)
-            elif node.id in other.links:
-                self.post(other, e.PeerLost(node.id, "reset", plane=e.Plane.BULK), LATENCY_S)
-
-    def stop(self, name: str) -> None:
-        """SIGTERM."""
-        self._tell_story(f"STOP {name}")
-        self._handle(self.nodes[name], e.StopRequested())
+    def connect(self, name: str, **changes: object) -> Node:  # type: ignore[override]
+        """Start a client, beside the coordinator where all are."""
+        return super().connect(name, beside=self.beside, **changes)
 
     def cut(self, name: str) -> None:
         """The control connection breaks and is made anew: what was on its way is lost."""
         node = self.nodes[name]
-        self._tell_story(f"CUT {node}")
-        self._events = [
-            entry
-            for entry in self._events
-            if not (
-                isinstance(entry[3], e.Arrived)
-                and (
-                    (entry[2] is node and entry[3].peer == COORDINATOR)
-                    or (entry[2] is self.coordinator and entry[3].peer == node.id)
-                )
+        self.tell_story(lambda: f"CUT {node}")
+        self.take_back(
+            lambda to, event: (
+                (to is node and event.peer == COORDINATOR)
+                or (to is self.coordinator and event.peer == node.id)
             )
-        ]
-        heapq.heapify(self._events)
+        )
         self.post(self.coordinator, e.PeerLost(node.id, "reset"), 0.0)
         self.post(node, e.PeerLost(COORDINATOR, "reset"), 0.0)
-
-    def restart_coordinator(self) -> None:
-        """Killed and started again: it remembers nothing."""
-        self.kill(COORDINATOR)
-        self._incarnations[COORDINATOR] += 1
-        bulk = self._peer(COORDINATOR, str(self._incarnations[COORDINATOR] + 1))
-        before = self.coordinator
-        self.coordinator = self._add(COORDINATOR, bulk.id, CoordinatorCore("home", "0", bulk))
-        self.coordinator.blobs = before.blobs
-
-    def living(self) -> list[Node]:
-        return [n for n in self.nodes.values() if n.alive and n.stopped is None]
-
-    def workers(self) -> list[Node]:
-        return [n for n in self.living() if isinstance(n.core, WorkerCore)]
 
     def _joined(self, node: Node) -> bool:
         match node.core:
@@ -336,11 +218,6 @@ class Cluster:
                 return node.id in self.core.members.clients
             case _:
                 return True
-
-    @property
-    def core(self) -> CoordinatorCore:
-        assert isinstance(self.coordinator.core, CoordinatorCore)
-        return self.coordinator.core
 
     # --- what a user does
 
@@ -440,147 +317,43 @@ class Cluster:
 
     # --- the link
 
-    def post(self, node: Node, event: e.Event, after: float) -> None:
-        heapq.heappush(self._events, (self.now + after, next(self._order), node, event))
-
     def inject(self, node: Node, peer: str, message: m.AnyMessage, payload: bytes = b"") -> None:
         """A message out of nowhere."""
         decoded, body = decode([bytes(f) for f in encode(message, payload or None)])
         self._handle(node, e.Arrived(peer, decoded, body))
 
-    def _send(self, sender: Node, send: e.Send) -> None:
-        to_coordinator = send.peer == COORDINATOR and sender is not self.coordinator
-        receiver = (
-            self.coordinator
-            if to_coordinator
-            else next((n for n in self.nodes.values() if n.id == send.peer), None)
-        )
-        frames = [bytes(frame) for frame in encode(send.message, send.payload)]
-        assert len(frames[0]) <= limits.CONTROL_FRAME_BYTES
-        if receiver is None or not receiver.alive or receiver.stopped is not None:
-            self._tell_story(f"{sender} -> {send.peer} (gone) {send.message}")
-            return
-        assert to_coordinator or send.plane is e.Plane.BULK or sender is self.coordinator
-        if send.plane is e.Plane.BULK:
-            assert receiver.id in sender.links or sender.id in receiver.links, (
-                f"no connection from {sender} to {receiver} for {send.message}"
-            )
-        message, payload = decode(frames)
-        assert message == send.message, "the codec changed it"
-        self.sent[type(message).__name__] += 1
-        self._tell_story(f"{sender} -> {receiver} {message}")
+    def _carry(
+        self, sender: Node, receiver: Node, plane: e.Plane, frames: list[Buffer], what: e.Arrived
+    ) -> None:
+        message, payload = what.message, what.payload
         extra = 0.0
         for rule in list(self._rules):
             matches, then, seconds = rule
             if matches(sender, receiver, message):
                 self._rules.remove(rule)
                 if then is None and not seconds:
-                    self._tell_story("    ... LOST")
+                    self.tell_story(lambda: "    ... LOST")
                     return
                 extra += seconds
                 if then is not None:
                     self._rules.append((_never, None, 0.0))
-                    self._deliver(sender, receiver, send.plane, message, payload, extra)
+                    self._deliver(sender, receiver, plane, message, payload, extra)
                     then()
                     return
-        self._deliver(sender, receiver, send.plane, message, payload, extra)
-
-    def _deliver(self, sender: Node, receiver: Node, plane: e.Plane, message: m.AnyMessage,
-                 payload: memoryview, extra: float) -> None:  # fmt: skip
-        link = (sender.id, receiver.id, plane)
-        at = max(self.now + self._delay() + extra, self._link_free.get(link, 0.0))
-        self._link_free[link] = at
-        control = plane is e.Plane.CONTROL and sender is self.coordinator
-        peer = COORDINATOR if control else sender.id
-        heapq.heappush(
-            self._events, (at, next(self._order), receiver, e.Arrived(peer, message, payload))
-        )
+        self._deliver(sender, receiver, plane, message, payload, extra)
 
     # --- effects
 
-    def _handle(self, node: Node, event: e.Event) -> None:
-        if not node.alive or node.stopped is not None:
-            return
-        for effect in node.core.handle(event, self.now):
-            if not node.alive or node.stopped is not None:
-                return  # killed between two effects
-            self._perform(node, effect)
+    def _search_s(self) -> float:
+        return self.plan_s
 
-    def _perform(self, node: Node, effect: e.Effect) -> None:
-        match effect:
-            case e.Send():
-                self._send(node, effect)
-            case e.Connect(peer):
-                node.links.add(peer.id)
-            case e.Disconnect(peer_id):
-                node.links.discard(peer_id)
-            case e.Note():
-                node.notes.append(effect)
-                self._tell_story(f"    {node} notes: {effect.text} {dict(effect.fields)}")
-            case e.Stop():
-                node.stopped = effect
-                self._gone(node)
-                self._tell_story(f"    {node} stops: {effect.failure}")
-            case e.Resolve(request):
-                node.resolved.setdefault(request, []).append(effect)
-            case e.Settle(call):
-                node.settled.setdefault(call, []).append(effect)
-            case e.FindBlobs(purpose, digests):
-                missing = tuple(d for d in digests if d not in node.blobs)
-                self.post(node, e.BlobsFound(purpose, missing), DISK_S)
-            case e.WriteBlob():
-                self._write(node, effect)
-            case e.ServeBlob():
-                self._serve(node, effect)
-            case e.Prepare():
-                self.post(node, self._prepare(node, effect), DISK_S)
-            case e.Discard(deployment):
-                node.prepared.pop(deployment, None)
-            case e.Compute():
-                work = self.works.get((effect.deployment, effect.place, node.name), COMPUTE_S)
-                took = self.slowness.get(node.name, 1.0) * (work if self.by_work else COMPUTE_S)
-                self.post(node, self._compute(node, effect, took), took)
-            case e.OpenModel():
-                self._drop_search(node)
-                self.post(node, self._open(node, effect), PLAN_S)
-            case e.MakePlan():
-                self._drop_search(node)
-                if effect.share < 1.0:
-                    self.search = effect.deployment
-                self.post(node, self._plan(node, effect), self.plan_s / effect.share)
+    def _seconds(self, node: Node, job: e.Compute) -> float:
+        work = self.works.get((job.deployment, job.place, node.name), COMPUTE_S)
+        return self.slowness.get(node.name, 1.0) * (work if self.by_work else COMPUTE_S)
 
-    def _drop_search(self, node: Node) -> None:
-        """What is urgent ends a search that nobody waits for; one that is over already is known."""
-        if self.search is not None:
-            self.post(node, e.PlanReady(self.search, dropped=True), 0.0)
-            self.search = None
-
-    def _write(self, node: Node, effect: e.WriteBlob) -> None:
-        part = node.parts.setdefault(effect.digest, bytearray())
-        if not effect.offset:
-            part.clear()
-        assert len(part) == effect.offset, "chunks are written in order"
-        part += effect.data
-        if len(part) < effect.total:
-            return
-        data = bytes(node.parts.pop(effect.digest))
-        failure = None
-        if hashlib.sha256(data).hexdigest() != effect.digest:
-            failure = m.Failure(error="MeshInferError", message="its bytes are not its SHA-256's")
-        else:
-            node.blobs[effect.digest] = data
-            _engine().keep(effect.digest, data)
-        self.post(node, e.BlobWritten(effect.digest, failure), DISK_S)
-
-    def _serve(self, node: Node, effect: e.ServeBlob) -> None:
-        data = node.blobs.get(effect.digest)
-        if data is None:
-            message: m.AnyMessage = m.Gone(digest=effect.digest)
-            self._send(node, e.Send(e.Plane.BULK, effect.peer, message))
-            return
-        message = m.Chunk(digest=effect.digest, offset=effect.offset, total=len(data))
-        body = data[effect.offset : effect.offset + effect.length]
-        self._send(node, e.Send(e.Plane.BULK, effect.peer, message, body))
+    def _store(self, node: Node, digest: str, data: bytes) -> None:
+        super()._store(node, digest, data)
+        _engine().keep(digest, data)
 
     def _prepare(self, node: Node, effect: e.Prepare) -> e.Prepared:
         try:
@@ -616,7 +389,7 @@ class Cluster:
     def _plan(self, node: Node, effect: e.MakePlan) -> e.PlanReady:
         names = tuple(c.device for c in effect.candidates)
         slow = [f"{c.device} {c.slowdown:.2f}" for c in effect.candidates if c.slowdown != 1.0]
-        self._tell_story(f"    plans {effect.deployment} on {names}, slow are {slow}")
+        self.tell_story(lambda: f"    plans {effect.deployment} on {names}, slow are {slow}")
         self.plans_asked += 1
         failure = self.plan_fault(effect)
         if failure is not None:
@@ -654,23 +427,6 @@ class Cluster:
             return e.PlanReady(effect.deployment, failure=failure_of(error))
 
     # --- time
-
-    def step(self) -> None:
-        """The next message, event or timer."""
-        due = [(t, n) for n in self.living() if (t := n.core.next_deadline()) is not None]
-        timer = min(due, key=lambda pair: pair[0], default=None)
-        assert timer is not None or self._events, "nothing will ever happen again"
-        if self._events and (timer is None or self._events[0][0] <= timer[0]):
-            at, _, node, event = heapq.heappop(self._events)
-            self.now = max(self.now, at)
-            self._handle(node, event)
-            return
-        assert timer is not None
-        self.now = max(self.now, timer[0])
-        self._handle(timer[1], e.Ticked())
-        again = timer[1].core.next_deadline()
-        if timer[1].stopped is None and again is not None:
-            assert again > self.now, f"{timer[1]} ticks for ever at {self.now}"
 
     def settle(self, until: Callable[[], bool], *, within: float = 400.0, about: str = "") -> None:
         """Go on until something holds; fail with the story when it does not come about."""
@@ -718,8 +474,8 @@ class Cluster:
 
     # --- stories
 
-    def _tell_story(self, line: str) -> None:
-        self.story.append((self.now, line))
+    def tell_story(self, line: Callable[[], str]) -> None:
+        self.story.append((self.now, line()))
 
     def tell(self, about: str = "") -> str:
         """What happened, or what happened to one request."""

@@ -1,0 +1,388 @@
+"""Nodes with the real cores, joined by links with virtual time; each message by the real codec.
+
+Only what shells do is made here: sockets are queues, disks are dicts, kernels take virtual time.
+Nothing happens at the same time twice, so a run is the same each time that it is run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import itertools
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable
+
+import xxhash
+
+from meshinfer import limits
+from meshinfer.protocol import messages as m
+from meshinfer.protocol.codec import Buffer, decode, encode
+from meshinfer.protocol.records import BESIDE_COORDINATOR
+from meshinfer.scheduler import events as e
+from meshinfer.scheduler.client import ClientCore
+from meshinfer.scheduler.coordinator import CoordinatorCore
+from meshinfer.scheduler.worker import COORDINATOR, WorkerCore
+from meshinfer.simulator.node import BULK, AnyCore, Clock, Node, Timing
+
+
+class World(ABC):
+    """A coordinator, its own device, workers and clients, and the time. Subclasses say what
+    kernels and plans come to, and may get in the way of messages (``_carry``)."""
+
+    def __init__(self, timing: Timing, delay: Callable[[], float], *, now: float) -> None:
+        self.now = now
+        self.timing = timing
+        self.nodes: dict[str, Node] = {}
+        self.sent: Counter[str] = Counter()
+        self.search: int | None = None
+        self.log = xxhash.xxh3_64()
+        """Of all that happened: the same on every replay."""
+        self._delay = delay
+        self._events: list[tuple[float, int, Node, e.Event]] = []
+        self._order = itertools.count()
+        self._link_free: dict[tuple[str, str, str], float] = {}
+        self._due: dict[Node, float] = {}
+        self._incarnations: Counter[str] = Counter()
+        bulk = self._peer(COORDINATOR, "1")
+        self.coordinator = self._add(COORDINATOR, bulk.id, CoordinatorCore("home", "0", bulk))
+
+    # --- members
+
+    def _peer(self, name: str, incarnation: str) -> m.Peer:
+        return m.Peer(device=name, incarnation=incarnation, host="h", port=1, key="k" * 40)
+
+    def _clock(self, name: str) -> Clock:
+        return Clock()
+
+    def _add(self, name: str, peer: str, core: AnyCore) -> Node:
+        before = self.nodes.get(name)
+        if before is not None:
+            self._due.pop(before, None)
+        node = Node(name, peer, core, self._clock(name))
+        self.nodes[name] = node
+        self._handle(node, e.Ticked())
+        return node
+
+    def hello(self, name: str, role: str = "worker", **changes: object) -> m.Hello:
+        """What the next process of this name says first."""
+        self._incarnations[name] += 1
+        incarnation = str(self._incarnations[name])
+        fields = {
+            "role": role,
+            "device": name,
+            "incarnation": incarnation,
+            "cluster": "home",
+            "protocol": m.PROTOCOL,
+            "bulk": self._peer(name, incarnation) if role == "worker" else None,
+            "facts": m.Facts(flops_per_s=1e9, host=name),
+        }
+        return m.Hello(**{**fields, **changes})  # type: ignore[arg-type]
+
+    def join(self, name: str, facts: m.Facts | None = None, **changes: object) -> Node:
+        """Start a worker process of this name; its disk keeps what an earlier one stored."""
+        if facts is not None:
+            changes["facts"] = facts
+        hello = self.hello(name, **changes)
+        before = self.nodes.get(name)
+        node = self._add(name, f"{name}#{hello.incarnation}", WorkerCore(hello))
+        if before is not None:
+            node.blobs = before.blobs
+        return node
+
+    def connect(self, name: str, *, beside: bool = False, **changes: object) -> Node:
+        """Start a client; ``beside`` the coordinator it is source and sink itself."""
+        where = BESIDE_COORDINATOR if beside else ""
+        changes = {"where": where, **changes}
+        hello = self.hello(name, "client", **changes)  # type: ignore[arg-type]
+        return self._add(name, f"{name}#{hello.incarnation}", ClientCore(hello))
+
+    def kill(self, name: str, *, silent: bool = False) -> None:
+        """SIGKILL; ``silent``: nobody is told, as when its cable is pulled."""
+        node = self.nodes[name]
+        node.alive = False
+        self._due.pop(node, None)
+        self.tell_story(lambda: f"KILL {node}")
+        if not silent:
+            self._gone(node)
+
+    def _gone(self, node: Node) -> None:
+        """Its connections are reset."""
+        latency_s = self.timing.latency_s
+        for other in self.living():
+            if other is self.coordinator:
+                self.post(other, e.PeerLost(node.id, "reset"), latency_s)
+            elif node is self.coordinator:
+                self.post(other, e.PeerLost(COORDINATOR, "reset"), latency_s)
+            elif node.id in other.links:
+                self.post(other, e.PeerLost(node.id, "reset", plane=e.Plane.BULK), latency_s)
+
+    def stop(self, name: str) -> None:
+        """SIGTERM."""
+        self.tell_story(lambda: f"STOP {name}")
+        self._handle(self.nodes[name], e.StopRequested())
+
+    def restart_coordinator(self) -> None:
+        """Killed and started again: it has its disk."""
+        self.kill(COORDINATOR)
+        self.start_coordinator()
+
+    def start_coordinator(self) -> None:
+        self._incarnations[COORDINATOR] += 1
+        bulk = self._peer(COORDINATOR, str(self._incarnations[COORDINATOR] + 1))
+        before = self.coordinator
+        self.coordinator = self._add(COORDINATOR, bulk.id, CoordinatorCore("home", "0", bulk))
+        self.coordinator.blobs = before.blobs
+
+    def living(self) -> list[Node]:
+        return [n for n in self.nodes.values() if n.here]
+
+    def workers(self) -> list[Node]:
+        return [n for n in self.living() if isinstance(n.core, WorkerCore)]
+
+    def clients(self) -> list[Node]:
+        return [n for n in self.living() if isinstance(n.core, ClientCore)]
+
+    def joined(self, node: Node) -> bool:
+        """Whether both it and the coordinator think so."""
+        match node.core:
+            case WorkerCore():
+                return node.core.joined and self.core.members.by_peer(node.id) is not None
+            case ClientCore():
+                return node.id in self.core.members.clients
+            case _:
+                return True
+
+    @property
+    def core(self) -> CoordinatorCore:
+        """The coordinator's."""
+        assert isinstance(self.coordinator.core, CoordinatorCore)
+        return self.coordinator.core
+
+    # --- the links
+
+    def post(self, node: Node, event: e.Event, after: float) -> None:
+        heapq.heappush(self._events, (self.now + after, next(self._order), node, event))
+
+    def take_back(self, which: Callable[[Node, e.Arrived], bool]) -> None:
+        """Messages that are under way never arrive."""
+        self._events = [
+            entry
+            for entry in self._events
+            if not (isinstance(entry[3], e.Arrived) and which(entry[2], entry[3]))
+        ]
+        heapq.heapify(self._events)
+
+    def _receiver(self, sender: Node, send: e.Send) -> Node | None:
+        if send.peer == COORDINATOR and sender is not self.coordinator:
+            found: Node | None = self.coordinator
+        else:
+            found = next((n for n in self.nodes.values() if n.id == send.peer), None)
+        return found if found is not None and found.here else None
+
+    def _send(self, sender: Node, send: e.Send) -> None:
+        receiver = self._receiver(sender, send)
+        frames: list[Buffer] = [bytes(f) for f in encode(send.message, send.payload)]
+        self.log.update(frames[0])
+        assert len(frames[0]) <= limits.CONTROL_FRAME_BYTES
+        if receiver is None:
+            self.tell_story(lambda: f"{sender} -> {send.peer} (gone) {send.message}")
+            self._no_route(sender, send)
+            return
+        control = send.plane is e.Plane.CONTROL
+        assert control is not isinstance(send.message, BULK), f"{send.message} on {send.plane}"
+        if control:
+            assert self.coordinator in (sender, receiver)
+        else:
+            assert receiver.id in sender.links or sender.id in receiver.links, (
+                f"no connection from {sender} to {receiver} for {send.message}"
+            )
+        message, payload = decode(frames)
+        assert message == send.message, "the codec changed it"
+        self.sent[type(message).__name__] += 1
+        self.tell_story(lambda: f"{sender} -> {receiver} {message}")
+        self._carry(sender, receiver, send.plane, frames, e.Arrived("", message, payload))
+
+    def _no_route(self, sender: Node, send: e.Send) -> None:
+        """Nobody of that name is there."""
+        self.sent["no route"] += 1
+
+    def _carry(
+        self, sender: Node, receiver: Node, plane: e.Plane, frames: list[Buffer], what: e.Arrived
+    ) -> None:
+        """Between the codec and the receiver; here nothing is in the way."""
+        self._deliver(sender, receiver, plane, what.message, what.payload, 0.0)
+
+    def _deliver(self, sender: Node, receiver: Node, plane: e.Plane, message: m.AnyMessage,
+                 payload: memoryview, extra: float) -> None:  # fmt: skip
+        """In order on each connection, as TCP does."""
+        link = (sender.id, receiver.id, plane)
+        at = max(self.now + self._delay() + extra, self._link_free.get(link, 0.0))
+        self._link_free[link] = at
+        self._arrive(at, sender, receiver, plane, message, payload)
+
+    def _arrive(self, at: float, sender: Node, receiver: Node, plane: e.Plane,
+                message: m.AnyMessage, payload: memoryview) -> None:  # fmt: skip
+        control = plane is e.Plane.CONTROL and sender is self.coordinator
+        peer = COORDINATOR if control else sender.id
+        event = e.Arrived(peer, message, payload)
+        heapq.heappush(self._events, (at, next(self._order), receiver, event))
+
+    # --- effects
+
+    def _handle(self, node: Node, event: e.Event, at_least: float = 0.0) -> None:
+        if not node.here:
+            return
+        node.last = now = max(node.last, node.clock.local(self.now), at_least)
+        self.log.update(f"{now!r} {node.id} {type(event).__name__}".encode())
+        for effect in node.core.handle(event, now):
+            if node.stopped is not None or not node.alive:
+                return  # killed between two effects
+            self._perform(node, effect)
+        gone = node.stopped is not None or not node.alive
+        due = None if gone else node.core.next_deadline()
+        if due is None:
+            self._due.pop(node, None)
+        else:
+            self._due[node] = due
+
+    def _perform(self, node: Node, effect: e.Effect) -> None:
+        match effect:
+            case e.Send():
+                self._send(node, effect)
+            case e.Connect(peer):
+                node.links.add(peer.id)
+            case e.Disconnect(peer_id):
+                node.links.discard(peer_id)
+            case e.Note():
+                node.notes.append(effect)
+                self.tell_story(lambda: f"    {node} notes: {effect.text} {dict(effect.fields)}")
+            case e.Stop():
+                node.stopped = effect
+                self._due.pop(node, None)
+                self._gone(node)
+                self.tell_story(lambda: f"    {node} stops: {effect.failure}")
+            case e.Resolve(request):
+                node.resolved.setdefault(request, []).append(effect)
+                self.tell_story(lambda: f"    {node} resolves {request}: {effect.reply}")
+            case e.Settle(call):
+                node.settled.setdefault(call, []).append(effect)
+            case _:
+                self._work(node, effect)
+
+    def _work(self, node: Node, effect: e.Effect) -> None:
+        """What a shell gives to its threads and to its disk."""
+        disk_s = self.timing.disk_s
+        match effect:
+            case e.FindBlobs(purpose, digests):
+                missing = tuple(d for d in digests if d not in node.blobs)
+                self.post(node, e.BlobsFound(purpose, missing), disk_s)
+            case e.WriteBlob():
+                self._write(node, effect)
+            case e.ServeBlob():
+                self._serve(node, effect)
+            case e.Prepare():
+                self.post(node, self._prepare(node, effect), disk_s)
+            case e.Discard(deployment):
+                node.prepared.pop(deployment, None)
+            case e.Compute():
+                took = self._seconds(node, effect)
+                self.post(node, self._compute(node, effect, took), took)
+            case e.OpenModel():
+                self._drop_search(node)
+                self.post(node, self._open(node, effect), self.timing.plan_s)
+            case e.MakePlan():
+                self._drop_search(node)
+                if effect.share < 1.0:
+                    self.search = effect.deployment
+                self.post(node, self._plan(node, effect), self._search_s() / effect.share)
+            case _:
+                raise AssertionError(f"no shell performs {effect}")
+
+    def _search_s(self) -> float:
+        return self.timing.plan_s
+
+    def _drop_search(self, node: Node) -> None:
+        """What is urgent ends a search that nobody waits for; one that is over already is known."""
+        if self.search is not None:
+            self.post(node, e.PlanReady(self.search, dropped=True), 0.0)
+            self.search = None
+
+    def _write(self, node: Node, effect: e.WriteBlob) -> None:
+        part = node.parts.setdefault(effect.digest, bytearray())
+        if not effect.offset:
+            part.clear()
+        assert len(part) == effect.offset, "chunks are written in order"
+        part += effect.data
+        if len(part) < effect.total:
+            return
+        data = bytes(node.parts.pop(effect.digest))
+        failure = None
+        if hashlib.sha256(data).hexdigest() != effect.digest:
+            failure = m.Failure(error="MeshInferError", message="its bytes are not its SHA-256's")
+        else:
+            self._store(node, effect.digest, data)
+        self.post(node, e.BlobWritten(effect.digest, failure), self.timing.disk_s)
+
+    def _store(self, node: Node, digest: str, data: bytes) -> None:
+        node.blobs[digest] = data
+
+    def _serve(self, node: Node, effect: e.ServeBlob) -> None:
+        data = node.blobs.get(effect.digest)
+        if data is None:
+            message: m.AnyMessage = m.Gone(digest=effect.digest)
+            self._send(node, e.Send(e.Plane.BULK, effect.peer, message))
+            return
+        message = m.Chunk(digest=effect.digest, offset=effect.offset, total=len(data))
+        body = data[effect.offset : effect.offset + effect.length]
+        self._send(node, e.Send(e.Plane.BULK, effect.peer, message, body))
+
+    @abstractmethod
+    def _seconds(self, node: Node, job: e.Compute) -> float: ...
+
+    @abstractmethod
+    def _prepare(self, node: Node, effect: e.Prepare) -> e.Prepared: ...
+
+    @abstractmethod
+    def _compute(self, node: Node, job: e.Compute, took: float) -> e.Computed: ...
+
+    @abstractmethod
+    def _open(self, node: Node, effect: e.OpenModel) -> e.ModelOpened: ...
+
+    @abstractmethod
+    def _plan(self, node: Node, effect: e.MakePlan) -> e.PlanReady: ...
+
+    # --- time
+
+    def step(self) -> None:
+        """The next message, event or timer."""
+        node, due = self._next_timer()
+        assert node is not None or self._events, "nothing will ever happen again"
+        if self._events and (node is None or self._events[0][0] <= due):
+            at, order, receiver, event = heapq.heappop(self._events)
+            if at < receiver.frozen_until and receiver.here:
+                heapq.heappush(self._events, (receiver.frozen_until, order, receiver, event))
+                return
+            self.now = max(self.now, at)
+            self._handle(receiver, event)
+            return
+        assert node is not None
+        self.now = max(self.now, due)
+        wanted = self._due[node]
+        self._handle(node, e.Ticked(), wanted)
+        again = self._due.get(node)
+        assert again is None or again > node.last, f"{node} ticks for ever at {self.now}"
+
+    def _next_timer(self) -> tuple[Node | None, float]:
+        first, soonest = None, float("inf")
+        for node, local in self._due.items():
+            due = max(node.clock.world(local), node.frozen_until)
+            if due < soonest:
+                first, soonest = node, due
+        return first, soonest
+
+    # --- stories
+
+    @abstractmethod
+    def tell_story(self, line: Callable[[], str]) -> None:
+        """Something happened; whoever keeps a story asks for the words."""
