@@ -83,7 +83,7 @@ class World(ABC):
         """Start a worker process of this name; its disk keeps what an earlier one stored."""
         if facts is not None:
             changes["facts"] = facts
-        hello = self.hello(name, **changes)
+        hello = self.hello(name, **changes)  # type: ignore[arg-type]
         before = self.nodes.get(name)
         node = self._add(name, f"{name}#{hello.incarnation}", WorkerCore(hello))
         if before is not None:
@@ -94,7 +94,7 @@ class World(ABC):
         """Start a client; ``beside`` the coordinator it is source and sink itself."""
         where = BESIDE_COORDINATOR if beside else ""
         changes = {"where": where, **changes}
-        hello = self.hello(name, "client", **changes)  # type: ignore[arg-type]
+        hello = self.hello(name, "client", **changes)
         return self._add(name, f"{name}#{hello.incarnation}", ClientCore(hello))
 
     def kill(self, name: str, *, silent: bool = False) -> None:
