@@ -1,0 +1,191 @@
+"""What must hold in every simulation. Each checker knows one promise, and raises ``Broken``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from meshinfer import limits
+from meshinfer.protocol import messages as m
+from meshinfer.protocol.codec import Array
+from meshinfer.scheduler import events as e
+from meshinfer.scheduler.client import LATE_S, ClientCore
+from meshinfer.scheduler.worker import WorkerCore
+from meshinfer.simulator.simulation import Asked, Simulation
+
+RECOVERY_S = 20.0
+"""How long after a fault something may still be late because of it (a blob is asked for again
+after 20 s)."""
+
+
+HURRY_S = 1.0
+"""A deadline up to this may be too short for what is well, too: links are slow in some seeds."""
+
+AWAY = {
+    "crash", "power", "partition", "partition of workers", "one way", "client away", "freeze",
+    "freeze coordinator", "stop", "restart coordinator",
+}  # fmt: skip
+"""Faults that can leave no worker, or no coordinator, for so long that it is said."""
+
+
+class Broken(AssertionError):
+    """A promise that was not kept; ``request``: of which request, if it is one's."""
+
+    def __init__(self, why: str, request: str = "") -> None:
+        super().__init__(why)
+        self.request = request
+
+
+Checker = Callable[[Simulation, bool], None]
+"""Looks at a world, which is calm or not."""
+
+
+def _replies(world: Simulation) -> list[tuple[Asked, float, m.Reply, dict[str, Array]]]:
+    found = []
+    for asked in world.asked:
+        for at, outcome in asked.outcomes:
+            assert isinstance(outcome.reply, m.Reply)
+            found.append((asked, at, outcome.reply, dict(outcome.arrays)))
+    return found
+
+
+def one_outcome(world: Simulation, calm: bool) -> None:
+    """Nobody is told twice, and nothing after having given up."""
+    for asked in world.asked:
+        if len(asked.outcomes) > (0 if asked.cancelled else 1):
+            raise Broken(f"{asked.request} has {len(asked.outcomes)} outcomes", asked.request)
+
+
+def right_or_typed(world: Simulation, calm: bool) -> None:
+    """An answer is that of a model which served when it was asked, or an error that can be."""
+    for asked, _, reply, arrays in _replies(world):
+        if reply.failure is not None:
+            continue
+        data = world.data_of(reply.plan)
+        if data is None or data not in asked.datas:
+            which = None if data is None else world.datas.index(data) + 1
+            raise Broken(f"{asked.request} is answered by version {which}", asked.request)
+        if not world.kernels.is_right(data, asked.seed, arrays):
+            raise Broken(f"{asked.request} is answered wrong", asked.request)
+
+
+def no_mixing(world: Simulation, calm: bool) -> None:
+    """No kernel is ever given what belongs to another request, attempt or model."""
+    if world.wrong:
+        raise Broken(world.wrong[0])
+
+
+def errors_explained(world: Simulation, calm: bool) -> None:
+    """An error has a fault that explains it, of its kind and in its time."""
+    for asked, at, reply, _ in _replies(world):
+        if reply.failure is None:
+            continue
+        error = reply.failure.error
+        causes = [
+            f.what for f in world.mishaps if f.since <= at and f.until + RECOVERY_S >= asked.at
+        ]
+        why = f"{asked.request} ends by {reply.failure}, faults were {causes}"
+        if calm or not causes:
+            raise Broken(why, asked.request)
+        if error == "ModelNotFound" and "restart coordinator" in causes:
+            continue
+        if error not in ("ClusterUnavailable", "DeadlineExceeded"):
+            raise Broken(why, asked.request)
+
+
+def deadlines(world: Simulation, calm: bool) -> None:
+    """DeadlineExceeded comes at the deadline: not before, and not long after."""
+    for asked, at, reply, _ in _replies(world):
+        if reply.failure is None or reply.failure.error != "DeadlineExceeded":
+            continue
+        took = at - asked.at
+        if took < asked.deadline_s * 0.9 - 0.01:
+            raise Broken(f"{asked.request} is late after {took:.3f} s", asked.request)
+        frozen = sum(f.until - f.since for f in world.mishaps if "freeze" in f.what)
+        if took > (asked.deadline_s + LATE_S) * 1.12 + frozen + 1.0:
+            raise Broken(f"{asked.request} is told late, after {took:.3f} s", asked.request)
+
+
+def few_attempts(world: Simulation, calm: bool) -> None:
+    """Retries are bounded, by the faults as well."""
+    for asked, at, reply, _ in _replies(world):
+        faults = sum(f.since <= at and f.until + RECOVERY_S >= asked.at for f in world.mishaps)
+        most = 1 if calm else min(limits.ATTEMPTS_PER_REQUEST, 4 + 4 * faults)
+        if reply.attempts > most:
+            raise Broken(f"{asked.request} took {reply.attempts} attempts", asked.request)
+
+
+def calm_never_resends(world: Simulation, calm: bool) -> None:
+    """Where nothing fails, nothing is sent twice."""
+    if calm and world.resent:
+        raise Broken(f"{world.resent} messages were sent again")
+
+
+def bounded(world: Simulation, calm: bool) -> None:
+    """What cores hold has bounds: looked at as time passes."""
+    asked = len(world.asked) + 1
+    for node in world.living():
+        if isinstance(node.core, WorkerCore | ClientCore):
+            half = node.core._computing
+            if (
+                len(half._requests) > asked
+                or len(half.holding._released) > limits.STALE_REQUESTS_KEPT
+            ):
+                raise Broken(f"{node} holds {len(half._requests)} requests of {asked}")
+            if len(half.outbox) > 64 * asked or len(half.acks) > 64 * asked:
+                raise Broken(f"{node} has {len(half.outbox)} messages to resend")
+    core = world.core
+    running: dict[int, int] = {}
+    for request in core.requests.values():
+        made = request.deployment
+        if made is None:
+            continue
+        running[made.number] = running.get(made.number, 0) + 1
+        if core.catalogue.deployments.get(made.number) is not made:
+            raise Broken(f"{request.id} runs under a deployment that is retired", request.id)
+        if running[made.number] > made.most_running + 1:
+            raise Broken(f"{running[made.number]} requests run under {made.number}")
+    for made in core.catalogue.deployments.values():
+        for name, peer in made.members.items():
+            device = core.members.devices.get(name)
+            if device is None or device.peer != peer:
+                raise Broken(f"deployment {made.number} has {name}, which has left")
+
+
+def empty(world: Simulation, calm: bool) -> None:
+    """A while after the last outcome nothing is left of any request, anywhere."""
+    if world.core.requests:
+        raise Broken(f"the coordinator holds {list(world.core.requests)}")
+    for node in world.living():
+        match node.core:
+            case WorkerCore() as core if not core.idle:
+                half = core._computing
+                held = (half._requests, half.running, list(half._queue), half.outbox._entries)
+                raise Broken(f"{node} still holds {str(held)[:600]}")
+            case ClientCore() as core:
+                if core._requests or core._questions or core._outbox or not core._computing.idle:
+                    raise Broken(f"{node} still holds {str(core._computing._requests)[:600]}")
+            case _:
+                pass
+
+
+def healthy(world: Simulation) -> bool:
+    """Whether everybody who is there has joined, and every device may get work."""
+    now = world.coordinator.last
+    states = [d.state(now) for d in world.core.members.devices.values()]
+    workers = world.workers()
+    here = {n.id for n in workers} == {d.peer for d in world.core.members.devices.values()}
+    return here and set(states) == {"ready"} and all(world.joined(n) for n in world.living())
+
+
+ALWAYS: tuple[Checker, ...] = (bounded,)
+AT_THE_END: tuple[Checker, ...] = (
+    one_outcome, no_mixing, right_or_typed, errors_explained, deadlines, few_attempts,
+    calm_never_resends,
+)  # fmt: skip
+
+
+def outcome_of(effect: e.Resolve) -> str:
+    """For stories."""
+    reply = effect.reply
+    assert isinstance(reply, m.Reply)
+    return "answered" if reply.failure is None else str(reply.failure)
