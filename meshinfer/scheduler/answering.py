@@ -55,7 +55,7 @@ class Answering:
         done = self._answered.get(name)
         if done is not None and not same_body(done.header, message):
             return [_to(peer, other_body(message)), *self._release(name, peer, message.turn)]
-        if done is not None and (done.reply.failure or done.head in (peer, self._head())):
+        if done is not None and (done.reply.failure or done.reaches(peer, self._head())):
             return [_to(peer, done.reply), *self._release(name, peer, message.turn)]
         failure = refuse(self._catalogue, message, len(self.open))
         if stopping:
@@ -109,6 +109,7 @@ class Answering:
             request is not None
             and request.merged is None
             and message.attempt in request.tried
+            and request.tried[message.attempt].client == request.client  # not one that has ended
             and peer == (request.tried[message.attempt].head or self._head())
         ):
             request.merged = (now, message.attempt)
@@ -301,7 +302,7 @@ class Answering:
         self._attempts += 1
         request.attempt, request.deployment, request.merged = self._attempts, made, None
         own = request.client if self._heads.stands(request.client) else ""
-        tried = request.tried[request.attempt] = Try(made, now, own)
+        tried = request.tried[request.attempt] = Try(made, now, own, request.client)
         made.asked += 1
         self._covering.begin(tried, partial(self._seconds, now), now)
         request.started = now if request.started is None else request.started
@@ -373,7 +374,7 @@ class Answering:
         if reply is not None:
             last = request.tried.get(request.attempt)
             head = (last and last.head) or self._head()
-            self._answered[request.id] = Answered(request.header, reply, head)
+            self._answered[request.id] = Answered(request.header, reply, head, request.client)
             while len(self._answered) > limits.ANSWERED_IDS_KEPT:
                 self._answered.popitem(last=False)
             effects.append(_to(request.client, reply))

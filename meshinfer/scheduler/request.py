@@ -14,13 +14,14 @@ from meshinfer.scheduler.events import Signature
 class Try:
     """One attempt: the deployment that it runs under, who took what, and the tasks that are done.
 
-    ``head``: the client, where it is itself source and sink; else empty. ``assigned``: the devices
-    of each task that had a choice, the first one first.
+    ``head``: the client, where it is itself source and sink; else empty. ``client``: who gets the
+    answer. ``assigned``: the devices of each task that had a choice, the first one first.
     """
 
     deployment: Deployment
     since: float = 0.0
     head: str = ""
+    client: str = ""
     assigned: dict[m.Place, tuple[str, ...]] = field(default_factory=dict)
     tasks: dict[m.Place, m.TaskTime] = field(default_factory=dict)
 
@@ -84,8 +85,14 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """An outcome that was given. ``head``: the peer that sent, or has, the tensors."""
+    """An outcome that was given. ``head``: who sent, or has, the tensors; ``client``: for whom."""
 
     header: m.Submit
     reply: m.Reply
     head: str
+    client: str = ""
+
+    def reaches(self, peer: str, head: str) -> bool:
+        """Whether the tensors are at, or on their way to, a peer that asks once more. Those for a
+        process that has ended are lost with it: its successor's are computed again."""
+        return peer == self.client and self.head in (peer, head)
