@@ -159,7 +159,7 @@ class Scenario:
             assert isinstance(reply, m.Reply)
             if reply.failure is not None or reply.attempts != 1:
                 raise Broken(f"after healing: {reply.failure or reply.attempts}", asked.request)
-        self._pass(1.5)
+        self._pass(3.0)
         checkers.empty(world, self.calm)
         if not self._well():
             raise Broken("after healing it was well, and then no more")
