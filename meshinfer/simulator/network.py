@@ -8,6 +8,7 @@ break a control connection after 1.5 s of it, TCP_MAXRT one of the bulk plane af
 
 from __future__ import annotations
 
+import heapq
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -286,7 +287,7 @@ class Network(World):
                 )
             )
         ]
-        self._events.sort()
+        heapq.heapify(self._events)
         for other in self.living():
             if other is self.coordinator:
                 self.post(other, e.PeerLost(node.id, "reset"), reset_s)
@@ -329,6 +330,11 @@ class Network(World):
         self.noise = Noise(slowest_s=self.noise.slowest_s)
         for (sender, receiver), block in list(self._blocks.items()):
             self._unblock(sender, receiver, block)
+        self._events = [
+            (self.now if at == node.frozen_until else at, order, node, event)
+            for at, order, node, event in self._events
+        ]
+        heapq.heapify(self._events)
         for node in self.nodes.values():
             node.frozen_until = 0.0
 

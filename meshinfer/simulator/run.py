@@ -78,6 +78,7 @@ class Scenario:
             world.styles = (rng.choice(STYLES),)
         self._noise = noise
         self._steps = 0
+        self._supervised = False
         self._workers = [f"pi-{i + 1}" for i in range(rng.randint(1, 4))]
         self.users = Users(world, rng.randrange(2), calm=self.calm)
         self.faults = Faults(
@@ -139,9 +140,7 @@ class Scenario:
         world.slow.clear()
         begun = world.now
         self.faults.coordinator_back()
-        for name in self._workers:
-            if not world.nodes[name].here:
-                world.join(name)
+        self._supervised = True
         if not world.clients():
             self.users.connect("ann", beside=False)
         self._until(lambda: not world.open, HEALED_S, "answers")
@@ -205,7 +204,11 @@ class Scenario:
         self._steps += 1
         if self._steps > STEPS:
             raise Broken(f"more than {STEPS} steps")
-        self.world.step()
+        world = self.world
+        world.step()
+        for name in self._workers if self._supervised else ():
+            if not world.nodes[name].here:
+                world.join(name)
         if self._steps % _LOOK_EVERY == 0:
             for check in checkers.ALWAYS:
                 check(self.world, self.calm)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -60,6 +61,10 @@ class Simulation(Network):
         self.style = "bands"
         self.resent = 0
         self.wrong: list[str] = []
+        self.computed: defaultdict[str, list[float]] = defaultdict(list)
+        """When tasks of each request were begun."""
+        self.cancelled_at: dict[str, float] = {}
+        self._begun: set[tuple[str, str, int, m.Place]] = set()
         self.datas: list[bytes] = []
         """Models in the order in which they were deployed."""
         self.serving: list[bytes] = []
@@ -122,7 +127,8 @@ class Simulation(Network):
             picture=False,
             deadline_s=deadline_s,
         )
-        datas = tuple(self.serving)
+        before = (a.datas for a in self.asked if a.request == request)
+        datas = tuple(dict.fromkeys((*self.serving, *(d for each in before for d in each))))
         asked = Asked(request, client, node.id, seed, self.now, deadline_s, datas)
         self.asked.append(asked)
         self.tell_story(lambda: f"SUBMIT {request} by {node}, {deadline_s:.2f} s")
@@ -131,6 +137,7 @@ class Simulation(Network):
 
     def cancel(self, asked: Asked) -> None:
         asked.cancelled = True
+        self.cancelled_at[asked.request] = self.now
         self.tell_story(lambda: f"CANCEL {asked.request}")
         self._handle(self.nodes[asked.client], e.Cancelled(asked.request))
 
@@ -175,6 +182,11 @@ class Simulation(Network):
     def _compute(self, node: Node, job: e.Compute, took: float) -> e.Computed:
         prepared = node.prepared[job.deployment][job.place]
         seed = self._by_seed[job.request]
+        self.computed[job.request].append(self.now)
+        key = (node.id, job.request, job.attempt, job.place)
+        if key in self._begun:
+            self.wrong.append(f"{node} computes {job.place} of {job.request} once more")
+        self._begun.add(key)
         before = len(self.kernels.wrong)
         try:
             outputs = self.kernels.run(prepared, job.inputs, seed)

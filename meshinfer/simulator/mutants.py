@@ -1,0 +1,218 @@
+"""Bugs to plant, one at a time: a simulator that does not find them within 1,000 seeds is no use.
+
+Each replaces one method of a core for as long as its context lasts. Some were real once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+from meshinfer.protocol import messages as m
+from meshinfer.scheduler import events as e
+from meshinfer.scheduler.answering import Answering
+from meshinfer.scheduler.client import ClientCore
+from meshinfer.scheduler.computing import Computing
+from meshinfer.scheduler.deploying import Deploying
+from meshinfer.scheduler.held import Held
+from meshinfer.scheduler.holding import Holding
+from meshinfer.scheduler.installing import Installing
+from meshinfer.scheduler.membership import Device, Membership
+from meshinfer.scheduler.outbox import Outbox
+from meshinfer.scheduler.request import Answered
+
+_Method = Callable[..., Any]
+
+
+def _no_dedup(place: _Method) -> _Method:
+    """A piece that comes again after its task has begun begins it once more."""
+
+    def mutant(self: Computing, name: str, request: Held, consumer: m.Place, *rest: Any) -> Any:
+        request.begun.discard(consumer)
+        return place(self, name, request, consumer, *rest)
+
+    return mutant
+
+
+def _ack_before_handled(feed: _Method) -> _Method:
+    """An input for which there is no room is acknowledged, and dropped: here, every third."""
+
+    def mutant(self: Computing, peer: str, message: m.Feed, payload: Any, now: float) -> Any:
+        if message.id % 3 == 0:
+            self.acks.add(peer, message.id, len(payload), now)
+            return []
+        return feed(self, peer, message, payload, now)
+
+    return mutant
+
+
+def _stale_attempt(current: _Method) -> _Method:
+    """What belongs to an older attempt counts for the newest."""
+
+    def mutant(self: Holding, name: str, attempt: int, deployment: int, now: float) -> Any:
+        held = self.requests.get(name)
+        if held is not None and attempt < held.attempt:
+            return held
+        return current(self, name, attempt, deployment, now)
+
+    return mutant
+
+
+def _no_resend(resend_due: _Method) -> _Method:
+    """What was not acknowledged is waited for, for ever."""
+    return lambda self, now: ([], [])
+
+
+def _old_incarnation(admit: _Method) -> _Method:
+    """A device that joins again is known by its first process."""
+
+    def mutant(self: Membership, hello: m.Hello, peer: str, now: float) -> None:
+        known: Device | None = self.devices.get(hello.device)
+        before = {} if known is None else {hello.device: known.peer}
+        admit(self, hello, peer, now)
+        if hello.role == "worker" and before:
+            self.devices[hello.device].peer = before[hello.device]
+
+    return mutant
+
+
+def _late_news_kills(by_peer: _Method) -> _Method:
+    """A loss of the last process of a device is taken for one of its next."""
+
+    def mutant(self: Membership, peer: str) -> Any:
+        return self.devices.get(peer.rpartition("#")[0])
+
+    return mutant
+
+
+def _cancel_ignored(cancel: _Method) -> _Method:
+    """What the client gave up goes on."""
+    return lambda self, peer, message: []
+
+
+def _credit_leak(drop: _Method) -> _Method:
+    """Bytes that have arrived count as under way."""
+
+    def mutant(self: Outbox, number: int) -> None:
+        entry = self._entries.get(number)
+        drop(self, number)
+        if entry is not None and number % 5 == 0:
+            self._under_way[entry.peer] = self._under_way.get(entry.peer, 0) + len(entry.payload)
+
+    return mutant
+
+
+def _release_forgotten(release: _Method) -> _Method:
+    """Nobody is told that a request is over."""
+    return lambda self, *rest, **named: []
+
+
+def _answered_twice(try_resolve: _Method) -> _Method:
+    """A client that has told its user forgets that it has."""
+
+    def mutant(self: ClientCore, name: str, request: Any) -> Any:
+        effects = try_resolve(self, name, request)
+        if effects:
+            self._requests[name] = request
+        return effects
+
+    return mutant
+
+
+def _deadline_lost(end_overdue: _Method) -> _Method:
+    """The coordinator looks at no deadline."""
+    return lambda self, now: []
+
+
+def _plans_mixed(renew: _Method) -> _Method:
+    """A new attempt goes on with the pieces of the one before."""
+
+    def mutant(self: Held, attempt: int, deployment: int, now: float) -> None:
+        pieces, begun = dict(self.pieces), set(self.begun)
+        renew(self, attempt, deployment, now)
+        self.pieces.update(pieces)
+        self.begun |= begun
+
+    return mutant
+
+
+def _lost_wakeup(computed: _Method) -> _Method:
+    """A device that is done with a task does not look whether another waits."""
+
+    def mutant(self: Computing, event: e.Computed, now: float) -> Any:
+        effects = computed(self, event, now)
+        last = effects[-1] if effects else None
+        if isinstance(last, e.Compute):
+            self._queue.appendleft(last)
+            self.running = None
+            return effects[:-1]
+        return effects
+
+    return mutant
+
+
+def _never_reset(reset: _Method) -> _Method:
+    """A device that joins again keeps what it had installed, and computes on."""
+    return lambda self: []
+
+
+def _not_asked_again(rejoin: _Method) -> _Method:
+    """A client that joins again thinks that the coordinator knows its requests."""
+
+    def mutant(self: ClientCore, when: float) -> Any:
+        effects = rejoin(self, when)
+        for request in self._requests.values():
+            request.sent = request.turn > 0
+        return effects
+
+    return mutant
+
+
+def _answer_of_the_dead(reaches: _Method) -> _Method:
+    """A client's next process is told of tensors that went to the one before (seed 329, once)."""
+
+    def mutant(self: Answered, peer: str, head: str) -> bool:
+        return self.head in (peer, head)
+
+    return mutant
+
+
+def _lost_device_kept(out_of_service: _Method) -> _Method:
+    """Requests go on waiting for a device that is lost."""
+    return lambda self, name, now: []
+
+
+MUTANTS: Mapping[str, tuple[type, str, Callable[[_Method], _Method]]] = {
+    "no dedup of Deliver": (Computing, "_place", _no_dedup),
+    "ack before handled": (Computing, "feed", _ack_before_handled),
+    "stale attempt accepted": (Holding, "current", _stale_attempt),
+    "resend dropped": (Outbox, "resend_due", _no_resend),
+    "wrong incarnation told": (Membership, "admit", _old_incarnation),
+    "wrong incarnation heard": (Membership, "by_peer", _late_news_kills),
+    "cancel ignored": (Answering, "cancel", _cancel_ignored),
+    "credit leak": (Outbox, "_drop", _credit_leak),
+    "Release forgotten": (Answering, "_release", _release_forgotten),
+    "answered twice": (ClientCore, "_try_resolve", _answered_twice),
+    "deadline timer lost": (Answering, "end_overdue", _deadline_lost),
+    "attempts mixed after a re-plan": (Held, "renew", _plans_mixed),
+    "lost wakeup of the queue": (Computing, "computed", _lost_wakeup),
+    "no reset on joining again": (Installing, "reset", _never_reset),
+    "request not asked again": (ClientCore, "_rejoin", _not_asked_again),
+    "answer of a dead client": (Answered, "reaches", _answer_of_the_dead),
+    "lost device kept": (Deploying, "out_of_service", _lost_device_kept),
+}
+"""Name -> class, method, and what makes the mutant of it."""
+
+
+@contextmanager
+def planted(name: str) -> Iterator[None]:
+    """With this bug in the cores, in this process."""
+    owner, method, make = MUTANTS[name]
+    original = getattr(owner, method)
+    setattr(owner, method, wraps(original)(make(original)))
+    try:
+        yield
+    finally:
+        setattr(owner, method, original)
