@@ -188,11 +188,15 @@ def empty(world: Simulation, calm: bool) -> None:
                 half = core._computing
                 if _only_orphans(core, world):
                     continue
-                held = (half._requests, half.running, list(half._queue), half.outbox._entries)
-                raise Broken(f"{node} still holds {str(held)[:600]}")
+                kept = sorted(half._requests), half.running and half.running[0].request
+                raise Broken(
+                    f"{node} still holds {kept}, {len(half.outbox)} messages to resend, "
+                    f"{len(half.acks)} to acknowledge, {half.outbox._under_way} bytes under way"
+                )
             case ClientCore() as core:
                 if core._requests or core._questions or core._outbox or not core._computing.idle:
-                    raise Broken(f"{node} still holds {str(core._computing._requests)[:600]}")
+                    held = sorted({*core._requests, *core._computing._requests})
+                    raise Broken(f"{node} still holds {held}")
             case _:
                 pass
 

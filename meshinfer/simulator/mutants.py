@@ -62,7 +62,12 @@ def _stale_attempt(current: _Method) -> _Method:
 
 def _no_resend(resend_due: _Method) -> _Method:
     """What was not acknowledged is waited for, for ever."""
-    return lambda self, now: ([], [])
+
+    def mutant(self: Outbox, now: float) -> Any:
+        self._soonest = float("inf")
+        return [], []
+
+    return mutant
 
 
 def _old_incarnation(admit: _Method) -> _Method:

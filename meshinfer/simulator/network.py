@@ -87,7 +87,7 @@ class Network(World):
         if self._later:
             when, _, do = self._later[-1]
             soonest = self._events[0][0] if self._events else when
-            if when <= min(soonest, self._next_timer()[1]):
+            if when <= min(soonest, min(self._due.values(), default=when)):
                 self._later.pop()
                 self.now = max(self.now, when)
                 do()
@@ -336,6 +336,8 @@ class Network(World):
         ]
         heapq.heapify(self._events)
         for node in self.nodes.values():
+            if node.frozen_until > self.now and node in self._due:
+                self._due[node] = node.clock.world(node.due)
             node.frozen_until = 0.0
 
     # --- stories

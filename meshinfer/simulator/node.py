@@ -43,7 +43,8 @@ class Clock:
 
 @dataclass(eq=False)
 class Node:
-    """One process: a core and what its shell would hold. ``frozen_until``: it is stopped."""
+    """One process: a core and what its shell would hold. ``frozen_until``: it is stopped; ``due``:
+    its next tick, and ``last``: its last event, by its own clock."""
 
     name: str
     id: str
@@ -53,6 +54,7 @@ class Node:
     stopped: e.Stop | None = None
     frozen_until: float = 0.0
     last: float = 0.0
+    due: float = 0.0
     blobs: dict[str, bytes] = field(default_factory=dict)
     parts: dict[str, bytearray] = field(default_factory=dict)
     prepared: dict[int, dict[m.Place, Any]] = field(default_factory=dict)

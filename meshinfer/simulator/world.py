@@ -25,6 +25,9 @@ from meshinfer.scheduler.coordinator import CoordinatorCore
 from meshinfer.scheduler.worker import COORDINATOR, WorkerCore
 from meshinfer.simulator.node import BULK, AnyCore, Clock, Node, Timing
 
+_COPIED = 64 << 10
+"""Payloads below this are copied as they are sent; larger ones are the empty bytes of echoes."""
+
 
 class World(ABC):
     """A coordinator, its own device, workers and clients, and the time. Subclasses say what
@@ -182,7 +185,7 @@ class World(ABC):
 
     def _send(self, sender: Node, send: e.Send) -> None:
         receiver = self._receiver(sender, send)
-        frames: list[Buffer] = [bytes(f) for f in encode(send.message, send.payload)]
+        frames = [f if len(f) >= _COPIED else bytes(f) for f in encode(send.message, send.payload)]
         self.log.update(frames[0])
         assert len(frames[0]) <= limits.CONTROL_FRAME_BYTES
         if receiver is None:
@@ -244,7 +247,8 @@ class World(ABC):
         if due is None:
             self._due.pop(node, None)
         else:
-            self._due[node] = due
+            node.due = due
+            self._due[node] = node.clock.world(due)
 
     def _perform(self, node: Node, effect: e.Effect) -> None:
         match effect:
@@ -356,9 +360,9 @@ class World(ABC):
 
     def step(self) -> None:
         """The next message, event or timer."""
-        node, due = self._next_timer()
+        node = min(self._due, key=self._due.__getitem__, default=None)
         assert node is not None or self._events, "nothing will ever happen again"
-        if self._events and (node is None or self._events[0][0] <= due):
+        if self._events and (node is None or self._events[0][0] <= self._due[node]):
             at, order, receiver, event = heapq.heappop(self._events)
             if at < receiver.frozen_until and receiver.here:
                 heapq.heappush(self._events, (receiver.frozen_until, order, receiver, event))
@@ -367,19 +371,12 @@ class World(ABC):
             self._handle(receiver, event)
             return
         assert node is not None
-        self.now = max(self.now, due)
-        wanted = self._due[node]
-        self._handle(node, e.Ticked(), wanted)
-        again = self._due.get(node)
-        assert again is None or again > node.last, f"{node} ticks for ever at {self.now}"
-
-    def _next_timer(self) -> tuple[Node | None, float]:
-        first, soonest = None, float("inf")
-        for node, local in self._due.items():
-            due = max(node.clock.world(local), node.frozen_until)
-            if due < soonest:
-                first, soonest = node, due
-        return first, soonest
+        if self._due[node] < node.frozen_until:
+            self._due[node] = node.frozen_until
+            return
+        self.now = max(self.now, self._due[node])
+        self._handle(node, e.Ticked(), node.due)
+        assert node not in self._due or node.due > node.last, f"{node} ticks for ever"
 
     # --- stories
 
