@@ -30,6 +30,10 @@ AWAY = {
 """Faults that can leave no worker, or no coordinator, for so long that it is said."""
 
 
+DEAF = {"cut", "client away", "client crash", "freeze coordinator", "restart coordinator"}
+"""Faults that keep a client from hearing of the coordinator that its time is over."""
+
+
 class Broken(AssertionError):
     """A promise that was not kept; ``request``: of which request, if it is one's."""
 
@@ -78,7 +82,7 @@ def right_or_typed(world: Simulation, calm: bool) -> None:
 def no_mixing(world: Simulation, calm: bool) -> None:
     """No kernel is ever given what belongs to another request, attempt or model."""
     if world.wrong:
-        raise Broken(world.wrong[0])
+        raise Broken(*world.wrong[0])
 
 
 def errors_explained(world: Simulation, calm: bool) -> None:
@@ -112,7 +116,8 @@ def deadlines(world: Simulation, calm: bool) -> None:
             raise Broken(f"{asked.request} is late after {took:.3f} s", asked.request)
         frozen = sum(f.until - f.since for f in world.mishaps if "freeze" in f.what)
         near = [f for f in world.mishaps if f.since <= at and f.until + RECOVERY_S >= asked.at]
-        late_s = LATE_S if near else 0.0  # else the coordinator says so, not the client's own clock
+        deaf = any(f.what in DEAF for f in near)
+        late_s = LATE_S if deaf else 0.0  # else the coordinator says so, not the client's own clock
         if took > (asked.deadline_s + late_s) * 1.12 + frozen + 1.0:
             raise Broken(f"{asked.request} is told late, after {took:.3f} s", asked.request)
 

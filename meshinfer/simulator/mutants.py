@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
+from msgspec import structs
+
 from meshinfer.protocol import messages as m
 from meshinfer.scheduler import events as e
 from meshinfer.scheduler.answering import Answering
@@ -17,9 +19,8 @@ from meshinfer.scheduler.client import ClientCore
 from meshinfer.scheduler.computing import Computing
 from meshinfer.scheduler.deploying import Deploying
 from meshinfer.scheduler.held import Held
-from meshinfer.scheduler.holding import Holding
 from meshinfer.scheduler.installing import Installing
-from meshinfer.scheduler.membership import Device, Membership
+from meshinfer.scheduler.membership import Membership
 from meshinfer.scheduler.outbox import Outbox
 from meshinfer.scheduler.request import Answered
 
@@ -48,14 +49,15 @@ def _ack_before_handled(feed: _Method) -> _Method:
     return mutant
 
 
-def _stale_attempt(current: _Method) -> _Method:
-    """What belongs to an older attempt counts for the newest."""
+def _stale_attempt(deliver: _Method) -> _Method:
+    """A piece of an older attempt, under an older plan, counts for the newest."""
 
-    def mutant(self: Holding, name: str, attempt: int, deployment: int, now: float) -> Any:
-        held = self.requests.get(name)
-        if held is not None and attempt < held.attempt:
-            return held
-        return current(self, name, attempt, deployment, now)
+    def mutant(self: Computing, peer: str, message: m.Deliver, *rest: Any) -> Any:
+        held = self._requests.get(message.request)
+        if held is not None and 0 < message.attempt < held.attempt:
+            newest = {"attempt": held.attempt, "deployment": held.deployment}
+            message = structs.replace(message, **newest)
+        return deliver(self, peer, message, *rest)
 
     return mutant
 
@@ -70,15 +72,16 @@ def _no_resend(resend_due: _Method) -> _Method:
     return mutant
 
 
-def _old_incarnation(admit: _Method) -> _Method:
-    """A device that joins again is known by its first process."""
+def _old_incarnation(install: _Method) -> _Method:
+    """A device sends to the first process of another that it has known."""
 
-    def mutant(self: Membership, hello: m.Hello, peer: str, now: float) -> None:
-        known: Device | None = self.devices.get(hello.device)
-        before = {} if known is None else {hello.device: known.peer}
-        admit(self, hello, peer, now)
-        if hello.role == "worker" and before:
-            self.devices[hello.device].peer = before[hello.device]
+    def mutant(self: Installing, message: m.Install) -> Any:
+        before = dict(self._connected)
+        effects = install(self, message)
+        known = self.deployments[message.deployment].peers
+        known.update({device: peer for device, peer in before.items() if device in known})
+        self._connected.update(before)
+        return effects
 
     return mutant
 
@@ -192,9 +195,9 @@ def _lost_device_kept(out_of_service: _Method) -> _Method:
 MUTANTS: Mapping[str, tuple[type, str, Callable[[_Method], _Method]]] = {
     "no dedup of Deliver": (Computing, "_place", _no_dedup),
     "ack before handled": (Computing, "feed", _ack_before_handled),
-    "stale attempt accepted": (Holding, "current", _stale_attempt),
+    "stale attempt accepted": (Computing, "deliver", _stale_attempt),
     "resend dropped": (Outbox, "resend_due", _no_resend),
-    "wrong incarnation told": (Membership, "admit", _old_incarnation),
+    "wrong incarnation told": (Installing, "install", _old_incarnation),
     "wrong incarnation heard": (Membership, "by_peer", _late_news_kills),
     "cancel ignored": (Answering, "cancel", _cancel_ignored),
     "credit leak": (Outbox, "_drop", _credit_leak),

@@ -21,6 +21,7 @@ from meshinfer.simulator.users import Users
 STEPS = 60_000
 HEALED_S = 45.0
 """After all faults are over, everything is answered, and everybody well, within this time."""
+_UNTOLD = (" Heartbeat(", " Alive(", " Echo(", " Echoed(", " MeasureLink(", " LinkMeasured(")
 _LOOK_EVERY, _WELL_EVERY = 64, 16
 
 
@@ -97,7 +98,7 @@ class Scenario:
         lines = [
             f"{at:9.4f} {line[:300]}"
             for at, line in self.world.story
-            if not any(word in line for word in ("Heartbeat(", "Alive("))
+            if not any(word in line for word in _UNTOLD)
             and (not request or f"'{request}'" in line or "request='" not in line)
         ]
         return Failed(self.seed, why, self.world.now, lines)

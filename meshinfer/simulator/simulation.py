@@ -60,7 +60,8 @@ class Simulation(Network):
         self.styles: tuple[str, ...] = STYLES
         self.style = "bands"
         self.resent = 0
-        self.wrong: list[str] = []
+        self.wrong: list[tuple[str, str]] = []
+        """What kernels noticed, and of which request."""
         self.computed: defaultdict[str, list[float]] = defaultdict(list)
         """When tasks of each request were begun."""
         self.cancelled_at: dict[str, float] = {}
@@ -156,6 +157,8 @@ class Simulation(Network):
                 for asked in self.asked:
                     if (asked.request, asked.life) == (request, node.id):
                         asked.outcomes.append((self.now, effect))
+            case e.Note(_, "joined"):  # it has forgotten all that it had begun
+                self._begun = {key for key in self._begun if key[0] != node.id}
             case e.Settle(_, m.Deployed() as answer) if answer.failure is None:
                 self.on_deployed(answer)
             case e.Send(_, _, m.Deliver() | m.Feed() | m.Answer() as message):
@@ -185,7 +188,9 @@ class Simulation(Network):
         self.computed[job.request].append(self.now)
         key = (node.id, job.request, job.attempt, job.place)
         if key in self._begun:
-            self.wrong.append(f"{node} computes {job.place} of {job.request} once more")
+            why = f"{node} computes {job.place} of {job.request} once more"
+            self.wrong.append((why, job.request))
+            self.tell_story(lambda: f"    ONCE MORE {why}")
         self._begun.add(key)
         before = len(self.kernels.wrong)
         try:
@@ -193,8 +198,9 @@ class Simulation(Network):
         except EngineError as error:
             return e.Computed(job.request, job.attempt, job.place, (), 0.0, str(error))
         if len(self.kernels.wrong) > before:
-            self.wrong.append(f"{node} {job.request}: {self.kernels.wrong[-1]}")
-            self.tell_story(lambda: f"    WRONG INPUT {self.wrong[-1]}")
+            why = f"{node} {job.request}: {self.kernels.wrong[-1]}"
+            self.wrong.append((why, job.request))
+            self.tell_story(lambda: f"    WRONG INPUT {why}")
         return e.Computed(job.request, job.attempt, job.place, outputs, took)
 
     def _open(self, node: Node, effect: e.OpenModel) -> e.ModelOpened:
