@@ -30,8 +30,11 @@ AWAY = {
 """Faults that can leave no worker, or no coordinator, for so long that it is said."""
 
 
-DEAF = {"cut", "client away", "client crash", "freeze coordinator", "restart coordinator"}
-"""Faults that keep a client from hearing of the coordinator that its time is over."""
+DEAF = {
+    "cut", "client away", "client crash", "freeze coordinator", "restart coordinator", "cut bulk",
+    "one way", "loss", "damage",
+}  # fmt: skip
+"""Faults that keep a client from hearing that its time is over, or of the tensors of its answer."""
 
 
 class Broken(AssertionError):

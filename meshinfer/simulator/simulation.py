@@ -157,7 +157,7 @@ class Simulation(Network):
                 for asked in self.asked:
                     if (asked.request, asked.life) == (request, node.id):
                         asked.outcomes.append((self.now, effect))
-            case e.Note(_, "joined"):  # it has forgotten all that it had begun
+            case e.Note(_, "joined" | "coordinator lost"):  # it has forgotten what it had begun
                 self._begun = {key for key in self._begun if key[0] != node.id}
             case e.Settle(_, m.Deployed() as answer) if answer.failure is None:
                 self.on_deployed(answer)
