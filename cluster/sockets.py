@@ -133,7 +133,10 @@ def _options(plane: Plane, *, server: bool, plaintext: bool) -> dict[int, int]:
     else:
         # Finds a dead link or host that TCP does not tell of. It proves nothing about the
         # program (PONG comes from libzmq's thread): that is what our own heartbeat is for.
-        options[zmq.HEARTBEAT_IVL] = int(limits.HEARTBEAT_S * 1000)
+        # One end asks, for both: a PING carries the time after which whoever was asked may give up.
+        if not server:
+            options[zmq.HEARTBEAT_IVL] = int(limits.HEARTBEAT_S * 1000)
+            options[zmq.HEARTBEAT_TTL] = int(limits.HEARTBEAT_S * 3000)
         options[zmq.HEARTBEAT_TIMEOUT] = int(limits.HEARTBEAT_S * 3000)
     if server:
         # An unknown peer is an error that we see, not a silent drop.

@@ -21,6 +21,7 @@ DRAIN_BYTES: Final = 64 * MIB
 
 # Liveness.
 HEARTBEAT_S: Final = 0.5
+BEAT_OFF_S: Final = 0.02
 STALL_S: Final = 1.0
 DEAD_AFTER_S: Final = 2.0
 HELLO_RETRY_S: Final = 1.0

@@ -80,7 +80,9 @@ class Heartbeat(Message, frozen=True):
 
 
 class Alive(Message, frozen=True):
-    """The coordinator's answer to a client's heartbeat."""
+    """The answer to a client's heartbeat, and to one out of step: beat in ``beat_in_s`` again."""
+
+    beat_in_s: Seconds = 0.0
 
 
 class Who(Message, frozen=True):

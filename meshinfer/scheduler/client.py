@@ -184,7 +184,11 @@ class ClientCore:
                 return self._rejoin(now) if self._welcome is not None else []
             case m.Closing():
                 return [*self._fail_all("the coordinator has stopped"), *self._rejoin(now + 1.0)]
-            case m.Alive() | m.Probe():
+            case m.Alive():
+                if message.beat_in_s:
+                    self._beat_due = now + message.beat_in_s
+                return []
+            case m.Probe():
                 return []
             case m.Start() if message.request not in self._requests:
                 return [told(m.Cancel(request=message.request))]  # it may be lost

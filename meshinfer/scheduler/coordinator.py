@@ -72,7 +72,7 @@ class CoordinatorCore:
         effects: list[Effect]
         match event:
             case Arrived(peer, m.Heartbeat() as beat) if self.members.heard(peer, beat, now):
-                effects = [] if self.members.by_peer(peer) else [_to(peer, m.Alive())]
+                effects = self._in_step(peer, now)
                 # Most of what comes in when nothing happens, and it changes nothing that the rules
                 # look at but the time: every so often is enough.
                 if now < self._ruled + limits.HEARTBEAT_S:
@@ -113,6 +113,15 @@ class CoordinatorCore:
         if self.members.devices:
             times.append(self._ruled + limits.HEARTBEAT_S)  # so that it knows when it stood still
         return min((t for t in times if t > self._now), default=None)
+
+    def _in_step(self, peer: str, now: float) -> list[Effect]:
+        """Have all beat together, and with the rules: it is waking up that costs an idle device,
+        not what a heartbeat says. Clients want an answer anyway."""
+        after = now % limits.HEARTBEAT_S
+        before = limits.HEARTBEAT_S - after
+        if min(after, before) > limits.BEAT_OFF_S:
+            return [_to(peer, m.Alive(beat_in_s=before))]
+        return [] if self.members.by_peer(peer) else [_to(peer, m.Alive())]
 
     # --- messages
 

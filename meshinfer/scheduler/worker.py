@@ -154,7 +154,11 @@ class WorkerCore:
                 return [Stop(message.failure)]
             case m.Dismiss():
                 return self._end()
-            case m.Probe() | m.Alive():
+            case m.Alive():
+                if message.beat_in_s:
+                    self._beat_due = now + message.beat_in_s
+                return []
+            case m.Probe():
                 return []
             case _:
                 return [Note("warning", "unexpected message", {"type": type(message).__name__})]
