@@ -31,8 +31,8 @@ from cluster.loop import Loop, Post, start_thread
 from cluster.planning import PlanningThread
 from cluster.security import KeyPair, Keyring, generate_keypair, load_or_create_coordinator
 from cluster.sockets import Endpoint, Plane
+from cluster.storing import StoreThread
 from cluster.transport import Transport
-from cluster.worker import StoreThread
 from meshinfer.errors import ClusterUnavailable, ConfigurationError, MeshInferError
 from meshinfer.protocol import messages as m
 from meshinfer.protocol.codec import error_of, failure_of

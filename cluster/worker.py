@@ -15,7 +15,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from weakref import WeakValueDictionary
 
 import msgspec
 import structlog
@@ -24,13 +23,13 @@ import meshinfer
 from cluster import processes, profiler, telemetry
 from cluster.blobs import BlobStore
 from cluster.locate import find_coordinator, local_address
-from cluster.loop import Loop, Post, report, start_thread
+from cluster.loop import Loop, Post, start_thread
 from cluster.security import generate_keypair, read_keyring
 from cluster.sockets import Endpoint, Plane
-from cluster.storing import perform
+from cluster.storing import StoreThread
 from cluster.transport import Transport
 from meshinfer.engine import EngineError
-from meshinfer.engine.ort import OrtEngine, OrtPrepared
+from meshinfer.engine.ort import OrtEngine
 from meshinfer.errors import MeshInferError
 from meshinfer.protocol import messages as m
 from meshinfer.protocol.codec import error_of, failure_of
@@ -38,14 +37,8 @@ from meshinfer.protocol.records import BESIDE_COORDINATOR
 from meshinfer.scheduler.events import (
     Compute,
     Computed,
-    Discard,
     Effect,
-    FindBlobs,
-    Prepare,
-    Prepared,
-    ServeBlob,
     StopRequested,
-    WriteBlob,
 )
 from meshinfer.scheduler.worker import WorkerCore
 
@@ -81,60 +74,6 @@ class WorkerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     last_exit: str = ""
     parent: int = 0
     beside: bool = False
-
-
-class StoreThread:
-    """Performs what touches the disk or loads models, one after another."""
-
-    def __init__(self, store: BlobStore, engine: OrtEngine | None, post: Post) -> None:
-        self._store, self._engine, self._post = store, engine, post
-        self._queue: queue.SimpleQueue[Effect | None] = queue.SimpleQueue()
-        self._sessions: WeakValueDictionary[str, OrtPrepared] = WeakValueDictionary()
-        self.prepared: dict[int, dict[m.Place, OrtPrepared]] = {}
-        self._thread = start_thread("store", self._run, post)
-
-    def put(self, effect: Effect) -> None:
-        self._queue.put(effect)
-
-    def close(self) -> None:
-        self._queue.put(None)
-        self._thread.join(timeout=5.0)
-
-    def _run(self) -> None:
-        while (effect := self._queue.get()) is not None:
-            match effect:
-                case FindBlobs() | WriteBlob() | ServeBlob():
-                    answer = perform(self._store, effect)
-                    if answer is not None:
-                        self._post(answer)
-                case Prepare(deployment, programs):
-                    self._post(Prepared(deployment, self._prepare(deployment, programs)))
-                case Discard(deployment):
-                    self.prepared.pop(deployment, None)
-                case _:
-                    raise AssertionError(f"a worker cannot perform {effect}")
-
-    def _prepare(self, deployment: int, programs: tuple[m.Program, ...]) -> m.Failure | None:
-        try:
-            self.prepared[deployment] = {p.place: self._session(p) for p in programs}
-            self._store.trim()
-            return None
-        except (EngineError, OSError, MemoryError) as error:
-            return m.Failure(
-                error="ConfigurationError",
-                message=f"cannot prepare a task: {error}",
-                hint="look at this device's log, disk and memory",
-            )
-        except Exception as error:
-            return report(error)
-
-    def _session(self, program: m.Program) -> OrtPrepared:
-        assert program.model is not None and self._engine is not None
-        session = self._sessions.get(program.model)
-        if session is None:
-            session = self._engine.prepare(self._store.path(program.model).read_bytes())
-            self._sessions[program.model] = session
-        return session
 
 
 class ComputeThread:
@@ -206,7 +145,7 @@ def run_worker(options: WorkerOptions) -> m.Failure | None:
             storing.put(effect)
 
     loop = Loop(core, lambda: transport, perform, coordinator)
-    storing = StoreThread(store, engine, loop.post)
+    storing = StoreThread(store, lambda: engine, loop.post)
     compute = ComputeThread(storing, loop.post, partial(_speed, options))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: loop.post(StopRequested()))

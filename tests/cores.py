@@ -43,6 +43,7 @@ from meshinfer.report import report_of
 from meshinfer.scheduler import events as e
 from meshinfer.scheduler.client import ClientCore
 from meshinfer.scheduler.coordinator import CoordinatorCore
+from meshinfer.scheduler.on_device import OwnTask
 from meshinfer.scheduler.worker import COORDINATOR, WorkerCore
 
 LATENCY_S, COMPUTE_S, PLAN_S, DISK_S = 0.001, 0.005, 0.02, 0.001
@@ -173,6 +174,17 @@ class Node:
     notes: list[e.Note] = field(default_factory=list)
     resolved: dict[str, list[e.Resolve]] = field(default_factory=dict)
     settled: dict[str, list[e.Settle]] = field(default_factory=dict)
+    granted: dict[int, OwnTask] = field(default_factory=dict)
+    lease: float = 0.0
+
+    def run_here(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """What the only deployment that was granted to this client answers."""
+        (task,) = self.granted.values()
+        program = task.grant.program
+        assert program.model is not None
+        assert {program.model, *program.weights} <= set(self.blobs), "a blob is not here"
+        session = _engine().session(program.model, self.blobs[program.model])
+        return task.run(inputs, session.run)
 
     def __str__(self) -> str:
         return self.id
@@ -536,6 +548,12 @@ class Cluster:
                 self.post(node, self._prepare(node, effect), DISK_S)
             case e.Discard(deployment):
                 node.prepared.pop(deployment, None)
+                node.granted.pop(deployment, None)
+            case e.Granted(deployment, task):
+                assert isinstance(task, OwnTask)
+                node.granted[deployment] = task
+            case e.Lease(until):
+                node.lease = until
             case e.Compute():
                 work = self.works.get((effect.deployment, effect.place, node.name), COMPUTE_S)
                 took = self.slowness.get(node.name, 1.0) * (work if self.by_work else COMPUTE_S)

@@ -202,6 +202,39 @@ class Forget(Message, frozen=True):
     deployment: Count
 
 
+class Grant(Message, frozen=True):
+    """A client may answer itself what it submits like this to the model, or to this version: the
+    plan is this one program, and ``device``, whose it is, lies on the client's host. With the same
+    ``engine`` and as many ``threads`` only, so that the bits are the device's."""
+
+    deployment: Count
+    device: Name
+    program: Program
+    model: Name
+    version: Count
+    inputs: tuple[Tensor, ...]
+    picture: bool = False
+    outputs: tuple[Name, ...] | None = None
+    image: Text | None = None
+    plan: Text = ""
+    engine: str = ""
+    threads: Count = 1
+
+
+class Revoke(Message, frozen=True):
+    """It may no longer: another version is the model's now."""
+
+    deployment: Count
+
+
+class Ran(Message, frozen=True):
+    """What a client answered itself since it last said so; ``done``: one request, on average."""
+
+    deployment: Count
+    count: Count
+    done: Done
+
+
 # --- Requests -----------------------------------------------------------------------------------
 
 
@@ -396,6 +429,7 @@ AnyMessage = (
     Hello | Welcome | Refused | Heartbeat | Alive | Who | Probe | Goodbye | Dismiss | Closing
     | MeasureLink | LinkMeasured | Echo | Echoed
     | Want | Chunk | Gone | Deploy | Deployed | Install | Installed | Forget
+    | Grant | Revoke | Ran
     | Submit | Start | Assign | NotKept | TasksDone | TaskFailed | Unreachable | Merged | Release
     | Cancel | Reply
     | Deliver | Feed | Answer | Ack | ListDevices | Devices | ListModels | Models

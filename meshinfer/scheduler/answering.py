@@ -22,7 +22,7 @@ from meshinfer.scheduler.admission import (
     unavailable,
 )
 from meshinfer.scheduler.balance import Balance
-from meshinfer.scheduler.catalogue import Catalogue, Deployment, Model, Phase
+from meshinfer.scheduler.catalogue import Catalogue, Deployment, Model
 from meshinfer.scheduler.covering import Covering
 from meshinfer.scheduler.events import Effect, Note, Plane, Send, Signature
 from meshinfer.scheduler.heads import Heads
@@ -90,12 +90,19 @@ class Answering:
         tried = None if request is None else request.tried.get(message.attempt)
         if tried is None:
             return []
-        self._note_pace(tried.deployment, device.name, message.tasks, now)
+        self.note_pace(tried.deployment, device.name, message.tasks, now)
         self._covering.done(tried, device.name, message.tasks, now)
         for done in message.tasks:  # of two that took a task, the first is who did it
             took = m.TaskTime(device=device.name, **structs.asdict(done))
             tried.tasks.setdefault(done.place, took)
         return []
+
+    def note_pace(
+        self, made: Deployment, device: str, tasks: tuple[m.Done, ...], now: float
+    ) -> None:
+        """What its tasks took a device, against what was expected."""
+        if not self._catalogue.searches_hard:  # it slows the coordinator's device
+            self._balance.done(made, device, tasks, now)
 
     def goes_on(self, message: m.TasksDone) -> bool:
         """Whether tasks that are done let nothing end, and no other device take anything."""
@@ -252,6 +259,8 @@ class Answering:
             if not self._heads.ready(request.client, made):
                 effects += self._heads.install(request.client, made)
                 continue
+            if self._catalogue.find(request.model.name, None) is request.model:
+                effects += self._heads.grant(request, made)
             if len(request.tried) >= limits.ATTEMPTS_PER_REQUEST:
                 failure = m.Failure(
                     error="WorkerLost",
@@ -325,21 +334,6 @@ class Answering:
         if expected is None:
             return 1.0
         return expected * self._balance.factor(device, now) / made.factors.get(device, 1.0)
-
-    def _note_pace(
-        self, made: Deployment, device: str, tasks: tuple[m.Done, ...], now: float
-    ) -> None:
-        if any(
-            d.phase is Phase.PLANNING and d.share > limits.SEARCH_SHARE
-            for d in self._catalogue.deployments.values()
-        ):
-            return  # a search slows the coordinator's device, and must not be the cause of the next
-        took = sum(done.compute_s for done in tasks)
-        expected = [made.seconds(done.place, device) for done in tasks]
-        total = sum(each for each in expected if each is not None)
-        if total > 0.0 and None not in expected:
-            ratio = made.factors.get(device, 1.0) * took / total
-            self._balance.measured(made.kind, device, ratio, now)
 
     def _complete(self, request: Request, merged: float, tried: Try) -> list[Effect]:
         assert request.started is not None

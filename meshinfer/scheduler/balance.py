@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from statistics import median_low
 
 from meshinfer import limits
+from meshinfer.protocol import messages as m
 from meshinfer.scheduler.catalogue import Deployment
 
 
@@ -43,6 +44,14 @@ class Balance:
         self.count = 0
         self._paces: dict[str, _Pace] = {}
         self._bases: OrderedDict[Hashable, float | list[tuple[float, str, float]]] = OrderedDict()
+
+    def done(self, made: Deployment, device: str, tasks: tuple[m.Done, ...], now: float) -> None:
+        """What the tasks took of one request, where all of them had an expected time."""
+        took = sum(done.compute_s for done in tasks)
+        expected = [made.seconds(done.place, device) for done in tasks]
+        total = sum(each for each in expected if each is not None)
+        if total > 0.0 and None not in expected:
+            self.measured(made.kind, device, made.factors.get(device, 1.0) * took / total, now)
 
     def measured(self, kind: Hashable, device: str, ratio: float, now: float) -> None:
         """``ratio``: measured over expected time of a device's tasks; ``kind``: of which model."""

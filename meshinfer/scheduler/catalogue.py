@@ -259,6 +259,15 @@ class Catalogue:
         ]
         return found[-1] if found else None
 
+    @property
+    def searches_hard(self) -> bool:
+        """Whether a search takes so much of the coordinator's device that its tasks slow down; that
+        must not be the cause of the next search."""
+        return any(
+            d.phase is Phase.PLANNING and d.share > limits.SEARCH_SHARE
+            for d in self.deployments.values()
+        )
+
     def infos(self) -> tuple[m.ModelInfo, ...]:
         """All versions; plan texts as long as they fit into one message."""
         room = limits.LISTED_PLANS_BYTES

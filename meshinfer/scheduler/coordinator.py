@@ -35,6 +35,7 @@ from meshinfer.scheduler.events import (
 from meshinfer.scheduler.heads import Heads
 from meshinfer.scheduler.links import LinkRounds
 from meshinfer.scheduler.membership import Device, Membership
+from meshinfer.scheduler.on_device import only_task
 from meshinfer.scheduler.request import Request
 
 
@@ -150,6 +151,8 @@ class CoordinatorCore:
         match message:
             case m.TasksDone() if device is not None:
                 return self._answering.tasks_done(peer, message, now)
+            case m.Ran() if runs:
+                return self._ran(peer, message, now)
             case m.NotKept() if runs:
                 return self._answering.not_kept(message)
             case m.Merged() if runs:
@@ -218,6 +221,17 @@ class CoordinatorCore:
         )
         self._answering.client_away(peer)
         return [*effects, _to(peer, welcome)]
+
+    def _ran(self, peer: str, message: m.Ran, now: float) -> list[Effect]:
+        """A client has computed requests itself, on its host's device."""
+        made = self._heads.granted(peer, message.deployment)
+        only = None if made is None else only_task(made)
+        device = None if only is None else self.members.devices.get(only[0])
+        if made is not None and device is not None:
+            made.asked += message.count
+            device.tasks_done += message.count
+            self._answering.note_pace(made, device.name, (message.done,), now)
+        return []
 
     def _unreachable(self, peer: str, message: m.Unreachable, now: float) -> list[Effect]:
         """A device does not get what another sends: plan without it for a while. Where one end is a

@@ -69,7 +69,7 @@ class Deploying:
         signature = model.default_signature()
         if signature is None:
             self._catalogue.publish(model)  # planned at the first request of a shape
-            return self._answer_deploy(model, None)
+            return [*self._heads.superseded(model), *self._answer_deploy(model, None)]
         model.asked_for(signature)
         return []
 
@@ -217,10 +217,12 @@ class Deploying:
         model = made.model
         if made.report is not None and made.signature in model.unprepared:
             made.report = with_notes(made.report, model.unprepared.pop(made.signature))
+        effects: list[Effect] = []
         if not model.version:
             self._catalogue.publish(model)
+            effects = self._heads.superseded(model)
         note = Note("info", "plan ready", {"model": model.name, "deployment": made.number})
-        return [note, *self._answer_deploy(model, made)]
+        return [note, *effects, *self._answer_deploy(model, made)]
 
     def _install_failed(
         self, made: Deployment, device: Device, failure: m.Failure, now: float

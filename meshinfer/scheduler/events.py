@@ -167,9 +167,18 @@ class Cancelled:
     request: str
 
 
+@dataclass(frozen=True, slots=True)
+class RanHere:
+    """A client has answered ``count`` requests itself, each in ``compute_s`` on average."""
+
+    deployment: int
+    count: int
+    compute_s: float
+
+
 Event = (
     Arrived | PeerLost | Ticked | StopRequested | BlobsFound | BlobWritten | Prepared | Computed
-    | ModelOpened | PlanReady | Submitted | Asked | Cancelled
+    | ModelOpened | PlanReady | Submitted | Asked | Cancelled | RanHere
 )  # fmt: skip
 
 
@@ -339,6 +348,22 @@ class Settle:
 
 
 @dataclass(frozen=True, slots=True)
+class Granted:
+    """This client may run a deployment, whose blobs are here, in its own process: a
+    ``meshinfer.scheduler.on_device.OwnTask``. Until it is discarded, while a lease lasts."""
+
+    deployment: int
+    task: object
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """Until when what was granted may be used."""
+
+    until: float
+
+
+@dataclass(frozen=True, slots=True)
 class Note:
     """Log an event with its fields; ``level`` is debug, info, warning or error."""
 
@@ -356,5 +381,5 @@ class Stop:
 
 Effect = (
     Send | Connect | Disconnect | FindBlobs | WriteBlob | ServeBlob | Prepare | Discard | Compute
-    | OpenModel | MakePlan | Resolve | Settle | Note | Stop
+    | OpenModel | MakePlan | Resolve | Settle | Granted | Lease | Note | Stop
 )  # fmt: skip
