@@ -22,7 +22,9 @@ from chaos.history import History, read
 from cluster.lab import DeviceSpec, Lab, LabCluster
 
 DEVICES: Final = 4
-CORES: Final = 0.5
+CORES: Final = (1.0, 0.5, 0.5, 0.5)
+"""Of the first device too: the coordinator and the user's end of things are on it."""
+
 SIZE: Final = 192
 """Pixels a side: a request then takes several times as long as a message."""
 
@@ -49,7 +51,7 @@ class Arena:
         environment: dict[str, str] | None = None,
     ) -> None:
         self.folder = folder
-        self.specs = list(devices or [DeviceSpec(name, CORES) for name in names()])
+        self.specs = list(devices or map(DeviceSpec, names(), CORES))
         self.log = folder / "daemons.log"
         self.lab = Lab(self.specs)
         self._user: User | None = None
@@ -129,6 +131,14 @@ class Run:
         seen = [e for e in read(self.history.path) if e["kind"] == "devices"]
         return seen[-1]["states"] if seen else {}
 
+    def rate(self, phase: str) -> float:
+        """Answers a second of a phase that is over."""
+        events = read(self.history.path)
+        mine = {e["n"] for e in events if e["kind"] == "submit" and e["phase"] == phase}
+        ends = [e["at"] for e in events if e["kind"] == "outcome" and e["n"] in mine and e["ok"]]
+        starts = [e["at"] for e in events if e["kind"] == "submit" and e["phase"] == phase]
+        return len(ends) / (max(ends) - min(starts))
+
     def ready(self) -> list[int]:
         states = self.states()
         return [i for i, name in enumerate(self.names) if states.get(name) == "ready"]
@@ -146,6 +156,27 @@ class Run:
         self.history.write("healed")
         self.user.call("settle", names=self.names, model=model, within_s=SETTLE_S)
 
+    @contextmanager
+    def sampled(self, every_s: float = 0.5) -> Iterator[None]:
+        """Write down meanwhile what each daemon holds: memory, threads, descriptors."""
+        over = threading.Event()
+
+        def body() -> None:
+            while not over.wait(every_s):
+                daemons = {"coordinator": self.cluster.coordinator_pid}
+                daemons |= {self.names[i]: p for i, p in self.cluster.worker_pids().items()}
+                for name, pid in daemons.items():
+                    with suppress(psutil.Error):
+                        self.history.write("usage", name=name, pid=pid, **_holds(pid))
+
+        thread = threading.Thread(target=body, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join(10.0)
+
     def close(self) -> None:
         self.user.close()
         self.history.close()
@@ -155,6 +186,16 @@ class Run:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _holds(pid: int) -> dict[str, int]:
+    process = psutil.Process(pid)
+    with process.oneshot():
+        return {
+            "rss": process.memory_info().rss,
+            "threads": process.num_threads(),
+            "descriptors": process.num_fds(),
+        }
 
 
 class Load:

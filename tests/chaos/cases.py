@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from chaos import deaths, network
+from chaos import deaths, load, network
 from chaos.arena import Arena, Run
 from chaos.checker import Verdict, judge
 
@@ -48,6 +48,36 @@ CASES = {
             "silent partition coordinator–worker",
             "p99 ≤ 5 T, back ≤ 3 s after healing",
             network.partitions,
+        ),
+        Case(
+            "C6",
+            "worker–worker partition only",
+            "halo relayed by the coordinator, 0 failed",
+            network.halves,
+        ),
+        Case(
+            "C10",
+            "one worker at 20 % CPU, then back",
+            "≥ 0.9 of the best plan within 10 s, ≤ 2 re-plans",
+            load.throttled,
+        ),
+        Case(
+            "C12",
+            "all workers dead for 10 s",
+            "typed error with retry-after, recovers ≤ 3 s after the first is back",
+            deaths.nobody,
+        ),
+        Case(
+            "C13",
+            "SIGKILL of the coordinator under load, clients retry by id",
+            "one answer per id, ready ≤ 2 s",
+            deaths.coordinators,
+        ),
+        Case(
+            "C16",
+            "10× overload",
+            "goodput ≥ 90 % of peak, RSS ≤ 1.2×",
+            load.overload,
         ),
     )
 }

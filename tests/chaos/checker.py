@@ -9,13 +9,14 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
 from chaos.history import Event, read
 
 SETTLED_S: Final = 10.0
-WARM: Final = ("warm", "calm")
+CALM: Final = ("warm", "calm", "without", "peak")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,7 @@ class View:
 
     def hurt(self) -> list[Request]:
         """The requests beside faults."""
-        return [r for r in self.requests if r.phase not in WARM]
+        return [r for r in self.requests if r.phase not in CALM]
 
     def faults(self, *what: str) -> list[Event]:
         return [e for e in self.of("fault") if not what or e["what"] in what]
@@ -94,6 +95,39 @@ class View:
         done = sum(e["done"] for e in self.of("tasks", phase=phase))
         needed = sum(r.outcome["places"] for r in self.phase(phase) if r.answered)
         return max(0.0, done / needed - 1.0) if needed else 0.0
+
+    def rates(self, phase: str, after_s: float, until_s: float) -> float:
+        """Answers a second of a phase, by when they came after its first request."""
+        requests = self.phase(phase)
+        if not requests:
+            return math.nan
+        start = min(r.at for r in requests)
+        ends = [r.outcome["at"] - start for r in requests if r.answered]
+        until_s = min(until_s, max(ends, default=0.0))
+        return sum(after_s <= end <= until_s for end in ends) / max(1e-9, until_s - after_s)
+
+    def next_s(self, after: float, what: str) -> float:
+        """Seconds from a moment until a worker was ready, or an answer came."""
+        for e in self.events:
+            if e["at"] > after and (
+                (what == "answer" and e["kind"] == "outcome" and e["ok"])
+                or (
+                    what == "worker"
+                    and e["kind"] == "devices"
+                    and any(s == "ready" for n, s in e["states"].items() if n != "head")
+                )
+            ):
+                return e["at"] - after
+        return math.inf
+
+    def memory(self, phase: str) -> int:
+        """Bytes that the daemons held together at most during a phase: each at its own peak."""
+        times = [r.at for r in self.phase(phase)]
+        peaks: dict[str, int] = {}
+        for e in self.of("usage"):
+            if min(times) <= e["at"] <= max(times):
+                peaks[e["name"]] = max(peaks.get(e["name"], 0), e["rss"])
+        return sum(peaks.values())
 
     def back_s(self, after: float, name: str) -> float:
         """Seconds from a moment until a device was (or still was) ready."""
@@ -211,7 +245,89 @@ def partitions(book: Book) -> None:
     book.want(worst <= 3.0, f"back {worst:.1f} s after healing ({len(heals)} partitions)")
 
 
-JUDGES: dict[str, Judge] = {"C1": kills, "C2": freezes, "C5": partitions}
+def halves(book: Book) -> None:
+    """C6."""
+    book.nothing_lost()
+    times = book.view.times_calm(book.view.hurt())
+    book.say(f"p99 {times:.1f} T (T = {book.view.calm_s * 1000:.0f} ms)")
+    parted = [r for r in book.view.hurt() if r.answered and r.outcome["attempts"] > 1]
+    book.say(f"{len(parted)} took several attempts")
+
+
+def throttled(book: Book) -> None:
+    """C10."""
+    view = book.view
+    book.nothing_lost()
+    best = view.rates("without", 0.0, 1e9)
+    for phase, aim in (("slow", best), ("back", view.rates("calm", 0.0, 1e9))):
+        aim = max(aim, *(view.rates(phase, s, s + 5.0) for s in (5.0, 10.0, 15.0)))
+        share = view.rates(phase, 10.0, 1e9) / aim
+        book.want(share >= 0.9, f"{share:.2f} of the best plan 10 s after {phase}")
+    plans = [r.outcome["plan"] for r in view.hurt() if r.answered]
+    changes = sum(a != b for a, b in pairwise(plans))
+    book.want(changes <= 2, f"{changes} re-plans")
+
+
+def nobody(book: Book) -> None:
+    """C12."""
+    view = book.view
+    gone_at, back_at = (next(view.of("fault", what=w))["at"] for w in ("nobody", "somebody"))
+    failed = [r for r in view.hurt() if r.outcome is not None and not r.answered]
+    vague = [r for r in failed if r.outcome["retry_after_s"] is None]
+    book.say(f"{len(failed)} failed")
+    book.want(not vague, f"{len(vague)} of them without retry-after")
+    for name in sorted({r.outcome["name"] for r in failed}):
+        book.say(f"{sum(r.outcome['name'] == name for r in failed)} {name}")
+    joined = [
+        e["at"]
+        for e in view.of("devices")
+        if e["at"] > back_at and any(s == "ready" for n, s in e["states"].items() if n != "head")
+    ]
+    answered = [r.outcome["at"] for r in view.hurt() if r.answered and r.outcome["at"] > back_at]
+    waits = [r for r in view.hurt() if r.answered and r.at > gone_at]
+    book.say(f"{len(waits)} answered")
+    took_s = answered[0] - joined[0] if answered and joined else math.inf
+    book.want(took_s <= 3.0, f"the first answer {took_s:.1f} s after the first worker is back")
+
+
+def coordinators(book: Book) -> None:
+    """C13."""
+    view = book.view
+    book.nothing_lost()
+    starts = [e["at"] for e in view.of("fault", what="coordinator")]
+    ready_s = [view.next_s(at, "worker") for at in starts]
+    worst = max(ready_s, default=math.inf)
+    book.want(worst <= 2.0, f"ready {worst:.1f} s after at most ({len(starts)} kills)")
+    answers_s = [view.next_s(at, "answer") for at in starts]
+    book.say(f"the next answer {max(answers_s, default=math.inf):.1f} s after at most")
+
+
+def overload(book: Book) -> None:
+    """C16."""
+    view = book.view
+    peak = view.rates("peak", 0.0, 1e9)
+    hurt = view.phase("faults")
+    span_s = max(r.at for r in hurt) - min(r.at for r in hurt)
+    good = view.rates("faults", 0.0, span_s)
+    book.want(good >= 0.9 * peak, f"goodput {good:.1f}/s of a peak of {peak:.1f}/s")
+    book.say(f"asked {len(hurt) / span_s:.0f}/s")
+    failed = [r.outcome["name"] for r in hurt if r.outcome is not None and not r.answered]
+    for name in sorted(set(failed)):
+        book.say(f"{failed.count(name)} {name}")
+    before, after = view.memory("peak"), view.memory("faults")
+    book.want(after <= 1.2 * before, f"RSS {after / before:.2f} of before ({after >> 20} MiB)")
+
+
+JUDGES: dict[str, Judge] = {
+    "C1": kills,
+    "C2": freezes,
+    "C5": partitions,
+    "C6": halves,
+    "C10": throttled,
+    "C12": nobody,
+    "C13": coordinators,
+    "C16": overload,
+}
 
 
 def judge(path: Path) -> Verdict:

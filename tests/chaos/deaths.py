@@ -46,3 +46,35 @@ def freezes(run: Run) -> None:
             stopped += 1
             run.pause(0.1, 0.5)
     run.heal()
+
+
+def nobody(run: Run) -> None:
+    """C12: every worker is dead for 10 s, then one after another comes back."""
+    run.deploy()
+    run.calm(run.count(30, 200), rate=RATE)
+    with run.load("faults", round(RATE * 16), rate=RATE, deadline_s=25.0):
+        run.pause(1.0)
+        for i in range(len(run.names)):
+            run.hurt("power off", i, lambda i=i: run.cluster.kill(i))
+        run.fault("nobody")
+        run.pause(10.0)
+        run.fault("somebody")
+        for i in range(len(run.names)):
+            run.hurt("power on", i, lambda i=i: run.cluster.restart(i, wait=False))
+            run.pause(0.5)
+    run.heal()
+
+
+def coordinators(run: Run) -> None:
+    """C13: the coordinator's process is killed again and again, and started again at once."""
+    kills = run.count(4, 50)
+    run.deploy()
+    run.calm(run.count(50, 200), rate=RATE)
+    with run.load("faults", round(RATE * (6 * kills + 5)), rate=RATE, deadline_s=60.0):
+        for _ in range(kills):
+            run.pause(0.5, 3.5)
+            run.hurt("kill coordinator", 0, run.cluster.kill_coordinator)
+            run.fault("coordinator")
+            run.cluster.restart_coordinator()
+            run.pause(3.0)
+    run.heal()

@@ -21,3 +21,16 @@ def partitions(run: Run) -> None:
             run.hurt("reconnect", victim, lambda i=victim: run.lab.heal(i), name=run.names[victim])
             run.pause(5.0)
     run.heal()
+
+
+def halves(run: Run) -> None:
+    """C6: two workers hear nothing of each other, and both hear everybody else; all the while."""
+    requests = run.count(60, 400)
+    run.deploy()
+    run.calm(requests, rate=RATE)
+    for one, other in run.rng.sample([(1, 2), (2, 3), (1, 3)], run.count(1, 3)):
+        run.hurt("partition", one, lambda i=one, j=other: run.lab.cut_between(i, j), other=other)
+        with run.load("faults", requests, rate=RATE, deadline_s=15.0):
+            pass
+        run.hurt("reconnect", one, lambda i=one: run.lab.heal(i), name=run.names[one])
+    run.heal()

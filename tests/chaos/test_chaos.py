@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from chaos.cases import CASES, Ring
 
 SEED = 1

@@ -79,13 +79,16 @@ class User:
         count: int,
         rate: float = 0.0,
         in_flight: int = 0,
+        within_s: float = 1e9,
         deadline_s: float = 30.0,
     ) -> None:
         """Submit ``count`` requests, ``rate`` a second whatever becomes of them, or the next when
-        fewer than ``in_flight`` are open; returns when each has an outcome."""
+        fewer than ``in_flight`` are open; none after ``within_s``. Each has an outcome then."""
         started, before = time.monotonic(), self.tasks_done
         model = self.models[name]
         for k in range(count):
+            if time.monotonic() > started + within_s:
+                break
             if rate:
                 time.sleep(max(0.0, started + k / rate - time.monotonic()))
             with self.changed:
