@@ -130,7 +130,7 @@ def _options(plane: Plane, *, server: bool, plaintext: bool) -> dict[int, int]:
         options[zmq.TCP_KEEPALIVE_IDLE] = limits.KEEPALIVE_IDLE_S
         options[zmq.TCP_KEEPALIVE_INTVL] = limits.TCP_MAX_RETRANSMIT_MS // 1000
         options[zmq.TCP_KEEPALIVE_CNT] = 3
-    else:
+    elif not server:
         # Finds a dead link or host that TCP does not tell of. It proves nothing about the
         # program (PONG comes from libzmq's thread): that is what our own heartbeat is for.
         # One end asks, for both: a PING carries the time after which whoever was asked may give up.
@@ -138,6 +138,12 @@ def _options(plane: Plane, *, server: bool, plaintext: bool) -> dict[int, int]:
             options[zmq.HEARTBEAT_IVL] = int(limits.HEARTBEAT_S * 1000)
             options[zmq.HEARTBEAT_TTL] = int(limits.HEARTBEAT_S * 3000)
         options[zmq.HEARTBEAT_TIMEOUT] = int(limits.HEARTBEAT_S * 3000)
+        # The same for who is connected to: it closes what has been silent for so long. It has no
+        # heartbeat of its own, since libzmq aborts the process when that is due on a connection
+        # that was reset while its input stood at the mark (stream_engine_base.cpp: !_io_error).
+        options[zmq.HEARTBEAT_TTL] = int(limits.HEARTBEAT_S * 3000)
+        # And here, where there is one, the input never stands: a coordinator's words are bounded.
+        options[zmq.RCVHWM] = 0
     if server:
         # An unknown peer is an error that we see, not a silent drop.
         options[zmq.ROUTER_MANDATORY] = 1

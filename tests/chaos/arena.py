@@ -1,0 +1,284 @@
+"""Where a chaos run takes place: a lab with its cluster, a user in it, and the hand that hurts."""
+
+from __future__ import annotations
+
+import json
+import queue
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Final
+
+import onnx
+import psutil
+from architectures import squeezenet1_1
+
+from chaos.history import History, read
+from cluster.lab import DeviceSpec, Lab, LabCluster
+
+DEVICES: Final = 4
+CORES: Final = (1.0, 0.5, 0.5, 0.5)
+"""Of the first device too: the coordinator and the user's end of things are on it."""
+
+SIZE: Final = 192
+"""Pixels a side: a request then takes several times as long as a message."""
+
+SETTLE_S: Final = 30.0
+"""How long a run waits to be whole again; the goal is less, and is the checker's."""
+
+COMMAND_S: Final = 280.0
+_USER = Path(__file__).resolve().parent / "user.py"
+
+
+def names(count: int = DEVICES) -> list[str]:
+    return [f"w{i}" for i in range(count)]
+
+
+class Arena:
+    """A lab of ``devices`` with a running cluster and a user on device 0. A context manager."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        devices: Sequence[DeviceSpec] | None = None,
+        plaintext: bool = False,
+        environment: dict[str, str] | None = None,
+    ) -> None:
+        self.folder = folder
+        self.specs = list(devices or map(DeviceSpec, names(), CORES))
+        self.log = folder / "daemons.log"
+        self.lab = Lab(self.specs)
+        self._user: User | None = None
+        try:
+            self.cluster: LabCluster = self.lab.start_cluster(
+                log_level="info", plaintext=plaintext, log=self.log, environment=environment
+            )
+        except BaseException:
+            self.lab.close()
+            raise
+
+    def __enter__(self) -> Arena:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.lab.close()
+
+
+class Run:
+    """One case in an arena: its history, its random stream, its user."""
+
+    def __init__(self, arena: Arena, case: str, seed: int, path: Path, *, full: bool) -> None:
+        path.unlink(missing_ok=True)
+        self.arena, self.case, self.seed, self.full = arena, case, seed, full
+        self.lab, self.cluster = arena.lab, arena.cluster
+        self.rng = random.Random(seed)
+        self.history = History(path)
+        self.history.write("run", case=case, seed=seed, full=full, devices=self.names)
+        self.user = User(arena, path)
+        self.down: set[int] = set()  # devices that a case keeps dead on purpose
+
+    @property
+    def names(self) -> list[str]:
+        return [spec.name for spec in self.arena.specs]
+
+    def count(self, short: int, full: int) -> int:
+        """How many requests, seconds, faults: of the selection for CI, or of all of it."""
+        return full if self.full else short
+
+    # --- what happens
+
+    def deploy(self, name: str = "net", model: Any = None, size: int = SIZE, **how: Any) -> None:
+        """A model [1, 3, size, size], cut for all devices unless ``how`` says otherwise."""
+        path = self.arena.folder / f"{name}.onnx"
+        onnx.save(squeezenet1_1(size) if model is None else model, path)
+        options = {"spread": True, **how}
+        self.user.call("deploy", name=name, path=str(path), shape=[1, 3, size, size], **options)
+
+    def calm(self, count: int, name: str = "net", **how: Any) -> None:
+        """The same load without any fault: where T comes from. The first answers warm up."""
+        self.user.call("load", name=name, phase="warm", count=8, in_flight=2)
+        self.user.call("load", name=name, phase="calm", count=count, **how)
+
+    @contextmanager
+    def load(self, phase: str, count: int, name: str = "net", **how: Any) -> Iterator[Load]:
+        """Requests beside the faults in the block; at its end each has an outcome."""
+        self.user.tell("load", name=name, phase=phase, count=count, **how)
+        load = Load(self.user)
+        yield load
+        load.wait()
+
+    def fault(self, what: str, device: int | None = None, **more: Any) -> None:
+        self.history.write("fault", what=what, device=device, **more)
+
+    def hurt(self, what: str, device: int, act: Callable[[], object], **more: Any) -> None:
+        """Write the fault down, and do it; a device that is just gone is no error."""
+        self.fault(what, device, **more)
+        with suppress(psutil.NoSuchProcess, ProcessLookupError, KeyError):
+            act()
+
+    def power_cycle(self, i: int) -> None:
+        """A device loses its power, and starts at once."""
+        self.cluster.restart(i, wait=False)
+
+    def states(self) -> dict[str, str]:
+        """The devices' states as the user last saw them."""
+        seen = [e for e in read(self.history.path) if e["kind"] == "devices"]
+        return seen[-1]["states"] if seen else {}
+
+    def rate(self, phase: str) -> float:
+        """Answers a second of a phase that is over."""
+        events = read(self.history.path)
+        mine = {e["n"] for e in events if e["kind"] == "submit" and e["phase"] == phase}
+        ends = [e["at"] for e in events if e["kind"] == "outcome" and e["n"] in mine and e["ok"]]
+        starts = [e["at"] for e in events if e["kind"] == "submit" and e["phase"] == phase]
+        return len(ends) / (max(ends) - min(starts))
+
+    def ready(self) -> list[int]:
+        states = self.states()
+        return [i for i, name in enumerate(self.names) if states.get(name) == "ready"]
+
+    def pause(self, least_s: float, most_s: float | None = None) -> None:
+        time.sleep(least_s if most_s is None else self.rng.uniform(least_s, most_s))
+
+    def heal(self, model: str = "net") -> None:
+        """End every fault, start what is dead, and let the user say how long it took."""
+        for i, spec in enumerate(self.arena.specs):
+            self.lab.heal(i)
+            self.lab.set_cpu(i, spec.cpu)
+            self.lab.set_link(i, spec.link_bits_per_s)
+            self.cluster.heal(i)
+        self.history.write("healed")
+        self.user.call("settle", names=self.names, model=model, within_s=SETTLE_S)
+
+    @contextmanager
+    def sampled(self, every_s: float = 0.5) -> Iterator[None]:
+        """Write down meanwhile what each daemon holds: memory, threads, descriptors."""
+        over = threading.Event()
+
+        def body() -> None:
+            while not over.wait(every_s):
+                daemons = {"coordinator": self.cluster.coordinator_pid}
+                daemons |= {self.names[i]: p for i, p in self.cluster.worker_pids().items()}
+                for name, pid in daemons.items():
+                    with suppress(psutil.Error):
+                        self.history.write("usage", name=name, pid=pid, **_holds(pid))
+
+        thread = threading.Thread(target=body, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join(10.0)
+
+    def close(self) -> None:
+        self.user.close()
+        self.history.close()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _holds(pid: int) -> dict[str, int]:
+    process = psutil.Process(pid)
+    with process.oneshot():
+        return {
+            "rss": process.memory_info().rss,
+            "threads": process.num_threads(),
+            "descriptors": process.num_fds(),
+        }
+
+
+class Load:
+    """Requests under way."""
+
+    def __init__(self, user: User) -> None:
+        self._user, self._over = user, False
+
+    @property
+    def over(self) -> bool:
+        self._over = self._over or self._user.said("load")
+        return self._over
+
+    def wait(self) -> None:
+        if not self._over:
+            self._user.wait("load")
+        self._over = True
+
+
+class User:
+    """The other end of ``user.py``."""
+
+    def __init__(self, arena: Arena, history: Path) -> None:
+        self._said: queue.Queue[dict[str, str]] = queue.Queue()
+        self._kept: list[dict[str, str]] = []
+        self._process = arena.lab.spawn(
+            0,
+            [sys.executable, str(_USER), str(history)],
+            limits=False,  # it compares answers, which is no device's work
+            env=arena.cluster.environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        threading.Thread(target=self._listen, daemon=True).start()
+        self.wait("start")
+
+    def tell(self, what: str, **how: Any) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({"do": what, **how}) + "\n")
+        self._process.stdin.flush()
+
+    def call(self, what: str, **how: Any) -> None:
+        self.tell(what, **how)
+        self.wait(what)
+
+    def said(self, what: str) -> bool:
+        """Whether it is done with it; never waits."""
+        with suppress(queue.Empty):
+            while True:
+                self._kept.append(self._said.get_nowait())
+        return self._take(what)
+
+    def wait(self, what: str) -> None:
+        """Until it is done with it. Raises ``RuntimeError`` with what failed."""
+        until = time.monotonic() + COMMAND_S
+        while not self._take(what):
+            try:
+                self._kept.append(self._said.get(timeout=max(0.0, until - time.monotonic())))
+            except queue.Empty:
+                raise RuntimeError(f"the user is not done with {what}") from None
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(10.0)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _take(self, what: str) -> bool:
+        for each in self._kept:
+            if each["done"] in (what, "end"):
+                if each["done"] == "end" or each["failed"]:
+                    raise RuntimeError(f"the user's {what}: {each['failed']}")
+                self._kept.remove(each)
+                return True
+        return False
+
+    def _listen(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._said.put(json.loads(line))
+        self._said.put({"done": "end", "failed": "its process ended"})

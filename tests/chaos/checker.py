@@ -1,0 +1,356 @@
+"""Judges a run by its history alone: what was answered, how late, how wrong, and by which goal.
+
+``python -m chaos.checker HISTORY...`` (from tests/) judges again what was kept.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Final
+
+from chaos.history import Event, read
+
+SETTLED_S: Final = 10.0
+CALM: Final = ("warm", "calm", "without", "peak")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A request and its first outcome; None: it never had one."""
+
+    n: int
+    phase: str
+    model: str
+    at: float
+    deadline_s: float
+    outcome: Event | None
+    outcomes: int
+
+    @property
+    def answered(self) -> bool:
+        return self.outcome is not None and bool(self.outcome["ok"])
+
+    @property
+    def wrong(self) -> bool:
+        return self.answered and not self.outcome["error"] <= self.outcome["tolerance"]
+
+    @property
+    def took_s(self) -> float:
+        return math.inf if self.outcome is None else self.outcome["at"] - self.at
+
+
+class View:
+    """A history, asked."""
+
+    def __init__(self, events: Sequence[Event]) -> None:
+        self.events = list(events)
+        self.run = next(self.of("run"))
+        outcomes: dict[int, list[Event]] = {}
+        for each in self.of("outcome"):
+            outcomes.setdefault(each["n"], []).append(each)
+        self.requests = [
+            Request(
+                e["n"],
+                e["phase"],
+                e["model"],
+                e["at"],
+                e["deadline_s"],
+                next(iter(outcomes.get(e["n"], [])), None),
+                len(outcomes.get(e["n"], [])),
+            )
+            for e in self.of("submit")
+        ]
+
+    def of(self, kind: str, **fields: Any) -> Any:
+        """Events of a kind, with these fields, in order."""
+        wanted = {"kind": kind, **fields}
+        return (e for e in self.events if all(e.get(k) == v for k, v in wanted.items()))
+
+    def phase(self, name: str) -> list[Request]:
+        return [r for r in self.requests if r.phase == name]
+
+    def hurt(self) -> list[Request]:
+        """The requests beside faults."""
+        return [r for r in self.requests if r.phase not in CALM]
+
+    def faults(self, *what: str) -> list[Event]:
+        return [e for e in self.of("fault") if not what or e["what"] in what]
+
+    @property
+    def calm_s(self) -> float:
+        """T: the fault-free p99 of the same run."""
+        return p99([r.took_s for r in self.phase("calm") if r.answered])
+
+    def times_calm(self, requests: Sequence[Request]) -> float:
+        """Their p99 over T; lost and failed ones count as never."""
+        return p99([r.took_s if r.answered else math.inf for r in requests]) / self.calm_s
+
+    def extra_tasks(self, phase: str) -> float:
+        """Tasks done beyond those that the answers name, as a share of these."""
+        done = sum(e["done"] for e in self.of("tasks", phase=phase))
+        needed = sum(r.outcome["places"] for r in self.phase(phase) if r.answered)
+        return max(0.0, done / needed - 1.0) if needed else 0.0
+
+    def rates(self, phase: str, after_s: float, until_s: float) -> float:
+        """Answers a second of a phase, by when they came after its first request."""
+        requests = self.phase(phase)
+        if not requests:
+            return math.nan
+        start = min(r.at for r in requests)
+        ends = [r.outcome["at"] - start for r in requests if r.answered]
+        until_s = min(until_s, max(ends, default=0.0))
+        return sum(after_s <= end <= until_s for end in ends) / max(1e-9, until_s - after_s)
+
+    def next_s(self, after: float, what: str) -> float:
+        """Seconds from a moment until a worker was ready, or an answer came."""
+        for e in self.events:
+            if e["at"] > after and (
+                (what == "answer" and e["kind"] == "outcome" and e["ok"])
+                or (
+                    what == "worker"
+                    and e["kind"] == "devices"
+                    and any(s == "ready" for n, s in e["states"].items() if n != "head")
+                )
+            ):
+                return e["at"] - after
+        return math.inf
+
+    def memory(self, phase: str) -> int:
+        """Bytes that the daemons held together at most during a phase: each at its own peak."""
+        times = [r.at for r in self.phase(phase)]
+        peaks: dict[str, int] = {}
+        for e in self.of("usage"):
+            if min(times) <= e["at"] <= max(times):
+                peaks[e["name"]] = max(peaks.get(e["name"], 0), e["rss"])
+        return sum(peaks.values())
+
+    def back_s(self, after: float, name: str) -> float:
+        """Seconds from a moment until a device was (or still was) ready."""
+        state = ""
+        for e in self.of("devices"):
+            if e["at"] <= after:
+                state = e["states"].get(name, "gone")
+            elif state != "ready" and e["states"].get(name) == "ready":
+                return e["at"] - after
+        return 0.0 if state == "ready" else math.inf
+
+
+def p99(seconds: Sequence[float]) -> float:
+    """Of a few the longest; NaN of none."""
+    ranked = sorted(seconds)
+    return ranked[math.ceil(0.99 * len(ranked)) - 1] if ranked else math.nan
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What was measured, in words with figures, and what of the goal was missed (nothing: met)."""
+
+    measured: str
+    missed: tuple[str, ...]
+
+    @property
+    def met(self) -> bool:
+        return not self.missed
+
+
+class Book:
+    """Figures and what is missed, gathered by one judge."""
+
+    def __init__(self, view: View) -> None:
+        self.view = view
+        self.figures: list[str] = []
+        self.missed: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.figures.append(text)
+
+    def want(self, met: bool, text: str) -> None:
+        """A figure with a goal."""
+        self.figures.append(text)
+        if not met:
+            self.missed.append(text)
+
+    def nothing_lost(self, requests: Sequence[Request] | None = None) -> None:
+        """Every request answered, none wrong."""
+        requests = self.view.hurt() if requests is None else requests
+        answered = sum(r.answered for r in requests)
+        self.want(0 < len(requests) == answered, f"{answered} of {len(requests)} answered")
+        failed = [r.outcome["name"] for r in requests if r.outcome is not None and not r.answered]
+        for name in sorted(set(failed)):
+            self.say(f"{failed.count(name)} {name}")
+
+    def always(self) -> None:
+        """What holds of every run: one typed outcome each, none wrong, whole again in time."""
+        requests = self.view.requests
+        lost = sum(r.outcome is None for r in requests)
+        twice = sum(r.outcomes > 1 for r in requests)
+        wrong = sum(r.wrong for r in requests)
+        vague = [r for r in requests if r.outcome and not r.answered and not r.outcome["typed"]]
+        late = [r for r in requests if r.outcome and r.took_s > r.deadline_s + 2.0]
+        self.want(not lost, f"{lost} lost")
+        self.want(not wrong, f"{wrong} wrong")
+        for found, text in ((twice, "answered twice"), (len(vague), "with no typed error")):
+            if found:
+                self.want(False, f"{found} {text}")
+        if late:
+            self.want(False, f"{len(late)} had no outcome by their deadline")
+        ids = [r.outcome["request"] for r in requests if r.answered]
+        if len(set(ids)) != len(ids):
+            self.want(False, f"{len(ids) - len(set(ids))} ids answered again")
+        settled = list(self.view.of("settled"))
+        if not settled:
+            self.want(False, "never healed")
+        for each in settled:
+            why = f" ({each['why']})" if each["why"] else ""
+            whole = not each["why"] and each["took_s"] <= SETTLED_S
+            self.want(whole, f"whole {each['took_s']:.1f} s after healing{why}")
+
+    def slower(self, limit: float, requests: Sequence[Request] | None = None) -> None:
+        """The p99 of these against T."""
+        times = self.view.times_calm(self.view.hurt() if requests is None else requests)
+        self.want(times <= limit, f"p99 {times:.1f} T (T = {self.view.calm_s * 1000:.0f} ms)")
+
+
+Judge = Callable[[Book], None]
+
+
+def kills(book: Book) -> None:
+    """C1."""
+    book.say(f"{len(book.view.faults('kill', 'power'))} kills")
+    book.nothing_lost()
+    book.slower(4.0)
+
+
+def freezes(book: Book) -> None:
+    """C2."""
+    book.say(f"{len(book.view.faults('pause'))} SIGSTOPs")
+    book.nothing_lost()
+    book.slower(5.0)
+    extra = book.view.extra_tasks("faults")
+    book.want(extra <= 0.15, f"{extra:.0%} extra tasks")
+
+
+def partitions(book: Book) -> None:
+    """C5."""
+    book.nothing_lost()
+    book.slower(5.0)
+    heals = [(e["at"], e["name"]) for e in book.view.of("fault", what="reconnect")]
+    back_s = [book.view.back_s(at, name) for at, name in heals]
+    worst = max(back_s, default=math.inf)
+    book.want(worst <= 3.0, f"back {worst:.1f} s after healing ({len(heals)} partitions)")
+
+
+def halves(book: Book) -> None:
+    """C6."""
+    book.nothing_lost()
+    times = book.view.times_calm(book.view.hurt())
+    book.say(f"p99 {times:.1f} T (T = {book.view.calm_s * 1000:.0f} ms)")
+    parted = [r for r in book.view.hurt() if r.answered and r.outcome["attempts"] > 1]
+    book.say(f"{len(parted)} took several attempts")
+
+
+def throttled(book: Book) -> None:
+    """C10."""
+    view = book.view
+    book.nothing_lost()
+    best = view.rates("without", 0.0, 1e9)
+    for phase, aim in (("slow", best), ("back", view.rates("calm", 0.0, 1e9))):
+        aim = max(aim, *(view.rates(phase, s, s + 5.0) for s in (5.0, 10.0, 15.0)))
+        share = view.rates(phase, 10.0, 1e9) / aim
+        book.want(share >= 0.9, f"{share:.2f} of the best plan 10 s after {phase}")
+    plans = [r.outcome["plan"] for r in view.hurt() if r.answered]
+    changes = sum(a != b for a, b in pairwise(plans))
+    book.want(changes <= 2, f"{changes} re-plans")
+
+
+def nobody(book: Book) -> None:
+    """C12."""
+    view = book.view
+    gone_at, back_at = (next(view.of("fault", what=w))["at"] for w in ("nobody", "somebody"))
+    failed = [r for r in view.hurt() if r.outcome is not None and not r.answered]
+    vague = [r for r in failed if r.outcome["retry_after_s"] is None]
+    book.say(f"{len(failed)} failed")
+    book.want(not vague, f"{len(vague)} of them without retry-after")
+    for name in sorted({r.outcome["name"] for r in failed}):
+        book.say(f"{sum(r.outcome['name'] == name for r in failed)} {name}")
+    joined = [
+        e["at"]
+        for e in view.of("devices")
+        if e["at"] > back_at and any(s == "ready" for n, s in e["states"].items() if n != "head")
+    ]
+    answered = [r.outcome["at"] for r in view.hurt() if r.answered and r.outcome["at"] > back_at]
+    waits = [r for r in view.hurt() if r.answered and r.at > gone_at]
+    book.say(f"{len(waits)} answered")
+    took_s = answered[0] - joined[0] if answered and joined else math.inf
+    book.want(took_s <= 3.0, f"the first answer {took_s:.1f} s after the first worker is back")
+
+
+def coordinators(book: Book) -> None:
+    """C13."""
+    view = book.view
+    book.nothing_lost()
+    starts = [e["at"] for e in view.of("fault", what="coordinator")]
+    ready_s = [view.next_s(at, "worker") for at in starts]
+    worst = max(ready_s, default=math.inf)
+    book.want(worst <= 2.0, f"ready {worst:.1f} s after at most ({len(starts)} kills)")
+    answers_s = [view.next_s(at, "answer") for at in starts]
+    book.say(f"the next answer {max(answers_s, default=math.inf):.1f} s after at most")
+
+
+def overload(book: Book) -> None:
+    """C16."""
+    view = book.view
+    peak = view.rates("peak", 0.0, 1e9)
+    hurt = view.phase("faults")
+    span_s = max(r.at for r in hurt) - min(r.at for r in hurt)
+    good = view.rates("faults", 0.0, span_s)
+    book.want(good >= 0.9 * peak, f"goodput {good:.1f}/s of a peak of {peak:.1f}/s")
+    book.say(f"asked {len(hurt) / span_s:.0f}/s")
+    failed = [r.outcome["name"] for r in hurt if r.outcome is not None and not r.answered]
+    for name in sorted(set(failed)):
+        book.say(f"{failed.count(name)} {name}")
+    before, after = view.memory("peak"), view.memory("faults")
+    book.want(after <= 1.2 * before, f"RSS {after / before:.2f} of before ({after >> 20} MiB)")
+
+
+JUDGES: dict[str, Judge] = {
+    "C1": kills,
+    "C2": freezes,
+    "C5": partitions,
+    "C6": halves,
+    "C10": throttled,
+    "C12": nobody,
+    "C13": coordinators,
+    "C16": overload,
+}
+
+
+def judge(path: Path) -> Verdict:
+    """The verdict on one history."""
+    view = View(read(path))
+    book = Book(view)
+    JUDGES[view.run["case"]](book)
+    book.always()
+    for broken in view.of("broken"):
+        book.want(False, f"the run broke off: {broken['why']}")
+    return Verdict("; ".join(book.figures), tuple(book.missed))
+
+
+def main(paths: Sequence[str]) -> int:
+    """0 if all met their goals."""
+    failed = 0
+    for path in paths:
+        verdict = judge(Path(path))
+        failed += not verdict.met
+        word = "met" if verdict.met else "MISSED"
+        sys.stdout.write(f"{path} {word} {verdict.measured}\n")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

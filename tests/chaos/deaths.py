@@ -1,0 +1,80 @@
+"""Cases in which processes die or freeze."""
+
+from __future__ import annotations
+
+from chaos.arena import Run
+
+RATE = 5.0
+LEFT = 2
+"""So many workers at least are ready whenever one is killed: C12 is the case of none."""
+
+
+def kills(run: Run) -> None:
+    """C1: a random worker's process, or a random device's power, while requests come steadily."""
+    requests = run.count(100, 1000)
+    run.deploy()
+    run.calm(requests, rate=RATE)
+    killed = 0
+    with run.load("faults", requests, rate=RATE) as load:
+        while not load.over and killed < requests // 5:
+            ready = run.ready()
+            if len(ready) > LEFT:
+                victim = run.rng.choice(ready)
+                if run.rng.random() < 0.7:
+                    run.hurt("kill", victim, lambda i=victim: run.cluster.crash(i))
+                else:
+                    run.hurt("power", victim, lambda i=victim: run.power_cycle(i))
+                killed += 1
+            run.pause(0.1, 1.3)
+    run.heal()
+
+
+def freezes(run: Run) -> None:
+    """C2: a random worker is stopped for 0.2 to 5 s, one after another."""
+    requests = run.count(100, 800)
+    run.deploy()
+    run.calm(requests, rate=RATE)
+    most = run.count(8, 100)
+    with run.load("faults", requests, rate=RATE) as load:
+        stopped = 0
+        while not load.over and stopped < most:
+            victim = run.rng.choice(run.ready() or [0])
+            took_s = 0.2 * 25 ** run.rng.random()
+            run.hurt("pause", victim, lambda i=victim: run.cluster.pause(i), took_s=took_s)
+            run.pause(took_s)
+            run.hurt("resume", victim, lambda i=victim: run.cluster.resume(i))
+            stopped += 1
+            run.pause(0.1, 0.5)
+    run.heal()
+
+
+def nobody(run: Run) -> None:
+    """C12: every worker is dead for 10 s, then one after another comes back."""
+    run.deploy()
+    run.calm(run.count(30, 200), rate=RATE)
+    with run.load("faults", round(RATE * 16), rate=RATE, deadline_s=25.0):
+        run.pause(1.0)
+        for i in range(len(run.names)):
+            run.hurt("power off", i, lambda i=i: run.cluster.kill(i))
+        run.fault("nobody")
+        run.pause(10.0)
+        run.fault("somebody")
+        for i in range(len(run.names)):
+            run.hurt("power on", i, lambda i=i: run.cluster.restart(i, wait=False))
+            run.pause(0.5)
+    run.heal()
+
+
+def coordinators(run: Run) -> None:
+    """C13: the coordinator's process is killed again and again, and started again at once."""
+    kills = run.count(4, 50)
+    run.deploy()
+    run.calm(run.count(50, 200), rate=RATE)
+    with run.load("faults", round(RATE * (6 * kills + 5)), rate=RATE, deadline_s=60.0):
+        for _ in range(kills):
+            run.pause(0.5, 3.5)
+            run.hurt("kill coordinator", 0, run.cluster.kill_coordinator)
+            run.fault("coordinator")
+            run.cluster.restart_coordinator()
+            run.pause(3.0)
+    run.heal()
