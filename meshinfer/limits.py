@@ -53,6 +53,18 @@ COORDINATOR_SILENT_S: Final = 10.0
 NO_WORKER_GRACE_S: Final = 5.0
 REPLAN_SETTLE_S: Final = 0.2
 EXCLUDED_S: Final = 15.0
+STRIKES: Final = 3
+STRIKES_WITHIN_S: Final = 60.0
+EARLY_DEATH_S: Final = 5.0
+QUARANTINE_S: Final = 15.0
+QUARANTINE_MOST_S: Final = 600.0
+QUARANTINE_FORGOTTEN_S: Final = 600.0
+REST_S: Final = 1.0
+RESTS: Final = 4
+"""A device that is killed again and again as it joins rests for 1, 2, then 4 s each time."""
+NEVER_QUARANTINED: Final = 2
+"""So many devices work, whatever they did."""
+LOST_SHOWN_S: Final = 600.0
 INSTALL_ATTEMPTS: Final = 3
 """What so many devices cannot prepare in turn is the model's fault, not theirs."""
 INSTALL_S: Final = 600.0
@@ -145,6 +157,7 @@ REPORT_LINE_CHARS: Final = 300
 REPORT_ENTRIES: Final = 256
 REPORT_NODES: Final = 4
 NAME_CHARS: Final = 512
+CAUSE_CHARS: Final = 512
 IMAGE_PIXELS: Final = 100_000_000
 IMAGE_FILE_BYTES: Final = 256 * MIB
 DEVICES: Final = 1024
@@ -178,6 +191,7 @@ assert HEARTBEAT_S * 3 <= DEAD_AFTER_S
 assert ACK_DELAY_S * 3 <= ACK_TIMEOUT_S
 assert PACE_SAMPLES <= LATE_SAMPLES
 assert SUSPECT_S < DEAD_AFTER_S
+assert QUARANTINE_S < STRIKES_WITHIN_S  # or each quarantine would begin the count anew
 assert HEARTBEAT_S < STALL_S < DEAD_AFTER_S
 assert PACE_SAMPLES_LEAST <= PACE_SAMPLES
 assert 1.0 < PACE_DEVIATION < PACE_GRAVE

@@ -10,16 +10,19 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import msgspec
 from msgspec import Meta
 
 from meshinfer import limits
 
 # isort: off
+from meshinfer.protocol.questions import (
+    Devices as Devices, ListDevices as ListDevices, ListModels as ListModels, Models as Models,
+)  # fmt: skip
 from meshinfer.protocol.records import (
     Assigned as Assigned, Blob as Blob, Budgets as Budgets, Count as Count,
-    DeviceInfo as DeviceInfo, Done as Done, Facts as Facts, Failure as Failure, Hex as Hex,
-    Link as Link, ModelInfo as ModelInfo, Name as Name, Output as Output, Peer as Peer,
+    DeviceInfo as DeviceInfo, Done as Done, Ended as Ended, Facts as Facts, Failure as Failure,
+    Hex as Hex, Link as Link, Message as Message, ModelInfo as ModelInfo, Name as Name,
+    Output as Output, Peer as Peer,
     Piece as Piece, Pins as Pins, Place as Place, Program as Program, Rate as Rate,
     Record as Record, Seconds as Seconds, Send as Send, Shape as Shape, TaskTime as TaskTime,
     Tensor as Tensor, Text as Text, Value as Value,
@@ -33,16 +36,13 @@ PROTOCOL = (3, 3)
 Acks = Annotated[tuple[Count, ...], Meta(max_length=limits.ACKS_AT_ONCE)]
 
 
-class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True, kw_only=True):
-    """Base of all messages; the tag is the class name."""
-
-
 # --- Joining and staying ------------------------------------------------------------------------
 
 
 class Hello(Message, frozen=True, forbid_unknown_fields=False):
     """First message of a worker or client. ``protocol``: the versions it speaks; ``where``: a
-    client's machine and address there, or ``BESIDE_COORDINATOR``."""
+    client's machine and address there, or ``BESIDE_COORDINATOR``. ``ended``: how this
+    worker's last process ended."""
 
     role: str
     device: Name
@@ -53,6 +53,7 @@ class Hello(Message, frozen=True, forbid_unknown_fields=False):
     bulk: Peer | None = None
     facts: Facts = Facts()
     where: str = ""
+    ended: Ended | None = None
 
 
 class Welcome(Message, frozen=True):
@@ -369,27 +370,6 @@ class Ack(Message, frozen=True):
     """``Deliver``, ``Feed`` or ``Answer`` with these ids have arrived."""
 
     ids: Acks
-
-
-# --- Questions ----------------------------------------------------------------------------------
-
-
-class ListDevices(Message, frozen=True):
-    call: Name
-
-
-class Devices(Message, frozen=True):
-    call: Name
-    devices: tuple[DeviceInfo, ...]
-
-
-class ListModels(Message, frozen=True):
-    call: Name
-
-
-class Models(Message, frozen=True):
-    call: Name
-    models: tuple[ModelInfo, ...]
 
 
 AnyMessage = (

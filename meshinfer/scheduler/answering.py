@@ -43,7 +43,7 @@ class Answering:
         self._heads = heads
         self._answered: OrderedDict[str, Answered] = OrderedDict()
         self._attempts = 0
-        self._covering = Covering(self.open)
+        self._covering = Covering(self.open, members.health)
 
     # --- messages
 

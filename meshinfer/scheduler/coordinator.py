@@ -180,7 +180,7 @@ class CoordinatorCore:
             case m.Deploy():
                 return self._deploying.fetching.deploy(peer, message, now)
             case m.ListDevices():
-                devices = self.members.infos(now)
+                devices = self.members.infos(now, lost=message.lost)
                 return [_to(peer, m.Devices(call=message.call, devices=devices))]
             case m.ListModels():
                 return [_to(peer, m.Models(call=message.call, models=self.catalogue.infos()))]
@@ -205,9 +205,8 @@ class CoordinatorCore:
             if known is not None:  # what was told to it may be lost: it starts anew
                 effects += self._device_lost(known, "it joins again", now)
             self.members.admit(hello, peer, now)
-            fields = {"device": hello.device, "engine": hello.facts.engine}
             if hello.role == "worker":
-                effects.append(Note("info", "device joined", fields))
+                effects += self._joined(hello, now)
         head = self.members.head
         welcome = m.Welcome(
             coordinator=self._bulk.incarnation,
@@ -218,6 +217,18 @@ class CoordinatorCore:
         )
         self._answering.client_away(peer)
         return [*effects, _to(peer, welcome)]
+
+    def _joined(self, hello: m.Hello, now: float) -> list[Effect]:
+        """A device's process is new: how the one before ended is known only now."""
+        fields = {"device": hello.device, "engine": hello.facts.engine}
+        effects: list[Effect] = [Note("info", "device joined", fields)]
+        if hello.ended is not None:
+            effects.append(Note("warning", "its last process ended", _of_end(hello.ended, hello)))
+        why = self.members.health.joined(hello, now)
+        if why:
+            fields = {"device": hello.device, "why": why}
+            effects.append(Note("warning", "device quarantined", fields))
+        return effects
 
     def _unreachable(self, peer: str, message: m.Unreachable, now: float) -> list[Effect]:
         """A device does not get what another sends: plan without it for a while. Where one end is a
@@ -232,7 +243,7 @@ class CoordinatorCore:
         if lost is None or lost.hello.facts.head:
             lost = device  # a piece for the head, or for one that has left: it is the sender's link
         fields = {"device": lost.name, "heard_by": device.name}
-        lost.excluded_until = now + limits.EXCLUDED_S
+        lost.exclude(f"{device.name} does not reach it", now)
         note = Note("warning", "a device cannot be reached", fields)
         return [note, *self._deploying.out_of_service(lost.name, now)]
 
@@ -253,7 +264,7 @@ class CoordinatorCore:
 
     def _device_lost(self, device: Device, why: str, now: float) -> list[Effect]:
         head = self.members.head
-        self.members.remove(device, now)
+        self.members.remove(device, why, now)
         self._balance.forget(device.name)
         effects: list[Effect] = [
             Note("warning", "device lost", {"device": device.name, "why": why})
@@ -309,6 +320,14 @@ class CoordinatorCore:
                 device.dismissed = True
                 effects.append(_to(device.peer, m.Dismiss()))
         return effects
+
+
+def _of_end(ended: m.Ended, hello: m.Hello) -> dict[str, object]:
+    """How a process ended, as a log says it."""
+    fields: dict[str, object] = {"device": hello.device, "why": ended.cause}
+    if ended.request:
+        fields |= {"request": ended.request, "attempt": ended.attempt, "task": str(ended.place)}
+    return fields
 
 
 def _to(peer: str, message: m.AnyMessage) -> Send:

@@ -231,7 +231,7 @@ class Deploying:
         failed = made.model.unprepared.pop(made.signature, ())
         failed = (*failed, f"{device.name} is left out: {failure.message}")
         if computes:
-            device.excluded_until = now + limits.EXCLUDED_S
+            device.exclude(f"it cannot prepare its tasks: {failure.message}", now)
         if computes and len(failed) < limits.INSTALL_ATTEMPTS and self._members.ready(now):
             made.model.unprepared[made.signature] = failed
             return [note, *self.retire(made)]
