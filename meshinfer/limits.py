@@ -139,6 +139,16 @@ ANSWERED_IDS_KEPT: Final = 1024
 FED_REQUESTS: Final = 2 * QUEUE_REQUESTS
 STALE_REQUESTS_KEPT: Final = 1024
 
+# The coordinator's journal.
+JOURNALED_IDS: Final = 8192
+"""Ids of which the body is known, also after a restart; about 300 bytes each, and as many again."""
+JOURNAL_DELAY_S: Final = 0.5
+"""The outcome of a success waits so long for an acceptance to be written with."""
+JOURNAL_RETRY_S: Final = 1.0
+JOURNAL_WAL_PAGES: Final = 1000
+JOURNAL_PAGE_BYTES: Final = 1024
+"""A commit writes whole pages, and a memory card wears by them."""
+
 # Sizes.
 MODEL_BYTES: Final = 16 << 30
 MODEL_FILE_BYTES: Final = (
@@ -198,6 +208,7 @@ assert 1.0 < PACE_DEVIATION < PACE_GRAVE
 assert 1.0 / (1.0 - SEARCH_SHARE) < PACE_DEVIATION
 assert SEARCH_SHARE < SEARCH_SHARE_GRAVE and 1.0 / (1.0 - SEARCH_SHARE_GRAVE) < PACE_GRAVE
 assert RUNNING_REQUESTS <= WINDOW <= QUEUE_REQUESTS
+assert QUEUE_REQUESTS + ANSWERED_IDS_KEPT < JOURNALED_IDS
 assert PLAN_TEXT_BYTES <= CONTROL_FRAME_BYTES
 assert BLOB_CHUNK_BYTES < BACKLOG_BYTES
 assert BLOB_WANT_BYTES <= BLOB_CHUNK_BYTES

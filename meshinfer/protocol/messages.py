@@ -1,7 +1,6 @@
 """Every message of the protocol, on one screen each way. Unknown fields and types are refused.
 
-Only ``Hello`` and ``Refused`` (and what they hold) may carry fields of a later release: they are
-how two releases find out that they cannot work together.
+Only ``Hello`` and ``Refused``, by which two releases find out, may carry fields of a later one.
 Messages carry no pickle and no code. Times are seconds that remain, never a wall clock's.
 ``device#incarnation`` is a peer; ids of requests are chosen by clients.
 """
@@ -21,8 +20,8 @@ from meshinfer.protocol.questions import (
 from meshinfer.protocol.records import (
     Assigned as Assigned, Blob as Blob, Budgets as Budgets, Count as Count,
     DeviceInfo as DeviceInfo, Done as Done, Ended as Ended, Facts as Facts, Failure as Failure,
-    Hex as Hex, Link as Link, Message as Message, ModelInfo as ModelInfo, Name as Name,
-    Output as Output, Peer as Peer,
+    Hash as Hash, Hex as Hex, Link as Link, Message as Message, ModelInfo as ModelInfo,
+    Name as Name, Output as Output, Peer as Peer,
     Piece as Piece, Pins as Pins, Place as Place, Program as Program, Rate as Rate,
     Record as Record, Seconds as Seconds, Send as Send, Shape as Shape, TaskTime as TaskTime,
     Tensor as Tensor, Text as Text, Value as Value,
@@ -148,9 +147,9 @@ class Gone(Message, frozen=True):
 
 
 class Deploy(Message, frozen=True):
-    """Deploy a model that the client serves, with its external ``weights``, as blobs. ``shapes``
-    fixes dynamic inputs. ``pin``: values and the devices that they never leave; ``memory``: bytes
-    of each device, or of all, that it may use. ``half_transfers``: float32 goes as float16."""
+    """Deploy a model that the client serves, with ``weights`` beside it, as blobs. ``shapes``: of
+    dynamic inputs. ``pin``: values and the devices that they never leave; ``memory``: bytes of each
+    device, or of all, that it may use. ``half_transfers``: float32 goes as float16."""
 
     call: Name
     name: Name
@@ -207,8 +206,8 @@ class Forget(Message, frozen=True):
 
 
 class Submit(Message, frozen=True):
-    """Header of a request; its tensors go to the source. ``deadline_s``: what remains; ``outputs``:
-    asked for, None: all; ``turn``: how often the client has sent it, as in its ``Feed``."""
+    """Header of a request; its tensors (``body``: their digest) go to the source. ``deadline_s``:
+    remains; ``outputs``: None: all; ``turn``: how often the client has sent it, as in ``Feed``."""
 
     request: Name
     model: Name
@@ -218,12 +217,12 @@ class Submit(Message, frozen=True):
     deadline_s: Seconds
     turn: Count = 0
     outputs: Annotated[tuple[Name, ...], Meta(max_length=limits.OUTPUTS_ASKED)] | None = None
+    body: Hash = ""
 
 
 class Start(Message, frozen=True):
-    """To source and sink: run this attempt (numbers go up over all requests); the answer goes to
-    ``client``. ``assigned``: who takes tasks of several devices. ``head``: the peer that is source
-    and sink of this request; empty: the plan's own device."""
+    """To source and sink: run this attempt (numbers go up); the answer goes to ``client``.
+    ``assigned``: who takes tasks of several devices. ``head``: the peer in the head's place."""
 
     request: Name
     attempt: Count
@@ -277,10 +276,11 @@ class Unreachable(Message, frozen=True):
 
 
 class Merged(Message, frozen=True):
-    """The sink has merged and sent all outputs."""
+    """The sink has merged and sent all outputs, of this digest."""
 
     request: Name
     attempt: Count
+    digest: Hash = ""
 
 
 class Release(Message, frozen=True):

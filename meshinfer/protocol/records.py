@@ -14,6 +14,9 @@ Name = Annotated[str, Meta(min_length=1, max_length=limits.NAME_CHARS)]
 Text = Annotated[str, Meta(max_length=limits.PLAN_TEXT_BYTES)]
 Count = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Hex = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+Hash = Annotated[str, Meta(max_length=32)]
+"""xxh3-128 of tensors, against mistakes and not against malice; empty where nobody told it."""
+
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
 """No NaN and no infinity: a deadline that never comes would hold a request for ever."""
 

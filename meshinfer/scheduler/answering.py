@@ -14,18 +14,13 @@ from msgspec import structs
 
 from meshinfer import limits
 from meshinfer.protocol import messages as m
-from meshinfer.scheduler.admission import (
-    other_body,
-    refuse,
-    same_body,
-    signature_of,
-    unavailable,
-)
+from meshinfer.scheduler.admission import other_body, refuse, same_body, signature_of, unavailable
 from meshinfer.scheduler.balance import Balance
-from meshinfer.scheduler.catalogue import Catalogue, Deployment, Model, Phase
+from meshinfer.scheduler.catalogue import Catalogue, Deployment, Model
 from meshinfer.scheduler.covering import Covering
 from meshinfer.scheduler.events import Effect, Note, Plane, Send, Signature
 from meshinfer.scheduler.heads import Heads
+from meshinfer.scheduler.journal import Journal
 from meshinfer.scheduler.membership import Membership
 from meshinfer.scheduler.request import Answered, Request, Try
 
@@ -34,15 +29,22 @@ class Answering:
     """Mutable: owned by the coordinator's core."""
 
     def __init__(
-        self, members: Membership, catalogue: Catalogue, balance: Balance, heads: Heads
+        self,
+        members: Membership,
+        catalogue: Catalogue,
+        balance: Balance,
+        heads: Heads,
+        journal: Journal,
+        *,
+        first_attempt: int,
     ) -> None:
         self.open: OrderedDict[str, Request] = OrderedDict()
         self._members = members
         self._catalogue = catalogue
         self._balance = balance
         self._heads = heads
-        self._answered: OrderedDict[str, Answered] = OrderedDict()
-        self._attempts = 0
+        self._attempts = first_attempt
+        self._journal = journal
         self._covering = Covering(self.open, members.health)
 
     # --- messages
@@ -52,12 +54,12 @@ class Answering:
         before = self.open.get(name)
         if before is not None:
             return self._submitted_again(before, peer, message)
-        done = self._answered.get(name)
-        if done is not None and not same_body(done.header, message):
-            return [_to(peer, other_body(message)), *self._release(name, peer, message.turn)]
-        if done is not None and (done.reply.failure or done.head in (peer, self._head())):
-            return [_to(peer, done.reply), *self._release(name, peer, message.turn)]
-        failure = refuse(self._catalogue, message, len(self.open))
+        over = self._journal.outcome(message, (peer, self._head()))
+        if over is not None:
+            told = _to(peer, over)
+            release = self._release(name, peer, message.turn)
+            return [*self._journal.once_recorded(lambda: [told]), *release]
+        failure = self._journal.broken or refuse(self._catalogue, message, len(self.open))
         if stopping:
             failure = unavailable("the coordinator is stopping", "submit to another, or later")
         if failure is not None:
@@ -67,9 +69,9 @@ class Answering:
         assert model is not None
         deadline = now + min(message.deadline_s, limits.REQUEST_DEADLINE_S)
         signature = signature_of(model, message)
-        self._answered.pop(name, None)  # the device that had the answer is gone: once more
         self.open[name] = Request(message, peer, model, signature, now, deadline, message.turn)
         model.asked_for(signature)
+        self._journal.accepted(message)
         return []
 
     def _submitted_again(self, request: Request, peer: str, message: m.Submit) -> list[Effect]:
@@ -90,7 +92,8 @@ class Answering:
         tried = None if request is None else request.tried.get(message.attempt)
         if tried is None:
             return []
-        self._note_pace(tried.deployment, device.name, message.tasks, now)
+        if not self._catalogue.searching:  # which is slow itself: not the cause of the next
+            self._balance.note(tried.deployment, device.name, message.tasks, now)
         self._covering.done(tried, device.name, message.tasks, now)
         for done in message.tasks:  # of two that took a task, the first is who did it
             took = m.TaskTime(device=device.name, **structs.asdict(done))
@@ -111,7 +114,7 @@ class Answering:
             and message.attempt in request.tried
             and peer == (request.tried[message.attempt].head or self._head())
         ):
-            request.merged = (now, message.attempt)
+            request.merged, request.outcome = (now, message.attempt), message.digest
         return []
 
     def task_failed(self, message: m.TaskFailed, now: float) -> list[Effect]:
@@ -186,16 +189,29 @@ class Answering:
             if request.tried[request.attempt].head or self._heads.stands(peer):
                 request.deployment = None
 
+    def not_recorded(self, names: Iterable[str], failure: m.Failure) -> list[Effect]:
+        """Ids whose acceptance cannot be written were never accepted."""
+        effects: list[Effect] = []
+        for request in [self.open[name] for name in names if name in self.open]:
+            effects.append(_to(request.client, m.Reply(request=request.id, failure=failure)))
+            effects += self._end(request, None)
+        return effects
+
     def client_gone(self, peer: str) -> list[Effect]:
         mine = [r for r in self.open.values() if r.client == peer]
         return [effect for request in mine for effect in self._end(request, None)]
 
     def fail_waiting(
-        self, model: Model, signature: Signature, failure: m.Failure, now: float
+        self, model: Model, signature: Signature | None, failure: m.Failure, now: float
     ) -> list[Effect]:
+        """Those of a signature, or all of a model."""
         effects: list[Effect] = []
         for request in list(self.open.values()):
-            if request.waiting and request.model is model and request.signature == signature:
+            if (
+                request.waiting
+                and request.model is model
+                and signature in (None, request.signature)
+            ):
                 effects += self._fail(request, failure, now)
         return effects
 
@@ -220,7 +236,8 @@ class Answering:
             tried = request.tried[request.merged[1]]
             grace = request.grace_ends()
             assert grace is not None
-            if len(tried.tasks) >= tried.deployment.tasks or now >= grace:
+            known = len(tried.tasks) >= tried.deployment.tasks or now >= grace
+            if known and self._journal.has(request.id):
                 effects += self._complete(request, request.merged[0], tried)
         return effects
 
@@ -326,21 +343,6 @@ class Answering:
             return 1.0
         return expected * self._balance.factor(device, now) / made.factors.get(device, 1.0)
 
-    def _note_pace(
-        self, made: Deployment, device: str, tasks: tuple[m.Done, ...], now: float
-    ) -> None:
-        if any(
-            d.phase is Phase.PLANNING and d.share > limits.SEARCH_SHARE
-            for d in self._catalogue.deployments.values()
-        ):
-            return  # a search slows the coordinator's device, and must not be the cause of the next
-        took = sum(done.compute_s for done in tasks)
-        expected = [made.seconds(done.place, device) for done in tasks]
-        total = sum(each for each in expected if each is not None)
-        if total > 0.0 and None not in expected:
-            ratio = made.factors.get(device, 1.0) * took / total
-            self._balance.measured(made.kind, device, ratio, now)
-
     def _complete(self, request: Request, merged: float, tried: Try) -> list[Effect]:
         assert request.started is not None
         reply = m.Reply(
@@ -373,10 +375,8 @@ class Answering:
         if reply is not None:
             last = request.tried.get(request.attempt)
             head = (last and last.head) or self._head()
-            self._answered[request.id] = Answered(request.header, reply, head)
-            while len(self._answered) > limits.ANSWERED_IDS_KEPT:
-                self._answered.popitem(last=False)
-            effects.append(_to(request.client, reply))
+            told = _to(request.client, reply)
+            effects += self._journal.ended(Answered(reply, head), request.outcome, told)
         took_part = {name for t in request.tried.values() for name in t.devices()}
         return effects + self._release(request.id, request.client, request.turn, took_part)
 

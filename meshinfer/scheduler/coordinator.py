@@ -26,6 +26,8 @@ from meshinfer.scheduler.events import (
     PeerLost,
     Plane,
     PlanReady,
+    Recorded,
+    RecordFailed,
     Send,
     ServeBlob,
     Stop,
@@ -33,25 +35,32 @@ from meshinfer.scheduler.events import (
     Ticked,
 )
 from meshinfer.scheduler.heads import Heads
+from meshinfer.scheduler.journal import Journal
+from meshinfer.scheduler.ledger import Ledger
 from meshinfer.scheduler.links import LinkRounds
 from meshinfer.scheduler.membership import Device, Membership
 from meshinfer.scheduler.request import Request
 
 
 class CoordinatorCore:
-    """``handle`` is the only gate; ``next_deadline`` says when to tick."""
+    """``handle`` is the only gate; ``next_deadline`` says when to tick. ``ledger``: what an earlier
+    coordinator wrote down; without one nothing is, and a restart remembers nothing."""
 
-    def __init__(self, cluster: str, version: str, bulk: m.Peer) -> None:
+    def __init__(
+        self, cluster: str, version: str, bulk: m.Peer, ledger: Ledger | None = None
+    ) -> None:
         self.members = Membership(cluster, version)
         # Numbers of an earlier coordinator must mean nothing here: its workers may join late.
         epoch = int.from_bytes(hashlib.sha256(bulk.id.encode()).digest()[:4])
         self.catalogue = Catalogue(first_deployment=epoch << 24)
         self._balance = Balance()
         self._heads = Heads(self.members)
-        self._answering = Answering(self.members, self.catalogue, self._balance, self._heads)
-        self._deploying = Deploying(
-            self.members, self.catalogue, self._answering, self._balance, self._heads
-        )
+        self._ledger, self._journal = ledger, Journal(ledger)
+        # What belongs to an attempt of an earlier coordinator is older than all that is made here.
+        starts = 0 if ledger is None else ledger.starts
+        parts = (self.members, self.catalogue, self._balance, self._heads, self._journal)
+        self._answering = Answering(*parts, first_attempt=starts << 32)
+        self._deploying = Deploying(*parts, self._answering)
         self._links = LinkRounds()
         self._bulk = bulk
         self._stop_due: float | None = None
@@ -84,17 +93,24 @@ class CoordinatorCore:
             case Arrived():
                 effects = self._arrived(event, now)
             case Ticked():
-                effects = []
+                effects = self._resume(now)
             case PeerLost():
                 effects = self._lost(event, now)
             case BlobsFound():
-                effects = self._deploying.fetching.found(event, now)
+                effects = self._deploying.models.found(event, now)
             case BlobWritten():
                 effects = self._deploying.fetching.written(event)
             case ModelOpened():
-                effects = self._deploying.opened(event)
+                effects = self._deploying.models.opened(event, now)
             case PlanReady():
                 effects = self._deploying.planned(event, now)
+            case Recorded():
+                effects, waited = self._journal.recorded(event)
+                if not waited:
+                    return effects
+            case RecordFailed():
+                effects, lost = self._journal.failed(event, now)
+                effects += self._answering.not_recorded(lost, event.failure)
             case StopRequested():
                 effects = self._stop(now)
             case _:
@@ -107,7 +123,8 @@ class CoordinatorCore:
 
     def _next(self) -> float | None:
         times = [*self._answering.next_deadlines(), *self._deploying.next_deadlines()]
-        for other in (self.members.next_deadline(), self._links.next_deadline(), self._stop_due):
+        parts = (self.members, self._links, self._journal)
+        for other in (*(part.next_deadline() for part in parts), self._stop_due):
             if other is not None:
                 times.append(other)
         if self.members.devices:
@@ -178,7 +195,7 @@ class CoordinatorCore:
             case m.Cancel():
                 return self._answering.cancel(peer, message)
             case m.Deploy():
-                return self._deploying.fetching.deploy(peer, message, now)
+                return self._deploying.models.deploy(peer, message, now)
             case m.ListDevices():
                 devices = self.members.infos(now, lost=message.lost)
                 return [_to(peer, m.Devices(call=message.call, devices=devices))]
@@ -275,6 +292,11 @@ class CoordinatorCore:
             effects += [_to(peer, m.Who()) for peer in sorted(self.members.clients)]
         return effects
 
+    def _resume(self, now: float) -> list[Effect]:
+        """With the first tick, go on where an earlier coordinator was."""
+        ledger, self._ledger = self._ledger, None
+        return [] if ledger is None else self._deploying.models.resume(ledger, now)
+
     def _stop(self, now: float) -> list[Effect]:
         self._stop_due = now if self._stop_due is not None else now + limits.DRAIN_S
         return []
@@ -296,7 +318,10 @@ class CoordinatorCore:
         effects += self._deploying.retire_unused(now)
         effects += self._dismiss_drained()
         effects += self._links.next(self.members, now, busy=bool(self.requests))
-        if self._stop_due is not None and (now >= self._stop_due or not self.requests):
+        over = not self.requests and not self._journal.waits
+        stops = self._stop_due is not None and (now >= self._stop_due or over)
+        effects += self._journal.flush(now, last=stops)
+        if stops:
             effects += [_to(peer, m.Closing()) for peer in self._everybody()]
             effects.append(Stop())
         self._due = self._next()

@@ -13,7 +13,7 @@ from meshinfer.errors import InvalidInput
 from meshinfer.plan import Plan
 from meshinfer.protocol import messages as m
 from meshinfer.protocol.codec import header_bytes
-from meshinfer.scheduler.admission import refuse_model, unavailable
+from meshinfer.scheduler.admission import unavailable
 from meshinfer.scheduler.answering import Answering
 from meshinfer.scheduler.assigning import choices_of
 from meshinfer.scheduler.balance import Balance, pause_of
@@ -22,16 +22,16 @@ from meshinfer.scheduler.events import (
     Discard,
     Effect,
     MakePlan,
-    ModelOpened,
     Note,
     Plane,
     PlanReady,
     Send,
     Signature,
 )
-from meshinfer.scheduler.fetching import Fetching
 from meshinfer.scheduler.heads import Heads, install
+from meshinfer.scheduler.journal import Journal
 from meshinfer.scheduler.membership import Device, Membership
+from meshinfer.scheduler.publishing import Publishing
 
 
 class Deploying:
@@ -41,64 +41,19 @@ class Deploying:
         self,
         members: Membership,
         catalogue: Catalogue,
-        answering: Answering,
         balance: Balance,
         heads: Heads,
+        journal: Journal,
+        answering: Answering,
     ) -> None:
         self._members = members
         self._heads = heads
         self._catalogue = catalogue
         self._answering = answering
         self._balance = balance
-        self.fetching = Fetching(catalogue, self._deploy_failed)
+        self.models = Publishing(catalogue, answering, journal, self.retire)
+        self.fetching = self.models.fetching
         self._busy_at = 0.0
-
-    # --- models
-
-    def opened(self, event: ModelOpened) -> list[Effect]:
-        model = self._catalogue.opening.get(event.key)
-        if model is None:
-            return []
-        if event.failure is not None:
-            return self._deploy_failed(model, event.failure)
-        model.opened, model.inputs, model.image = True, event.inputs, event.image
-        model.outputs = event.outputs
-        failure = refuse_model(model)
-        if failure is not None:
-            return self._deploy_failed(model, failure)
-        signature = model.default_signature()
-        if signature is None:
-            self._catalogue.publish(model)  # planned at the first request of a shape
-            return self._answer_deploy(model, None)
-        model.asked_for(signature)
-        return []
-
-    def _deploy_failed(self, model: Model, failure: m.Failure) -> list[Effect]:
-        """The model never came to be; what was planned for it is retired."""
-        self._catalogue.opening.pop(model.key, None)
-        effects: list[Effect] = []
-        for made in list(self._catalogue.deployments.values()):
-            if made.model is model:
-                effects += self.retire(made)
-        call, model.call = model.call, None
-        if call is None:
-            return effects
-        answer = m.Deployed(call=call.name, name=model.name, failure=failure)
-        return [*effects, _to(call.peer, answer)]
-
-    def _answer_deploy(self, model: Model, made: Deployment | None) -> list[Effect]:
-        call, model.call = model.call, None
-        if call is None:
-            return []
-        model.answer = m.Deployed(
-            call=call.name,
-            name=model.name,
-            version=model.version,
-            plan=None if made is None else made.plan,
-            report=None if made is None else made.report,
-            image=model.image,
-        )
-        return [_to(call.peer, model.answer)]
 
     # --- plans
 
@@ -217,10 +172,8 @@ class Deploying:
         model = made.model
         if made.report is not None and made.signature in model.unprepared:
             made.report = with_notes(made.report, model.unprepared.pop(made.signature))
-        if not model.version:
-            self._catalogue.publish(model)
         note = Note("info", "plan ready", {"model": model.name, "deployment": made.number})
-        return [note, *self._answer_deploy(model, made)]
+        return [note, *self.models.serve(model, made)]
 
     def _install_failed(
         self, made: Deployment, device: Device, failure: m.Failure, now: float
@@ -264,7 +217,7 @@ class Deploying:
             model.signatures.remove(signature)
         effects += self._answering.fail_waiting(model, signature, failure, now)
         if model.call is not None:
-            effects += self._deploy_failed(model, failure)
+            effects += self.models.failed(model, failure)
         return [note, *effects]
 
     def out_of_service(self, name: str, now: float) -> list[Effect]:
@@ -356,7 +309,7 @@ class Deploying:
         effects = self._answering.give_up_without_workers(failure, now)
         for model in [o for o in self._catalogue.opening.values() if o.opened and o.call]:
             if self._members.out_of_patience(model.asked.since, now):
-                effects += self._deploy_failed(model, failure)
+                effects += self.models.failed(model, failure)
         return effects
 
     def retire_unused(self, now: float) -> list[Effect]:

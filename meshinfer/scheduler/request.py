@@ -48,7 +48,7 @@ class Try:
 class Request:
     """One accepted request. ``deployment`` is None while it waits for one.
 
-    ``merged``: when the sink has sent the answer, and under which attempt.
+    ``merged``: when the sink has sent the answer, and under which attempt; ``outcome``: its digest.
     """
 
     header: m.Submit
@@ -62,6 +62,7 @@ class Request:
     deployment: Deployment | None = None
     started: float | None = None
     merged: tuple[float, int] | None = None
+    outcome: str = ""
     kernel_failures: int = 0
     tried: dict[int, Try] = field(default_factory=dict)
 
@@ -86,6 +87,5 @@ class Request:
 class Answered:
     """An outcome that was given. ``head``: the peer that sent, or has, the tensors."""
 
-    header: m.Submit
     reply: m.Reply
     head: str
