@@ -126,6 +126,13 @@ that a lost device's requests wait for gets one part in 60 of a processor beside
 PLANNING_TRIES: Final = 2
 """A process that ended once was killed by somebody; twice, by what it was asked to plan."""
 KERNEL_FAILURES_PER_REQUEST: Final = 3
+CRASHES_PER_REQUEST: Final = 3
+"""Attempts that ended a process which computed them; the last of them alone on one device."""
+EVIDENCE_S: Final = 10.0
+"""How long a request that ran alone waits to hear how its device's process ended."""
+POISON_S: Final = 600.0
+POISON_BODIES: Final = 256
+REASONS: Final = 16
 ORPHAN_INPUT_S: Final = 600.0
 REQUEST_DEADLINE_S: Final = 300.0
 SHAPES_PER_MODEL: Final = 8
@@ -207,6 +214,7 @@ assert PACE_SAMPLES_LEAST <= PACE_SAMPLES
 assert 1.0 < PACE_DEVIATION < PACE_GRAVE
 assert 1.0 / (1.0 - SEARCH_SHARE) < PACE_DEVIATION
 assert SEARCH_SHARE < SEARCH_SHARE_GRAVE and 1.0 / (1.0 - SEARCH_SHARE_GRAVE) < PACE_GRAVE
+assert CRASHES_PER_REQUEST < ATTEMPTS_PER_REQUEST
 assert RUNNING_REQUESTS <= WINDOW <= QUEUE_REQUESTS
 assert QUEUE_REQUESTS + ANSWERED_IDS_KEPT < JOURNALED_IDS
 assert PLAN_TEXT_BYTES <= CONTROL_FRAME_BYTES

@@ -301,7 +301,9 @@ class Cancel(Message, frozen=True):
 
 
 class Reply(Message, frozen=True):
-    """The outcome; the tensors come from the sink. ``rounded``: float32 went as float16."""
+    """The outcome; the tensors come from the sink. ``rounded``: float32 went as float16.
+    ``degraded``, for ``reasons``: something failed on the way or is kept out. ``lost``: devices
+    that were, while it ran there; ``added_s``: from its first attempt to that which answered."""
 
     request: Name
     version: Count = 0
@@ -314,6 +316,9 @@ class Reply(Message, frozen=True):
     image: Text | None = None
     tasks: tuple[TaskTime, ...] = ()
     failure: Failure | None = None
+    reasons: Annotated[tuple[Text, ...], Meta(max_length=limits.REASONS)] = ()
+    lost: Annotated[tuple[Name, ...], Meta(max_length=limits.DEVICES)] = ()
+    added_s: Seconds = 0.0
 
 
 # --- Tensors (bulk) -----------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from msgspec import structs
 
 from meshinfer import limits
 from meshinfer.protocol import messages as m
+from meshinfer.scheduler import outcomes
 from meshinfer.scheduler.admission import other_body, refuse, same_body, signature_of, unavailable
 from meshinfer.scheduler.balance import Balance
 from meshinfer.scheduler.catalogue import Catalogue, Deployment, Model
@@ -22,6 +23,7 @@ from meshinfer.scheduler.events import Effect, Note, Plane, Send, Signature
 from meshinfer.scheduler.heads import Heads
 from meshinfer.scheduler.journal import Journal
 from meshinfer.scheduler.membership import Membership
+from meshinfer.scheduler.poison import Poison
 from meshinfer.scheduler.request import Answered, Request, Try
 
 
@@ -45,6 +47,7 @@ class Answering:
         self._heads = heads
         self._attempts = first_attempt
         self._journal = journal
+        self._poison = Poison()
         self._covering = Covering(self.open, members.health)
 
     # --- messages
@@ -59,7 +62,8 @@ class Answering:
             told = _to(peer, over)
             release = self._release(name, peer, message.turn)
             return [*self._journal.once_recorded(lambda: [told]), *release]
-        failure = self._journal.broken or refuse(self._catalogue, message, len(self.open))
+        failure = self._journal.broken or self._poison.refusal(message, now)
+        failure = failure or refuse(self._catalogue, message, len(self.open))
         if stopping:
             failure = unavailable("the coordinator is stopping", "submit to another, or later")
         if failure is not None:
@@ -126,12 +130,7 @@ class Answering:
         note = Note("error", "a task failed", {"request": request.id, "why": message.text})
         if request.kernel_failures < limits.KERNEL_FAILURES_PER_REQUEST:
             return [note]
-        failure = m.Failure(
-            error="InvalidInput",
-            message=f"a task failed {request.kernel_failures} times: {message.text}",
-            hint="if a kernel failed, plain onnxruntime should fail on this input, too",
-        )
-        return [note, *self._fail(request, failure, now)]
+        return [note, *self._fail(request, outcomes.kernel_failed(request, message.text), now)]
 
     def unreachable(self, message: m.Unreachable) -> bool:
         """Whether this is news of an attempt that runs; it starts again.
@@ -162,6 +161,28 @@ class Answering:
         return self._end(request, None)
 
     # --- what happens to deployments, devices and clients
+
+    def process_ended(self, hello: m.Hello, now: float) -> list[Effect]:
+        """A device's process is new, and tells how the one before ended."""
+        ended = hello.ended
+        request = self.open.get(ended.request) if ended is not None else None
+        if ended is None or request is None:
+            return []
+        request.held_until = 0.0
+        failure = self._poison.blame(request, ended, hello.device, now)
+        if failure is not None:
+            return self._fail(request, failure, now)
+        if request.alone and request.deployment is not None and not request.deployment.alone:
+            request.deployment = None  # before it ends more of them
+        return []
+
+    def device_lost(self, name: str, why: str, now: float) -> None:
+        for request in self.open.values():
+            made = request.deployment
+            if made is not None and name in made.members:
+                request.lost.setdefault(name, why)
+                if made.alone:  # was it the request? Its process will say
+                    request.held_until = now + limits.EVIDENCE_S
 
     def survives(self, made: Deployment, name: str, now: float) -> list[Effect] | None:
         """Go on without a device, all of whose tasks others may take; None where they may not."""
@@ -220,12 +241,7 @@ class Answering:
     def end_overdue(self, now: float) -> list[Effect]:
         effects: list[Effect] = []
         for request in [r for r in self.open.values() if r.deadline <= now]:
-            failure = m.Failure(
-                error="DeadlineExceeded",
-                message=f"no answer within {request.deadline - request.submitted:.3g} s",
-                hint="give a longer deadline_s, add devices, or submit less at once",
-            )
-            effects += self._fail(request, failure, now)
+            effects += self._fail(request, outcomes.overdue(request), now)
         return effects
 
     def end_merged(self, now: float) -> list[Effect]:
@@ -238,7 +254,8 @@ class Answering:
             assert grace is not None
             known = len(tried.tasks) >= tried.deployment.tasks or now >= grace
             if known and self._journal.has(request.id):
-                effects += self._complete(request, request.merged[0], tried)
+                reply = outcomes.answered(request, tried, self._members, now)
+                effects += self._end(request, reply)
         return effects
 
     def back_up(self, now: float) -> list[Effect]:
@@ -255,13 +272,13 @@ class Answering:
         effects: list[Effect] = []
         running = Counter(r.deployment.number for r in self.open.values() if r.deployment)
         serving: dict[tuple[int, Signature], Deployment | None] = {}
-        for request in [r for r in self.open.values() if r.waiting]:
+        for request in [r for r in self.open.values() if r.waiting and now >= r.held_until]:
             if request.client in self._members.absent and self._heads.stands(request.client):
                 continue
             kind = (request.model.key, request.signature)
             if kind not in serving:
                 serving[kind] = self._catalogue.serving(request.model, request.signature)
-            made = serving[kind]
+            made = self._catalogue.alone(request.id) if request.alone else serving[kind]
             if made is None or running[made.number] >= made.most_running:
                 continue
             if self._is_leaving(made, now):
@@ -270,12 +287,7 @@ class Answering:
                 effects += self._heads.install(request.client, made)
                 continue
             if len(request.tried) >= limits.ATTEMPTS_PER_REQUEST:
-                failure = m.Failure(
-                    error="WorkerLost",
-                    message=f"its devices were lost {len(request.tried)} times",
-                    hint="look at meshinfer devices; the devices or their network are failing",
-                )
-                effects += self._fail(request, failure, now)
+                effects += self._fail(request, outcomes.lost_too_often(request), now)
                 continue
             effects += self._begin(request, made, now)
             running[made.number] += 1
@@ -291,6 +303,8 @@ class Answering:
         """Whether a ready deployment can be retired."""
         if any(r.deployment is made for r in self.open.values()):
             return False
+        if made.alone:
+            return made.alone not in self.open
         wanted = made.signature in self.wanted_signatures(made.model)
         newest = self._catalogue.serving(made.model, made.signature) is made
         return not (wanted and newest) or self._is_leaving(made, now)
@@ -305,7 +319,7 @@ class Answering:
     def next_deadlines(self) -> list[float]:
         times = self._covering.next_deadlines()
         for request in self.open.values():
-            times.append(request.deadline)
+            times += [request.deadline, request.held_until]
             if request.merged is not None:
                 times.append(request.merged[0] + limits.TIMING_GRACE_S)
             if request.waiting and self._members.idle_since is not None:
@@ -343,30 +357,8 @@ class Answering:
             return 1.0
         return expected * self._balance.factor(device, now) / made.factors.get(device, 1.0)
 
-    def _complete(self, request: Request, merged: float, tried: Try) -> list[Effect]:
-        assert request.started is not None
-        reply = m.Reply(
-            request=request.id,
-            version=request.model.version,
-            plan=tried.deployment.plan,
-            image=request.model.image,
-            attempts=len(request.tried),
-            total_s=merged - request.submitted,
-            queue_s=request.started - request.submitted,
-            tasks=tuple(sorted(tried.tasks.values(), key=lambda t: t.place)),
-            rounded=tried.deployment.rounded,
-        )
-        return self._end(request, reply)
-
     def _fail(self, request: Request, failure: m.Failure, now: float) -> list[Effect]:
-        reply = m.Reply(
-            request=request.id,
-            version=request.model.version,
-            attempts=len(request.tried),
-            total_s=now - request.submitted,
-            failure=failure,
-        )
-        return self._end(request, reply)
+        return self._end(request, outcomes.failed(request, failure, now))
 
     def _end(self, request: Request, reply: m.Reply | None) -> list[Effect]:
         """The one way out of a request: its outcome, and release everywhere."""

@@ -114,6 +114,7 @@ class Deployment:
     search for it took; ``share``: of it that the search may take. ``asked``: requests begun since.
     ``head``: the device that is source and sink, where the client is not.
     ``links``: how often links had changed when it was planned.
+    ``alone``: the one request that runs under it, on one device; it is not what serves.
     """
 
     number: int
@@ -141,6 +142,7 @@ class Deployment:
     asked: int = 0
     head: str = ""
     links: int = 0
+    alone: str = ""
 
     @property
     def kind(self) -> Hashable:
@@ -282,6 +284,11 @@ class Catalogue:
         """The newest ready deployment."""
         return self._newest(model, signature, (Phase.READY,))
 
+    def alone(self, request: str) -> Deployment | None:
+        """The plan on one device of a request that may run on no more, once it is ready."""
+        made = next((d for d in self.deployments.values() if d.alone == request), None)
+        return made if made is not None and made.phase is Phase.READY else None
+
     def coming(self, model: Model, signature: Signature) -> Deployment | None:
         """The one that is being planned or installed."""
         return self._newest(model, signature, (Phase.PLANNING, Phase.INSTALLING))
@@ -292,7 +299,7 @@ class Catalogue:
         found = [
             d
             for d in self.deployments.values()
-            if d.model is model and d.signature == signature and d.phase in phases
+            if d.model is model and d.signature == signature and d.phase in phases and not d.alone
         ]
         return found[-1] if found else None
 

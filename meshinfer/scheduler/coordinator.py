@@ -239,6 +239,7 @@ class CoordinatorCore:
         """A device's process is new: how the one before ended is known only now."""
         fields = {"device": hello.device, "engine": hello.facts.engine}
         effects: list[Effect] = [Note("info", "device joined", fields)]
+        effects += self._answering.process_ended(hello, now)
         if hello.ended is not None:
             effects.append(Note("warning", "its last process ended", _of_end(hello.ended, hello)))
         why = self.members.health.joined(hello, now)
@@ -282,6 +283,7 @@ class CoordinatorCore:
     def _device_lost(self, device: Device, why: str, now: float) -> list[Effect]:
         head = self.members.head
         self.members.remove(device, why, now)
+        self._answering.device_lost(device.name, why, now)
         self._balance.forget(device.name)
         effects: list[Effect] = [
             Note("warning", "device lost", {"device": device.name, "why": why})

@@ -19,6 +19,7 @@ from meshinfer.scheduler.assigning import choices_of
 from meshinfer.scheduler.balance import Balance, pause_of
 from meshinfer.scheduler.catalogue import Catalogue, Deployment, Model, Phase, with_notes
 from meshinfer.scheduler.events import (
+    Candidate,
     Discard,
     Effect,
     MakePlan,
@@ -32,6 +33,7 @@ from meshinfer.scheduler.heads import Heads, install
 from meshinfer.scheduler.journal import Journal
 from meshinfer.scheduler.membership import Device, Membership
 from meshinfer.scheduler.publishing import Publishing
+from meshinfer.scheduler.request import Request
 
 
 class Deploying:
@@ -58,17 +60,25 @@ class Deploying:
     # --- plans
 
     def _plan(
-        self, model: Model, signature: Signature, now: float, present: Deployment | None = None
+        self,
+        model: Model,
+        signature: Signature,
+        now: float,
+        present: Deployment | None = None,
+        alone: Request | None = None,
     ) -> Effect:
         head, candidates = self._members.head, self._members.candidates(now)
+        if alone is not None:
+            candidates = (_one_for(alone, candidates),)
         assert head is not None and candidates
         names = tuple(c.device for c in candidates)
         factors = {name: self._balance.factor(name, now) for name in names}
         members = {n: self._members.devices[n].peer for n in (*names, head.name)}
-        plan = self._given_plan(model, set(members))
+        plan = None if alone is not None else self._given_plan(model, set(members))
         made = self._catalogue.new_deployment(model, signature, members, names, now)
         made.factors, made.given, made.head = factors, plan is not None, head.name
         made.links = self._members.links_changed
+        made.alone = "" if alone is None else alone.id
         if present is not None:
             grave = self._grave(present)
             made.share = limits.SEARCH_SHARE_GRAVE if grave else limits.SEARCH_SHARE
@@ -81,7 +91,7 @@ class Deploying:
             head=head.name,
             plan=plan,
             objective=model.objective,
-            spread=model.spread,
+            spread=model.spread and alone is None,
             strict=model.strict,
             present=None if present is None else present.plan,
             head_host=head.where,
@@ -207,6 +217,11 @@ class Deploying:
         effects = self.retire(made)
         model, signature = made.model, made.signature
         note = Note("error", "no plan", {"model": model.name, "why": failure.message})
+        if made.alone:
+            asked = self._answering.open.get(made.alone)
+            if asked is not None:
+                asked.together = True  # a third crash is proof all the same
+            return [note, *effects]
         serving = self._catalogue.serving(model, signature)
         if serving is not None:
             serving.candidates = made.candidates  # it stays; these devices were tried
@@ -278,7 +293,18 @@ class Deploying:
                 else:
                     continue
                 planning.append(1.0)
-        return effects
+        return effects + self._plan_for_one(now)
+
+    def _plan_for_one(self, now: float) -> list[Effect]:
+        """For each request that may run only alone, a plan on one device."""
+        known = {made.alone for made in self._catalogue.deployments.values()} - {""}
+        wanted = [
+            r
+            for r in self._answering.open.values()
+            if r.alone and r.waiting and now >= r.held_until and r.id not in known
+        ]
+        room = max(0, limits.PLANS_AT_ONCE - len(known))
+        return [self._plan(r.model, r.signature, now, alone=r) for r in wanted[:room]]
 
     def _uneven(self, made: Deployment, now: float) -> bool:
         """Whether devices or links have changed so much that another plan may be better.
@@ -343,6 +369,13 @@ def _is_planning(made: Deployment) -> bool:
 def _is_search_beside(made: Deployment) -> bool:
     """Whether it is only looked for, while another serves, and may be dropped."""
     return _is_planning(made) and made.share < 1.0
+
+
+def _one_for(request: Request, candidates: tuple[Candidate, ...]) -> Candidate:
+    """The device with the most memory, of those that the request has not ended yet if any is."""
+    ended = {each.partition(":")[0] for each in request.crashes.values()}
+    left = [c for c in candidates if c.device not in ended] or candidates
+    return max(left, key=lambda c: c.facts.memory_bytes)
 
 
 def _to(peer: str, message: m.AnyMessage) -> Send:
