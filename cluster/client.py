@@ -198,9 +198,9 @@ class Client:
         assert isinstance(answer, m.Models)
         return answer.models
 
-    def devices(self) -> tuple[m.DeviceInfo, ...]:
-        """Devices of the cluster, the coordinator's own (``head``) included."""
-        answer = self._ask(m.ListDevices(call=secrets.token_hex(12)), CALL_S)
+    def devices(self, *, lost: bool = False) -> tuple[m.DeviceInfo, ...]:
+        """Devices, the coordinator's own (``head``) included; ``lost``: and those that died."""
+        answer = self._ask(m.ListDevices(call=secrets.token_hex(12), lost=lost), CALL_S)
         assert isinstance(answer, m.Devices)
         return answer.devices
 

@@ -49,7 +49,12 @@ class Timing:
 @dataclass(frozen=True, slots=True)
 class Result:
     """The answer to one request. ``attempts`` above 1: devices were lost on the way. ``rounded``:
-    float32 values went from task to task as float16 (``half_transfers``)."""
+    float32 values went from task to task as float16 (``half_transfers``).
+
+    ``degraded``, for ``reasons``: something failed on the way, or devices are kept out.
+    ``devices_lost`` while it ran there; ``added_s``: seconds from the start of its first attempt to
+    that of the one which answered.
+    """
 
     request_id: str
     outputs: Mapping[str, Array]
@@ -61,6 +66,9 @@ class Result:
     attempts: int
     image: ImageSpec | None = field(default=None, repr=False)
     rounded: bool = False
+    reasons: tuple[str, ...] = ()
+    devices_lost: tuple[str, ...] = ()
+    added_s: float = 0.0
 
     def picture(self) -> Picture:
         """The output that is a picture (``ImageSpec.output``). Raises ``InvalidInput``."""
@@ -196,6 +204,9 @@ def result_of(
         attempts=reply.attempts,
         image=image_of(reply),
         rounded=reply.rounded,
+        reasons=reply.reasons,
+        devices_lost=reply.lost,
+        added_s=reply.added_s,
     )
 
 

@@ -14,7 +14,8 @@ import sys
 import time
 from typing import Any
 
-from cluster.processes import cause_of, oom_kills, watch_parent
+from cluster.doing import Doing, new_page
+from cluster.processes import cause_of, oom_kills, was_killed, watch_parent
 
 FINAL_CODES = frozenset((0, 2, 76, 77, 78))
 _FIRST_WAIT_S, _LONGEST_WAIT_S, _HEALTHY_S = 0.2, 5.0, 30.0
@@ -39,17 +40,22 @@ def supervise(options: dict[str, Any]) -> int:
         signal.signal(number, forward)
     if options.get("parent"):
         watch_parent(options["parent"], lambda: os._exit(0))  # the worker sees it and follows
-    wait, last_exit = _FIRST_WAIT_S, ""
+    page = new_page()
+    doing, wait = Doing(page), _FIRST_WAIT_S
+    ended: dict[str, Any] | None = None
     while not stopping:
-        text = json.dumps({**options, "last_exit": last_exit, "parent": os.getpid()})
+        text = json.dumps({**options, "ended": ended, "parent": os.getpid(), "doing": page})
         before, started = oom_kills(), time.monotonic()
-        child = subprocess.Popen([sys.executable, "-m", "cluster.worker", text])
+        doing.end()
+        child = subprocess.Popen([sys.executable, "-m", "cluster.worker", text], pass_fds=(page,))
         if stopping:  # the signal came before there was a child to send it on to
             child.terminate()
         code = child.wait()
-        if stopping or code in FINAL_CODES:
+        task = doing.read()
+        if stopping or (code in FINAL_CODES and not task):  # a kernel may call exit(0), too
             return code if code >= 0 else 0
         last_exit = cause_of(code, before)
+        ended = {**task, "cause": last_exit, "killed": was_killed(code, last_exit)}
         if time.monotonic() - started > _HEALTHY_S:
             wait = _FIRST_WAIT_S
         sys.stderr.write(f"worker {options['name']} died: {last_exit}; again in {wait:g} s\n")

@@ -22,6 +22,7 @@ import structlog
 import meshinfer
 from cluster import processes, profiler, telemetry
 from cluster.blobs import BlobStore
+from cluster.doing import Doing
 from cluster.locate import find_coordinator, local_address
 from cluster.loop import Loop, Post, start_thread
 from cluster.security import generate_keypair, read_keyring
@@ -53,8 +54,9 @@ class WorkerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     proportion to the CPU time it took. ``speed_file``, once it is there, holds the speed from now
     on, whatever the device said as it joined. ``measured``: this device's speeds; None measures.
     ``memory_bytes``: what MeshInfer may use; 0 for what the kernel grants. ``interfaces``:
-    addresses for mDNS; None chooses. ``last_exit`` comes from the supervisor. ``parent``: process
-    to end with. ``beside``: on the host of a coordinator that listens at all addresses; so does
+    addresses for mDNS; None chooses. ``ended`` and ``doing`` come from the supervisor: how the last
+    worker process ended, and where to write what this one computes. ``parent``: process to end
+    with. ``beside``: on the host of a coordinator that listens at all addresses; so does
     this worker.
     """
 
@@ -71,7 +73,8 @@ class WorkerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     speed_file: str = ""
     log_level: str = "info"
     log_form: str = "text"
-    last_exit: str = ""
+    ended: m.Ended | None = None
+    doing: int = -1
     parent: int = 0
     beside: bool = False
 
@@ -79,8 +82,10 @@ class WorkerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 class ComputeThread:
     """Runs one task after another; onnxruntime releases the GIL meanwhile."""
 
-    def __init__(self, store: StoreThread, post: Post, speed: Callable[[], float]) -> None:
-        self._store, self._post, self._speed = store, post, speed
+    def __init__(
+        self, store: StoreThread, post: Post, speed: Callable[[], float], doing: Doing
+    ) -> None:
+        self._store, self._post, self._speed, self._doing = store, post, speed, doing
         self._queue: queue.SimpleQueue[Compute | None] = queue.SimpleQueue()
         start_thread("compute", self._run, post)
 
@@ -92,8 +97,11 @@ class ComputeThread:
 
     def _run(self) -> None:
         while (job := self._queue.get()) is not None:
-            self._post(self._compute(job))
-            del job  # or the last inputs live until the next task
+            self._doing.begin(job.request, job.attempt, job.place)
+            done = self._compute(job)
+            self._doing.end()
+            self._post(done)
+            del job, done  # or the last inputs live until the next task
 
     def _compute(self, job: Compute) -> Computed:
         started, cpu = time.perf_counter(), time.thread_time()
@@ -146,7 +154,8 @@ def run_worker(options: WorkerOptions) -> m.Failure | None:
 
     loop = Loop(core, lambda: transport, perform, coordinator)
     storing = StoreThread(store, lambda: engine, loop.post)
-    compute = ComputeThread(storing, loop.post, partial(_speed, options))
+    doing = Doing(options.doing)
+    compute = ComputeThread(storing, loop.post, partial(_speed, options), doing)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: loop.post(StopRequested()))
     try:
@@ -154,6 +163,7 @@ def run_worker(options: WorkerOptions) -> m.Failure | None:
     finally:
         compute.close()
         storing.close()
+        doing.end()  # whatever still computes, this end is not its doing
 
 
 def _hello(
@@ -168,7 +178,10 @@ def _hello(
         protocol=m.PROTOCOL,
         version=meshinfer.__version__,
         bulk=m.Peer(device=device, incarnation=incarnation, host=host, port=port, key=key),
-        facts=msgspec.structs.replace(facts, last_exit=options.last_exit),
+        facts=msgspec.structs.replace(
+            facts, last_exit="" if options.ended is None else options.ended.cause
+        ),
+        ended=options.ended,
     )
 
 

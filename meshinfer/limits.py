@@ -53,6 +53,18 @@ COORDINATOR_SILENT_S: Final = 10.0
 NO_WORKER_GRACE_S: Final = 5.0
 REPLAN_SETTLE_S: Final = 0.2
 EXCLUDED_S: Final = 15.0
+STRIKES: Final = 3
+STRIKES_WITHIN_S: Final = 60.0
+EARLY_DEATH_S: Final = 5.0
+QUARANTINE_S: Final = 15.0
+QUARANTINE_MOST_S: Final = 600.0
+QUARANTINE_FORGOTTEN_S: Final = 600.0
+REST_S: Final = 1.0
+RESTS: Final = 4
+"""A device that is killed again and again as it joins rests for 1, 2, then 4 s each time."""
+NEVER_QUARANTINED: Final = 2
+"""So many devices work, whatever they did."""
+LOST_SHOWN_S: Final = 600.0
 INSTALL_ATTEMPTS: Final = 3
 """What so many devices cannot prepare in turn is the model's fault, not theirs."""
 INSTALL_S: Final = 600.0
@@ -114,6 +126,13 @@ that a lost device's requests wait for gets one part in 60 of a processor beside
 PLANNING_TRIES: Final = 2
 """A process that ended once was killed by somebody; twice, by what it was asked to plan."""
 KERNEL_FAILURES_PER_REQUEST: Final = 3
+CRASHES_PER_REQUEST: Final = 3
+"""Attempts that ended a process which computed them; the last of them alone on one device."""
+EVIDENCE_S: Final = 10.0
+"""How long a request that ran alone waits to hear how its device's process ended."""
+POISON_S: Final = 600.0
+POISON_BODIES: Final = 256
+REASONS: Final = 16
 ORPHAN_INPUT_S: Final = 600.0
 REQUEST_DEADLINE_S: Final = 300.0
 SHAPES_PER_MODEL: Final = 8
@@ -126,6 +145,16 @@ PLANS_AT_ONCE: Final = 4
 ANSWERED_IDS_KEPT: Final = 1024
 FED_REQUESTS: Final = 2 * QUEUE_REQUESTS
 STALE_REQUESTS_KEPT: Final = 1024
+
+# The coordinator's journal.
+JOURNALED_IDS: Final = 8192
+"""Ids of which the body is known, also after a restart; about 300 bytes each, and as many again."""
+JOURNAL_DELAY_S: Final = 0.5
+"""The outcome of a success waits so long for an acceptance to be written with."""
+JOURNAL_RETRY_S: Final = 1.0
+JOURNAL_WAL_PAGES: Final = 1000
+JOURNAL_PAGE_BYTES: Final = 1024
+"""A commit writes whole pages, and a memory card wears by them."""
 
 # Sizes.
 MODEL_BYTES: Final = 16 << 30
@@ -145,6 +174,7 @@ REPORT_LINE_CHARS: Final = 300
 REPORT_ENTRIES: Final = 256
 REPORT_NODES: Final = 4
 NAME_CHARS: Final = 512
+CAUSE_CHARS: Final = 512
 IMAGE_PIXELS: Final = 100_000_000
 IMAGE_FILE_BYTES: Final = 256 * MIB
 DEVICES: Final = 1024
@@ -178,12 +208,15 @@ assert HEARTBEAT_S * 3 <= DEAD_AFTER_S
 assert ACK_DELAY_S * 3 <= ACK_TIMEOUT_S
 assert PACE_SAMPLES <= LATE_SAMPLES
 assert SUSPECT_S < DEAD_AFTER_S
+assert QUARANTINE_S < STRIKES_WITHIN_S  # or each quarantine would begin the count anew
 assert HEARTBEAT_S < STALL_S < DEAD_AFTER_S
 assert PACE_SAMPLES_LEAST <= PACE_SAMPLES
 assert 1.0 < PACE_DEVIATION < PACE_GRAVE
 assert 1.0 / (1.0 - SEARCH_SHARE) < PACE_DEVIATION
 assert SEARCH_SHARE < SEARCH_SHARE_GRAVE and 1.0 / (1.0 - SEARCH_SHARE_GRAVE) < PACE_GRAVE
+assert CRASHES_PER_REQUEST < ATTEMPTS_PER_REQUEST
 assert RUNNING_REQUESTS <= WINDOW <= QUEUE_REQUESTS
+assert QUEUE_REQUESTS + ANSWERED_IDS_KEPT < JOURNALED_IDS
 assert PLAN_TEXT_BYTES <= CONTROL_FRAME_BYTES
 assert BLOB_CHUNK_BYTES < BACKLOG_BYTES
 assert BLOB_WANT_BYTES <= BLOB_CHUNK_BYTES

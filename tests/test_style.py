@@ -16,6 +16,7 @@ FILE_LINES = 400
 FUNCTION_LINES = 60
 
 LONGER_FILES: dict[str, str] = {
+    "meshinfer/scheduler/events.py": "every event and effect of the three cores, in one list each",
     "meshinfer/protocol/messages.py": "every message of the wire, in the one union that is decoded",
 }
 """Files that may exceed FILE_LINES, each with its reason."""

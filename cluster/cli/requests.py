@@ -50,7 +50,7 @@ _IN_FLIGHT = 8
 _TOP = 5
 _HEADER = (
     "DEVICE STATE CORES THREADS MEMORY ARCH ENGINE CONV-GFLOP/S DEPTHWISE MATRIX INT8 TASK-MS "
-    "LINK-MBIT/S LATENCY-MS TASKS LAST-EXIT"
+    "LINK-MBIT/S LATENCY-MS TASKS CAUSE"
 ).split()
 
 
@@ -61,11 +61,14 @@ def devices(
     interface: Interfaces = None,
     timeout: Timeout = 10.0,
     as_json: AsJson = False,
+    lost: Annotated[bool, typer.Option("--lost", help="Those too that died of late.")] = False,
     log_level: LogLevel = "warning",
 ) -> None:
-    """List the devices of a cluster; "head" is the coordinator's own, which only merges."""
+    """List the devices of a cluster; "head" is the coordinator's own, which only merges.
+
+    CAUSE says why a device gets no work, or how its last process ended."""
     with connect(coordinator, keyring, cluster, interface, timeout, log_level) as client:
-        found = client.devices()
+        found = client.devices(lost=lost)
     if as_json:
         import msgspec
 
@@ -88,7 +91,7 @@ def _row(info: DeviceInfo) -> list[str]:
         f"{link.bytes_per_s * 8e-6:.0f}" if link and link.bytes_per_s else "-",
         f"{link.latency_s * 1e3:.2f}" if link and link.latency_s else "-",
         str(info.tasks_done),
-        facts.last_exit or "-",
+        info.cause or "-",
     ]
 
 
@@ -360,6 +363,9 @@ def _json(path: str, result: Result, files: list[str]) -> str:
         "plan": result.plan,
         "attempts": result.attempts,
         "degraded": result.degraded,
+        "reasons": result.reasons,
+        "devices_lost": result.devices_lost,
+        "added_s": result.added_s,
         "total_s": result.timing.total_s,
         "queue_s": result.timing.queue_s,
         "compute_s": result.timing.compute_s,

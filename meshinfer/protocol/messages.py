@@ -1,7 +1,6 @@
 """Every message of the protocol, on one screen each way. Unknown fields and types are refused.
 
-Only ``Hello`` and ``Refused`` (and what they hold) may carry fields of a later release: they are
-how two releases find out that they cannot work together.
+Only ``Hello`` and ``Refused``, by which two releases find out, may carry fields of a later one.
 Messages carry no pickle and no code. Times are seconds that remain, never a wall clock's.
 ``device#incarnation`` is a peer; ids of requests are chosen by clients.
 """
@@ -10,16 +9,19 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import msgspec
 from msgspec import Meta
 
 from meshinfer import limits
 
 # isort: off
+from meshinfer.protocol.questions import (
+    Devices as Devices, ListDevices as ListDevices, ListModels as ListModels, Models as Models,
+)  # fmt: skip
 from meshinfer.protocol.records import (
     Assigned as Assigned, Blob as Blob, Budgets as Budgets, Count as Count,
-    DeviceInfo as DeviceInfo, Done as Done, Facts as Facts, Failure as Failure, Hex as Hex,
-    Link as Link, ModelInfo as ModelInfo, Name as Name, Output as Output, Peer as Peer,
+    DeviceInfo as DeviceInfo, Done as Done, Ended as Ended, Facts as Facts, Failure as Failure,
+    Hash as Hash, Hex as Hex, Link as Link, Message as Message, ModelInfo as ModelInfo,
+    Name as Name, Output as Output, Peer as Peer,
     Piece as Piece, Pins as Pins, Place as Place, Program as Program, Rate as Rate,
     Record as Record, Seconds as Seconds, Send as Send, Shape as Shape, TaskTime as TaskTime,
     Tensor as Tensor, Text as Text, Value as Value,
@@ -33,16 +35,13 @@ PROTOCOL = (3, 3)
 Acks = Annotated[tuple[Count, ...], Meta(max_length=limits.ACKS_AT_ONCE)]
 
 
-class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True, kw_only=True):
-    """Base of all messages; the tag is the class name."""
-
-
 # --- Joining and staying ------------------------------------------------------------------------
 
 
 class Hello(Message, frozen=True, forbid_unknown_fields=False):
     """First message of a worker or client. ``protocol``: the versions it speaks; ``where``: a
-    client's machine and address there, or ``BESIDE_COORDINATOR``."""
+    client's machine and address there, or ``BESIDE_COORDINATOR``. ``ended``: how this
+    worker's last process ended."""
 
     role: str
     device: Name
@@ -53,6 +52,7 @@ class Hello(Message, frozen=True, forbid_unknown_fields=False):
     bulk: Peer | None = None
     facts: Facts = Facts()
     where: str = ""
+    ended: Ended | None = None
 
 
 class Welcome(Message, frozen=True):
@@ -147,9 +147,9 @@ class Gone(Message, frozen=True):
 
 
 class Deploy(Message, frozen=True):
-    """Deploy a model that the client serves, with its external ``weights``, as blobs. ``shapes``
-    fixes dynamic inputs. ``pin``: values and the devices that they never leave; ``memory``: bytes
-    of each device, or of all, that it may use. ``half_transfers``: float32 goes as float16."""
+    """Deploy a model that the client serves, with ``weights`` beside it, as blobs. ``shapes``: of
+    dynamic inputs. ``pin``: values and the devices that they never leave; ``memory``: bytes of each
+    device, or of all, that it may use. ``half_transfers``: float32 goes as float16."""
 
     call: Name
     name: Name
@@ -239,8 +239,8 @@ class Ran(Message, frozen=True):
 
 
 class Submit(Message, frozen=True):
-    """Header of a request; its tensors go to the source. ``deadline_s``: what remains; ``outputs``:
-    asked for, None: all; ``turn``: how often the client has sent it, as in its ``Feed``."""
+    """Header of a request; its tensors (``body``: their digest) go to the source. ``deadline_s``:
+    remains; ``outputs``: None: all; ``turn``: how often the client has sent it, as in ``Feed``."""
 
     request: Name
     model: Name
@@ -250,12 +250,12 @@ class Submit(Message, frozen=True):
     deadline_s: Seconds
     turn: Count = 0
     outputs: Annotated[tuple[Name, ...], Meta(max_length=limits.OUTPUTS_ASKED)] | None = None
+    body: Hash = ""
 
 
 class Start(Message, frozen=True):
-    """To source and sink: run this attempt (numbers go up over all requests); the answer goes to
-    ``client``. ``assigned``: who takes tasks of several devices. ``head``: the peer that is source
-    and sink of this request; empty: the plan's own device."""
+    """To source and sink: run this attempt (numbers go up); the answer goes to ``client``.
+    ``assigned``: who takes tasks of several devices. ``head``: the peer in the head's place."""
 
     request: Name
     attempt: Count
@@ -309,10 +309,11 @@ class Unreachable(Message, frozen=True):
 
 
 class Merged(Message, frozen=True):
-    """The sink has merged and sent all outputs."""
+    """The sink has merged and sent all outputs, of this digest."""
 
     request: Name
     attempt: Count
+    digest: Hash = ""
 
 
 class Release(Message, frozen=True):
@@ -333,7 +334,9 @@ class Cancel(Message, frozen=True):
 
 
 class Reply(Message, frozen=True):
-    """The outcome; the tensors come from the sink. ``rounded``: float32 went as float16."""
+    """The outcome; the tensors come from the sink. ``rounded``: float32 went as float16.
+    ``degraded``, for ``reasons``: something failed on the way or is kept out. ``lost``: devices
+    that were, while it ran there; ``added_s``: from its first attempt to that which answered."""
 
     request: Name
     version: Count = 0
@@ -346,6 +349,9 @@ class Reply(Message, frozen=True):
     image: Text | None = None
     tasks: tuple[TaskTime, ...] = ()
     failure: Failure | None = None
+    reasons: Annotated[tuple[Text, ...], Meta(max_length=limits.REASONS)] = ()
+    lost: Annotated[tuple[Name, ...], Meta(max_length=limits.DEVICES)] = ()
+    added_s: Seconds = 0.0
 
 
 # --- Tensors (bulk) -----------------------------------------------------------------------------
@@ -402,27 +408,6 @@ class Ack(Message, frozen=True):
     """``Deliver``, ``Feed`` or ``Answer`` with these ids have arrived."""
 
     ids: Acks
-
-
-# --- Questions ----------------------------------------------------------------------------------
-
-
-class ListDevices(Message, frozen=True):
-    call: Name
-
-
-class Devices(Message, frozen=True):
-    call: Name
-    devices: tuple[DeviceInfo, ...]
-
-
-class ListModels(Message, frozen=True):
-    call: Name
-
-
-class Models(Message, frozen=True):
-    call: Name
-    models: tuple[ModelInfo, ...]
 
 
 AnyMessage = (

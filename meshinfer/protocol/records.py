@@ -14,6 +14,9 @@ Name = Annotated[str, Meta(min_length=1, max_length=limits.NAME_CHARS)]
 Text = Annotated[str, Meta(max_length=limits.PLAN_TEXT_BYTES)]
 Count = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Hex = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+Hash = Annotated[str, Meta(max_length=32)]
+"""xxh3-128 of tensors, against mistakes and not against malice; empty where nobody told it."""
+
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
 """No NaN and no infinity: a deadline that never comes would hold a request for ever."""
 
@@ -28,6 +31,10 @@ Place = tuple[int, int]
 
 class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Base of what messages are made of."""
+
+
+class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True, kw_only=True):
+    """Base of all messages; the tag is the class name."""
 
 
 BESIDE_COORDINATOR = "0.0.0.0"
@@ -80,6 +87,27 @@ class Facts(Record, frozen=True, forbid_unknown_fields=False):
     byte_s: Seconds = 0.0
     computes: bool = True
     head: bool = False
+
+
+class Ended(Record, frozen=True, forbid_unknown_fields=False):
+    """How a device's last worker process ended, as its supervisor saw it.
+
+    ``killed``: somebody else ended it (a plain SIGKILL or SIGTERM), not a fault and not the want of
+    memory. ``request`` and ``attempt``: whose task ``place`` it computed then; empty: of nobody.
+    """
+
+    cause: Annotated[str, Meta(max_length=limits.CAUSE_CHARS)]
+    killed: bool = False
+    request: Annotated[str, Meta(max_length=limits.NAME_CHARS)] = ""
+    attempt: Count = 0
+    place: Place = (0, 0)
+
+    @property
+    def text(self) -> str:
+        """For people: the cause, and what was computed."""
+        if not self.request:
+            return self.cause
+        return f"{self.cause}, computing task {self.place} of request {self.request}"
 
 
 class Link(Record, frozen=True):
@@ -201,7 +229,12 @@ class TaskTime(Done, frozen=True, kw_only=True):
 
 class DeviceInfo(Record, frozen=True):
     """A device as ``meshinfer devices`` shows it. ``link``: to the coordinator's own device;
-    ``links``: to others that it has sent to; ``where``: the same for those on one host."""
+    ``links``: to others that it has sent to; ``where``: the same for those on one host.
+
+    ``state``: ready, suspect, excluded, quarantined, draining or dead; ``cause``: why it is so, or
+    how its last process ended; ``returns_s``: until it is ready again by itself. ``computing``:
+    what its compute thread does, for ``computing_s``.
+    """
 
     device: Name
     state: str
@@ -212,6 +245,9 @@ class DeviceInfo(Record, frozen=True):
     link: Link | None = None
     links: Annotated[tuple[Link, ...], Meta(max_length=limits.DEVICES)] = ()
     where: Text = ""
+    cause: Text = ""
+    returns_s: Seconds = 0.0
+    computing_s: Seconds = 0.0
 
 
 class ModelInfo(Record, frozen=True):

@@ -45,13 +45,15 @@ class Balance:
         self._paces: dict[str, _Pace] = {}
         self._bases: OrderedDict[Hashable, float | list[tuple[float, str, float]]] = OrderedDict()
 
-    def done(self, made: Deployment, device: str, tasks: tuple[m.Done, ...], now: float) -> None:
-        """What the tasks took of one request, where all of them had an expected time."""
+    def note(self, made: Deployment, device: str, tasks: tuple[m.Done, ...], now: float) -> None:
+        """What tasks took that a device has told of, where all of them were expected to take some
+        time."""
         took = sum(done.compute_s for done in tasks)
         expected = [made.seconds(done.place, device) for done in tasks]
         total = sum(each for each in expected if each is not None)
         if total > 0.0 and None not in expected:
-            self.measured(made.kind, device, made.factors.get(device, 1.0) * took / total, now)
+            ratio = made.factors.get(device, 1.0) * took / total
+            self.measured(made.kind, device, ratio, now)
 
     def measured(self, kind: Hashable, device: str, ratio: float, now: float) -> None:
         """``ratio``: measured over expected time of a device's tasks; ``kind``: of which model."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from meshinfer import limits
 from meshinfer.protocol import messages as m
-from meshinfer.protocol.codec import ProtocolError, array_of, describe, payload_of
+from meshinfer.protocol.codec import ProtocolError, array_of, describe, digest_of, payload_of
 from meshinfer.scheduler.acks import AckBox
 from meshinfer.scheduler.events import Array, Compute, Computed, Effect, Note
 from meshinfer.scheduler.held import Held
@@ -238,7 +238,7 @@ class Computing:
         self, name: str, request: Held, place: m.Place, outputs: dict[str, Array], now: float
     ) -> list[Effect]:
         request.pieces.pop(place, None)
-        merged = told(m.Merged(request=name, attempt=request.attempt))
+        merged = told(m.Merged(request=name, attempt=request.attempt, digest=digest_of(outputs)))
         if request.client == self._own:
             return [*self._merged(name, outputs), merged]
         effects: list[Effect] = []

@@ -26,6 +26,8 @@ from meshinfer.scheduler.events import (
     PeerLost,
     Plane,
     PlanReady,
+    Recorded,
+    RecordFailed,
     Send,
     ServeBlob,
     Stop,
@@ -33,6 +35,8 @@ from meshinfer.scheduler.events import (
     Ticked,
 )
 from meshinfer.scheduler.heads import Heads
+from meshinfer.scheduler.journal import Journal
+from meshinfer.scheduler.ledger import Ledger
 from meshinfer.scheduler.links import LinkRounds
 from meshinfer.scheduler.membership import Device, Membership
 from meshinfer.scheduler.on_device import only_task
@@ -40,19 +44,24 @@ from meshinfer.scheduler.request import Request
 
 
 class CoordinatorCore:
-    """``handle`` is the only gate; ``next_deadline`` says when to tick."""
+    """``handle`` is the only gate; ``next_deadline`` says when to tick. ``ledger``: what an earlier
+    coordinator wrote down; without one nothing is, and a restart remembers nothing."""
 
-    def __init__(self, cluster: str, version: str, bulk: m.Peer) -> None:
+    def __init__(
+        self, cluster: str, version: str, bulk: m.Peer, ledger: Ledger | None = None
+    ) -> None:
         self.members = Membership(cluster, version)
         # Numbers of an earlier coordinator must mean nothing here: its workers may join late.
         epoch = int.from_bytes(hashlib.sha256(bulk.id.encode()).digest()[:4])
         self.catalogue = Catalogue(first_deployment=epoch << 24)
         self._balance = Balance()
         self._heads = Heads(self.members)
-        self._answering = Answering(self.members, self.catalogue, self._balance, self._heads)
-        self._deploying = Deploying(
-            self.members, self.catalogue, self._answering, self._balance, self._heads
-        )
+        self._ledger, self._journal = ledger, Journal(ledger)
+        # What belongs to an attempt of an earlier coordinator is older than all that is made here.
+        starts = 0 if ledger is None else ledger.starts
+        parts = (self.members, self.catalogue, self._balance, self._heads, self._journal)
+        self._answering = Answering(*parts, first_attempt=starts << 32)
+        self._deploying = Deploying(*parts, self._answering)
         self._links = LinkRounds()
         self._bulk = bulk
         self._stop_due: float | None = None
@@ -85,17 +94,24 @@ class CoordinatorCore:
             case Arrived():
                 effects = self._arrived(event, now)
             case Ticked():
-                effects = []
+                effects = self._resume(now)
             case PeerLost():
                 effects = self._lost(event, now)
             case BlobsFound():
-                effects = self._deploying.fetching.found(event, now)
+                effects = self._deploying.models.found(event, now)
             case BlobWritten():
                 effects = self._deploying.fetching.written(event)
             case ModelOpened():
-                effects = self._deploying.opened(event)
+                effects = self._deploying.models.opened(event, now)
             case PlanReady():
                 effects = self._deploying.planned(event, now)
+            case Recorded():
+                effects, waited = self._journal.recorded(event)
+                if not waited:
+                    return effects
+            case RecordFailed():
+                effects, lost = self._journal.failed(event, now)
+                effects += self._answering.not_recorded(lost, event.failure)
             case StopRequested():
                 effects = self._stop(now)
             case _:
@@ -108,7 +124,8 @@ class CoordinatorCore:
 
     def _next(self) -> float | None:
         times = [*self._answering.next_deadlines(), *self._deploying.next_deadlines()]
-        for other in (self.members.next_deadline(), self._links.next_deadline(), self._stop_due):
+        parts = (self.members, self._links, self._journal)
+        for other in (*(part.next_deadline() for part in parts), self._stop_due):
             if other is not None:
                 times.append(other)
         if self.members.devices:
@@ -181,9 +198,9 @@ class CoordinatorCore:
             case m.Cancel():
                 return self._answering.cancel(peer, message)
             case m.Deploy():
-                return self._deploying.fetching.deploy(peer, message, now)
+                return self._deploying.models.deploy(peer, message, now)
             case m.ListDevices():
-                devices = self.members.infos(now)
+                devices = self.members.infos(now, lost=message.lost)
                 return [_to(peer, m.Devices(call=message.call, devices=devices))]
             case m.ListModels():
                 return [_to(peer, m.Models(call=message.call, models=self.catalogue.infos()))]
@@ -208,9 +225,8 @@ class CoordinatorCore:
             if known is not None:  # what was told to it may be lost: it starts anew
                 effects += self._device_lost(known, "it joins again", now)
             self.members.admit(hello, peer, now)
-            fields = {"device": hello.device, "engine": hello.facts.engine}
             if hello.role == "worker":
-                effects.append(Note("info", "device joined", fields))
+                effects += self._joined(hello, now)
         head = self.members.head
         welcome = m.Welcome(
             coordinator=self._bulk.incarnation,
@@ -230,8 +246,22 @@ class CoordinatorCore:
         if made is not None and device is not None:
             made.asked += message.count
             device.tasks_done += message.count
-            self._answering.note_pace(made, device.name, (message.done,), now)
+            if not self.catalogue.searching:
+                self._balance.note(made, device.name, (message.done,), now)
         return []
+
+    def _joined(self, hello: m.Hello, now: float) -> list[Effect]:
+        """A device's process is new: how the one before ended is known only now."""
+        fields = {"device": hello.device, "engine": hello.facts.engine}
+        effects: list[Effect] = [Note("info", "device joined", fields)]
+        effects += self._answering.process_ended(hello, now)
+        if hello.ended is not None:
+            effects.append(Note("warning", "its last process ended", _of_end(hello.ended, hello)))
+        why = self.members.health.joined(hello, now)
+        if why:
+            fields = {"device": hello.device, "why": why}
+            effects.append(Note("warning", "device quarantined", fields))
+        return effects
 
     def _unreachable(self, peer: str, message: m.Unreachable, now: float) -> list[Effect]:
         """A device does not get what another sends: plan without it for a while. Where one end is a
@@ -246,7 +276,7 @@ class CoordinatorCore:
         if lost is None or lost.hello.facts.head:
             lost = device  # a piece for the head, or for one that has left: it is the sender's link
         fields = {"device": lost.name, "heard_by": device.name}
-        lost.excluded_until = now + limits.EXCLUDED_S
+        lost.exclude(f"{device.name} does not reach it", now)
         note = Note("warning", "a device cannot be reached", fields)
         return [note, *self._deploying.out_of_service(lost.name, now)]
 
@@ -267,7 +297,8 @@ class CoordinatorCore:
 
     def _device_lost(self, device: Device, why: str, now: float) -> list[Effect]:
         head = self.members.head
-        self.members.remove(device, now)
+        self.members.remove(device, why, now)
+        self._answering.device_lost(device.name, why, now)
         self._balance.forget(device.name)
         effects: list[Effect] = [
             Note("warning", "device lost", {"device": device.name, "why": why})
@@ -277,6 +308,11 @@ class CoordinatorCore:
             self._answering.head_lost()
             effects += [_to(peer, m.Who()) for peer in sorted(self.members.clients)]
         return effects
+
+    def _resume(self, now: float) -> list[Effect]:
+        """With the first tick, go on where an earlier coordinator was."""
+        ledger, self._ledger = self._ledger, None
+        return [] if ledger is None else self._deploying.models.resume(ledger, now)
 
     def _stop(self, now: float) -> list[Effect]:
         self._stop_due = now if self._stop_due is not None else now + limits.DRAIN_S
@@ -299,7 +335,10 @@ class CoordinatorCore:
         effects += self._deploying.retire_unused(now)
         effects += self._dismiss_drained()
         effects += self._links.next(self.members, now, busy=bool(self.requests))
-        if self._stop_due is not None and (now >= self._stop_due or not self.requests):
+        over = not self.requests and not self._journal.waits
+        stops = self._stop_due is not None and (now >= self._stop_due or over)
+        effects += self._journal.flush(now, last=stops)
+        if stops:
             effects += [_to(peer, m.Closing()) for peer in self._everybody()]
             effects.append(Stop())
         self._due = self._next()
@@ -323,6 +362,14 @@ class CoordinatorCore:
                 device.dismissed = True
                 effects.append(_to(device.peer, m.Dismiss()))
         return effects
+
+
+def _of_end(ended: m.Ended, hello: m.Hello) -> dict[str, object]:
+    """How a process ended, as a log says it."""
+    fields: dict[str, object] = {"device": hello.device, "why": ended.cause}
+    if ended.request:
+        fields |= {"request": ended.request, "attempt": ended.attempt, "task": str(ended.place)}
+    return fields
 
 
 def _to(peer: str, message: m.AnyMessage) -> Send:

@@ -23,6 +23,7 @@ from meshinfer.protocol.messages import (
     Program,
     Report,
 )
+from meshinfer.scheduler.ledger import Entry
 
 Array = np.ndarray[Any, Any]
 
@@ -143,6 +144,21 @@ class PlanReady:
 
 
 @dataclass(frozen=True, slots=True)
+class Recorded:
+    """Answer to ``Record``: all entries up to this number are on disk."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class RecordFailed:
+    """Answer to ``Record``: those up to this number that are not on disk yet never will be."""
+
+    number: int
+    failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
 class Submitted:
     """The client's user asks for an answer: header and arrays."""
 
@@ -178,7 +194,8 @@ class RanHere:
 
 Event = (
     Arrived | PeerLost | Ticked | StopRequested | BlobsFound | BlobWritten | Prepared | Computed
-    | ModelOpened | PlanReady | Submitted | Asked | Cancelled | RanHere
+    | ModelOpened | PlanReady | Recorded | RecordFailed | Submitted | Asked | Cancelled
+    | RanHere
 )  # fmt: skip
 
 
@@ -330,6 +347,17 @@ class MakePlan:
 
 
 @dataclass(frozen=True, slots=True)
+class Record:
+    """Write these to the journal, the last of them being this number -> ``Recorded`` or
+    ``RecordFailed``. Unless ``awaited`` the answer may come with whatever comes next. Without
+    entries: see whether anything can be written."""
+
+    number: int
+    entries: tuple[Entry, ...]
+    awaited: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Resolve:
     """Give the user of a client the outcome of a request."""
 
@@ -381,5 +409,5 @@ class Stop:
 
 Effect = (
     Send | Connect | Disconnect | FindBlobs | WriteBlob | ServeBlob | Prepare | Discard | Compute
-    | OpenModel | MakePlan | Resolve | Settle | Granted | Lease | Note | Stop
+    | OpenModel | MakePlan | Record | Resolve | Settle | Granted | Lease | Note | Stop
 )  # fmt: skip

@@ -48,7 +48,10 @@ class Try:
 class Request:
     """One accepted request. ``deployment`` is None while it waits for one.
 
-    ``merged``: when the sink has sent the answer, and under which attempt.
+    ``merged``: when the sink has sent the answer, and under which attempt; ``outcome``: its digest.
+    ``lost``: devices that were lost while it ran there, and how that was seen. ``crashes``: of
+    attempts, the process that its task ended; ``together``: no one device can hold it.
+    ``held_until``: it ran alone and its device was lost; why is to be told.
     """
 
     header: m.Submit
@@ -62,8 +65,22 @@ class Request:
     deployment: Deployment | None = None
     started: float | None = None
     merged: tuple[float, int] | None = None
+    outcome: str = ""
     kernel_failures: int = 0
     tried: dict[int, Try] = field(default_factory=dict)
+    lost: dict[str, str] = field(default_factory=dict)
+    crashes: dict[int, str] = field(default_factory=dict)
+    together: bool = False
+    held_until: float = 0.0
+
+    @property
+    def alone(self) -> bool:
+        """Whether it may run only on one device, and no other request under its plan."""
+        return len(self.crashes) >= limits.CRASHES_PER_REQUEST - 1 and not self.together
+
+    @property
+    def causes(self) -> str:
+        return "; ".join(each for _, each in sorted(self.crashes.items()))
 
     @property
     def id(self) -> str:
@@ -86,6 +103,5 @@ class Request:
 class Answered:
     """An outcome that was given. ``head``: the peer that sent, or has, the tensors."""
 
-    header: m.Submit
     reply: m.Reply
     head: str
