@@ -257,6 +257,7 @@ class Client:
             picture=picture,
             deadline_s=results.deadline(deadline_s),
             outputs=wanted,
+            body=results.digest_of(arrays),
         )
         future: Future[Result] = Future()
         with self._lock:

@@ -76,11 +76,12 @@ class Loop:
         self.failure: Failure | None = None
         self.stopped = threading.Event()
 
-    def post(self, item: Event | Send | Stop) -> None:
-        """Hand in an event, a message or the end, from any thread."""
+    def post(self, item: Event | Send | Stop, *, wake: bool = True) -> None:
+        """Hand in an event, a message or the end, from any thread. Without ``wake`` it is seen with
+        whatever comes next."""
         self._inbox.append(item)
         transport = self._transport
-        if transport is not None:
+        if wake and transport is not None:
             transport.wake()
 
     def run(self) -> Failure | None:
@@ -105,7 +106,14 @@ class Loop:
         wait = 0.0
         if not self._inbox:
             wait = _LONGEST_WAIT_S if due is None else due - time.monotonic()
-        for incoming in transport.receive(max(0.0, min(wait, _LONGEST_WAIT_S))):
+        arrived = transport.receive(max(0.0, min(wait, _LONGEST_WAIT_S)))
+        for _ in range(len(self._inbox)):  # first: a record that is written lets a reply go
+            item = self._inbox.popleft()
+            if isinstance(item, Send | Stop):
+                self._do(item)
+            else:
+                self._handle(item)
+        for incoming in arrived:
             if isinstance(incoming, Lost):
                 refused = incoming.reason in (REFUSED, NOT_OURS)
                 plane = Plane(incoming.plane.value)
@@ -118,12 +126,6 @@ class Loop:
                 self._log.warning("dropped", peer=incoming.peer, why=str(error))
                 continue
             self._handle(Arrived(incoming.peer, message, payload))
-        for _ in range(len(self._inbox)):
-            item = self._inbox.popleft()
-            if isinstance(item, Send | Stop):
-                self._do(item)
-            else:
-                self._handle(item)
         if due is not None and due <= time.monotonic():
             self._handle(Ticked())
 

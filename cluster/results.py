@@ -15,6 +15,7 @@ from meshinfer.errors import ClusterUnavailable, InvalidInput, ModelNotFound
 from meshinfer.image import ImageSpec
 from meshinfer.protocol import messages as m
 from meshinfer.protocol.codec import Array, describe, error_of
+from meshinfer.protocol.codec import digest_of as digest_of
 
 
 @dataclass(frozen=True, slots=True)
