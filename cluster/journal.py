@@ -22,7 +22,7 @@ from meshinfer.errors import ClusterUnavailable, ConfigurationError
 from meshinfer.protocol.codec import failure_of
 from meshinfer.protocol.messages import Failure
 from meshinfer.scheduler.events import Event, Record, Recorded, RecordFailed, Send, Stop
-from meshinfer.scheduler.ledger import Accepted, Ended, Entry, Ledger, Published
+from meshinfer.scheduler.ledger import Accepted, Ended, Entry, Ledger, Planned, Published
 
 FILE = "journal.sqlite"
 """In the coordinator's state folder; beside it SQLite's own ``-wal``."""
@@ -35,6 +35,9 @@ CREATE TABLE IF NOT EXISTS ids (
 CREATE TABLE IF NOT EXISTS models (
     name TEXT NOT NULL, version INTEGER NOT NULL, entry BLOB NOT NULL,
     PRIMARY KEY (name, version));
+CREATE TABLE IF NOT EXISTS plans (
+    number INTEGER PRIMARY KEY, name TEXT NOT NULL, version INTEGER NOT NULL,
+    signature BLOB NOT NULL, entry BLOB NOT NULL, UNIQUE (name, version, signature));
 CREATE TABLE IF NOT EXISTS life (starts INTEGER NOT NULL, tries INTEGER NOT NULL);
 """
 _KEPT = 2 * limits.JOURNALED_IDS
@@ -108,6 +111,8 @@ class Journal:
         ledger = Ledger(starts=starts[0] + 1)
         for (entry,) in run("SELECT entry FROM models ORDER BY name, version"):
             ledger.apply([msgspec.json.decode(entry, type=Published)])
+        for (entry,) in run("SELECT entry FROM plans ORDER BY number"):
+            ledger.apply([msgspec.json.decode(entry, type=Planned)])
         rows = run("SELECT request, body, outcome, failure FROM ids ORDER BY number")
         ledger.apply([_id_of(*row) for row in rows])
         (self._number,) = run("SELECT coalesce(max(number), 0) FROM ids").fetchone()
@@ -119,8 +124,9 @@ class Journal:
         models = [entry for entry in entries if isinstance(entry, Published)]
         number = self._number
         rows = []
+        plans = {entry.key: entry for entry in entries if isinstance(entry, Planned)}
         for entry in entries:
-            if not isinstance(entry, Published):
+            if isinstance(entry, Accepted | Ended):
                 number += 1
                 rows.append((number, *_row_of(entry)))
         run = self._database.execute
@@ -131,6 +137,8 @@ class Journal:
             self._database.executemany("INSERT INTO ids VALUES (?, ?, ?, ?, ?)", rows)
             for model in models:
                 self._write_model(model)
+            for plan in plans.values():
+                self._write_plan(plan)
             if not entries:
                 run("UPDATE life SET tries = tries + 1")
             trims = number >= self._trimmed + _TRIM_EVERY
@@ -157,6 +165,20 @@ class Journal:
             "DELETE FROM models WHERE name = ? AND version NOT IN"
             " (SELECT version FROM models WHERE name = ? ORDER BY version DESC LIMIT ?)",
             (entry.name, entry.name, limits.VERSIONS_PER_MODEL),
+        )
+
+    def _write_plan(self, entry: Planned) -> None:
+        run = self._database.execute
+        key = (entry.name, entry.version, msgspec.json.encode(entry.signature))
+        run("DELETE FROM plans WHERE name = ? AND version = ? AND signature = ?", key)
+        run(
+            "INSERT INTO plans (name, version, signature, entry) VALUES (?, ?, ?, ?)",
+            (*key, msgspec.json.encode(entry)),
+        )
+        run(
+            "DELETE FROM plans WHERE number NOT IN"
+            " (SELECT number FROM plans ORDER BY number DESC LIMIT ?)",
+            (limits.JOURNALED_PLANS,),
         )
 
     def close(self) -> None:

@@ -160,6 +160,8 @@ class Loop:
         if self._coordinator is not None and isinstance(effect.message, Hello):
             # libzmq gives up on a socket that was refused: a hello may need a new one.
             self._transport.connect(Wire.CONTROL, effect.peer, self._coordinator)
+            if not self._transport.may_greet(effect.peer):
+                return
         frames = encode(effect.message, effect.payload)
         self._transport.send(_PLANES[effect.plane], effect.peer, frames)
 

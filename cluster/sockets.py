@@ -322,13 +322,15 @@ class Port(Ends):
 
 @dataclass(slots=True, eq=False)
 class Link(Ends):
-    """A DEALER to one peer. ``said`` is the last reason reported: one Lost for each outage."""
+    """A DEALER to one peer. ``said`` is the last reason reported: one Lost for each outage.
+    ``greeted``: a hello waits for it to be up."""
 
     peer: str
     endpoint: Endpoint
     up: bool = False
     refused: bool = False  # libzmq gave up on it: only a new socket can try again
     said: str = ""
+    greeted: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -343,7 +345,7 @@ def heard_of(link: Link, event: int, value: int) -> str:
     """Note what a link's monitor says. The reason to call it lost, if it is one that is new."""
     reason = ""
     if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-        link.up, link.said = True, ""
+        link.up, link.said, link.greeted = True, "", False
     elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
         # ZAP: 300 try again, 400 refused, 500 the gatekeeper has a bug.
         reason = REFUSED if value == 400 else f"{REFUSED} (ZAP status {value})"

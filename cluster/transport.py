@@ -136,6 +136,13 @@ class Transport:
         self._links[plane, peer] = sockets.Link(plane, dealer, monitor, peer, endpoint)
         self._register(self._links[plane, peer])
 
+    def may_greet(self, peer: str) -> bool:
+        """Whether to send a hello: while there is no connection one waits, and more that came
+        after it would have the peer begin anew with each."""
+        link = self._links[Plane.CONTROL, peer]
+        first, link.greeted = not link.greeted, not link.up
+        return link.up or first
+
     def disconnect(self, peer: str) -> None:
         """Close our connections to this peer and forget what was not sent to it."""
         self._check_thread()

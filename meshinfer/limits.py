@@ -74,7 +74,7 @@ TCP_MAX_RETRANSMIT_MS: Final = 3000
 KEEPALIVE_IDLE_S: Final = 30
 HANDSHAKE_MS: Final = 1000
 RECONNECT_MS: Final = 100
-RECONNECT_MAX_MS: Final = 2000
+RECONNECT_MAX_MS: Final = 500
 
 # Joining: names and key files, and how much of what mDNS says is looked at.
 CLUSTER_NAME_CHARS: Final = 32
@@ -149,6 +149,10 @@ STALE_REQUESTS_KEPT: Final = 1024
 # The coordinator's journal.
 JOURNALED_IDS: Final = 8192
 """Ids of which the body is known, also after a restart; about 300 bytes each, and as many again."""
+JOURNALED_PLANS: Final = 64
+RESUME_WAIT_S: Final = 2.0
+"""So long a coordinator that was started again waits for the devices of a plan before another is
+made: they reconnect within half a second."""
 JOURNAL_DELAY_S: Final = 0.5
 """The outcome of a success waits so long for an acceptance to be written with."""
 JOURNAL_RETRY_S: Final = 1.0

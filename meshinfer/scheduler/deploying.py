@@ -33,6 +33,7 @@ from meshinfer.scheduler.heads import Heads, install
 from meshinfer.scheduler.journal import Journal
 from meshinfer.scheduler.membership import Device, Membership
 from meshinfer.scheduler.publishing import Publishing
+from meshinfer.scheduler.remembered import Remembered, entry_of
 from meshinfer.scheduler.request import Request
 
 
@@ -53,7 +54,11 @@ class Deploying:
         self._catalogue = catalogue
         self._answering = answering
         self._balance = balance
-        self.models = Publishing(catalogue, answering, journal, heads, self.retire)
+        self._journal = journal
+        self._remembered = Remembered(members)
+        self.models = Publishing(
+            catalogue, answering, journal, heads, self._remembered, self.retire
+        )
         self.fetching = self.models.fetching
         self._busy_at = 0.0
 
@@ -183,7 +188,9 @@ class Deploying:
         if made.report is not None and made.signature in model.unprepared:
             made.report = with_notes(made.report, model.unprepared.pop(made.signature))
         note = Note("info", "plan ready", {"model": model.name, "deployment": made.number})
-        return [note, *self.models.serve(model, made)]
+        effects = self.models.serve(model, made)
+        self._journal.planned(entry_of(made, self._members))
+        return [note, *effects]
 
     def _install_failed(
         self, made: Deployment, device: Device, failure: m.Failure, now: float
@@ -278,7 +285,12 @@ class Deploying:
         room = limits.PLANS_AT_ONCE - planning.count(1.0)
         effects: list[Effect] = []
         for model in self._catalogue.all_models() if room > 0 else ():
-            for signature in self._answering.wanted_signatures(model) if model.opened else ():
+            for signature in self._answering.wanted_signatures(model):
+                if self._remembered.awaits(model, signature, now):
+                    effects += self._take_up(model, signature, now)
+                    continue
+                if not model.opened:
+                    continue
                 coming = self._catalogue.coming(model, signature)
                 serving = self._catalogue.serving(model, signature)
                 urgent = serving is None or (settled and serving.candidates != names)
@@ -305,6 +317,26 @@ class Deploying:
         ]
         room = max(0, limits.PLANS_AT_ONCE - len(known))
         return [self._plan(r.model, r.signature, now, alone=r) for r in wanted[:room]]
+
+    def _take_up(self, model: Model, signature: Signature, now: float) -> list[Effect]:
+        """Install what an earlier coordinator had, if its devices are back."""
+        entry = self._remembered.take(model, signature, now)
+        if entry is None:
+            return []
+        devices = self._members.devices
+        members = {name: devices[name].peer for name in entry.programs}
+        made = self._catalogue.new_deployment(model, signature, members, entry.candidates, now)
+        made.head, made.given = entry.head, model.plan is not None
+        made.links = self._members.links_changed
+        event = PlanReady(
+            made.number,
+            entry.plan,
+            entry.programs,
+            entry.report,
+            window=entry.window,
+            expected={(place, device): seconds for place, device, seconds in entry.expected},
+        )
+        return self.planned(event, now)
 
     def _uneven(self, made: Deployment, now: float) -> bool:
         """Whether devices or links have changed so much that another plan may be better.
@@ -358,8 +390,8 @@ class Deploying:
                 for o in self._catalogue.opening.values()
                 if o.opened and o.call
             ]
-        pull = self.fetching.next_deadline()
-        return times if pull is None else [*times, pull]
+        others = (self.fetching.next_deadline(), self._remembered.next_deadline())
+        return [*times, *(time for time in others if time is not None)]
 
 
 def _is_planning(made: Deployment) -> bool:

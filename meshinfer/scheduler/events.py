@@ -24,6 +24,7 @@ from meshinfer.protocol.messages import (
     Report,
 )
 from meshinfer.scheduler.ledger import Entry
+from meshinfer.scheduler.ledger import Signature as Signature
 
 Array = np.ndarray[Any, Any]
 
@@ -285,18 +286,6 @@ class OpenModel:
     key: int
     digest: str
     image: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class Signature:
-    """What a plan is made for: pixels or tensors in, the inputs' shapes, and the outputs asked for.
-
-    ``outputs`` is None for all of them; else what lies behind these is not computed.
-    """
-
-    picture: bool
-    shapes: tuple[tuple[str, tuple[int, ...]], ...]
-    outputs: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from meshinfer import limits
 from meshinfer.protocol import messages as m
 from meshinfer.scheduler.admission import body_of, other_body
 from meshinfer.scheduler.events import Effect, Note, Record, Recorded, RecordFailed
-from meshinfer.scheduler.ledger import Accepted, Ended, Entry, Ledger, Published
+from meshinfer.scheduler.ledger import Accepted, Ended, Entry, Ledger, Planned, Published
 from meshinfer.scheduler.request import Answered
 
 
@@ -118,6 +118,10 @@ class Journal:
             return otherwise(self.broken)
         self._add(entry)
         return self.once_recorded(then, otherwise)
+
+    def planned(self, entry: Planned) -> None:
+        """A plan is ready; should it not be written, it is made anew after a restart."""
+        self._add(entry, prompt=False)
 
     def once_recorded(
         self,

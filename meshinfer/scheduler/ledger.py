@@ -14,6 +14,18 @@ from meshinfer.protocol import messages as m
 
 
 @dataclass(frozen=True, slots=True)
+class Signature:
+    """What a plan is made for: pixels or tensors in, the inputs' shapes, and the outputs asked for.
+
+    ``outputs`` is None for all of them; else what lies behind these is not computed.
+    """
+
+    picture: bool
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]
+    outputs: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Accepted:
     """An id belongs to this body from now on. ``body``: as ``admission.body_of`` has it."""
 
@@ -48,17 +60,51 @@ class Published:
         return self.deploy.name
 
 
-Entry = Accepted | Ended | Published
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A plan that was ready, to be taken up again while its devices are as they were.
+
+    ``grants``: bytes of memory that each of them granted. ``expected``: seconds of a task on a
+    device. The rest is as in ``PlanReady`` and ``MakePlan``.
+    """
+
+    name: str
+    version: int
+    signature: Signature
+    head: str
+    candidates: tuple[str, ...]
+    grants: Mapping[str, int]
+    plan: str
+    programs: Mapping[str, tuple[m.Program, ...]]
+    report: m.Report | None
+    window: int
+    expected: tuple[tuple[m.Place, str, float], ...]
+
+    @property
+    def key(self) -> tuple[str, int, Signature]:
+        return self.name, self.version, self.signature
+
+    @property
+    def blobs(self) -> frozenset[str]:
+        """What its devices may have to fetch."""
+        programs = [program for each in self.programs.values() for program in each]
+        models = [program.model for program in programs if program.model is not None]
+        return frozenset(models) | {w for program in programs for w in program.weights}
+
+
+Entry = Accepted | Ended | Published | Planned
 
 
 @dataclass(slots=True)
 class Ledger:
     """``starts``: how many coordinators have begun with it. ``requests``: the last entry of each
-    id, oldest first. ``models``: by name, oldest version first."""
+    id, oldest first. ``models``: by name, oldest version first. ``plans``: the last of each
+    version and signature."""
 
     starts: int = 0
     requests: OrderedDict[str, Accepted | Ended] = field(default_factory=OrderedDict)
     models: dict[str, list[Published]] = field(default_factory=dict)
+    plans: dict[tuple[str, int, Signature], Planned] = field(default_factory=dict)
 
     def apply(self, entries: Sequence[Entry]) -> None:
         """Add entries in their order. The oldest beyond the bounds are forgotten."""
@@ -68,8 +114,13 @@ class Ledger:
                     versions = self.models.setdefault(entry.name, [])
                     versions.append(entry)
                     del versions[: -limits.VERSIONS_PER_MODEL]
+                case Planned():
+                    self.plans.pop(entry.key, None)
+                    self.plans[entry.key] = entry
                 case _:
                     self.requests.pop(entry.request, None)
                     self.requests[entry.request] = entry
         while len(self.requests) > limits.JOURNALED_IDS:
             self.requests.popitem(last=False)
+        while len(self.plans) > limits.JOURNALED_PLANS:
+            del self.plans[next(iter(self.plans))]

@@ -25,11 +25,13 @@ from meshinfer.scheduler.events import (
 from meshinfer.scheduler.fetching import Fetching
 from meshinfer.scheduler.heads import Heads
 from meshinfer.scheduler.journal import Journal
-from meshinfer.scheduler.ledger import Ledger, Published
+from meshinfer.scheduler.ledger import Ledger, Planned, Published
+from meshinfer.scheduler.remembered import Remembered
 
 
 class Publishing:
-    """Mutable: owned by the coordinator's core. ``retire``: takes a deployment out of service."""
+    """Mutable: owned by the coordinator's core. ``retire``: takes a deployment out of service.
+    ``_plans``: of versions whose blobs are looked for."""
 
     def __init__(
         self,
@@ -37,13 +39,17 @@ class Publishing:
         answering: Answering,
         journal: Journal,
         heads: Heads,
+        remembered: Remembered,
         retire: Callable[[Deployment], list[Effect]],
     ) -> None:
         self._catalogue = catalogue
         self._answering = answering
         self._journal = journal
         self._heads = heads
+
+        self._remembered = remembered
         self._retire = retire
+        self._plans: dict[int, list[Planned]] = {}
         self.fetching = Fetching(catalogue, self.failed)
 
     # --- a new version
@@ -129,21 +135,39 @@ class Publishing:
     def resume(self, ledger: Ledger, now: float) -> list[Effect]:
         """Look for what an earlier coordinator served, what is current first. Requests may come
         meanwhile: what the models take is known."""
+        self._remembered.begin(now)
         models = [
             (entry is not versions[-1], self._catalogue.resume(entry, now))
             for _, versions in sorted(ledger.models.items())
             for entry in versions
         ]
         models.sort(key=lambda each: each[0])
-        return [FindBlobs(str(model.key), tuple(model.blobs)) for _, model in models]
+        effects: list[Effect] = []
+        for _, model in models:
+            plans = [
+                plan
+                for plan in ledger.plans.values()
+                if (plan.name, plan.version) == (model.name, model.version)
+            ]
+            self._plans[model.key] = plans
+            wanted = {*model.blobs, *(digest for plan in plans for digest in plan.blobs)}
+            effects.append(FindBlobs(str(model.key), tuple(sorted(wanted))))
+        return effects
 
     def found(self, event: BlobsFound, now: float) -> list[Effect]:
         model = self._catalogue.resuming.get(int(event.purpose))
         if model is None:
             return self.fetching.found(event, now)
-        if event.missing:
-            what = f"{len(event.missing)} of its {len(model.blobs)} files are gone or damaged"
+        missing = set(event.missing)
+        gone = missing & set(model.blobs)
+        plans = self._plans.pop(model.key)
+        if gone:
+            what = f"{len(gone)} of its {len(model.blobs)} files are gone or damaged"
             return self._withdraw(model, what, now)
+        for plan in plans:
+            if not missing & plan.blobs:
+                self._remembered.add(model, plan)
+                model.asked_for(plan.signature)
         return [OpenModel(model.key, model.digest, model.image)]
 
     def _open_again(self, model: Model, event: ModelOpened, now: float) -> list[Effect]:
