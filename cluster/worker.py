@@ -43,6 +43,9 @@ from meshinfer.scheduler.events import (
 )
 from meshinfer.scheduler.worker import WorkerCore
 
+if TYPE_CHECKING:  # loaded by who computes: the coordinator's own device does not
+    pass
+
 LOOK_S = 3.0
 """How long one look for the coordinator over mDNS takes; it is repeated until one is found."""
 
@@ -134,6 +137,7 @@ def run_worker(options: WorkerOptions) -> m.Failure | None:
     bulk_port = transport.bind(Plane.BULK, address)  # all addresses, if beside the coordinator
     coordinator = Endpoint(host, port, keyring.coordinator_public)
     store = BlobStore(state / "blobs")
+
     engine = OrtEngine(store.folder, options.threads)
     measured = options.measured or profiler.measured_once(
         state, engine.name, options.threads, plaintext=keyring.plaintext

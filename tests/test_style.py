@@ -255,7 +255,7 @@ def heavy_imports(module: str, heavy: str) -> str:
         ("meshinfer", "torch,onnxscript,ray"),
         ("cluster", "torch,onnxscript,ray"),
         ("cluster.worker", "torch,onnxscript,ray,onnx,onnx_ir"),
-        ("cluster.coordinator", "torch,onnxscript,ray,onnx,onnx_ir,meshinfer.planner"),
+        ("cluster.coordinator", "torch,onnxscript,ray,onnx,onnx_ir,onnxruntime,meshinfer.planner"),
     ],
 )
 def test_importing_a_module_leaves_the_heavy_ones_alone(module: str, heavy: str) -> None:
