@@ -43,9 +43,6 @@ from meshinfer.scheduler.events import (
 )
 from meshinfer.scheduler.worker import WorkerCore
 
-if TYPE_CHECKING:  # loaded by who computes: the coordinator's own device does not
-    pass
-
 LOOK_S = 3.0
 """How long one look for the coordinator over mDNS takes; it is repeated until one is found."""
 

@@ -13,6 +13,7 @@ import random
 import tempfile
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -36,13 +37,14 @@ from meshinfer.plan import Plan
 from meshinfer.planner import Block, axes_of, build
 from meshinfer.programs import Programs, make_programs
 from meshinfer.protocol import messages as m
-from meshinfer.protocol.codec import decode, describe, encode, failure_of
+from meshinfer.protocol.codec import decode, describe, digest_of, encode, failure_of
 from meshinfer.protocol.records import BESIDE_COORDINATOR
 from meshinfer.protocol.report import Report
 from meshinfer.report import report_of
 from meshinfer.scheduler import events as e
 from meshinfer.scheduler.client import ClientCore
 from meshinfer.scheduler.coordinator import CoordinatorCore
+from meshinfer.scheduler.ledger import Ledger
 from meshinfer.scheduler.on_device import OwnTask
 from meshinfer.scheduler.worker import COORDINATOR, WorkerCore
 
@@ -230,8 +232,12 @@ class Cluster:
         self._incarnations: Counter[str] = Counter()
         self._rules: list[tuple[Matches, Callable[[], object] | None, float]] = []
         self.nodes: dict[str, Node] = {}
+        self.ledger = Ledger()
+        """What is on the coordinator's disk; it outlives the coordinator."""
+        self.disk: Callable[[e.Record], m.Failure | None] = lambda record: None
+        """Why something cannot be written, if so."""
         bulk = self._peer(COORDINATOR, "1")
-        self.coordinator = self._add(COORDINATOR, bulk.id, CoordinatorCore("home", "0", bulk))
+        self.coordinator = self._coordinator(bulk)
         if head:
             self.join("head", m.Facts(computes=False, head=True, host="h"))
         for name in workers:
@@ -248,6 +254,8 @@ class Cluster:
 
     def _add(self, name: str, peer: str, core: CoordinatorCore | WorkerCore | ClientCore) -> Node:
         node = Node(name, peer, core)
+        if name == COORDINATOR and name in self.nodes:
+            node.blobs = self.nodes[name].blobs
         self.nodes[name] = node
         self._handle(node, e.Ticked())
         return node
@@ -325,14 +333,17 @@ class Cluster:
         self.post(self.coordinator, e.PeerLost(node.id, "reset"), 0.0)
         self.post(node, e.PeerLost(COORDINATOR, "reset"), 0.0)
 
+    def _coordinator(self, bulk: m.Peer) -> Node:
+        self.ledger.starts += 1
+        ledger = deepcopy(self.ledger)
+        return self._add(COORDINATOR, bulk.id, CoordinatorCore("home", "0", bulk, ledger))
+
     def restart_coordinator(self) -> None:
-        """Killed and started again: it remembers nothing."""
+        """Killed and started again: it remembers what was written to its disk."""
         self.kill(COORDINATOR)
         self._incarnations[COORDINATOR] += 1
         bulk = self._peer(COORDINATOR, str(self._incarnations[COORDINATOR] + 1))
-        before = self.coordinator
-        self.coordinator = self._add(COORDINATOR, bulk.id, CoordinatorCore("home", "0", bulk))
-        self.coordinator.blobs = before.blobs
+        self.coordinator = self._coordinator(bulk)
 
     def living(self) -> list[Node]:
         return [n for n in self.nodes.values() if n.alive and n.stopped is None]
@@ -405,6 +416,7 @@ class Cluster:
             picture=picture,
             deadline_s=deadline_s,
             outputs=outputs,
+            body=digest_of(arrays),
         )
         self._handle(self.nodes[client], e.Submitted(request, header, arrays))
         return request
@@ -537,6 +549,8 @@ class Cluster:
                 node.resolved.setdefault(request, []).append(effect)
             case e.Settle(call):
                 node.settled.setdefault(call, []).append(effect)
+            case e.Record():
+                self._record(node, effect)
             case e.FindBlobs(purpose, digests):
                 missing = tuple(d for d in digests if d not in node.blobs)
                 self.post(node, e.BlobsFound(purpose, missing), DISK_S)
@@ -566,6 +580,14 @@ class Cluster:
                 if effect.share < 1.0:
                     self.search = effect.deployment
                 self.post(node, self._plan(node, effect), self.plan_s / effect.share)
+
+    def _record(self, node: Node, effect: e.Record) -> None:
+        failure = self.disk(effect)
+        if failure is not None:
+            self.post(node, e.RecordFailed(effect.number, failure), DISK_S)
+            return
+        self.ledger.apply(effect.entries)  # whether or not it lives to hear of it
+        self.post(node, e.Recorded(effect.number), DISK_S)
 
     def _drop_search(self, node: Node) -> None:
         """What is urgent ends a search that nobody waits for; one that is over already is known."""

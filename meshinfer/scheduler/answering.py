@@ -59,9 +59,8 @@ class Answering:
             return self._submitted_again(before, peer, message)
         over = self._journal.outcome(message, (peer, self._head()))
         if over is not None:
-            told = _to(peer, over)
             release = self._release(name, peer, message.turn)
-            return [*self._journal.once_recorded(lambda: [told]), *release]
+            return [*self._journal.tell(over, _to(peer, over)), *release]
         failure = self._journal.broken or self._poison.refusal(message, now)
         failure = failure or refuse(self._catalogue, message, len(self.open))
         if stopping:
@@ -369,8 +368,8 @@ class Answering:
         if reply is not None:
             last = request.tried.get(request.attempt)
             head = (last and last.head) or self._head()
-            told = _to(request.client, reply)
-            effects += self._journal.ended(Answered(reply, head), request.outcome, told)
+            answered = Answered(reply, head)
+            effects += self._journal.ended(answered, request.outcome, _to(request.client, reply))
         took_part = {name for t in request.tried.values() for name in t.devices()}
         return effects + self._release(request.id, request.client, request.turn, took_part)
 

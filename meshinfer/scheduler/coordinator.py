@@ -58,9 +58,9 @@ class CoordinatorCore:
         self._heads = Heads(self.members)
         self._ledger, self._journal = ledger, Journal(ledger)
         # What belongs to an attempt of an earlier coordinator is older than all that is made here.
-        starts = 0 if ledger is None else ledger.starts
+        before = 0 if ledger is None else ledger.starts - 1
         parts = (self.members, self.catalogue, self._balance, self._heads, self._journal)
-        self._answering = Answering(*parts, first_attempt=starts << 32)
+        self._answering = Answering(*parts, first_attempt=before << 32)
         self._deploying = Deploying(*parts, self._answering)
         self._links = LinkRounds()
         self._bulk = bulk

@@ -103,7 +103,13 @@ class Journal:
             return [told]
         known.failure = failure
         self._add(Ended(name, known.body, digest, failure), prompt=failure is not None)
-        return [told] if failure is None else self.once_recorded(lambda: [told])
+        return self.tell(answered.reply, told)
+
+    def tell(self, reply: m.Reply, told: Effect) -> list[Effect]:
+        """Send an outcome; that an id has failed once it is written."""
+        known = self._known.get(reply.request)
+        failed = known is not None and known.failure is not None
+        return self.once_recorded(lambda: [told]) if failed else [told]
 
     # --- what waits for the disk
 
@@ -144,12 +150,12 @@ class Journal:
     # --- what the disk says
 
     def recorded(self, event: Recorded) -> tuple[list[Effect], bool]:
-        """What may be done now, and whether more than that waited for it."""
-        waited = self._wanted > self._recorded
+        """What may be done now, and whether anybody waited for this."""
+        waited = self._wanted > self._recorded or self.broken is not None or bool(self._held)
         self._recorded = max(self._recorded, event.number)
         effects: list[Effect] = []
         if self.broken is not None:
-            self.broken, waited = None, True
+            self.broken = None
             effects.append(Note("info", "the journal is written again", {}))
         return effects + self._release(event.number, None), waited
 
