@@ -15,7 +15,9 @@ PACKAGES = ("meshinfer", "cluster")
 FILE_LINES = 400
 FUNCTION_LINES = 60
 
-LONGER_FILES: dict[str, str] = {}
+LONGER_FILES: dict[str, str] = {
+    "meshinfer/protocol/messages.py": "every message of the wire, in the one union that is decoded",
+}
 """Files that may exceed FILE_LINES, each with its reason."""
 
 BANNED_IMPORTS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
