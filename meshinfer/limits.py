@@ -53,6 +53,9 @@ COORDINATOR_SILENT_S: Final = 10.0
 NO_WORKER_GRACE_S: Final = 5.0
 REPLAN_SETTLE_S: Final = 0.2
 EXCLUDED_S: Final = 15.0
+DETOUR_ASKED_S: Final = 5.0
+DETOUR_PROBE_S: Final = 1.0
+"""How often two devices whose pieces go by the head try to reach each other."""
 STRIKES: Final = 3
 STRIKES_WITHIN_S: Final = 60.0
 EARLY_DEATH_S: Final = 5.0

@@ -225,6 +225,8 @@ class Cluster:
         self.plan_s = PLAN_S
         self.search: int | None = None
         self.plan_fault: Callable[[e.MakePlan], m.Failure | None] = lambda effect: None
+        self.severed: set[frozenset[str]] = set()
+        """Pairs of nodes between which all is lost, silently."""
         self._delay = delay
         self._events: list[tuple[float, int, Node, e.Event]] = []
         self._order = itertools.count()
@@ -483,6 +485,9 @@ class Cluster:
         assert len(frames[0]) <= limits.CONTROL_FRAME_BYTES
         if receiver is None or not receiver.alive or receiver.stopped is not None:
             self._tell_story(f"{sender} -> {send.peer} (gone) {send.message}")
+            return
+        if frozenset((sender.name, receiver.name)) in self.severed:
+            self._tell_story(f"{sender} -> {receiver} (severed) {send.message}")
             return
         assert to_coordinator or send.plane is e.Plane.BULK or sender is self.coordinator
         if send.plane is e.Plane.BULK:

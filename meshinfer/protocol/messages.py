@@ -308,6 +308,20 @@ class Unreachable(Message, frozen=True):
     peer: str
 
 
+class Stalled(Message, frozen=True):
+    """``peer`` is late to acknowledge: is there another way? ``over``: straight again."""
+
+    peer: Name
+    over: bool = False
+
+
+class Detour(Message, frozen=True):
+    """What goes to ``peer`` goes by ``via`` from now on, as a ``Relay``."""
+
+    peer: Peer
+    via: Peer
+
+
 class Merged(Message, frozen=True):
     """The sink has merged and sent all outputs, of this digest."""
 
@@ -410,6 +424,14 @@ class Ack(Message, frozen=True):
     ids: Acks
 
 
+class Relay(Message, frozen=True):
+    """Pass this on ``to`` a peer that ``origin`` does not reach; the payload is the message's."""
+
+    to: Name
+    origin: Name
+    message: Deliver | Ack
+
+
 AnyMessage = (
     Hello | Welcome | Refused | Heartbeat | Alive | Who | Probe | Goodbye | Dismiss | Closing
     | MeasureLink | LinkMeasured | Echo | Echoed
@@ -417,5 +439,6 @@ AnyMessage = (
     | Grant | Revoke | Ran
     | Submit | Start | Assign | NotKept | TasksDone | TaskFailed | Unreachable | Merged | Release
     | Cancel | Reply
+    | Stalled | Detour | Relay
     | Deliver | Feed | Answer | Ack | ListDevices | Devices | ListModels | Models
 )  # fmt: skip

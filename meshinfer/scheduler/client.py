@@ -16,6 +16,7 @@ from meshinfer import limits
 from meshinfer.protocol import messages as m
 from meshinfer.protocol.codec import ProtocolError, array_of, describe, payload_of
 from meshinfer.scheduler.computing import Computing
+from meshinfer.scheduler.detours import Detours
 from meshinfer.scheduler.events import (
     Array,
     Arrived,
@@ -92,6 +93,7 @@ class ClientCore:
         self._installing = Installing(name)
         self._computing = Computing(name, self._installing.deployments, self._peer, self._merged)
         self._computing.outbox.follow(self._outbox)
+        self._detours = Detours(self._peer)  # to say who is late; it then goes by the head
         self._outbox, self._acks = self._computing.outbox, self._computing.acks
 
     def handle(self, event: Event, now: float) -> list[Effect]:
@@ -332,8 +334,10 @@ class ClientCore:
             effects += self._fail_all("the coordinator is silent")
             if self._welcome is not None:
                 effects += self._rejoin(now + limits.HELLO_RETRY_S)
-        effects += self._computing.due(now)
         effects += self._on_device.due(now)
+
+        late = self._computing.due(now)
+        effects += late + self._detours.late(late, now)
         for name in [n for n, r in self._requests.items() if r.deadline + LATE_S <= now]:
             effects += self._give_up(name)
         for call in [c for c, q in self._questions.items() if q.deadline <= now]:

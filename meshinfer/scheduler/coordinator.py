@@ -15,6 +15,7 @@ from meshinfer.scheduler.answering import Answering
 from meshinfer.scheduler.balance import Balance
 from meshinfer.scheduler.catalogue import Catalogue
 from meshinfer.scheduler.deploying import Deploying
+from meshinfer.scheduler.detours import detour
 from meshinfer.scheduler.events import (
     Arrived,
     BlobsFound,
@@ -176,6 +177,10 @@ class CoordinatorCore:
                 return self._answering.merged(peer, message, now)
             case m.TaskFailed() if runs:
                 return self._answering.task_failed(message, now)
+            case m.Stalled() if runs:
+                client = next(filter(self._heads.stands, (peer, message.peer)), None)
+                known = detour(self.members, peer, message)
+                return known if client is None else self._heads.refuse(client)
             case m.Unreachable() if runs:
                 return self._unreachable(peer, message, now)
             case m.LinkMeasured() if device is not None:

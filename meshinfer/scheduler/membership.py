@@ -76,7 +76,8 @@ class Membership:
 
     ``absent``: clients whose connection broke, and since when; they come back or are given up.
     ``idle_since``: since when nobody can compute, or there is no head; None while somebody can.
-    ``links_changed``: how often a link was found to be another than it was.
+    ``links_changed``: how often a link was found to be another than it was. ``apart``: pairs that
+    do not reach each other.
     """
 
     cluster: str
@@ -87,6 +88,7 @@ class Membership:
     changed_at: float = 0.0
     idle_since: float | None = 0.0
     links_changed: int = 0
+    apart: dict[tuple[str, str], bool] = field(default_factory=dict)
     health: Health = field(default_factory=Health)
 
     def refusal(self, hello: m.Hello, now: float) -> m.Failure | None:
@@ -175,6 +177,7 @@ class Membership:
             info = structs.replace(self._info(device, now), state="dead", cause=why)
             self.health.lost(device.hello, info, device.joined, now)
         del self.devices[device.name]
+        self.apart = {pair: True for pair in self.apart if device.name not in pair}
         for other in self.devices.values():
             other.links.pop(device.name, None)
         self.changed_at = now

@@ -11,7 +11,7 @@ from meshinfer.scheduler.request import Request, Try
 def answered(request: Request, tried: Try, members: Membership, now: float) -> m.Reply:
     """Of what an attempt has merged."""
     assert request.started is not None and request.merged is not None
-    reasons = _reasons(request, members, now)
+    reasons = _reasons(request, tried, members, now)
     return m.Reply(
         request=request.id,
         version=request.model.version,
@@ -40,7 +40,7 @@ def failed(request: Request, failure: m.Failure, now: float) -> m.Reply:
     )
 
 
-def _reasons(request: Request, members: Membership, now: float) -> tuple[str, ...]:
+def _reasons(request: Request, tried: Try, members: Membership, now: float) -> tuple[str, ...]:
     """Why this answer was had with less than there is, or later than it might."""
     found = [f"{name} was lost on the way: {why}" for name, why in request.lost.items()]
     if len(request.tried) > 1 and not found:
@@ -49,6 +49,11 @@ def _reasons(request: Request, members: Membership, now: float) -> tuple[str, ..
         found.append(f"it ran on one device, since it ended others: {request.causes}")
     out = [d for d in members.infos(now) if d.state in ("quarantined", "excluded")]
     found += [f"{d.device} is {d.state}: {d.cause}" for d in out]
+    found += [
+        f"{one} and {other} do not reach each other: their pieces went by the head"
+        for one, other in members.apart
+        if {one, other} <= set(tried.deployment.members)
+    ]
     return tuple(each[: limits.CAUSE_CHARS] for each in found[: limits.REASONS])
 
 
