@@ -24,7 +24,7 @@ from meshinfer.scheduler.admission import (
 from meshinfer.scheduler.balance import Balance
 from meshinfer.scheduler.catalogue import Catalogue, Deployment, Model
 from meshinfer.scheduler.covering import Covering
-from meshinfer.scheduler.events import Effect, Note, Plane, Send, Signature
+from meshinfer.scheduler.events import Effect, Plane, Send, Signature
 from meshinfer.scheduler.heads import Heads
 from meshinfer.scheduler.membership import Membership
 from meshinfer.scheduler.request import Answered, Request, Try
@@ -127,7 +127,8 @@ class Answering:
             return []
         request.kernel_failures += 1
         request.deployment = None
-        note = Note("error", "a task failed", {"request": request.id, "why": message.text})
+        fields = {"request": request.id, "attempt": message.attempt, "why": message.text}
+        note = self._members.faults.note("error", "a task failed", fields)
         if request.kernel_failures < limits.KERNEL_FAILURES_PER_REQUEST:
             return [note]
         failure = m.Failure(

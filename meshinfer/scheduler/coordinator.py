@@ -32,6 +32,7 @@ from meshinfer.scheduler.events import (
     StopRequested,
     Ticked,
 )
+from meshinfer.scheduler.faults import Faults
 from meshinfer.scheduler.heads import Heads
 from meshinfer.scheduler.links import LinkRounds
 from meshinfer.scheduler.membership import Device, Membership
@@ -43,7 +44,7 @@ class CoordinatorCore:
     """``handle`` is the only gate; ``next_deadline`` says when to tick."""
 
     def __init__(self, cluster: str, version: str, bulk: m.Peer) -> None:
-        self.members = Membership(cluster, version)
+        self.members = Membership(cluster, version, faults=Faults(bulk.incarnation))
         # Numbers of an earlier coordinator must mean nothing here: its workers may join late.
         epoch = int.from_bytes(hashlib.sha256(bulk.id.encode()).digest()[:4])
         self.catalogue = Catalogue(first_deployment=epoch << 24)
@@ -100,7 +101,8 @@ class CoordinatorCore:
                 effects = self._stop(now)
             case _:
                 raise AssertionError(f"a coordinator has no use for {event}")
-        return effects + self._advance(now)
+        effects += self._advance(now)
+        return effects + self.members.faults.told(effects, self.requests)
 
     def next_deadline(self) -> float | None:
         """When to tick: what was ahead as the rules were last looked at."""
@@ -195,7 +197,7 @@ class CoordinatorCore:
         if failure is not None:
             return [
                 _to(peer, m.Refused(failure=failure)),
-                Note("warning", failure.message, {"hint": failure.hint}),
+                Note("warning", failure.message, {"hint": failure.hint, "peer": peer}),
             ]
         rival = self.members.contested(hello, now)
         if rival is not None:
@@ -208,7 +210,12 @@ class CoordinatorCore:
             if known is not None:  # what was told to it may be lost: it starts anew
                 effects += self._device_lost(known, "it joins again", now)
             self.members.admit(hello, peer, now)
-            fields = {"device": hello.device, "engine": hello.facts.engine}
+            fields = {
+                "device": hello.device,
+                "incarnation": hello.incarnation,
+                "engine": hello.facts.engine,
+                "last_exit": hello.facts.last_exit,
+            }
             if hello.role == "worker":
                 effects.append(Note("info", "device joined", fields))
         head = self.members.head
@@ -245,9 +252,9 @@ class CoordinatorCore:
         assert device is not None
         if lost is None or lost.hello.facts.head:
             lost = device  # a piece for the head, or for one that has left: it is the sender's link
-        fields = {"device": lost.name, "heard_by": device.name}
+        fields = {**lost.ids, "heard_by": device.name}
         lost.excluded_until = now + limits.EXCLUDED_S
-        note = Note("warning", "a device cannot be reached", fields)
+        note = self.members.faults.note("warning", "a device cannot be reached", fields)
         return [note, *self._deploying.out_of_service(lost.name, now)]
 
     # --- loss, time, the end
@@ -270,7 +277,7 @@ class CoordinatorCore:
         self.members.remove(device, now)
         self._balance.forget(device.name)
         effects: list[Effect] = [
-            Note("warning", "device lost", {"device": device.name, "why": why})
+            self.members.faults.note("warning", "device lost", {**device.ids, "why": why})
         ]
         effects += self._deploying.out_of_service(device.name, now)
         if device is head:  # inputs and answers were there: clients give theirs again

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from meshinfer import limits
 from meshinfer.protocol import messages as m
 from meshinfer.scheduler.events import Candidate
+from meshinfer.scheduler.faults import Faults
 
 
 @dataclass(slots=True)
@@ -36,6 +37,11 @@ class Device:
     @property
     def name(self) -> str:
         return self.hello.device
+
+    @property
+    def ids(self) -> dict[str, object]:
+        """How the log names it."""
+        return {"device": self.name, "incarnation": self.hello.incarnation}
 
     @property
     def bulk(self) -> m.Peer:
@@ -76,6 +82,7 @@ class Membership:
     changed_at: float = 0.0
     idle_since: float | None = 0.0
     links_changed: int = 0
+    faults: Faults = field(default_factory=Faults)
 
     def refusal(self, hello: m.Hello, now: float) -> m.Failure | None:
         """Why a hello is not admitted; None when it is."""
