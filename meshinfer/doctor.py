@@ -1,0 +1,439 @@
+"""What is wrong, judged from what was probed: each finding says what to do. Probing is cluster's.
+
+The order of findings is that of causes: what the first problem breaks comes after it, so its exit
+code is that of all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from meshinfer import limits
+from meshinfer.errors import (
+    AuthError,
+    ClusterUnavailable,
+    ConfigurationError,
+    MeshInferError,
+    ProtocolMismatch,
+)
+
+_MB = 1_000_000
+
+
+class Verdict(StrEnum):
+    """Of a check. A warning is what works, but not as it might."""
+
+    OK = "ok"
+    WARNING = "warning"
+    PROBLEM = "problem"
+    SKIPPED = "skipped"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """The outcome of one check. ``exit_code``: of ``meshinfer.errors``, 0 unless a problem."""
+
+    check: str
+    verdict: Verdict
+    text: str
+    hint: str = ""
+    exit_code: int = 0
+
+
+def exit_code(findings: Iterable[Finding]) -> int:
+    """Of the first problem; 0 where there is none."""
+    return next((f.exit_code for f in findings if f.verdict is Verdict.PROBLEM), 0)
+
+
+def ok(check: str, text: str) -> Finding:
+    return Finding(check, Verdict.OK, text)
+
+
+def skipped(check: str, why: str) -> Finding:
+    return Finding(check, Verdict.SKIPPED, why)
+
+
+def warning(check: str, text: str, hint: str) -> Finding:
+    return Finding(check, Verdict.WARNING, text, hint)
+
+
+def problem(check: str, kind: type[MeshInferError], text: str, hint: str) -> Finding:
+    return Finding(check, Verdict.PROBLEM, text, hint, kind.exit_code)
+
+
+def of_error(check: str, error: MeshInferError) -> Finding:
+    """A typed error is a problem in words already."""
+    return problem(check, type(error), error.message, error.hint)
+
+
+# --- the engine
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRun:
+    """What a process that tried the engine came to. ``reached``: what it did last; ``ended``: why
+    it ended before it was done, as a supervisor says it, else empty; ``text``: its last words."""
+
+    reached: str
+    ended: str
+    text: str
+    processor: str
+
+
+def judge_engine(run: EngineRun) -> Finding:
+    if not run.ended:
+        return ok("engine", f"{run.text} computes on this processor ({run.processor})")
+    what = f"the engine died with {run.ended} at {run.reached}, in a process of its own"
+    if run.ended.startswith(("SIGILL", "SIGTRAP")):
+        return problem(
+            "engine",
+            ConfigurationError,
+            f"{what}: this processor ({run.processor}) lacks an instruction that it was built for",
+            "install another release: pip install 'onnxruntime<VERSION' with the one before; on a "
+            "Raspberry Pi use the 64-bit system; or let this device be a client only",
+        )
+    if "out of memory" in run.ended:
+        return problem(
+            "engine",
+            ConfigurationError,
+            what,
+            "the kernel had no memory for it: stop other programs, or raise the group's limit",
+        )
+    said = f": {run.text}" if run.text else ""
+    return problem(
+        "engine",
+        ConfigurationError,
+        f"{what}{said}",
+        "install it again: pip install --force-reinstall onnxruntime numpy",
+    )
+
+
+# --- folders and keys
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Of a folder: bytes that are free, and why writing and syncing a small file failed."""
+
+    what: str
+    folder: str
+    free_bytes: int
+    failure: str
+
+
+def judge_room(rooms: Sequence[Room]) -> Finding:
+    for room in rooms:
+        where = f"{room.what} {room.folder}"
+        if room.failure:
+            return problem(
+                "disk",
+                ConfigurationError,
+                f"cannot write to the {where}: {room.failure} ({_size(room.free_bytes)} free)",
+                "make room or mend its permissions; or choose another with --state-dir, "
+                "$MESHINFER_STATE_DIR or $TMPDIR",
+            )
+    low = min(rooms, key=lambda room: room.free_bytes)
+    if low.free_bytes < limits.DISK_LOW_BYTES:
+        return warning(
+            "disk",
+            f"only {_size(low.free_bytes)} are free for the {low.what} {low.folder}",
+            "weights of models are kept there: make room, or choose another folder with "
+            "--state-dir, $MESHINFER_STATE_DIR or $TMPDIR",
+        )
+    return ok("disk", f"{_size(low.free_bytes)} are free, and writing works")
+
+
+# --- networks
+
+
+@dataclass(frozen=True, slots=True)
+class Interface:
+    """An IPv4 address of this machine. ``skipped``: by its name it leads to containers only."""
+
+    name: str
+    address: str
+    up: bool
+    loopback: bool = False
+    skipped: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.address}{'' if self.up else ' (down)'}"
+
+
+def judge_interfaces(
+    here: Sequence[Interface], asked: Sequence[str] | None, target: str, through: str | None
+) -> Finding:
+    """``asked``: addresses given for mDNS. ``target``: the coordinator's host, or empty;
+    ``through``: our address towards it, or None where there is no way."""
+    check = "interface"
+    outer = [i for i in here if not i.loopback]
+    known = ", ".join(map(str, outer)) or "none but loopback"
+    for address in asked or ():
+        found = next((i for i in here if i.address == address), None)
+        if found is None or not found.up:
+            what = "no interface has" if found is None else f"the interface {found.name} is down:"
+            return problem(
+                check,
+                ConfigurationError,
+                f"{what} the address {address}; here are: {known}",
+                "give --interface (or MESHINFER_INTERFACE) an address of this machine that is up, "
+                "or leave it out",
+            )
+    if not any(i.up for i in outer) and target not in ("127.0.0.1", "localhost"):
+        return problem(
+            check,
+            ConfigurationError,
+            f"no network: no interface but loopback is up with an IPv4 address; here are: {known}",
+            "plug the cable in or join the Wi-Fi, and look at: ip address",
+        )
+    used = [i for i in here if (i.address in asked if asked else i.up and not i.skipped)]
+    names = ", ".join(map(str, [i for i in used if asked or not i.loopback])) or "loopback"
+    if not target:
+        return ok(check, f"mDNS uses {names}")
+    if through is None:
+        return problem(
+            check,
+            ClusterUnavailable,
+            f"there is no way to the coordinator's host {target}; here are: {known}",
+            "check the address and the network: both must be in one network, or routed",
+        )
+    way = next((i for i in here if i.address == through), None)
+    if way is not None and not way.loopback and way not in used:
+        why = f"named {way.name}, it is skipped" if way.skipped else "it was not asked for"
+        return warning(
+            check,
+            f"the coordinator at {target} is reached through {way}, but mDNS uses {names}: {why}",
+            f"give --interface {through}, or the coordinator's address with --coordinator",
+        )
+    return ok(check, f"{target} is reached through {way or through}; mDNS uses {names}")
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """An announcement of a coordinator; nothing of it is proven."""
+
+    host: str
+    port: int
+    fingerprint: str
+    protocol: tuple[int, int]
+
+    def __str__(self) -> str:
+        return f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class Multicast:
+    """What mDNS told. ``opened``: whether it works here at all. ``elsewhere``: coordinators heard
+    at other interfaces than those asked for. ``direct``: whether the coordinator's host answers an
+    mDNS question that is sent to it alone; None where it was not asked."""
+
+    cluster: str
+    opened: bool
+    heard: tuple[Heard, ...]
+    elsewhere: tuple[Heard, ...] = ()
+    direct: bool | None = None
+
+
+def judge_multicast(seen: Multicast, own_key: str | None, known: str) -> Finding:
+    """``own_key``: fingerprint of our keyring's coordinator. ``known``: its address, if any."""
+    check = "multicast"
+    static = f"give its address: coordinator = {known or 'HOST:PORT'!r} in meshinfer.toml"
+    ours = [h for h in seen.heard if own_key is None or h.fingerprint == own_key]
+    if len(seen.heard) > 1:
+        return _judge_several(seen)
+    if ours:
+        return ok(check, f"cluster {seen.cluster!r} is announced by {ours[0]}")
+    if seen.heard:
+        return problem(
+            check,
+            AuthError,
+            f"the coordinator of {seen.cluster!r} at {seen.heard[0]} has another key than our "
+            "keyring names",
+            "copy keyring.json from that coordinator's state folder, or give --keyring",
+        )
+    if seen.elsewhere:
+        return problem(
+            check,
+            ConfigurationError,
+            f"{seen.cluster!r} is announced by {seen.elsewhere[0]}, but not at the interface asked "
+            "for: it is the wrong one",
+            "leave --interface (MESHINFER_INTERFACE) out, or give the address of the network that "
+            "the coordinator is in",
+        )
+    if not seen.opened:
+        text = "mDNS does not work here: no interface for it, or UDP port 5353 is taken"
+        hint = f"{static}; or stop what has the port (ss -ulpn 'sport = 5353')"
+    elif seen.direct:
+        text = (
+            f"multicast is filtered: the coordinator at {known} answers mDNS that is sent to it "
+            "alone, but nothing that is sent to all arrives"
+        )
+        hint = f"{static}; or let the Wi-Fi or switch pass it (AP isolation, IGMP snooping)"
+    elif known:
+        text = f"nobody announces {seen.cluster!r}: the coordinator at {known} does not answer mDNS"
+        hint = f"{static}; or start it without --no-mdns and open UDP port 5353 there"
+    else:
+        return problem(
+            check,
+            ClusterUnavailable,
+            f"no coordinator of cluster {seen.cluster!r} is heard over mDNS, and no address is "
+            "known",
+            "start meshinfer coordinator; if one runs, meshinfer doctor --coordinator HOST:PORT "
+            "finds out whether multicast is filtered",
+        )
+    return warning(check, text, hint)
+
+
+def _judge_several(seen: Multicast) -> Finding:
+    where = ", ".join(map(str, seen.heard))
+    cloned = len({h.fingerprint for h in seen.heard}) < len(seen.heard)
+    return problem(
+        "multicast",
+        ConfigurationError,
+        f"{len(seen.heard)} coordinators announce {seen.cluster!r}: {where}"
+        + ("; with one key: a state folder was copied" if cloned else ""),
+        "stop all but one"
+        + (", and delete the copied state folder" if cloned else ", or give them other --cluster"),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Reached:
+    """How connecting went: ``open``, ``refused``, ``silent``, ``no route`` or ``unknown host``."""
+
+    host: str
+    port: int
+    outcome: str
+    what: str = "coordinator"
+
+    def __str__(self) -> str:
+        return f"{self.host}:{self.port}"
+
+
+def judge_port(reached: Reached) -> Finding:
+    check = "port"
+    match reached.outcome:
+        case "open":
+            return ok(check, f"the {reached.what}'s port at {reached} is open")
+        case "refused":
+            text = f"the {reached.what}'s port is closed: nobody listens at {reached}"
+            hint = "is it running there, at this port and at this address (--host, --port)?"
+        case "silent":
+            text = f"the {reached.what}'s port is blocked: {reached} does not answer at all"
+            hint = (
+                "is the host on and in this network? A firewall on it must let TCP in, as: "
+                f"ufw allow {reached.port}/tcp"
+            )
+        case "unknown host":
+            text = f"no host is named {reached.host}"
+            hint = "give the coordinator's IPv4 address"
+        case _:
+            text = f"there is no way to {reached}: {reached.outcome}"
+            hint = "check the address and the network"
+    return problem(check, ClusterUnavailable, text, hint)
+
+
+def judge_own_port(host: str, port: int, taken: bool) -> Finding:
+    """Of a coordinator that does not run here."""
+    if not taken:
+        return ok("port", f"the coordinator of this machine does not run; its port {port} is free")
+    return problem(
+        "port",
+        ConfigurationError,
+        f"the coordinator of this machine does not run, and another program has port {port}",
+        f"see which: ss -tlpn 'sport = {port}'; stop it, or start the coordinator with --port",
+    )
+
+
+# --- the cluster
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A device as the coordinator lists it."""
+
+    name: str
+    state: str
+    host: str
+    address: str
+    version: str
+    cause: str = ""
+    head: bool = False
+
+
+def judge_versions(
+    version: str, speaks: tuple[int, int], heard: Sequence[Heard], members: Sequence[Member]
+) -> Finding:
+    """What is announced tells of a mismatch even where the key is wrong."""
+    check = "version"
+    for each in heard:
+        if each.protocol[1] < speaks[0] or speaks[1] < each.protocol[0]:
+            low, high = each.protocol
+            return problem(
+                check,
+                ProtocolMismatch,
+                f"the coordinator at {each} speaks protocol {low} to {high}, this release "
+                f"({version}) {speaks[0]} to {speaks[1]}",
+                "install the same release of meshinfer on both",
+            )
+    if not members:
+        return skipped(check, f"this is {version}, protocol {speaks[0]} to {speaks[1]}")
+    others = [f"{d.name} has {d.version}" for d in members if d.version not in ("", version)]
+    if others:
+        return warning(
+            check,
+            f"this is {version}, but {', '.join(others)}",
+            "they understand each other; still, install one release everywhere",
+        )
+    return ok(check, f"{version} everywhere, protocol {speaks[0]} to {speaks[1]}")
+
+
+def judge_identity(
+    name: str, own: Sequence[str], members: Sequence[Member], is_worker: bool
+) -> Finding:
+    """``own``: all addresses of this machine. ``is_worker``: it has a worker's state folder."""
+    check = "identity"
+    same = next((d for d in members if d.name == name), None)
+    if same is None:
+        return ok(check, f"no other device is named {name!r}")
+    if same.address in own:
+        return ok(check, f"{name!r} is this machine, {same.state}")
+    text = f"a device named {name!r} is in the cluster from {same.host} at {same.address}"
+    if not is_worker:
+        return warning(
+            check, f"{text}, and this machine is named so, too", "give a worker here another --name"
+        )
+    return problem(
+        check,
+        ConfigurationError,
+        f"{text}, and this machine has that identity, too: it was cloned",
+        "give this one a host name of its own (hostnamectl set-hostname) or --name, and delete the "
+        "copied state folder; the coordinator lets in only one of the two",
+    )
+
+
+def judge_devices(members: Sequence[Member]) -> Finding:
+    check = "devices"
+    workers = [d for d in members if not d.head]
+    if not workers:
+        return problem(
+            check,
+            ClusterUnavailable,
+            "no worker is in the cluster: nobody can compute",
+            "start meshinfer worker on a device, with this cluster's keyring.json",
+        )
+    ailing = [d for d in workers if d.state != "ready"]
+    if ailing:
+        told = (f"{d.name} is {d.state}{f' ({d.cause})' if d.cause else ''}" for d in ailing)
+        return warning(
+            check,
+            "; ".join(told),
+            "meshinfer devices --watch shows what becomes of them; look at their logs",
+        )
+    return ok(check, f"{len(workers)} ready: {', '.join(d.name for d in workers)}")
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1000 / _MB:.1f} GB" if nbytes >= 1000 * _MB else f"{nbytes / _MB:.1f} MB"
