@@ -21,6 +21,7 @@ from meshinfer.errors import ConfigurationError
 
 _CONNECT_S: Final = 2.0
 _LISTEN_S: Final = 2.5
+_SECOND_S: Final = 1.0
 _DIRECT_S: Final = 1.0
 _DIRECT_TRIES: Final = 3
 _MDNS_PORT: Final = 5353
@@ -82,11 +83,11 @@ def is_taken(host: str, port: int) -> bool:
     return False
 
 
-def listen(
-    cluster: str, asked: Sequence[str] | None, known: str, *, until: int | None = None
-) -> Multicast:
+def listen(cluster: str, asked: Sequence[str] | None, known: str) -> Multicast:
     """What mDNS tells of a cluster. ``known``: a host to ask by itself, if nothing is heard."""
-    found = browse(cluster, timeout_s=_LISTEN_S, interfaces=asked or None, until=until)
+    found = browse(cluster, timeout_s=_LISTEN_S, interfaces=asked or None, until=1)
+    if found:  # there may be more than one
+        found = browse(cluster, timeout_s=_SECOND_S, interfaces=asked or None) or found
     elsewhere: list[Found] = []
     if not found and asked:
         elsewhere = browse(cluster, timeout_s=_LISTEN_S, until=1)
