@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from test_daemons import OTHER_PROTOCOL, address_of, coordinator_options, daemon
 
@@ -22,9 +23,12 @@ import meshinfer as mi
 from cluster import config
 from cluster.discovery import announce
 from cluster.lab import DeviceSpec, Lab, LabCluster
+from cluster.profiler import Measured
 from cluster.security import new_keyring, write_keyring
+from cluster.worker import WorkerOptions
 from meshinfer.doctor import Finding, Interface, Verdict, exit_code, judge_interfaces
 
+ROOT = Path(__file__).parent.parent
 LONG_S = 90.0
 LO = ["127.0.0.1"]
 DOCTOR = [sys.executable, "-m", "cluster.cli", "doctor", "--json"]
@@ -66,7 +70,7 @@ def doctor(folder: Path, *arguments: object, **environment: str) -> Told:
         stderr=subprocess.PIPE,
         text=True,
         env={**clean, "MESHINFER_STATE_DIR": str(folder), **environment},
-        cwd=Path(__file__).parent.parent,
+        cwd=ROOT,
     )
     return understood(process)
 
@@ -309,7 +313,7 @@ def on_device(lab: Lab, cluster: LabCluster, i: int, *arguments: object, **more:
     options = ("--keyring", cluster.keyring, "--cluster", cluster.name, *arguments)
     process = lab.spawn(
         i, [*DOCTOR, *map(str, options)], limits=False, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=Path(__file__).parent.parent,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT,
         env={**clean, "MESHINFER_STATE_DIR": str(state)},
     )  # fmt: skip
     return understood(process)
@@ -398,14 +402,24 @@ def test_a_device_without_a_network_and_one_that_is_cut_off_are_told_apart(
 def test_a_copied_card_is_found_on_either_machine_by_the_name_that_both_have(
     lab: tuple[Lab, LabCluster], tmp_path: Path
 ) -> None:
-    """1. b's state folder is copied from a's; 2. a worker of a's name is in the cluster from a."""
+    """1. b's state folder is copied from a's; 2. a worker there is refused, since a's lives on;
+    3. the doctor on b says why; 4. and on a that all is well."""
     made, cluster = lab
     with monkeypatched_state(tmp_path):
         own = config.state_dir(f"worker-{cluster.name}-a")
     shutil.copytree(cluster.state / "a", own)
+    options = WorkerOptions(
+        name="a", cluster=cluster.name, state_dir=str(own), keyring=str(cluster.keyring),
+        coordinator=cluster.coordinator, measured=Measured((1e9,), 1e9, 0.0, 0.001),
+    )  # fmt: skip
+    text = json.dumps(msgspec.to_builtins(options))
+    command = [sys.executable, "-m", "cluster.worker", text]
+    clone = made.spawn(1, command, text=True, stderr=subprocess.PIPE, cwd=ROOT)
+    _, said = clone.communicate(timeout=LONG_S)
+    assert clone.returncode == 78 and "a device named 'a' is alive" in said
     told = on_device(made, cluster, 1, "--name", "a", state=tmp_path)
     assert told.problems == ["identity"] and told.code == 78
-    assert made.address(0) in told["identity"].text or "0.0.0.0" in told["identity"].text
+    assert made.address(0) in told["identity"].text
     assert "host name" in told["identity"].hint
     assert on_device(made, cluster, 0, "--name", "a", state=tmp_path).code == 0, "the true one"
     told = on_device(made, cluster, 1, "--name", "a")
@@ -417,6 +431,28 @@ def monkeypatched_state(folder: Path) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MESHINFER_STATE_DIR", str(folder))
         yield
+
+
+def test_a_firewall_before_a_device_is_found_though_the_coordinator_admits_all(
+    lab: tuple[Lab, LabCluster],
+) -> None:
+    """1. device b drops new connections; 2. those that it has go on; 3. others see its port."""
+    made, cluster = lab
+    nft = ["nsenter", f"--net=/run/netns/mi-{made.name}-1", "--", "nft"]
+    rules = (
+        "add table ip t; add chain ip t in { type filter hook input priority 0; };"
+        "add rule ip t in tcp flags & (syn|ack) == syn drop"
+    )
+    if subprocess.run([*nft, rules], capture_output=True, check=False).returncode:
+        pytest.skip("there is no nft here")
+    try:
+        told = on_device(made, cluster, 0)
+        assert told.code == 0 and told["devices"].verdict is Verdict.WARNING
+        assert f"b has a closed port at {made.address(1)}" in told["devices"].text
+        assert "firewall" in told["devices"].hint
+    finally:
+        subprocess.run([*nft, "delete table ip t"], check=True)
+    assert on_device(made, cluster, 0)["devices"].verdict is Verdict.OK
 
 
 # --- judgements that take a machine which is not at hand

@@ -167,7 +167,6 @@ class _Examination:
         own: list[str],
     ) -> Iterator[Finding]:
         from meshinfer.protocol.messages import PROTOCOL  # numpy comes along
-        from meshinfer.protocol.records import BESIDE_COORDINATOR
 
         members: list[Member] = []
         if ring is None or target is None:
@@ -183,13 +182,18 @@ class _Examination:
         if not members:
             yield skipped("identity", "the cluster's devices are not known")
             return
-        addresses = [*own, BESIDE_COORDINATOR] if target and target.host in own else own
         is_worker = any((folder / "lock").exists() for folder in self._workers)
-        yield judge_identity(self._options.name, addresses, members, is_worker)
-        yield judge_devices(members)
+        yield judge_identity(self._options.name, own, members, is_worker)
+        places = [(d.address, d.port, d.name) for d in members if d.port and d.state != "dead"]
+        yield judge_devices(members, network.reach_all(places))
 
     def _members(self, target: _Target) -> list[Member]:
         from cluster.client import Client
+        from meshinfer.protocol.records import BESIDE_COORDINATOR
+
+        def address(where: str) -> str:
+            own = where.rpartition(" ")[2]
+            return target.host if own == BESIDE_COORDINATOR else own
 
         with Client(
             str(target),
@@ -202,7 +206,8 @@ class _Examination:
                     name=each.device,
                     state=each.state,
                     host=each.facts.host,
-                    address=each.where.rpartition(" ")[2],
+                    address=address(each.where),
+                    port=each.port,
                     version=each.facts.version,
                     cause=getattr(each, "cause", "") or each.facts.last_exit,
                     head=each.facts.head,

@@ -9,6 +9,7 @@ import socket
 import struct
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from typing import Final
 
@@ -20,6 +21,7 @@ from meshinfer.doctor import Heard, Interface, Multicast, Reached
 from meshinfer.errors import ConfigurationError
 
 _CONNECT_S: Final = 2.0
+_AT_ONCE: Final = 32
 _LISTEN_S: Final = 2.5
 _SECOND_S: Final = 1.0
 _DIRECT_S: Final = 1.0
@@ -54,11 +56,17 @@ def way_to(host: str) -> str | None:
         return None
 
 
-def reach(host: str, port: int) -> Reached:
+def reach_all(places: Sequence[tuple[str, int, str]]) -> list[Reached]:
+    """Connect to each (host, port, what it is) at once: what is silent takes its time."""
+    with ThreadPoolExecutor(max_workers=_AT_ONCE) as pool:
+        return list(pool.map(lambda place: reach(*place), places))
+
+
+def reach(host: str, port: int, what: str = "coordinator") -> Reached:
     """Connect, and nothing more."""
     try:
         with socket.create_connection((host, port), timeout=_CONNECT_S):
-            return Reached(host, port, "open")
+            return Reached(host, port, "open", what)
     except ConnectionRefusedError:
         outcome = "refused"
     except TimeoutError:
@@ -69,7 +77,7 @@ def reach(host: str, port: int) -> Reached:
         outcome = "refused" if error.errno == errno.ECONNRESET else os.strerror(error.errno or 0)
         # The neighbour does not answer to ARP: it is off, or its cable is out.
         outcome = "silent" if error.errno == errno.EHOSTUNREACH else outcome
-    return Reached(host, port, outcome)
+    return Reached(host, port, outcome, what)
 
 
 def is_taken(host: str, port: int) -> bool:

@@ -201,7 +201,8 @@ class TaskTime(Done, frozen=True, kw_only=True):
 
 class DeviceInfo(Record, frozen=True):
     """A device as ``meshinfer devices`` shows it. ``link``: to the coordinator's own device;
-    ``links``: to others that it has sent to; ``where``: the same for those on one host."""
+    ``links``: to others that it has sent to; ``where``: the same for those on one host; ``port``:
+    of its bulk socket."""
 
     device: Name
     state: str
@@ -212,6 +213,7 @@ class DeviceInfo(Record, frozen=True):
     link: Link | None = None
     links: Annotated[tuple[Link, ...], Meta(max_length=limits.DEVICES)] = ()
     where: Text = ""
+    port: Annotated[int, Meta(ge=0, le=65535)] = 0
 
 
 class ModelInfo(Record, frozen=True):

@@ -261,6 +261,7 @@ class Membership:
                 computing=d.computing,
                 tasks_done=d.tasks_done,
                 where=d.where,
+                port=d.bulk.port,
             )
             for _, d in sorted(self.devices.items())
         )
