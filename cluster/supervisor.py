@@ -58,13 +58,23 @@ def supervise(options: dict[str, Any]) -> int:
         ended = {**task, "cause": last_exit, "killed": was_killed(code, last_exit)}
         if time.monotonic() - started > _HEALTHY_S:
             wait = _FIRST_WAIT_S
-        sys.stderr.write(f"worker {options['name']} died: {last_exit}; again in {wait:g} s\n")
-        sys.stderr.flush()
+        _say(options, child.pid, last_exit, wait)
         until = time.monotonic() + wait
         while not stopping and time.monotonic() < until:  # a signal does not end a sleep
             time.sleep(_LOOK_S)
         wait = min(_LONGEST_WAIT_S, wait * 2)
     return 0
+
+
+def _say(options: dict[str, Any], pid: int, why: str, again_s: float) -> None:
+    """Log a death, in the form that the worker's own lines have."""
+    text = f"worker {options['name']} died: {why}; again in {again_s:g} s"
+    if options.get("log_form") == "json":
+        fields = {"event": "worker died", "device": options["name"], "pid": pid, "why": why}
+        when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        text = json.dumps({**fields, "again_s": again_s, "level": "warning", "timestamp": when})
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ import structlog
 
 LEVELS = ("debug", "info", "warning", "error")
 
+_ids: dict[str, str] = {}
+
 
 def configure(level: str = "info", form: str = "text", *, name: str = "") -> None:
     """Set up structlog for this process. ``name`` (a device) is bound to every line."""
@@ -24,6 +26,7 @@ def configure(level: str = "info", form: str = "text", *, name: str = "") -> Non
         )
     )
     structlog.contextvars.clear_contextvars()
+    _ids.clear()
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
@@ -37,6 +40,11 @@ def configure(level: str = "info", form: str = "text", *, name: str = "") -> Non
         logger_factory=lambda *_: structlog.PrintLogger(sys.stderr),
         cache_logger_on_first_use=False,
     )
+
+
+def identify(**ids: str) -> None:
+    """From now on each line of this process, of whatever thread, has these fields too."""
+    _ids.update(ids)
 
 
 def warn_of_plaintext() -> None:
@@ -53,6 +61,8 @@ def _naming(name: str) -> structlog.typing.Processor:
     ) -> structlog.typing.EventDict:
         if name:
             event.setdefault("who", name)
+        for key, value in _ids.items():
+            event.setdefault(key, value)
         return event
 
     return add

@@ -110,6 +110,8 @@ class ComputeThread:
             outputs = tuple(session.run(job.inputs))
         except (EngineError, KeyError) as error:
             text = str(error) if isinstance(error, EngineError) else "its program is gone"
+            fields = {"request": job.request, "attempt": job.attempt, "task": str(job.place)}
+            structlog.get_logger().error("a task failed", **fields, why=text)
             return Computed(job.request, job.attempt, job.place, (), 0.0, text)
         speed = self._speed()
         if speed < 1.0:
@@ -128,7 +130,9 @@ def run_worker(options: WorkerOptions) -> m.Failure | None:
         telemetry.warn_of_plaintext()
     host, port = _locate(options, keyring.coordinator_public)
     server = generate_keypair()
-    identity = f"{options.name}#{secrets.token_hex(4)}"
+    incarnation = secrets.token_hex(4)
+    identity = f"{options.name}#{incarnation}"
+    telemetry.identify(device=options.name, incarnation=incarnation)
     transport = Transport(identity, keyring.member, server, plaintext=keyring.plaintext)
     address = BESIDE_COORDINATOR if options.beside else local_address(host)
     bulk_port = transport.bind(Plane.BULK, address)  # all addresses, if beside the coordinator

@@ -84,6 +84,8 @@ CLUSTER_NAME_CHARS: Final = 32
 KEY_FILE_BYTES: Final = 4096
 DISCOVERED: Final = 64
 DISCOVERY_TXT_BYTES: Final = 512
+DISK_LOW_BYTES: Final = 512 * MIB
+"""With less free, ``meshinfer doctor`` warns: weights of models are kept on disk."""
 
 # Requests.
 QUEUE_REQUESTS: Final = 256

@@ -55,6 +55,9 @@ _HEADER = (
 
 
 def devices(
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Go on: a live table, or a line for each change.")
+    ] = False,
     coordinator: Coordinator = None,
     keyring: KeyringFile = None,
     cluster: ClusterName = "default",
@@ -68,6 +71,11 @@ def devices(
 
     CAUSE says why a device gets no work, or how its last process ended."""
     with connect(coordinator, keyring, cluster, interface, timeout, log_level) as client:
+        if watch:
+            from cluster.cli.watch import watch as go_on
+
+            go_on(client, as_json=as_json)
+            return
         found = client.devices(lost=lost)
     if as_json:
         import msgspec

@@ -229,7 +229,8 @@ class TaskTime(Done, frozen=True, kw_only=True):
 
 class DeviceInfo(Record, frozen=True):
     """A device as ``meshinfer devices`` shows it. ``link``: to the coordinator's own device;
-    ``links``: to others that it has sent to; ``where``: the same for those on one host.
+    ``links``: to others that it has sent to; ``where``: the same for those on one host;
+    ``port``: of its bulk socket.
 
     ``state``: ready, suspect, excluded, quarantined, draining or dead; ``cause``: why it is so, or
     how its last process ended; ``returns_s``: until it is ready again by itself. ``computing``:
@@ -248,6 +249,8 @@ class DeviceInfo(Record, frozen=True):
     cause: Text = ""
     returns_s: Seconds = 0.0
     computing_s: Seconds = 0.0
+
+    port: Annotated[int, Meta(ge=0, le=65535)] = 0
 
 
 class ModelInfo(Record, frozen=True):

@@ -19,7 +19,7 @@ from meshinfer.scheduler.admission import other_body, refuse, same_body, signatu
 from meshinfer.scheduler.balance import Balance
 from meshinfer.scheduler.catalogue import Catalogue, Deployment, Model
 from meshinfer.scheduler.covering import Covering
-from meshinfer.scheduler.events import Effect, Note, Plane, Send, Signature
+from meshinfer.scheduler.events import Effect, Plane, Send, Signature
 from meshinfer.scheduler.heads import Heads
 from meshinfer.scheduler.journal import Journal
 from meshinfer.scheduler.membership import Membership
@@ -126,7 +126,8 @@ class Answering:
             return []
         request.kernel_failures += 1
         request.deployment = None
-        note = Note("error", "a task failed", {"request": request.id, "why": message.text})
+        fields = {"request": request.id, "attempt": message.attempt, "why": message.text}
+        note = self._members.faults.note("error", "a task failed", fields)
         if request.kernel_failures < limits.KERNEL_FAILURES_PER_REQUEST:
             return [note]
         return [note, *self._fail(request, outcomes.kernel_failed(request, message.text), now)]

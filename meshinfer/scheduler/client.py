@@ -293,7 +293,7 @@ class ClientCore:
         try:
             array = array_of(message.tensor, payload)
         except ProtocolError as error:
-            return [Note("warning", "bad answer", {"why": str(error)})]
+            return [Note("warning", "bad answer", {"request": message.request, "why": str(error)})]
         answers = request.answers.setdefault(message.attempt, {})
         answers[message.tensor.name] = array
         if len(answers) < message.count:

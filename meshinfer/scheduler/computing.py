@@ -60,15 +60,15 @@ class Computing:
         name = message.request
         stale = self.holding.is_released(name, peer, message.turn)
         if not stale and name not in self._requests and len(self._requests) >= limits.FED_REQUESTS:
-            note = Note("warning", "too many inputs wait here", {"request": name})
-            return [note]  # not acknowledged: the client sends it again later
+            # Not acknowledged: the client sends it again later.
+            return [Note("warning", "too many inputs wait here", {"request": name})]
         self.acks.add(peer, message.id, len(payload), now)
         if stale:
             return []
         try:
             array = array_of(message.tensor, payload)
         except ProtocolError as error:
-            return [Note("warning", "bad input", {"why": str(error)})]
+            return [Note("warning", "bad input", {"request": name, "why": str(error)})]
         request = self.holding.request(name, now)
         if peer == request.giver and message.turn < request.turn:
             return []
@@ -167,18 +167,18 @@ class Computing:
         # Pieces are sent when all devices have installed: an unknown deployment is a retired one.
         if message.deployment not in self._deployments:
             return []
-        request = self.holding.current(message.request, message.attempt, message.deployment, now)
+        name = message.request
+        request = self.holding.current(name, message.attempt, message.deployment, now)
         if request is None:
             return []
         request.head = message.head
-        effects = self._learn(message.request, request, message.assigned, now)
+        effects = self._learn(name, request, message.assigned, now)
         try:
             array = array_of(message.tensor, payload)
         except ProtocolError as error:
-            return [*effects, Note("warning", "bad piece", {"why": str(error), "peer": peer})]
-        return effects + self._place(
-            message.request, request, message.consumer, message.slot, array, now
-        )
+            fields = {"request": name, "peer": peer, "why": str(error)}
+            return [*effects, Note("warning", "bad piece", fields)]
+        return effects + self._place(name, request, message.consumer, message.slot, array, now)
 
     def _learn(
         self, name: str, request: Held, assigned: tuple[m.Assigned, ...], now: float
@@ -211,7 +211,7 @@ class Computing:
             recipe = self._deployments[request.deployment].recipes.get(consumer)
             gathering = None if recipe is None else Gathering(recipe)
         if gathering is None or not gathering.put(slot, array):
-            fields = {"task": str(consumer), "slot": slot}
+            fields = {"request": name, "task": str(consumer), "slot": slot}
             return [Note("warning", "a piece that nobody awaits", fields)]
         request.pieces[consumer] = gathering
         if not gathering.complete:

@@ -35,6 +35,7 @@ from meshinfer.scheduler.events import (
     StopRequested,
     Ticked,
 )
+from meshinfer.scheduler.faults import Faults
 from meshinfer.scheduler.heads import Heads
 from meshinfer.scheduler.journal import Journal
 from meshinfer.scheduler.ledger import Ledger
@@ -51,7 +52,7 @@ class CoordinatorCore:
     def __init__(
         self, cluster: str, version: str, bulk: m.Peer, ledger: Ledger | None = None
     ) -> None:
-        self.members = Membership(cluster, version)
+        self.members = Membership(cluster, version, faults=Faults(bulk.incarnation))
         # Numbers of an earlier coordinator must mean nothing here: its workers may join late.
         epoch = int.from_bytes(hashlib.sha256(bulk.id.encode()).digest()[:4])
         self.catalogue = Catalogue(first_deployment=epoch << 24)
@@ -117,7 +118,8 @@ class CoordinatorCore:
                 effects = self._stop(now)
             case _:
                 raise AssertionError(f"a coordinator has no use for {event}")
-        return effects + self._advance(now)
+        effects += self._advance(now)
+        return effects + self.members.faults.told(effects, self.requests)
 
     def next_deadline(self) -> float | None:
         """When to tick: what was ahead as the rules were last looked at."""
@@ -217,7 +219,7 @@ class CoordinatorCore:
         if failure is not None:
             return [
                 _to(peer, m.Refused(failure=failure)),
-                Note("warning", failure.message, {"hint": failure.hint}),
+                Note("warning", failure.message, {"hint": failure.hint, "peer": peer}),
             ]
         rival = self.members.contested(hello, now)
         if rival is not None:
@@ -257,14 +259,17 @@ class CoordinatorCore:
 
     def _joined(self, hello: m.Hello, now: float) -> list[Effect]:
         """A device's process is new: how the one before ended is known only now."""
-        fields = {"device": hello.device, "engine": hello.facts.engine}
+        ids = {"device": hello.device, "incarnation": hello.incarnation}
+        fields: dict[str, object] = {**ids, "engine": hello.facts.engine}
         effects: list[Effect] = [Note("info", "device joined", fields)]
+        behind = self.members.faults.behind(hello.device)
         effects += self._answering.process_ended(hello, now)
         if hello.ended is not None:
-            effects.append(Note("warning", "its last process ended", _of_end(hello.ended, hello)))
+            fields = {**_of_end(hello.ended, hello), **behind}
+            effects.append(Note("warning", "its last process ended", fields))
         why = self.members.health.joined(hello, now)
         if why:
-            fields = {"device": hello.device, "why": why}
+            fields = {**ids, "why": why, **behind}
             effects.append(Note("warning", "device quarantined", fields))
         return effects
 
@@ -280,9 +285,9 @@ class CoordinatorCore:
         assert device is not None
         if lost is None or lost.hello.facts.head:
             lost = device  # a piece for the head, or for one that has left: it is the sender's link
-        fields = {"device": lost.name, "heard_by": device.name}
+        fields = {**lost.ids, "heard_by": device.name}
         lost.exclude(f"{device.name} does not reach it", now)
-        note = Note("warning", "a device cannot be reached", fields)
+        note = self.members.faults.note("warning", "a device cannot be reached", fields)
         return [note, *self._deploying.out_of_service(lost.name, now)]
 
     # --- loss, time, the end
@@ -306,7 +311,7 @@ class CoordinatorCore:
         self._answering.device_lost(device.name, why, now)
         self._balance.forget(device.name)
         effects: list[Effect] = [
-            Note("warning", "device lost", {"device": device.name, "why": why})
+            self.members.faults.note("warning", "device lost", {**device.ids, "why": why})
         ]
         effects += self._deploying.out_of_service(device.name, now)
         if device is head:  # inputs and answers were there: clients give theirs again

@@ -195,8 +195,8 @@ class Deploying:
     def _install_failed(
         self, made: Deployment, device: Device, failure: m.Failure, now: float
     ) -> list[Effect]:
-        fields = {"device": device.name, "why": failure.message}
-        note = Note("error", "a device could not prepare its programs", fields)
+        fields = {**device.ids, "deployment": made.number, "why": failure.message}
+        note = self._members.faults.note("error", "a device could not prepare its programs", fields)
         computes = device.name in made.candidates
         failed = made.model.unprepared.pop(made.signature, ())
         failed = (*failed, f"{device.name} is left out: {failure.message}")

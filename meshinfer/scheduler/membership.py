@@ -12,6 +12,7 @@ from msgspec import structs
 from meshinfer import limits
 from meshinfer.protocol import messages as m
 from meshinfer.scheduler.events import Candidate
+from meshinfer.scheduler.faults import Faults
 from meshinfer.scheduler.health import Health
 
 
@@ -43,6 +44,11 @@ class Device:
     @property
     def name(self) -> str:
         return self.hello.device
+
+    @property
+    def ids(self) -> dict[str, object]:
+        """How the log names it."""
+        return {"device": self.name, "incarnation": self.hello.incarnation}
 
     @property
     def bulk(self) -> m.Peer:
@@ -90,6 +96,8 @@ class Membership:
     links_changed: int = 0
     apart: dict[tuple[str, str], bool] = field(default_factory=dict)
     health: Health = field(default_factory=Health)
+
+    faults: Faults = field(default_factory=Faults)
 
     def refusal(self, hello: m.Hello, now: float) -> m.Failure | None:
         """Why a hello is not admitted; None when it is."""
@@ -295,6 +303,7 @@ class Membership:
             computing_s=d.computing_s + now - d.heard if d.computing else 0.0,
             tasks_done=d.tasks_done,
             where=d.where,
+            port=d.bulk.port,
             cause=cause or d.hello.facts.last_exit,
             returns_s=max(0.0, until - now),
         )

@@ -25,8 +25,11 @@ def told_done(name: str, request: Held, done: list[m.Done]) -> Send:
 
 def unreachable(lost: Unacknowledged) -> list[Effect]:
     """A peer never acknowledged a message; it is news where it was a piece."""
-    effects: list[Effect] = [Note("warning", "no acknowledgement", {"peer": lost.peer})]
+    fields: dict[str, object] = {"peer": lost.peer}
     message = lost.message
+    if isinstance(message, m.Deliver):
+        fields |= {"request": message.request, "attempt": message.attempt}
+    effects: list[Effect] = [Note("warning", "no acknowledgement", fields)]
     if isinstance(message, m.Deliver):
         word = m.Unreachable(request=message.request, attempt=message.attempt, peer=lost.peer)
         effects.append(told(word))

@@ -42,6 +42,7 @@ class WorkerCore:
     def __init__(self, hello: m.Hello) -> None:
         self.hello = hello
         self.device = hello.device
+        self._ids = {"device": hello.device, "incarnation": hello.incarnation}
         self.joined = False
         self._coordinator: m.Peer | None = None
         self._installing = Installing(hello.device)
@@ -190,7 +191,7 @@ class WorkerCore:
         self._coordinator = message.bulk
         self.joined = True
         self._beat_due = now
-        effects += [Connect(message.bulk), Note("info", "joined", {"device": self.device})]
+        effects += [Connect(message.bulk), Note("info", "joined", self._ids)]
         if self._stop_due is not None:
             effects.append(told(m.Goodbye()))
         return effects
@@ -205,7 +206,7 @@ class WorkerCore:
         self._computing.reset(keep_inputs=False)  # the coordinator has clients give them again
         if self._stop_due is not None:
             return self._end()
-        return [Note("warning", "coordinator lost", {"device": self.device})]
+        return [Note("warning", "coordinator lost", self._ids)]
 
     def _moved(self, now: float) -> bool:
         """Whether a coordinator that once answered is silent so long that it must be looked for."""
