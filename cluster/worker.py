@@ -46,6 +46,15 @@ LOOK_S = 3.0
 """How long one look for the coordinator over mDNS takes; it is repeated until one is found."""
 
 
+class Ways(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A worker's ways through ``cluster.gate``: it listens at ``behind``, is reached at ``front``,
+    and reaches others by the SOCKS5 proxy ``outbound``; three ports of its own address."""
+
+    behind: int
+    front: int
+    outbound: int
+
+
 class WorkerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Settings of one worker, as ``meshinfer worker`` and LocalCluster hand them over.
 
@@ -55,7 +64,7 @@ class WorkerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     ``memory_bytes``: what MeshInfer may use; 0 for what the kernel grants. ``interfaces``:
     addresses for mDNS; None chooses. ``last_exit`` comes from the supervisor. ``parent``: process
     to end with. ``beside``: on the host of a coordinator that listens at all addresses; so does
-    this worker.
+    this worker. ``gate``: what all its connections go through.
     """
 
     name: str
@@ -74,6 +83,7 @@ class WorkerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     last_exit: str = ""
     parent: int = 0
     beside: bool = False
+    gate: Ways | None = None
 
 
 class ComputeThread:
@@ -121,9 +131,13 @@ def run_worker(options: WorkerOptions) -> m.Failure | None:
     host, port = _locate(options, keyring.coordinator_public)
     server = generate_keypair()
     identity = f"{options.name}#{secrets.token_hex(4)}"
-    transport = Transport(identity, keyring.member, server, plaintext=keyring.plaintext)
     address = BESIDE_COORDINATOR if options.beside else local_address(host)
-    bulk_port = transport.bind(Plane.BULK, address)  # all addresses, if beside the coordinator
+    gate = options.gate
+    proxy = "" if gate is None else f"{address}:{gate.outbound}"
+    transport = Transport(identity, keyring.member, server, keyring.plaintext, proxy)
+    # All addresses, if beside the coordinator.
+    bulk_port = transport.bind(Plane.BULK, address, 0 if gate is None else gate.behind)
+    bulk_port = bulk_port if gate is None else gate.front
     coordinator = Endpoint(host, port, keyring.coordinator_public)
     store = BlobStore(state / "blobs")
     engine = OrtEngine(store.folder, options.threads)
