@@ -169,12 +169,16 @@ def configure(
     member: KeyPair | None = None,
     server_key: str = "",
     plaintext: bool = False,
+    proxy: str = "",
 ) -> None:
     """Set up every socket that carries messages: a CURVE server, or a client of ``server_key``.
 
     ``plaintext``: the same without CURVE and without a gatekeeper. ZMTP's greeting names the
-    mechanism, so that such a socket and one with CURVE refuse each other.
+    mechanism, so that such a socket and one with CURVE refuse each other. ``proxy``: HOST:PORT of
+    a SOCKS5 proxy that a client goes through.
     """
+    if proxy and server is None:
+        new.setsockopt_string(zmq.SOCKS_PROXY, proxy)
     for option, value in _options(plane, server=server is not None, plaintext=plaintext).items():
         new.setsockopt(option, value)
     if plaintext:

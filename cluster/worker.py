@@ -47,6 +47,15 @@ LOOK_S = 3.0
 """How long one look for the coordinator over mDNS takes; it is repeated until one is found."""
 
 
+class Ways(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A worker's ways through ``cluster.gate``: it listens at ``behind``, is reached at ``front``,
+    and reaches others by the SOCKS5 proxy ``outbound``; three ports of its own address."""
+
+    behind: int
+    front: int
+    outbound: int
+
+
 class WorkerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Settings of one worker, as ``meshinfer worker`` and LocalCluster hand them over.
 
@@ -57,7 +66,7 @@ class WorkerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     addresses for mDNS; None chooses. ``ended`` and ``doing`` come from the supervisor: how the last
     worker process ended, and where to write what this one computes. ``parent``: process to end
     with. ``beside``: on the host of a coordinator that listens at all addresses; so does
-    this worker.
+    this worker. ``gate``: what a test can stop its connections with.
     """
 
     name: str
@@ -77,6 +86,7 @@ class WorkerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     doing: int = -1
     parent: int = 0
     beside: bool = False
+    gate: Ways | None = None
 
 
 class ComputeThread:
@@ -133,9 +143,13 @@ def run_worker(options: WorkerOptions) -> m.Failure | None:
     incarnation = secrets.token_hex(4)
     identity = f"{options.name}#{incarnation}"
     telemetry.identify(device=options.name, incarnation=incarnation)
-    transport = Transport(identity, keyring.member, server, plaintext=keyring.plaintext)
     address = BESIDE_COORDINATOR if options.beside else local_address(host)
-    bulk_port = transport.bind(Plane.BULK, address)  # all addresses, if beside the coordinator
+    gate = options.gate
+    proxy = "" if gate is None else f"{address}:{gate.outbound}"
+    transport = Transport(identity, keyring.member, server, keyring.plaintext, proxy)
+    # All addresses, if beside the coordinator.
+    bulk_port = transport.bind(Plane.BULK, address, 0 if gate is None else gate.behind)
+    bulk_port = bulk_port if gate is None else gate.front
     coordinator = Endpoint(host, port, keyring.coordinator_public)
     store = BlobStore(state / "blobs")
 

@@ -6,8 +6,10 @@ search for one id in a log finds the loss of a device and every request that it 
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 
+from meshinfer import limits
 from meshinfer.protocol import messages as m
 from meshinfer.scheduler.events import Effect, Note, Send
 from meshinfer.scheduler.request import Request
@@ -17,7 +19,7 @@ class Faults:
     """Mutable: owned by the coordinator's core. ``incarnation``: makes ids of restarts differ.
 
     ``_fresh`` are the faults of the event that is being handled; ``_causes`` those that each open
-    request met, first to last.
+    request met, first to last; ``_latest`` the latest of each device, by its name.
     """
 
     def __init__(self, incarnation: str = "0") -> None:
@@ -25,13 +27,23 @@ class Faults:
         self._count = 0
         self._fresh: list[str] = []
         self._causes: dict[str, dict[str, None]] = {}
+        self._latest: OrderedDict[str, str] = OrderedDict()
 
     def note(self, level: str, text: str, fields: Mapping[str, object]) -> Note:
         """A fault, to be logged with an id of its own."""
         self._count += 1
         cause = f"{self._incarnation}-{self._count}"
         self._fresh.append(cause)
+        if "device" in fields:
+            self._latest[str(fields["device"])] = cause
+            while len(self._latest) > limits.DEVICES:
+                self._latest.popitem(last=False)
         return Note(level, text, {**fields, "cause": cause})
+
+    def behind(self, device: str) -> dict[str, object]:
+        """The latest fault of a device, as a field: what is learnt of it later belongs there."""
+        cause = self._latest.get(device)
+        return {"cause": cause} if cause else {}
 
     def told(self, effects: Iterable[Effect], open_: Mapping[str, Request]) -> list[Effect]:
         """Notes on what an event's effects mean to requests, of which ``open_`` are open; ends the

@@ -31,7 +31,7 @@ def throttled(run: Run) -> None:
 def overload(run: Run) -> None:
     """C16: ten times what the cluster can do is asked of it."""
     spent_s = run.count(10, 60)
-    run.deploy(size=64, name="small", spread=False)
+    run.deploy(size=224, name="small", spread=False)
     run.calm(run.count(50, 200), name="small", rate=5.0)
     with run.sampled():
         run.user.call(
