@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import msgspec
 from msgspec import Meta
 
 from meshinfer import limits
@@ -19,11 +18,12 @@ from meshinfer import limits
 from meshinfer.protocol.records import (
     Assigned as Assigned, Blob as Blob, Budgets as Budgets, Count as Count,
     DeviceInfo as DeviceInfo, Done as Done, Facts as Facts, Failure as Failure, Hex as Hex,
-    Link as Link, ModelInfo as ModelInfo, Name as Name, Output as Output, Peer as Peer,
-    Piece as Piece, Pins as Pins, Place as Place, Program as Program, Rate as Rate,
+    Link as Link, Message as Message, ModelInfo as ModelInfo, Name as Name, Output as Output,
+    Peer as Peer, Piece as Piece, Pins as Pins, Place as Place, Program as Program, Rate as Rate,
     Record as Record, Seconds as Seconds, Send as Send, Shape as Shape, TaskTime as TaskTime,
     Tensor as Tensor, Text as Text, Value as Value,
 )  # fmt: skip
+from meshinfer.protocol.recovery import Assign as Assign, Lacks as Lacks, NotKept as NotKept
 
 # isort: on
 from meshinfer.protocol.report import Report as Report
@@ -31,10 +31,6 @@ from meshinfer.protocol.report import Report as Report
 PROTOCOL = (3, 3)
 """Protocol versions that this release speaks, first and last (RELIABILITY: N-1 to N)."""
 Acks = Annotated[tuple[Count, ...], Meta(max_length=limits.ACKS_AT_ONCE)]
-
-
-class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True, kw_only=True):
-    """Base of all messages; the tag is the class name."""
 
 
 # --- Joining and staying ------------------------------------------------------------------------
@@ -180,13 +176,15 @@ class Deployed(Message, frozen=True):
 
 
 class Install(Message, frozen=True):
-    """Prepare these programs. ``peers``: where their sends go; ``head``: the plan's source and
-    sink, in whose place a request's own may be."""
+    """Prepare these programs, beside those of this deployment that are there already. ``peers``:
+    where their sends go; ``head``: the plan's source and sink, in whose place a request's own may
+    be. ``keep_bytes``: of what was made may be kept for devices that take over."""
 
     deployment: Count
     programs: tuple[Program, ...]
     peers: tuple[Peer, ...]
     head: str = ""
+    keep_bytes: Count = limits.KEPT_BYTES
 
 
 class Installed(Message, frozen=True):
@@ -263,24 +261,6 @@ class Start(Message, frozen=True):
     client: Name
     assigned: tuple[Assigned, ...] = ()
     head: str = ""
-
-
-class Assign(Message, frozen=True):
-    """More devices take tasks of this attempt: ``assigned`` as said so far, and more. Whoever holds
-    inputs of such a task sends them there too. ``head`` as in ``Start``."""
-
-    request: Name
-    attempt: Count
-    deployment: Count
-    assigned: tuple[Assigned, ...]
-    head: str = ""
-
-
-class NotKept(Message, frozen=True):
-    """What a task needs that was assigned again is not here any more: start a new attempt."""
-
-    request: Name
-    attempt: Count
 
 
 class TasksDone(Message, frozen=True):
@@ -433,4 +413,5 @@ AnyMessage = (
     | Submit | Start | Assign | NotKept | TasksDone | TaskFailed | Unreachable | Merged | Release
     | Cancel | Reply
     | Deliver | Feed | Answer | Ack | ListDevices | Devices | ListModels | Models
+    | Lacks
 )  # fmt: skip

@@ -25,6 +25,7 @@ from meshinfer.scheduler.balance import Balance
 from meshinfer.scheduler.catalogue import Catalogue, Deployment, Model
 from meshinfer.scheduler.covering import Covering
 from meshinfer.scheduler.events import Effect, Note, Plane, Send, Signature
+from meshinfer.scheduler.fallback import Fallback
 from meshinfer.scheduler.heads import Heads
 from meshinfer.scheduler.membership import Membership
 from meshinfer.scheduler.request import Answered, Request, Try
@@ -44,6 +45,7 @@ class Answering:
         self._answered: OrderedDict[str, Answered] = OrderedDict()
         self._attempts = 0
         self._covering = Covering(self.open)
+        self.fallback = Fallback(members, catalogue, self.open)
 
     # --- messages
 
@@ -169,11 +171,10 @@ class Answering:
 
     def survives(self, made: Deployment, name: str, now: float) -> list[Effect] | None:
         """Go on without a device, all of whose tasks others may take; None where they may not."""
-        if not self._covering.survives(made, name):
+        if not self.fallback.covers(made, name):
             return None
-        made.members.pop(name)
-        made.programs = {n: each for n, each in made.programs.items() if n != name}
-        return self._covering.lost(made, name, partial(self._seconds, now))
+        effects = self.fallback.lost(made, name)
+        return effects + self._covering.lost(made, name, partial(self._seconds, now))
 
     def retired(self, made: Deployment) -> None:
         self._covering.forget(made)
@@ -227,7 +228,7 @@ class Answering:
             tried = request.tried[request.merged[1]]
             grace = request.grace_ends()
             assert grace is not None
-            if len(tried.tasks) >= tried.deployment.tasks or now >= grace:
+            if tried.all_told or now >= grace:
                 effects += self._complete(request, request.merged[0], tried)
         return effects
 
@@ -310,7 +311,7 @@ class Answering:
         self._attempts += 1
         request.attempt, request.deployment, request.merged = self._attempts, made, None
         own = request.client if self._heads.stands(request.client) else ""
-        tried = request.tried[request.attempt] = Try(made, now, own)
+        tried = request.tried[request.attempt] = Try(made, now, own, moved={**made.spares.moved})
         made.asked += 1
         self._covering.begin(tried, partial(self._seconds, now), now)
         request.started = now if request.started is None else request.started

@@ -108,6 +108,7 @@ class CoordinatorCore:
 
     def _next(self) -> float | None:
         times = [*self._answering.next_deadlines(), *self._deploying.next_deadlines()]
+        times += self._answering.fallback.next_deadlines()
         for other in (self.members.next_deadline(), self._links.next_deadline(), self._stop_due):
             if other is not None:
                 times.append(other)
@@ -153,6 +154,8 @@ class CoordinatorCore:
                 return self._answering.tasks_done(peer, message, now)
             case m.Ran() if runs:
                 return self._ran(peer, message, now)
+            case m.Lacks() if runs:
+                return self._answering.fallback.lacks(peer, message)
             case m.NotKept() if runs:
                 return self._answering.not_kept(message)
             case m.Merged() if runs:
@@ -291,6 +294,7 @@ class CoordinatorCore:
         self._ruled = now
         effects = self._drop_silent(now)
         effects += self._deploying.due(now)
+        effects += self._answering.fallback.due(now)
         effects += self._answering.end_overdue(now)
         effects += self._answering.end_merged(now)
         effects += self._answering.back_up(now)

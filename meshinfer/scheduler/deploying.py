@@ -169,11 +169,13 @@ class Deploying:
             return self._keep(made)
         made.plan, made.report, made.window = event.plan, event.report, event.window
         made.programs, made.choices = event.programs, choices_of(event.programs)
-        made.expected, made.members = event.expected, {n: made.members[n] for n in event.programs}
+        made.spares.peers = {n: made.members[n] for n in made.spare_devices()}
+        made.expected = event.expected
+        made.members = {n: made.members[n] for n in (*event.programs, *made.spares.peers)}
         made.phase, made.waiting, made.since = Phase.INSTALLING, set(event.programs), now
         sends = [
-            _to(peer, install(made, name, self._members))
-            for name, peer in sorted(made.members.items())
+            _to(made.members[name], install(made, name, self._members))
+            for name in sorted(made.programs)
         ]
         largest = max(header_bytes(send.message) for send in sends)
         if largest > limits.CONTROL_FRAME_BYTES:
@@ -183,7 +185,7 @@ class Deploying:
                 hint="plan fewer stages or tasks",
             )
             return self._plan_failed(made, failure, now)
-        for name in made.members:
+        for name in made.programs:
             self._members.devices[name].used = True
         return list(sends)
 
@@ -206,6 +208,8 @@ class Deploying:
     def installed(self, peer: str, message: m.Installed, now: float) -> list[Effect]:
         made = self._catalogue.deployments.get(message.deployment)
         device = self._members.by_peer(peer)
+        if made is not None and device is not None and made.phase is Phase.READY:
+            return self._answering.fallback.prepared(made, device.name, message.failure)
         if made is None or device is None or made.phase is not Phase.INSTALLING:
             return []
         if message.failure is not None:
@@ -213,7 +217,7 @@ class Deploying:
         made.waiting.discard(device.name)
         if made.waiting:
             return []
-        made.phase = Phase.READY
+        made.phase, made.ready_at = Phase.READY, now
         model = made.model
         if made.report is not None and made.signature in model.unprepared:
             made.report = with_notes(made.report, model.unprepared.pop(made.signature))
@@ -275,7 +279,7 @@ class Deploying:
         for made in list(self._catalogue.deployments.values()):
             if name not in made.members:
                 continue
-            ready = made.phase is Phase.READY
+            ready = made.phase is Phase.READY or made.only_spare(name)
             went_on = self._answering.survives(made, name, now) if ready else None
             effects += self.retire(made) if went_on is None else went_on
         return effects

@@ -9,13 +9,27 @@ from meshinfer.protocol import messages as m
 from meshinfer.scheduler.catalogue import Deployment, Model
 from meshinfer.scheduler.events import Signature
 
+SPARE = 1
+"""The position of a task's spare device among its devices."""
+
+
+@dataclass(slots=True)
+class Question:
+    """Which tasks of lost devices are awaited somewhere? ``awaiting``: peers yet to answer."""
+
+    asked: tuple[m.Place, ...]
+    awaiting: set[str]
+    lacked: set[m.Place] = field(default_factory=set)
+
 
 @dataclass(slots=True)
 class Try:
     """One attempt: the deployment that it runs under, who took what, and the tasks that are done.
 
     ``head``: the client, where it is itself source and sink; else empty. ``assigned``: the devices
-    of each task that had a choice, the first one first.
+    of each task that had a choice, the first one first. ``moved``: tasks of lost devices, and where
+    they go on; ``untold``: those that nobody awaits, so that nobody may tell of them. ``question``:
+    what all were asked about tasks of lost devices.
     """
 
     deployment: Deployment
@@ -23,25 +37,35 @@ class Try:
     head: str = ""
     assigned: dict[m.Place, tuple[str, ...]] = field(default_factory=dict)
     tasks: dict[m.Place, m.TaskTime] = field(default_factory=dict)
+    moved: dict[m.Place, str] = field(default_factory=dict)
+    untold: set[m.Place] = field(default_factory=set)
+    question: Question | None = None
 
     def peers(self) -> dict[str, str]:
         """Who is to hear of it, by the names in the plan."""
-        members = self.deployment.members
-        return {**members, self.deployment.head: self.head} if self.head else dict(members)
+        made = self.deployment
+        peers = {name: made.members[name] for name in made.programs}
+        return {**peers, made.head: self.head} if self.head else peers
 
     def devices(self) -> list[str]:
         """Those of the plan but for a head whose place the client took."""
-        members = self.deployment.members
-        return [name for name in members if not self.head or name != self.deployment.head]
+        made = self.deployment
+        return [name for name in made.programs if not self.head or name != made.head]
+
+    @property
+    def all_told(self) -> bool:
+        """Whether the times of all tasks are in that are to come."""
+        return len(self.tasks.keys() | self.untold) >= self.deployment.tasks
 
     def on_wire(self) -> tuple[m.Assigned, ...]:
         """The assignment as messages carry it."""
         choices = self.deployment.choices
-        return tuple(
+        chosen = tuple(
             (*place, choices[place].index(device))
             for place, devices in self.assigned.items()
             for device in devices
         )
+        return (*chosen, *((*place, SPARE) for place in self.moved))
 
 
 @dataclass(slots=True)
