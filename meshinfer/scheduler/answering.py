@@ -226,9 +226,7 @@ class Answering:
         for request in [r for r in self.open.values() if r.merged is not None]:
             assert request.merged is not None
             tried = request.tried[request.merged[1]]
-            grace = request.grace_ends()
-            assert grace is not None
-            if tried.all_told or now >= grace:
+            if tried.all_told or now >= request.merged[0] + limits.TIMING_GRACE_S:
                 effects += self._complete(request, request.merged[0], tried)
         return effects
 
@@ -341,13 +339,14 @@ class Answering:
         reply = m.Reply(
             request=request.id,
             version=request.model.version,
-            plan=tried.deployment.plan,
+            plan=tried.plan,
             image=request.model.image,
             attempts=len(request.tried),
             total_s=merged - request.submitted,
             queue_s=request.started - request.submitted,
             tasks=tuple(sorted(tried.tasks.values(), key=lambda t: t.place)),
             rounded=tried.deployment.rounded,
+            degraded=bool(tried.moved),
         )
         return self._end(request, reply)
 

@@ -84,6 +84,7 @@ class Fallback:
         if device is not None and device.peer == peer:  # it is there, but cannot be reached
             effects.append(Send(Plane.CONTROL, peer, m.Forget(deployment=made.number)))
         self.leaves(made, name)
+        made.candidates = ()  # whoever is here now, maybe the same again: plan anew
         programs = dict(made.programs)
         for program in programs.pop(name, ()):
             if program.spare:

@@ -145,7 +145,7 @@ def _keep_bytes(made: Deployment, name: str, members: Membership) -> int:
         own = granted if isinstance(granted, int) else granted.get(name, memory)
         memory = min(memory or own, own)
     known = made.report.devices if made.report is not None else ()
-    peak = next((d.peak_bytes for d in known if d.device == name), 0)
+    peak = next((d.peak_bytes + d.spare_bytes for d in known if d.device == name), 0)
     return min(limits.KEPT_BYTES, max(0, memory - peak)) if memory else limits.KEPT_BYTES
 
 

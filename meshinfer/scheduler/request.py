@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
-from meshinfer import limits
+from meshinfer.identity import DeviceId
+from meshinfer.plan import Plan
 from meshinfer.protocol import messages as m
 from meshinfer.scheduler.catalogue import Deployment, Model
 from meshinfer.scheduler.events import Signature
@@ -57,6 +59,11 @@ class Try:
         """Whether the times of all tasks are in that are to come."""
         return len(self.tasks.keys() | self.untold) >= self.deployment.tasks
 
+    @property
+    def plan(self) -> str:
+        """The deployment's, with tasks that have moved where they are now."""
+        return moved(self.deployment.plan, tuple(sorted(self.moved.items())))
+
     def on_wire(self) -> tuple[m.Assigned, ...]:
         """The assignment as messages carry it."""
         choices = self.deployment.choices
@@ -101,9 +108,19 @@ class Request:
     def runs(self) -> bool:
         return self.deployment is not None and self.merged is None
 
-    def grace_ends(self) -> float | None:
-        """Until when a merged answer waits for the times of its tasks."""
-        return None if self.merged is None else self.merged[0] + limits.TIMING_GRACE_S
+
+@lru_cache(maxsize=16)
+def moved(plan: str, tasks: tuple[tuple[m.Place, str], ...]) -> str:
+    """The text of a plan, with some of its tasks on other devices."""
+    if not tasks:
+        return plan
+    parsed, to = Plan.parse(plan), dict(tasks)
+    stages = []
+    for s, stage in enumerate(parsed.stages):
+        places = ((task, to.get((s, t))) for t, task in enumerate(stage.tasks))
+        tasks_now = (replace(task, devices=(DeviceId(d),)) if d else task for task, d in places)
+        stages.append(replace(stage, tasks=tuple(tasks_now)))
+    return str(replace(parsed, stages=tuple(stages)))
 
 
 @dataclass(frozen=True, slots=True)
