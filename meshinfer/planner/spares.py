@@ -20,6 +20,9 @@ from meshinfer.plan import Plan
 from meshinfer.planner.pins import Pins
 from meshinfer.transfers import TaskRef, derive
 
+ALIKE = 1.05
+"""Of devices that would be done within so much of the first one, the one that holds least."""
+
 
 @dataclass(frozen=True, slots=True)
 class Spares:
@@ -103,14 +106,16 @@ class _Search:
         for ref in refs:
             why = self._refusal(ref)
             options = [] if why else self._options(ref, lost)
-            fitting = [p for p in options if self._fits(held[p.id].with_(self.loads[ref]), p)]
+            then = {p.id: held[p.id].with_(self.loads[ref]) for p in options}
+            fitting = [p for p in options if self._fits(then[p.id], p)]
             if not fitting:
                 return why or ("no other has room" if options else "no other may take its tasks")
-            best = min(fitting, key=lambda p: (self._done(p, ref, taken, busy), p.id))
+            done = {p.id: self._done(p, ref, taken, busy) for p in fitting}
+            soon = (p for p in fitting if done[p.id] <= ALIKE * min(done.values()))
+            best = min(soon, key=lambda p: (then[p.id].peak, p.id))
             key = (ref.stage, best.id)
             busy[key] = busy.get(key, 0.0) + seconds(self.loads[ref].work, best)
-            held[best.id] = held[best.id].with_(self.loads[ref])
-            taken[ref] = best.id
+            held[best.id], taken[ref] = then[best.id], best.id
         self.held = held
         self.found |= taken
         return ""
