@@ -173,7 +173,7 @@ class Answering:
         """Go on without a device, all of whose tasks others may take; None where they may not."""
         if not self.fallback.covers(made, name):
             return None
-        effects = self.fallback.lost(made, name)
+        effects = [*self._heads.changed(made), *self.fallback.lost(made, name)]
         return effects + self._covering.lost(made, name, partial(self._seconds, now))
 
     def retired(self, made: Deployment) -> None:

@@ -153,10 +153,12 @@ class Deployment:
     ready_at: float = 0.0
     spares: Spares = field(default_factory=Spares)
 
-    def spare_devices(self) -> list[str]:
-        """Those that prepare tasks of others."""
+    def keep_members(self) -> None:
+        """Of all that might have been, those of the plan and those that stand by for one."""
         programs = (p for each in self.programs.values() for p in each)
-        return sorted({p.devices[1] for p in programs if p.spare})
+        spares = sorted({p.devices[1] for p in programs if p.spare})
+        self.spares.peers = {name: self.members[name] for name in spares}
+        self.members = {name: self.members[name] for name in (*self.programs, *spares)}
 
     def only_spare(self, name: str) -> bool:
         """Whether a device has nothing but what it prepares for others; none while planned."""

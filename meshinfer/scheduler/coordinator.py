@@ -171,7 +171,8 @@ class CoordinatorCore:
                     self._links.measured(self.members, device, message.link, now)
                 return []
             case m.Installed() if device is not None:
-                return self._deploying.installed(peer, message, now)
+                effects = self._answering.fallback.prepared(device.name, message)
+                return effects or self._deploying.installed(peer, message, now)
             case m.Installed() if runs:
                 self._heads.installed(peer, message)
                 return []

@@ -169,9 +169,8 @@ class Deploying:
             return self._keep(made)
         made.plan, made.report, made.window = event.plan, event.report, event.window
         made.programs, made.choices = event.programs, choices_of(event.programs)
-        made.spares.peers = {n: made.members[n] for n in made.spare_devices()}
         made.expected = event.expected
-        made.members = {n: made.members[n] for n in (*event.programs, *made.spares.peers)}
+        made.keep_members()
         made.phase, made.waiting, made.since = Phase.INSTALLING, set(event.programs), now
         sends = [
             _to(made.members[name], install(made, name, self._members))
@@ -208,8 +207,6 @@ class Deploying:
     def installed(self, peer: str, message: m.Installed, now: float) -> list[Effect]:
         made = self._catalogue.deployments.get(message.deployment)
         device = self._members.by_peer(peer)
-        if made is not None and device is not None and made.phase is Phase.READY:
-            return self._answering.fallback.prepared(made, device.name, message.failure)
         if made is None or device is None or made.phase is not Phase.INSTALLING:
             return []
         if message.failure is not None:

@@ -50,9 +50,10 @@ class Fallback:
             return False
         return self._catalogue.serving(made.model, made.signature) is made
 
-    def prepared(self, made: Deployment, name: str, failure: m.Failure | None) -> list[Effect]:
+    def prepared(self, name: str, message: m.Installed) -> list[Effect]:
         """A spare device has prepared what it may take over, or cannot: then it just does not."""
-        if name not in made.spares.told:
+        made, failure = self._catalogue.deployments.get(message.deployment), message.failure
+        if made is None or name not in made.spares.told:
             return []
         fields = {"model": made.model.name, "deployment": made.number, "device": name}
         if failure is not None:

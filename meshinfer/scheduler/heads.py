@@ -6,6 +6,8 @@ answers itself, so that no tensor passes through another process on the way.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from meshinfer import limits
 from meshinfer.protocol import messages as m
 from meshinfer.protocol.records import BESIDE_COORDINATOR
@@ -105,10 +107,17 @@ class Heads:
 
     def superseded(self, current: Model) -> list[Effect]:
         """A version is its name's current one: what was granted for others ends."""
+        return self._take_back(lambda m: m.model.name == current.name and m.model is not current)
+
+    def changed(self, made: Deployment) -> list[Effect]:
+        """A deployment goes on without a device: what was granted of it ends."""
+        return self._take_back(lambda other: other is made)
+
+    def _take_back(self, which: Callable[[Deployment], bool]) -> list[Effect]:
         effects: list[Effect] = []
         for peer, granted in self._granted.items():
             for number, made in list(granted.items()):
-                if made.model.name == current.name and made.model is not current:
+                if which(made):
                     del granted[number]
                     effects.append(Send(Plane.CONTROL, peer, m.Revoke(deployment=number)))
         return effects
