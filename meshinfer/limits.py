@@ -71,6 +71,9 @@ LOST_SHOWN_S: Final = 600.0
 INSTALL_ATTEMPTS: Final = 3
 """What so many devices cannot prepare in turn is the model's fault, not theirs."""
 INSTALL_S: Final = 600.0
+SPARES_AFTER_S: Final = 0.2
+"""Once a deployment serves, before tasks are prepared a second time for the loss of a device: the
+first request comes first."""
 TIMING_GRACE_S: Final = 0.25
 DRAIN_S: Final = 10.0
 TCP_MAX_RETRANSMIT_MS: Final = 3000
@@ -178,6 +181,7 @@ TENSOR_BYTES: Final = MESSAGE_BYTES
 GRAPH_CACHE_BYTES: Final = 1 << 30
 PLAN_TEXT_BYTES: Final = 2 * MIB
 INSTALL_BYTES: Final = 3 * MIB
+PLAN_TASKS: Final = 1 << 16
 LISTED_PLANS_BYTES: Final = 1 * MIB
 REPORT_LINE_CHARS: Final = 300
 REPORT_ENTRIES: Final = 256

@@ -34,13 +34,13 @@ from meshinfer.image import ImageSpec
 from meshinfer.importers import inputs_needed, load, open_model
 from meshinfer.legality import as_asked, validate
 from meshinfer.plan import Plan
-from meshinfer.planner import Block, axes_of, build
+from meshinfer.planner import Block, axes_of, build, find_spares, pins_of
 from meshinfer.programs import Programs, make_programs
 from meshinfer.protocol import messages as m
 from meshinfer.protocol.codec import decode, describe, digest_of, encode, failure_of
 from meshinfer.protocol.records import BESIDE_COORDINATOR
 from meshinfer.protocol.report import Report
-from meshinfer.report import report_of
+from meshinfer.report import report_of, with_spares
 from meshinfer.scheduler import events as e
 from meshinfer.scheduler.client import ClientCore
 from meshinfer.scheduler.coordinator import CoordinatorCore
@@ -108,7 +108,7 @@ def _imported(model: bytes, spec: str | None, signature: e.Signature):  # type: 
 def _planned(
     model: bytes, spec: str | None, signature: e.Signature, names: tuple[str, ...], head: str,
     text: str | None, slowdowns: tuple[float, ...], planner: Planner | None = None,
-    half_transfers: bool = False,
+    half_transfers: bool = False, spares: bool = True,
 ) -> tuple[str, Programs, Report, Plan]:  # fmt: skip
     graph = as_asked(_imported(model, spec, signature), half_transfers=half_transfers)
     if text is None and planner is not None:
@@ -119,7 +119,9 @@ def _planned(
         plan = Plan.parse(text)
     validate(graph, plan)
     report = report_of(graph, plan, timeline(graph, plan, []))
-    return str(plan), make_programs(graph, plan), report, plan
+    profiles = [DeviceProfile(DeviceId(name), 1e9) for name in names]
+    found = find_spares(graph, plan, profiles if spares else [], pins_of(graph, plan, profiles, {}))
+    return str(plan), make_programs(graph, plan, found.devices), with_spares(report, found), plan
 
 
 def banded(
@@ -222,6 +224,8 @@ class Cluster:
         self.by_work = False
         self.planner: Planner | None = None
         """What makes plans where none is given; None: bands, each on one device."""
+        self.spares = True
+        """Whether devices prepare tasks of others, for the loss of one."""
         self.plan_s = PLAN_S
         self.search: int | None = None
         self.plan_fault: Callable[[e.MakePlan], m.Failure | None] = lambda effect: None
@@ -672,7 +676,7 @@ class Cluster:
             text, programs, report, plan = _planned(
                 model, spec, effect.signature, names, effect.head, effect.plan,
                 tuple(round(c.slowdown, 2) for c in effect.candidates), self.planner,
-                effect.half_transfers,
+                effect.half_transfers, self.spares,
             )  # fmt: skip
             for digest, data in programs.blobs.items():
                 if digest not in node.blobs:

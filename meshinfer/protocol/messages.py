@@ -26,6 +26,7 @@ from meshinfer.protocol.records import (
     Record as Record, Seconds as Seconds, Send as Send, Shape as Shape, TaskTime as TaskTime,
     Tensor as Tensor, Text as Text, Value as Value,
 )  # fmt: skip
+from meshinfer.protocol.recovery import Assign as Assign, Lacks as Lacks, NotKept as NotKept
 
 # isort: on
 from meshinfer.protocol.report import Report as Report
@@ -180,13 +181,15 @@ class Deployed(Message, frozen=True):
 
 
 class Install(Message, frozen=True):
-    """Prepare these programs. ``peers``: where their sends go; ``head``: the plan's source and
-    sink, in whose place a request's own may be."""
+    """Prepare these programs, beside those of this deployment that are there already. ``peers``:
+    where their sends go; ``head``: the plan's source and sink, in whose place a request's own may
+    be. ``keep_bytes``: of what was made may be kept for devices that take over."""
 
     deployment: Count
     programs: tuple[Program, ...]
     peers: tuple[Peer, ...]
     head: str = ""
+    keep_bytes: Count = limits.KEPT_BYTES
 
 
 class Installed(Message, frozen=True):
@@ -263,24 +266,6 @@ class Start(Message, frozen=True):
     client: Name
     assigned: tuple[Assigned, ...] = ()
     head: str = ""
-
-
-class Assign(Message, frozen=True):
-    """More devices take tasks of this attempt: ``assigned`` as said so far, and more. Whoever holds
-    inputs of such a task sends them there too. ``head`` as in ``Start``."""
-
-    request: Name
-    attempt: Count
-    deployment: Count
-    assigned: tuple[Assigned, ...]
-    head: str = ""
-
-
-class NotKept(Message, frozen=True):
-    """What a task needs that was assigned again is not here any more: start a new attempt."""
-
-    request: Name
-    attempt: Count
 
 
 class TasksDone(Message, frozen=True):
@@ -441,4 +426,5 @@ AnyMessage = (
     | Cancel | Reply
     | Stalled | Detour | Relay
     | Deliver | Feed | Answer | Ack | ListDevices | Devices | ListModels | Models
+    | Lacks
 )  # fmt: skip

@@ -171,8 +171,9 @@ position among the task's devices. Two entries of one task: both do."""
 class Send(Record, frozen=True):
     """A piece of what a task made, for a task on ``device``, which awaits it as number ``slot``.
 
-    Where ``others`` may take that task as well, the attempt's assignment says which of them does.
-    ``half``: it is rounded to float16, whichever device takes it, and travels so.
+    Where ``others`` may take that task as well, the attempt's assignment says which of them does;
+    if they are ``spare``, it is ``device`` unless the assignment says otherwise. ``half``: it is
+    rounded to float16, whichever device takes it, and travels so.
     """
 
     piece: Shard
@@ -181,6 +182,7 @@ class Send(Record, frozen=True):
     slot: Count
     others: tuple[Name, ...] = ()
     half: bool = False
+    spare: bool = False
 
 
 class Output(Record, frozen=True):
@@ -194,7 +196,8 @@ class Program(Record, frozen=True):
     """A task, lowered for its device. ``model`` and ``weights`` are blobs by SHA-256.
 
     The source and the sink are programs too, without a model. ``devices``: all that have this
-    program, where the task may go to any of them; empty where it is this device's alone.
+    program, where the task may go to any of them; empty where it is this device's alone. If
+    ``spare``, the first of them runs it, and the other only when that is lost.
     """
 
     place: Place
@@ -204,6 +207,16 @@ class Program(Record, frozen=True):
     inputs: tuple[Value, ...] = ()
     outputs: tuple[Output, ...] = ()
     sends: tuple[Send, ...] = ()
+    spare: bool = False
+
+    @property
+    def free(self) -> bool:
+        """Whether each request's task goes to whichever device is free."""
+        return bool(self.devices) and not self.spare
+
+    def is_own(self, device: str) -> bool:
+        """Whether a device runs the task unless it is assigned otherwise."""
+        return not self.devices or (self.spare and self.devices[0] == device)
 
 
 class Done(Record, frozen=True, kw_only=True):

@@ -20,6 +20,7 @@ from meshinfer.scheduler.balance import Balance
 from meshinfer.scheduler.catalogue import Catalogue, Deployment, Model
 from meshinfer.scheduler.covering import Covering
 from meshinfer.scheduler.events import Effect, Plane, Send, Signature
+from meshinfer.scheduler.fallback import Fallback
 from meshinfer.scheduler.heads import Heads
 from meshinfer.scheduler.journal import Journal
 from meshinfer.scheduler.membership import Membership
@@ -49,6 +50,7 @@ class Answering:
         self._journal = journal
         self._poison = Poison()
         self._covering = Covering(self.open, members.health)
+        self.fallback = Fallback(members, catalogue, self.open)
 
     # --- messages
 
@@ -186,11 +188,10 @@ class Answering:
 
     def survives(self, made: Deployment, name: str, now: float) -> list[Effect] | None:
         """Go on without a device, all of whose tasks others may take; None where they may not."""
-        if not self._covering.survives(made, name):
+        if not self.fallback.covers(made, name):
             return None
-        made.members.pop(name)
-        made.programs = {n: each for n, each in made.programs.items() if n != name}
-        return self._covering.lost(made, name, partial(self._seconds, now))
+        effects = [*self._heads.changed(made), *self.fallback.lost(made, name)]
+        return effects + self._covering.lost(made, name, partial(self._seconds, now))
 
     def retired(self, made: Deployment) -> None:
         self._covering.forget(made)
@@ -250,9 +251,7 @@ class Answering:
         for request in [r for r in self.open.values() if r.merged is not None]:
             assert request.merged is not None
             tried = request.tried[request.merged[1]]
-            grace = request.grace_ends()
-            assert grace is not None
-            known = len(tried.tasks) >= tried.deployment.tasks or now >= grace
+            known = tried.all_told or now >= request.merged[0] + limits.TIMING_GRACE_S
             if known and self._journal.has(request.id):
                 reply = outcomes.answered(request, tried, self._members, now)
                 effects += self._end(request, reply)
@@ -334,7 +333,7 @@ class Answering:
         self._attempts += 1
         request.attempt, request.deployment, request.merged = self._attempts, made, None
         own = request.client if self._heads.stands(request.client) else ""
-        tried = request.tried[request.attempt] = Try(made, now, own)
+        tried = request.tried[request.attempt] = Try(made, now, own, moved={**made.spares.moved})
         made.asked += 1
         self._covering.begin(tried, partial(self._seconds, now), now)
         request.started = now if request.started is None else request.started

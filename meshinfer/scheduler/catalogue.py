@@ -102,6 +102,20 @@ class Phase(Enum):
 
 
 @dataclass(slots=True)
+class Spares:
+    """Devices that prepare tasks of others, should one of these be lost.
+
+    ``peers``: which, as they were when it was planned; ``told``: to prepare them; ``ready``: they
+    have. ``moved``: tasks of devices that were lost since, and who takes them.
+    """
+
+    peers: dict[str, str] = field(default_factory=dict)
+    told: set[str] = field(default_factory=set)
+    ready: set[str] = field(default_factory=set)
+    moved: dict[m.Place, str] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
 class Deployment:
     """A plan for a (model, signature), on the devices named by their incarnation.
 
@@ -113,7 +127,7 @@ class Deployment:
     looked for since, and was no better. ``search_s``: of the coordinator's processor that the last
     search for it took; ``share``: of it that the search may take. ``asked``: requests begun since.
     ``head``: the device that is source and sink, where the client is not.
-    ``links``: how often links had changed when it was planned.
+    ``links``: how often links had changed when it was planned. ``ready_at``: since when it serves.
     ``alone``: the one request that runs under it, on one device; it is not what serves.
     """
 
@@ -143,6 +157,25 @@ class Deployment:
     head: str = ""
     links: int = 0
     alone: str = ""
+
+    ready_at: float = 0.0
+    spares: Spares = field(default_factory=Spares)
+
+    def keep_members(self) -> None:
+        """Of all that might have been, those of the plan and those that stand by for one."""
+        programs = (p for each in self.programs.values() for p in each)
+        spares = sorted({p.devices[1] for p in programs if p.spare})
+        self.spares.peers = {name: self.members[name] for name in spares}
+        self.members = {name: self.members[name] for name in (*self.programs, *spares)}
+
+    def only_spare(self, name: str) -> bool:
+        """Whether a device has nothing but what it prepares for others; none while planned."""
+        return bool(self.programs) and name not in self.programs
+
+    def spare_programs(self, name: str) -> tuple[m.Program, ...]:
+        """Those of others that a device prepares, should one of these be lost."""
+        programs = (p for each in self.programs.values() for p in each)
+        return tuple(p for p in programs if p.spare and p.devices[1] == name)
 
     @property
     def kind(self) -> Hashable:

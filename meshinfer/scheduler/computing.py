@@ -20,7 +20,7 @@ from meshinfer.scheduler.installing import Deployment
 from meshinfer.scheduler.links import LinkWatch
 from meshinfer.scheduler.outbox import Numbered, Outbox
 from meshinfer.scheduler.recipe import Cut, Gathering
-from meshinfer.scheduler.telling import task_failed, told, told_done, unreachable
+from meshinfer.scheduler.telling import task_failed, told, told_done, told_lacked, unreachable
 
 SOURCE: m.Place = (-1, 0)
 
@@ -114,7 +114,11 @@ class Computing:
             return []
         request.head = message.head
         effects = self._learn(name, request, message.assigned, now)
-        return effects + self._begin_without_inputs(name, request, now)
+        effects += self._begin_without_inputs(name, request, now)
+        if not message.asked:
+            return effects
+        lacked = request.lacks(self._deployments[message.deployment].recipes, self._device)
+        return [*effects, told_lacked(message, lacked)]
 
     def reset(self, *, keep_inputs: bool) -> None:
         """The coordinator may have forgotten all that it had told this device."""
@@ -305,7 +309,7 @@ class Computing:
             queued_s=max(0.0, since - ready),
             handed_s=max(0.0, now - since - event.compute_s),
         )
-        if deployment.programs[event.place].devices:
+        if not deployment.programs[event.place].is_own(self._device):
             # Told at once: it says how busy this device still is.
             return [*effects, told_done(event.request, request, [done])]
         request.done.append(done)
@@ -323,19 +327,12 @@ class Computing:
         now: float,
     ) -> tuple[list[Effect], int]:
         """Cut what was made for each task that reads it; and how many bytes leave this device."""
-        cuts = deployment.recipes[place].cuts
-        if any(cut.send.others for cut in cuts):
-            self._keep(request, place, arrays)
-        routed = [(cut, device) for cut in cuts for device in request.routes(cut.send)]
+        recipe = deployment.recipes[place]
+        if recipe.passes:
+            kept = 0 if place == SOURCE else sum(a.nbytes for a in arrays)  # inputs are here anyway
+            self.holding.keep(request, place, arrays, kept, deployment.keep_bytes)
+        routed = [(cut, device) for cut in recipe.cuts for device in request.routes(cut.send)]
         return self._send_cuts(name, request, place, routed, arrays, now)
-
-    def _keep(self, request: Held, place: m.Place, arrays: Sequence[Array]) -> None:
-        """Until the release, for devices that take a task of this later; inputs are here anyway."""
-        kept = sum(each.kept_bytes for each in self._requests.values())
-        if place == SOURCE or kept + sum(a.nbytes for a in arrays) <= limits.KEPT_BYTES:
-            request.made[place] = arrays
-        else:
-            request.not_kept.add(place)
 
     def _send_cuts(
         self,

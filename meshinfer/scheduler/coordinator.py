@@ -127,6 +127,7 @@ class CoordinatorCore:
 
     def _next(self) -> float | None:
         times = [*self._answering.next_deadlines(), *self._deploying.next_deadlines()]
+        times += self._answering.fallback.next_deadlines()
         parts = (self.members, self._links, self._journal)
         for other in (*(part.next_deadline() for part in parts), self._stop_due):
             if other is not None:
@@ -173,6 +174,8 @@ class CoordinatorCore:
                 return self._answering.tasks_done(peer, message, now)
             case m.Ran() if runs:
                 return self._ran(peer, message, now)
+            case m.Lacks() if runs:
+                return self._answering.fallback.lacks(peer, message)
             case m.NotKept() if runs:
                 return self._answering.not_kept(message)
             case m.Merged() if runs:
@@ -192,7 +195,8 @@ class CoordinatorCore:
                     self._links.measured(self.members, device, message.link, now)
                 return []
             case m.Installed() if device is not None:
-                return self._deploying.installed(peer, message, now)
+                effects = self._answering.fallback.prepared(device.name, message)
+                return effects or self._deploying.installed(peer, message, now)
             case m.Installed() if runs:
                 self._heads.installed(peer, message)
                 return []
@@ -337,6 +341,7 @@ class CoordinatorCore:
         self._ruled = now
         effects = self._drop_silent(now)
         effects += self._deploying.due(now)
+        effects += self._answering.fallback.due(now)
         effects += self._answering.end_overdue(now)
         effects += self._answering.end_merged(now)
         effects += self._answering.back_up(now)

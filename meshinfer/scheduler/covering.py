@@ -16,7 +16,8 @@ from meshinfer import limits
 from meshinfer.protocol import messages as m
 from meshinfer.scheduler.assigning import Seconds, assign, open_work
 from meshinfer.scheduler.catalogue import Deployment
-from meshinfer.scheduler.events import Effect, Note, Plane, Send
+from meshinfer.scheduler.events import Effect, Note
+from meshinfer.scheduler.fallback import tell
 from meshinfer.scheduler.health import Health
 from meshinfer.scheduler.request import Request, Try
 
@@ -110,7 +111,7 @@ class Covering:
         if not more:
             return []
         fields = {"request": request.id, "tasks": str(more)}
-        return [Note("info", "second copies of late tasks", fields), *_tell(request, tried)]
+        return [Note("info", "second copies of late tasks", fields), *tell(request, tried)]
 
     def _due(self, tried: Try) -> list[tuple[m.Place, float]]:
         """Tasks of one copy that are not done, and when each is late; none before enough is
@@ -131,13 +132,6 @@ class Covering:
         return frozenset(name for name in self._health.suspects(now) if name in made.members)
 
     # --- lost devices
-
-    def survives(self, made: Deployment, name: str) -> bool:
-        """Whether all that a device has in a deployment may go to another that is there."""
-        programs = made.programs.get(name, ())
-        return bool(programs) and all(
-            any(other != name and other in made.members for other in p.devices) for p in programs
-        )
 
     def lost(self, made: Deployment, name: str, seconds: Seconds) -> list[Effect]:
         """A device has left a deployment that goes on: what it had taken goes to others.
@@ -162,19 +156,8 @@ class Covering:
                 busy[device] = busy.get(device, 0.0) + seconds(made, place, device)
                 if device not in tried.assigned[place]:
                     tried.assigned[place] += (device,)
-            effects += _tell(request, tried)
+            effects += tell(request, tried)
         return effects
 
     def _running(self) -> Iterable[tuple[Request, Try]]:
         return [(r, r.tried[r.attempt]) for r in self._open.values() if r.runs]
-
-
-def _tell(request: Request, tried: Try) -> list[Effect]:
-    message = m.Assign(
-        request=request.id,
-        attempt=request.attempt,
-        deployment=tried.deployment.number,
-        assigned=tried.on_wire(),
-        head=tried.head,
-    )
-    return [Send(Plane.CONTROL, peer, message) for _, peer in sorted(tried.peers().items())]

@@ -139,11 +139,12 @@ class Deploying:
             return self._keep(made)
         made.plan, made.report, made.window = event.plan, event.report, event.window
         made.programs, made.choices = event.programs, choices_of(event.programs)
-        made.expected, made.members = event.expected, {n: made.members[n] for n in event.programs}
+        made.expected = event.expected
+        made.keep_members()
         made.phase, made.waiting, made.since = Phase.INSTALLING, set(event.programs), now
         sends = [
-            _to(peer, install(made, name, self._members))
-            for name, peer in sorted(made.members.items())
+            _to(made.members[name], install(made, name, self._members))
+            for name in sorted(made.programs)
         ]
         largest = max(header_bytes(send.message) for send in sends)
         if largest > limits.CONTROL_FRAME_BYTES:
@@ -153,7 +154,7 @@ class Deploying:
                 hint="plan fewer stages or tasks",
             )
             return self._plan_failed(made, failure, now)
-        for name in made.members:
+        for name in made.programs:
             self._members.devices[name].used = True
         return list(sends)
 
@@ -183,7 +184,7 @@ class Deploying:
         made.waiting.discard(device.name)
         if made.waiting:
             return []
-        made.phase = Phase.READY
+        made.phase, made.ready_at = Phase.READY, now
         model = made.model
         if made.report is not None and made.signature in model.unprepared:
             made.report = with_notes(made.report, model.unprepared.pop(made.signature))
@@ -248,7 +249,7 @@ class Deploying:
         for made in list(self._catalogue.deployments.values()):
             if name not in made.members:
                 continue
-            ready = made.phase is Phase.READY
+            ready = made.phase is Phase.READY or made.only_spare(name)
             went_on = self._answering.survives(made, name, now) if ready else None
             effects += self.retire(made) if went_on is None else went_on
         return effects

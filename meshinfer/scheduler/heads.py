@@ -6,6 +6,9 @@ answers itself, so that no tensor passes through another process on the way.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from meshinfer import limits
 from meshinfer.protocol import messages as m
 from meshinfer.protocol.records import BESIDE_COORDINATOR
 from meshinfer.scheduler.catalogue import Deployment, Model
@@ -72,7 +75,7 @@ class Heads:
         self._with[peer][made.number] = False
         devices = self._members.devices  # those that send it the answer need a connection, too
         bulk = tuple(devices[n].bulk for n in sorted(made.members) if n in devices)
-        message = _install(made, made.head, bulk)
+        message = _install(made, made.programs[made.head], bulk, limits.KEPT_BYTES)
         return [Send(Plane.CONTROL, peer, message)]
 
     def installed(self, peer: str, message: m.Installed) -> None:
@@ -104,10 +107,17 @@ class Heads:
 
     def superseded(self, current: Model) -> list[Effect]:
         """A version is its name's current one: what was granted for others ends."""
+        return self._take_back(lambda m: m.model.name == current.name and m.model is not current)
+
+    def changed(self, made: Deployment) -> list[Effect]:
+        """A deployment goes on without a device: what was granted of it ends."""
+        return self._take_back(lambda other: other is made)
+
+    def _take_back(self, which: Callable[[Deployment], bool]) -> list[Effect]:
         effects: list[Effect] = []
         for peer, granted in self._granted.items():
             for number, made in list(granted.items()):
-                if made.model.name == current.name and made.model is not current:
+                if which(made):
                     del granted[number]
                     effects.append(Send(Plane.CONTROL, peer, m.Revoke(deployment=number)))
         return effects
@@ -119,12 +129,42 @@ class Heads:
 
 def install(made: Deployment, name: str, members: Membership) -> m.Install:
     """What a device is told of a deployment."""
-    sends = [send for program in made.programs[name] for send in program.sends]
+    programs = made.programs[name]
+    return _install(made, programs, _peers(programs, members), _keep_bytes(made, name, members))
+
+
+def install_spares(made: Deployment, name: str, members: Membership) -> m.Install:
+    """What a device is told of the tasks that it may take over."""
+    programs = made.spare_programs(name)
+    return _install(made, programs, _peers(programs, members), _keep_bytes(made, name, members))
+
+
+def _peers(programs: tuple[m.Program, ...], members: Membership) -> tuple[m.Peer, ...]:
+    sends = [send for program in programs for send in program.sends]
     receivers = {device for send in sends for device in (send.device, *send.others)}
     here = sorted(receivers & set(members.devices))  # not who left a plan that goes on without it
-    return _install(made, name, tuple(members.devices[device].bulk for device in here))
+    return tuple(members.devices[device].bulk for device in here)
 
 
-def _install(made: Deployment, name: str, peers: tuple[m.Peer, ...]) -> m.Install:
-    programs = made.programs[name]
-    return m.Install(deployment=made.number, programs=programs, peers=peers, head=made.head)
+def _keep_bytes(made: Deployment, name: str, members: Membership) -> int:
+    """What a device may keep for others that take over: what its programs leave of its memory."""
+    memory = members.devices[name].hello.facts.memory_bytes
+    granted = made.model.memory
+    if granted is not None:
+        own = granted if isinstance(granted, int) else granted.get(name, memory)
+        memory = min(memory or own, own)
+    known = made.report.devices if made.report is not None else ()
+    peak = next((d.peak_bytes + d.spare_bytes for d in known if d.device == name), 0)
+    return min(limits.KEPT_BYTES, max(0, memory - peak)) if memory else limits.KEPT_BYTES
+
+
+def _install(
+    made: Deployment, programs: tuple[m.Program, ...], peers: tuple[m.Peer, ...], keep_bytes: int
+) -> m.Install:
+    return m.Install(
+        deployment=made.number,
+        programs=programs,
+        peers=peers,
+        head=made.head,
+        keep_bytes=keep_bytes,
+    )

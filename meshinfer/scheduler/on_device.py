@@ -33,19 +33,22 @@ from meshinfer.scheduler.telling import told
 
 
 def only_task(made: Deployment) -> tuple[str, m.Program] | None:
-    """The device and the program of a plan that is one task; None for any other plan."""
+    """The device and the program of a plan that is one task; None for any other plan, and where its
+    device is lost."""
     found = [(name, p) for name, ps in sorted(made.programs.items()) for p in ps if p.model]
-    return found[0] if len(found) == 1 and not found[0][1].devices else None
+    alone = len(found) == 1 and not found[0][1].free and not made.spares.moved
+    return found[0] if alone else None
 
 
 def has_room(made: Deployment, device: Device) -> bool:
     """Whether the device's memory holds the task twice: its worker keeps what it has."""
     reports = () if made.report is None else made.report.devices
-    peak = max((each.peak_bytes for each in reports if each.device == device.name), default=0)
+    own = [each for each in reports if each.device == device.name]
+    peak, more = max(((e.peak_bytes, e.spare_bytes) for e in own), default=(0, 0))
     given = made.model.memory
     budget = given.get(device.name) if isinstance(given, Mapping) else given
     rooms = [room for room in (device.hello.facts.memory_bytes, budget) if room]
-    return all(2 * peak <= room for room in rooms)
+    return all(2 * peak + more <= room for room in rooms)
 
 
 def grant(made: Deployment, device: Device, header: m.Submit) -> m.Grant:

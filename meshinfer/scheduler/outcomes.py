@@ -15,7 +15,7 @@ def answered(request: Request, tried: Try, members: Membership, now: float) -> m
     return m.Reply(
         request=request.id,
         version=request.model.version,
-        plan=tried.deployment.plan,
+        plan=tried.plan,
         image=request.model.image,
         attempts=len(request.tried),
         total_s=request.merged[0] - request.submitted,

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 from meshinfer import limits
+from meshinfer.identity import DeviceId
+from meshinfer.plan import Plan
 from meshinfer.protocol import messages as m
 from meshinfer.scheduler.catalogue import Deployment, Model
 from meshinfer.scheduler.events import Signature
+
+SPARE = 1
+"""The position of a task's spare device among its devices."""
+
+
+@dataclass(slots=True)
+class Question:
+    """Which tasks of lost devices are awaited somewhere? ``awaiting``: peers yet to answer."""
+
+    asked: tuple[m.Place, ...]
+    awaiting: set[str]
+    lacked: set[m.Place] = field(default_factory=set)
 
 
 @dataclass(slots=True)
@@ -15,7 +30,9 @@ class Try:
     """One attempt: the deployment that it runs under, who took what, and the tasks that are done.
 
     ``head``: the client, where it is itself source and sink; else empty. ``assigned``: the devices
-    of each task that had a choice, the first one first.
+    of each task that had a choice, the first one first. ``moved``: tasks of lost devices, and where
+    they go on; ``untold``: those that nobody awaits, so that nobody may tell of them. ``question``:
+    what all were asked about tasks of lost devices.
     """
 
     deployment: Deployment
@@ -23,25 +40,40 @@ class Try:
     head: str = ""
     assigned: dict[m.Place, tuple[str, ...]] = field(default_factory=dict)
     tasks: dict[m.Place, m.TaskTime] = field(default_factory=dict)
+    moved: dict[m.Place, str] = field(default_factory=dict)
+    untold: set[m.Place] = field(default_factory=set)
+    question: Question | None = None
 
     def peers(self) -> dict[str, str]:
         """Who is to hear of it, by the names in the plan."""
-        members = self.deployment.members
-        return {**members, self.deployment.head: self.head} if self.head else dict(members)
+        made = self.deployment
+        peers = {name: made.members[name] for name in made.programs}
+        return {**peers, made.head: self.head} if self.head else peers
 
     def devices(self) -> list[str]:
         """Those of the plan but for a head whose place the client took."""
-        members = self.deployment.members
-        return [name for name in members if not self.head or name != self.deployment.head]
+        made = self.deployment
+        return [name for name in made.programs if not self.head or name != made.head]
+
+    @property
+    def all_told(self) -> bool:
+        """Whether the times of all tasks are in that are to come."""
+        return len(self.tasks.keys() | self.untold) >= self.deployment.tasks
+
+    @property
+    def plan(self) -> str:
+        """The deployment's, with tasks that have moved where they are now."""
+        return moved(self.deployment.plan, tuple(sorted(self.moved.items())))
 
     def on_wire(self) -> tuple[m.Assigned, ...]:
         """The assignment as messages carry it."""
         choices = self.deployment.choices
-        return tuple(
+        chosen = tuple(
             (*place, choices[place].index(device))
             for place, devices in self.assigned.items()
             for device in devices
         )
+        return (*chosen, *((*place, SPARE) for place in self.moved))
 
 
 @dataclass(slots=True)
@@ -94,9 +126,19 @@ class Request:
     def runs(self) -> bool:
         return self.deployment is not None and self.merged is None
 
-    def grace_ends(self) -> float | None:
-        """Until when a merged answer waits for the times of its tasks."""
-        return None if self.merged is None else self.merged[0] + limits.TIMING_GRACE_S
+
+@lru_cache(maxsize=16)
+def moved(plan: str, tasks: tuple[tuple[m.Place, str], ...]) -> str:
+    """The text of a plan, with some of its tasks on other devices."""
+    if not tasks:
+        return plan
+    parsed, to = Plan.parse(plan), dict(tasks)
+    stages = []
+    for s, stage in enumerate(parsed.stages):
+        places = ((task, to.get((s, t))) for t, task in enumerate(stage.tasks))
+        tasks_now = (replace(task, devices=(DeviceId(d),)) if d else task for task, d in places)
+        stages.append(replace(stage, tasks=tuple(tasks_now)))
+    return str(replace(parsed, stages=tuple(stages)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from meshinfer.protocol import messages as m
 from meshinfer.scheduler.events import Effect, Note, Plane, Send
 from meshinfer.scheduler.held import Held
@@ -21,6 +23,13 @@ def task_failed(name: str, attempt: int, place: m.Place, text: str) -> Send:
 
 def told_done(name: str, request: Held, done: list[m.Done]) -> Send:
     return told(m.TasksDone(request=name, attempt=request.attempt, tasks=tuple(done)))
+
+
+def told_lacked(asked: m.Assign, awaited: Collection[m.Place]) -> Send:
+    """Which of the tasks asked for are still awaited here."""
+    lacked = tuple(place for place in asked.asked if place in awaited)
+    word = m.Lacks(request=asked.request, attempt=asked.attempt, asked=asked.asked, lacked=lacked)
+    return told(word)
 
 
 def unreachable(lost: Unacknowledged) -> list[Effect]:
