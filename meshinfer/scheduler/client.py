@@ -142,7 +142,7 @@ class ClientCore:
         times = [self._beat_due if self._welcome is not None else self._hello_due]
         times += [r.deadline + LATE_S for r in self._requests.values()]
         times += [q.deadline for q in self._questions.values()]
-        others = (self._computing.next_deadline(), self._on_device.next_deadline())
+        others = (part.next_deadline() for part in (self._computing, self._on_device))
         return min([*times, *(other for other in others if other is not None)])
 
     # --- messages
@@ -334,10 +334,8 @@ class ClientCore:
             effects += self._fail_all("the coordinator is silent")
             if self._welcome is not None:
                 effects += self._rejoin(now + limits.HELLO_RETRY_S)
-        effects += self._on_device.due(now)
-
         late = self._computing.due(now)
-        effects += late + self._detours.late(late, now)
+        effects += [*self._on_device.due(now), *late, *self._detours.late(late, now)]
         for name in [n for n, r in self._requests.items() if r.deadline + LATE_S <= now]:
             effects += self._give_up(name)
         for call in [c for c, q in self._questions.items() if q.deadline <= now]:

@@ -288,7 +288,8 @@ class Deploying:
         for model in self._catalogue.all_models() if room > 0 else ():
             for signature in self._answering.wanted_signatures(model):
                 if self._remembered.awaits(model, signature, now):
-                    effects += self._take_up(model, signature, now)
+                    event = self._remembered.take_up(self._catalogue, model, signature, now)
+                    effects += [] if event is None else self.planned(event, now)
                     continue
                 if not model.opened:
                     continue
@@ -318,26 +319,6 @@ class Deploying:
         ]
         room = max(0, limits.PLANS_AT_ONCE - len(known))
         return [self._plan(r.model, r.signature, now, alone=r) for r in wanted[:room]]
-
-    def _take_up(self, model: Model, signature: Signature, now: float) -> list[Effect]:
-        """Install what an earlier coordinator had, if its devices are back."""
-        entry = self._remembered.take(model, signature, now)
-        if entry is None:
-            return []
-        devices = self._members.devices
-        members = {name: devices[name].peer for name in entry.programs}
-        made = self._catalogue.new_deployment(model, signature, members, entry.candidates, now)
-        made.head, made.given = entry.head, model.plan is not None
-        made.links = self._members.links_changed
-        event = PlanReady(
-            made.number,
-            entry.plan,
-            entry.programs,
-            entry.report,
-            window=entry.window,
-            expected={(place, device): seconds for place, device, seconds in entry.expected},
-        )
-        return self.planned(event, now)
 
     def _uneven(self, made: Deployment, now: float) -> bool:
         """Whether devices or links have changed so much that another plan may be better.

@@ -6,7 +6,8 @@ So a restart costs no search, no lowering and no process that plans: devices hav
 from __future__ import annotations
 
 from meshinfer import limits
-from meshinfer.scheduler.catalogue import Deployment, Model
+from meshinfer.scheduler.catalogue import Catalogue, Deployment, Model
+from meshinfer.scheduler.events import PlanReady
 from meshinfer.scheduler.ledger import Planned, Signature
 from meshinfer.scheduler.membership import Membership
 
@@ -52,7 +53,28 @@ class Remembered:
             self._plans.clear()
         return (model.key, signature) in self._plans
 
-    def take(self, model: Model, signature: Signature, now: float) -> Planned | None:
+    def take_up(
+        self, catalogue: Catalogue, model: Model, signature: Signature, now: float
+    ) -> PlanReady | None:
+        """A deployment of what an earlier coordinator had, if its devices are back."""
+        entry = self._take(model, signature, now)
+        if entry is None:
+            return None
+        devices = self._members.devices
+        members = {name: devices[name].peer for name in (*entry.grants, entry.head)}
+        made = catalogue.new_deployment(model, signature, members, entry.candidates, now)
+        made.head, made.given = entry.head, model.plan is not None
+        made.links = self._members.links_changed
+        return PlanReady(
+            made.number,
+            entry.plan,
+            entry.programs,
+            entry.report,
+            window=entry.window,
+            expected={(place, device): seconds for place, device, seconds in entry.expected},
+        )
+
+    def _take(self, model: Model, signature: Signature, now: float) -> Planned | None:
         """The plan, as soon as its devices are here as they were."""
         entry = self._plans.get((model.key, signature))
         head = self._members.head
