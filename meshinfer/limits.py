@@ -92,6 +92,14 @@ DISK_LOW_BYTES: Final = 512 * MIB
 
 # Requests.
 QUEUE_REQUESTS: Final = 256
+QUEUE_BYTES: Final = 256 * MIB
+"""Of inputs of open requests that lie with the head; one request may have more, if it is alone."""
+QUEUE_SHARE: Final = 0.25
+"""Of what the coordinator's host grants: more than that in inputs never fits."""
+PACE_ANSWERS: Final = 32
+RETRY_AFTER_S: Final = 1.0
+RETRY_AFTER_LEAST_S: Final = 0.05
+RETRY_AFTER_MOST_S: Final = 30.0
 MAP_AHEAD: Final = 4
 ATTEMPTS_PER_REQUEST: Final = 20
 RUNNING_REQUESTS: Final = 4
@@ -228,6 +236,7 @@ assert 1.0 < PACE_DEVIATION < PACE_GRAVE
 assert 1.0 / (1.0 - SEARCH_SHARE) < PACE_DEVIATION
 assert SEARCH_SHARE < SEARCH_SHARE_GRAVE and 1.0 / (1.0 - SEARCH_SHARE_GRAVE) < PACE_GRAVE
 assert CRASHES_PER_REQUEST < ATTEMPTS_PER_REQUEST
+assert RETRY_AFTER_LEAST_S < RETRY_AFTER_S < RETRY_AFTER_MOST_S
 assert RUNNING_REQUESTS <= WINDOW <= QUEUE_REQUESTS
 assert QUEUE_REQUESTS + ANSWERED_IDS_KEPT < JOURNALED_IDS
 assert PLAN_TEXT_BYTES <= CONTROL_FRAME_BYTES

@@ -1,4 +1,4 @@
-"""Whether a request can be served: the model is there, the tensors fit, the queue has room."""
+"""Whether a request can be served: the model is there, the tensors fit."""
 
 from __future__ import annotations
 
@@ -24,15 +24,8 @@ _LISTED = 32
 """How many outputs a hint names."""
 
 
-def refuse(catalogue: Catalogue, message: m.Submit, open_requests: int) -> m.Failure | None:
-    """Why the request is refused at once; None when it is accepted."""
-    if open_requests >= limits.QUEUE_REQUESTS:
-        return m.Failure(
-            error="QueueFull",
-            message=f"{open_requests} requests are open already",
-            hint="wait for answers before submitting more: client.map does it",
-            retry_after_s=1.0,
-        )
+def refuse(catalogue: Catalogue, message: m.Submit) -> m.Failure | None:
+    """Why the request can never be served as it is; None when it can."""
     model = catalogue.find(message.model, message.version)
     if model is None:
         known = get_close_matches(message.model, sorted(catalogue.models), _NAMED, cutoff=0.0)

@@ -23,6 +23,7 @@ from meshinfer.scheduler.events import Effect, Plane, Send, Signature
 from meshinfer.scheduler.fallback import Fallback
 from meshinfer.scheduler.heads import Heads
 from meshinfer.scheduler.journal import Journal
+from meshinfer.scheduler.load import Load, nbytes_of
 from meshinfer.scheduler.membership import Membership
 from meshinfer.scheduler.poison import Poison
 from meshinfer.scheduler.request import Answered, Request, Try
@@ -49,6 +50,7 @@ class Answering:
         self._attempts = first_attempt
         self._journal = journal
         self._poison = Poison()
+        self._load = Load(self.open, members, heads)
         self._covering = Covering(self.open, members.health)
         self.fallback = Fallback(members, catalogue, self.open)
 
@@ -64,7 +66,8 @@ class Answering:
             release = self._release(name, peer, message.turn)
             return [*self._journal.tell(over, _to(peer, over)), *release]
         failure = self._journal.broken or self._poison.refusal(message, now)
-        failure = failure or refuse(self._catalogue, message, len(self.open))
+        failure = failure or self._load.many() or refuse(self._catalogue, message)
+        failure = failure or self._load.large(message, peer)
         if stopping:
             failure = unavailable("the coordinator is stopping", "submit to another, or later")
         if failure is not None:
@@ -74,7 +77,9 @@ class Answering:
         assert model is not None
         deadline = now + min(message.deadline_s, limits.REQUEST_DEADLINE_S)
         signature = signature_of(model, message)
-        self.open[name] = Request(message, peer, model, signature, now, deadline, message.turn)
+        self.open[name] = Request(
+            message, peer, model, signature, now, deadline, message.turn, nbytes_of(message)
+        )
         model.asked_for(signature)
         self._journal.accepted(message)
         return []
@@ -255,6 +260,7 @@ class Answering:
             if known and self._journal.has(request.id):
                 reply = outcomes.answered(request, tried, self._members, now)
                 effects += self._end(request, reply)
+                self._load.answered(now)
         return effects
 
     def back_up(self, now: float) -> list[Effect]:

@@ -78,7 +78,7 @@ class Try:
 
 @dataclass(slots=True)
 class Request:
-    """One accepted request. ``deployment`` is None while it waits for one.
+    """One accepted request. ``deployment`` is None while it waits for one. ``nbytes``: its inputs'.
 
     ``merged``: when the sink has sent the answer, and under which attempt; ``outcome``: its digest.
     ``lost``: devices that were lost while it ran there, and how that was seen. ``crashes``: of
@@ -93,6 +93,7 @@ class Request:
     submitted: float
     deadline: float
     turn: int
+    nbytes: int = 0
     attempt: int = 0
     deployment: Deployment | None = None
     started: float | None = None
