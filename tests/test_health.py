@@ -162,6 +162,5 @@ def test_a_crash_names_its_request_and_task_in_the_log() -> None:
     cluster = four()
     die(cluster, "pi-2", CRASH, after_s=1.0)
     (note,) = (n for n in cluster.coordinator.notes if n.text == "its last process ended")
-    assert dict(note.fields) == {
-        "device": "pi-2", "why": "SIGSEGV", "request": "somebody's", "attempt": 1, "task": "(0, 0)",
-    }  # fmt: skip
+    said = {"device": "pi-2", "why": "SIGSEGV", "request": "somebody's", "task": "(0, 0)"}
+    assert said.items() <= dict(note.fields).items() and note.fields["attempt"] == 1
