@@ -53,8 +53,8 @@ class Result:
     float32 values went from task to task as float16 (``half_transfers``).
 
     ``degraded``, for ``reasons``: something failed on the way, or devices are kept out.
-    ``devices_lost`` while it ran there; ``added_s``: seconds from the start of its first attempt to
-    that of the one which answered.
+    ``devices_lost`` while it ran there; ``added_s``: seconds from its start until what was lost was
+    begun again, elsewhere.
     """
 
     request_id: str

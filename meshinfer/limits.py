@@ -143,7 +143,7 @@ PLANNING_TRIES: Final = 2
 """A process that ended once was killed by somebody; twice, by what it was asked to plan."""
 KERNEL_FAILURES_PER_REQUEST: Final = 3
 CRASHES_PER_REQUEST: Final = 3
-"""Attempts that ended a process which computed them; the last of them alone on one device."""
+"""Processes that a request may end, the last of them alone on one device."""
 EVIDENCE_S: Final = 10.0
 """How long a request that ran alone waits to hear how its device's process ended."""
 POISON_S: Final = 600.0

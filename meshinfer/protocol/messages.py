@@ -335,7 +335,7 @@ class Cancel(Message, frozen=True):
 class Reply(Message, frozen=True):
     """The outcome; the tensors come from the sink. ``rounded``: float32 went as float16.
     ``degraded``, for ``reasons``: something failed on the way or is kept out. ``lost``: devices
-    that were, while it ran there; ``added_s``: from its first attempt to that which answered."""
+    that were, while it ran there; ``added_s``: from its start until lost work was begun again."""
 
     request: Name
     version: Count = 0

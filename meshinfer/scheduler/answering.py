@@ -176,7 +176,7 @@ class Answering:
         if ended is None or request is None:
             return []
         request.held_until = 0.0
-        failure = self._poison.blame(request, ended, hello.device, now)
+        failure = self._poison.blame(request, ended, hello, now)
         if failure is not None:
             return self._fail(request, failure, now)
         if request.alone and request.deployment is not None and not request.deployment.alone:
@@ -186,8 +186,9 @@ class Answering:
     def device_lost(self, name: str, why: str, now: float) -> None:
         for request in self.open.values():
             made = request.deployment
-            if made is not None and name in made.members:
+            if made is not None and name in made.members and not made.only_spare(name):
                 request.lost.setdefault(name, why)
+                request.hurt_at = now
                 if made.alone:  # was it the request? Its process will say
                     request.held_until = now + limits.EVIDENCE_S
 

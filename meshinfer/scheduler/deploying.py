@@ -228,7 +228,7 @@ class Deploying:
         if made.alone:
             asked = self._answering.open.get(made.alone)
             if asked is not None:
-                asked.together = True  # a third crash is proof all the same
+                asked.together = asked.attempt  # a crash after that is proof all the same
             return [note, *effects]
         serving = self._catalogue.serving(model, signature)
         if serving is not None:

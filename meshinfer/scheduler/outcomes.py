@@ -25,7 +25,7 @@ def answered(request: Request, tried: Try, members: Membership, now: float) -> m
         degraded=bool(reasons),
         reasons=reasons,
         lost=tuple(request.lost),
-        added_s=max(0.0, tried.since - request.started),
+        added_s=max(0.0, tried.since - request.started, request.hurt_at - request.started),
     )
 
 

@@ -1,7 +1,7 @@
 """Requests that end the processes that compute them: who is to blame, and bodies that are refused.
 
 A process counts only if it died, by no other's doing, while it computed that request's task. After
-two such attempts the request runs alone on one device, and only a death there is proof.
+two such processes the request runs alone on one device, and only a death there is proof.
 """
 
 from __future__ import annotations
@@ -26,13 +26,18 @@ class Poison:
         until, causes = self._bodies.get(body_of(message), (0.0, ""))
         return None if now >= until else _lost(causes, until - now)
 
-    def blame(self, request: Request, ended: m.Ended, device: str, now: float) -> m.Failure | None:
-        """A process of a device has died as it computed this request. The failure, once proven."""
+    def blame(
+        self, request: Request, ended: m.Ended, hello: m.Hello, now: float
+    ) -> m.Failure | None:
+        """A process has died as it computed this request, says the next one of its device. The
+        failure, once proven."""
         tried = request.tried.get(ended.attempt)
-        if tried is None or ended.killed or ended.attempt in request.crashes:
+        key = f"{hello.device}#{hello.incarnation}"
+        if tried is None or ended.killed or key in request.crashes:
             return None
-        request.crashes[ended.attempt] = f"{device}: {ended.cause}"
-        if not (tried.deployment.alone or request.together):
+        request.crashes[key] = f"{hello.device}: {ended.cause}"
+        again = request.together is not None and ended.attempt > request.together
+        if not tried.deployment.alone and not again:
             return None
         if len(request.crashes) < limits.CRASHES_PER_REQUEST:
             return None

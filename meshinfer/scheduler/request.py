@@ -81,8 +81,9 @@ class Request:
     """One accepted request. ``deployment`` is None while it waits for one. ``nbytes``: its inputs'.
 
     ``merged``: when the sink has sent the answer, and under which attempt; ``outcome``: its digest.
-    ``lost``: devices that were lost while it ran there, and how that was seen. ``crashes``: of
-    attempts, the process that its task ended; ``together``: no one device can hold it.
+    ``lost``: devices that were lost while it ran there, and how that was seen, last at ``hurt_at``.
+    ``crashes``: the processes that its tasks ended, by those that came after them; ``together``: no
+    one device can hold it, as was found at this attempt.
     ``held_until``: it ran alone and its device was lost; why is to be told.
     """
 
@@ -102,18 +103,19 @@ class Request:
     kernel_failures: int = 0
     tried: dict[int, Try] = field(default_factory=dict)
     lost: dict[str, str] = field(default_factory=dict)
-    crashes: dict[int, str] = field(default_factory=dict)
-    together: bool = False
+    hurt_at: float = 0.0
+    crashes: dict[str, str] = field(default_factory=dict)
+    together: int | None = None
     held_until: float = 0.0
 
     @property
     def alone(self) -> bool:
         """Whether it may run only on one device, and no other request under its plan."""
-        return len(self.crashes) >= limits.CRASHES_PER_REQUEST - 1 and not self.together
+        return len(self.crashes) >= limits.CRASHES_PER_REQUEST - 1 and self.together is None
 
     @property
     def causes(self) -> str:
-        return "; ".join(each for _, each in sorted(self.crashes.items()))
+        return "; ".join(self.crashes.values())
 
     @property
     def id(self) -> str:
