@@ -49,6 +49,8 @@ LINKED_DEVICES: Final = 12
 """Up to so many devices the links of all pairs are measured; of more, those with the head."""
 SLOWEST_LINK_BYTES_PER_S: Final = 250_000
 PULLS_AT_ONCE: Final = 4
+GENTLE_PAUSE_TIMES: Final = 9.0
+"""What nobody waits for is fetched for a tenth of the time while requests run."""
 COORDINATOR_SILENT_S: Final = 10.0
 NO_WORKER_GRACE_S: Final = 5.0
 REPLAN_SETTLE_S: Final = 0.2

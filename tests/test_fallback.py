@@ -17,6 +17,7 @@ from meshinfer.identity import DeviceId
 from meshinfer.plan import Plan, Shard, Stage, Task
 from meshinfer.protocol import messages as m
 from meshinfer.scheduler import events as e
+from meshinfer.scheduler.puller import Puller
 
 NAMES = ("pi-1", "pi-2", "pi-3")
 SOON_S = limits.REPLAN_SETTLE_S / 2
@@ -286,3 +287,35 @@ def test_tasks_that_any_device_may_take_have_no_spare_device() -> None:
     [made] = cluster.core.catalogue.deployments.values()
     assert made.choices and not made.spares.peers
     cluster.check_idle()
+
+
+# --- what nobody waits for ------------------------------------------------------------------------
+
+
+def test_what_is_prepared_for_others_is_fetched_a_tenth_of_the_time_while_requests_run() -> None:
+    puller, gentle, wanted = Puller(), "a" * 64, "b" * 64
+    [ask] = puller.want(gentle, "head", 0.0, gentle=True)
+    assert isinstance(ask, e.Send)
+
+    def arrive(digest: str, offset: int, now: float, *, busy: bool) -> list[e.Effect]:
+        chunk = m.Chunk(digest=digest, offset=offset, total=100)
+        return puller.arrived("head", chunk, memoryview(bytes(10)), now, busy=busy)
+
+    assert len(arrive(gentle, 0, 0.1, busy=True)) == 1, "it is written, and nothing is asked"
+    assert puller.next_deadline() == pytest.approx(0.1 + limits.GENTLE_PAUSE_TIMES * 0.1)
+    assert puller.due(0.5) == ([], [])
+    assert len(puller.want(wanted, "head", 0.5)) == 1, "what somebody waits for does not wait"
+    assert len(arrive(wanted, 0, 0.6, busy=True)) == 2
+    [again], _ = puller.due(1.1)
+    assert isinstance(again, e.Send) and again.message == m.Want(
+        digest=gentle, offset=10, length=limits.BLOB_WANT_BYTES
+    )
+    assert len(arrive(gentle, 10, 1.2, busy=False)) == 2, "when nothing runs it goes on at once"
+
+
+def test_what_somebody_waits_for_as_well_is_not_gentle_any_more() -> None:
+    puller, digest = Puller(), "a" * 64
+    puller.want(digest, "head", 0.0, gentle=True)
+    puller.want(digest, "head", 0.0)
+    chunk = m.Chunk(digest=digest, offset=0, total=100)
+    assert len(puller.arrived("head", chunk, memoryview(bytes(10)), 1.0, busy=True)) == 2

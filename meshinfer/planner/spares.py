@@ -23,6 +23,10 @@ from meshinfer.transfers import TaskRef, derive
 ALIKE = 1.05
 """Of devices that would be done within so much of the first one, the one that holds least."""
 
+ROOM = 0.8
+"""The part of a device's memory up to which it prepares tasks of others; what the plan needs may
+fill all of it. A model takes more while it is prepared than after, and none is worth a worker's end."""
+
 
 @dataclass(frozen=True, slots=True)
 class Spares:
@@ -138,7 +142,7 @@ class _Search:
         ]
 
     def _fits(self, held: _Held, p: DeviceProfile) -> bool:
-        return not p.memory_bytes or held.peak <= p.memory_bytes
+        return not p.memory_bytes or held.peak <= ROOM * p.memory_bytes
 
     def _done(
         self,

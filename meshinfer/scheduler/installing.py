@@ -29,7 +29,7 @@ from meshinfer.scheduler.telling import told
 class Deployment:
     """``peers``: device -> peer id, for what the programs send; ``tasks``: how many programs
     compute in each request; ``head``: the plan's source and sink; ``keep_bytes``: as in
-    ``Install``; ``missing``: blobs to come."""
+    ``Install``; ``missing``: blobs to come; ``parts``: of it that were told of."""
 
     programs: dict[m.Place, m.Program] = field(default_factory=dict)
     recipes: dict[m.Place, Recipe] = field(default_factory=dict)
@@ -38,6 +38,7 @@ class Deployment:
     head: str = ""
     keep_bytes: int = limits.KEPT_BYTES
     missing: set[str] = field(default_factory=set)
+    parts: int = 0
 
     def add(self, message: m.Install, device: str) -> None:
         """The programs come in two parts: this device's own, then those that it may take over."""
@@ -48,6 +49,7 @@ class Deployment:
         own = (p for p in self.programs.values() if p.is_own(device))
         self.tasks = sum(p.model is not None for p in own)
         self.head, self.keep_bytes = message.head, message.keep_bytes
+        self.parts += 1
 
 
 class Installing:
@@ -105,11 +107,15 @@ class Installing:
             return _prepare(number, deployment)
         effects: list[Effect] = []
         for digest in event.missing:
-            effects += self._puller.want(digest, coordinator.id, now)
+            gentle = deployment.parts > 1  # for others: this device's own part serves
+            effects += self._puller.want(digest, coordinator.id, now, gentle=gentle)
         return effects
 
-    def chunk(self, peer: str, chunk: m.Chunk, data: memoryview, now: float) -> list[Effect]:
-        return self._puller.arrived(peer, chunk, data, now)
+    def chunk(
+        self, peer: str, chunk: m.Chunk, data: memoryview, now: float, *, busy: bool = False
+    ) -> list[Effect]:
+        """``busy``: requests run here meanwhile."""
+        return self._puller.arrived(peer, chunk, data, now, busy=busy)
 
     def written(self, event: BlobWritten) -> list[Effect]:
         self._puller.done(event.digest)

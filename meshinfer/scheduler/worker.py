@@ -127,7 +127,8 @@ class WorkerCore:
                 watched += self._detours.echoed(peer, message.id)
                 return watched or self._links.echoed(peer, message.id, now)
             case m.Chunk():
-                return self._installing.chunk(peer, message, event.payload, now)
+                busy = not self._computing.idle
+                return self._installing.chunk(peer, message, event.payload, now, busy=busy)
             case m.Gone():
                 if self._coordinator is None or peer != self._coordinator.id:
                     return []
