@@ -6,7 +6,6 @@ That schedules of all kinds end well is ``test_restart_core.py``; here it is the
 from __future__ import annotations
 
 import random
-import resource
 import threading
 import time
 from collections.abc import Iterator
@@ -188,26 +187,25 @@ def test_a_coordinator_whose_disk_is_full_refuses_in_words_and_goes_on_when_ther
     assert cluster._coordinator is not None
     process = psutil.Process(cluster._coordinator.pid)
     with cluster.client() as client:
-        client.deploy("net", small_model())
-        client.infer("net", image())
+        client.deploy("net", MODEL, spread=True)
+        client.infer("net", IMAGES[0])
         soft, hard = process.rlimit(psutil.RLIMIT_FSIZE)
         process.rlimit(psutil.RLIMIT_FSIZE, (1024, hard))
         refused = 0
         for _ in range(5):
             with pytest.raises(mi.ClusterUnavailable, match="journal") as caught:
-                client.infer("net", image(), deadline_s=WITHIN_S)
+                client.infer("net", IMAGES[0], deadline_s=WITHIN_S)
             assert "room" in caught.value.hint
             refused += 1
         process.rlimit(psutil.RLIMIT_FSIZE, (soft, hard))
 
         def answers() -> bool:
             try:
-                result = client.infer("net", image(), deadline_s=WITHIN_S)
+                result = client.infer("net", IMAGES[0], deadline_s=WITHIN_S)
             except mi.ClusterUnavailable:
                 return False
-            assert_exact(small_model(), image(), result.outputs)
+            assert_exact(MODEL, IMAGES[0], result.outputs)
             return True
 
         assert refused == 5 and eventually(answers, 20.0)
         assert cluster._coordinator.poll() is None
-    assert resource.RLIM_INFINITY in (soft, hard)
