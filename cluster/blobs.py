@@ -37,6 +37,7 @@ class BlobStore:
         self.folder = folder
         self.max_bytes = max_bytes
         self._verified: set[str] = set()  # each is looked for on the disk before it counts
+        self._since = time.time()  # beside the files' own times
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
@@ -99,8 +100,13 @@ class BlobStore:
         self._verified.discard(digest)
 
     def read(self, digest: str, offset: int, length: int) -> tuple[bytes, int] | None:
-        """Bytes of a blob and its whole size; None when it is not here."""
+        """Bytes of a blob and its whole size; None when it is not here, or was damaged since an
+        earlier process wrote it."""
         try:
+            old = digest not in self._verified and self.path(digest).stat().st_mtime < self._since
+            if old and not self._whole(digest):
+                self.remove(digest)
+                return None
             with self.path(digest).open("rb") as file:
                 file.seek(offset)
                 return file.read(length), os.fstat(file.fileno()).st_size

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -124,9 +124,12 @@ class Journal:
         models = [entry for entry in entries if isinstance(entry, Published)]
         number = self._number
         rows = []
-        plans = {entry.key: entry for entry in entries if isinstance(entry, Planned)}
+        plans: dict[Hashable, Planned] = {}
         for entry in entries:
-            if isinstance(entry, Accepted | Ended):
+            if isinstance(entry, Planned):
+                plans.pop(entry.key, None)
+                plans[entry.key] = entry
+            elif not isinstance(entry, Published):
                 number += 1
                 rows.append((number, *_row_of(entry)))
         run = self._database.execute

@@ -177,6 +177,15 @@ class LocalCluster:
         names = [w.name for w in self._workers] if i is None else [self._worker(i).name]
         self._reach_gate().ask("heal", names=names)
 
+    def restart_coordinator(self) -> None:
+        """SIGKILL the coordinator and start it again on its own disk, at the same address; until it
+        listens."""
+        assert self._coordinator is not None and self._address is not None
+        self._coordinator.kill()
+        self._coordinator.wait()
+        (self._folder / "coordinator" / "address.json").unlink(missing_ok=True)
+        self._start_coordinator(self._address.port)
+
     def close(self) -> None:
         """Stop everything that was started here and remove its folder."""
         try:
@@ -221,12 +230,12 @@ class LocalCluster:
         worker.paused = paused
         return worker.name
 
-    def _start_coordinator(self) -> None:
+    def _start_coordinator(self, port: int = 0) -> None:
         options = CoordinatorOptions(
             cluster=self.cluster,
             state_dir=str(self._folder / "coordinator"),
             host=LOOPBACK,
-            port=0,
+            port=port,
             interfaces=(LOOPBACK,) if self._discovery else (),
             log_level=self._log_level,
             parent=os.getpid(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 
@@ -37,9 +38,22 @@ def configure(level: str = "info", form: str = "text", *, name: str = "") -> Non
         ],
         wrapper_class=structlog.make_filtering_bound_logger(chosen),
         # Asked for at each line: who embeds us may replace stderr, and close the old one.
-        logger_factory=lambda *_: structlog.PrintLogger(sys.stderr),
+        logger_factory=lambda *_: structlog.PrintLogger(_Lines()),  # type: ignore[arg-type]
         cache_logger_on_first_use=False,
     )
+
+
+class _Lines:
+    """stderr; a line that it does not take, for a full disk or a reader that has gone, is lost, and
+    the daemon goes on."""
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.flush()
 
 
 def identify(**ids: str) -> None:

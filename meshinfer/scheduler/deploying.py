@@ -190,7 +190,8 @@ class Deploying:
             made.report = with_notes(made.report, model.unprepared.pop(made.signature))
         note = Note("info", "plan ready", {"model": model.name, "deployment": made.number})
         effects = self.models.serve(model, made)
-        self._journal.planned(entry_of(made, self._members))
+        if not made.alone:
+            self._journal.planned(entry_of(made, self._members))
         return [note, *effects]
 
     def _install_failed(

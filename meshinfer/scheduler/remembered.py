@@ -81,9 +81,9 @@ class Remembered:
         if entry is None or head is None or head.name != entry.head:
             return None
         ready = {*self._members.ready(now), head.name}
+        if not {*entry.grants, *entry.programs} <= ready:
+            return None
         for name, grant in entry.grants.items():
-            if name not in ready:
-                return None
             if self._members.devices[name].hello.facts.memory_bytes < grant:
                 del self._plans[model.key, signature]
                 return None
