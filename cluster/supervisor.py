@@ -58,7 +58,7 @@ def supervise(options: dict[str, Any]) -> int:
         ended = {**task, "cause": last_exit, "killed": was_killed(code, last_exit)}
         if time.monotonic() - started > _HEALTHY_S:
             wait = _FIRST_WAIT_S
-        _say(options, child.pid, last_exit, wait)
+        _say(options, child.pid, ended, wait)
         until = time.monotonic() + wait
         while not stopping and time.monotonic() < until:  # a signal does not end a sleep
             time.sleep(_LOOK_S)
@@ -66,12 +66,14 @@ def supervise(options: dict[str, Any]) -> int:
     return 0
 
 
-def _say(options: dict[str, Any], pid: int, why: str, again_s: float) -> None:
-    """Log a death, in the form that the worker's own lines have."""
-    text = f"worker {options['name']} died: {why}; again in {again_s:g} s"
+def _say(options: dict[str, Any], pid: int, ended: dict[str, Any], again_s: float) -> None:
+    """Log a death, and what was computed then, in the form that the worker's own lines have."""
+    task = f", computing for request {ended['request']}" if ended.get("request") else ""
+    text = f"worker {options['name']} died: {ended['cause']}{task}; again in {again_s:g} s"
     if options.get("log_form") == "json":
-        fields = {"event": "worker died", "device": options["name"], "pid": pid, "why": why}
         when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        fields = {"event": "worker died", "device": options["name"], "pid": pid, **ended}
+        fields["why"] = fields.pop("cause")  # in logs a cause is the id of a fault
         text = json.dumps({**fields, "again_s": again_s, "level": "warning", "timestamp": when})
     sys.stderr.write(f"{text}\n")
     sys.stderr.flush()

@@ -162,8 +162,8 @@ def daemon(module: str, options: Any, log: Path) -> Iterator[subprocess.Popen[by
 
 
 def read(log: Path) -> list[Line]:
-    """Each line of it, as the JSON that it must be."""
-    return [json.loads(line) for line in log.read_text().splitlines()]
+    """Each line that is whole, as the JSON that it must be."""
+    return [json.loads(line) for line in log.read_text().rpartition("\n")[0].splitlines()]
 
 
 def test_the_logs_of_daemons_lead_from_an_answer_to_the_death_behind_it(tmp_path: Path) -> None:
@@ -203,6 +203,9 @@ def test_the_logs_of_daemons_lead_from_an_answer_to_the_death_behind_it(tmp_path
                 if of(lines, *RECOVERIES):
                     break
                 assert eventually(lambda: {d.device for d in client.devices()} >= {"a"}, 30.0)
+            ended = "its last process ended"  # as its supervisor tells when the next one joins
+            assert eventually(lambda: bool(of(read(logs["c"]), ended)), 30.0)
+        lines = read(logs["c"])
         again = of(lines, *RECOVERIES)
         assert again and {line["request"] for line in again} <= {
             line["request"] for line in of(lines, "request answered")
@@ -213,6 +216,9 @@ def test_the_logs_of_daemons_lead_from_an_answer_to_the_death_behind_it(tmp_path
         joined = of(lines, "device joined")
         ids = {(line["device"], line["incarnation"]) for line in joined}
         assert {(line["device"], line["incarnation"]) for line in lost.values()} <= ids
+    ends = of(lines, ended)
+    assert ends and all(lost[line["cause"]]["device"] == line["device"] == "a" for line in ends)
+    assert {line["why"] for line in ends} == {"SIGKILL"}
     own = read(logs["a"])
     (death, *_) = of(own, "worker died")
     assert death["device"] == "a" and death["why"] == "SIGKILL" and death["pid"]
