@@ -92,6 +92,8 @@ DISK_LOW_BYTES: Final = 512 * MIB
 
 # Requests.
 QUEUE_REQUESTS: Final = 256
+CAUSES_KEPT: Final = 2 * QUEUE_REQUESTS
+"""Of so many requests the faults that they met are known: those open, and as many cancelled."""
 MAP_AHEAD: Final = 4
 ATTEMPTS_PER_REQUEST: Final = 20
 RUNNING_REQUESTS: Final = 4

@@ -113,20 +113,23 @@ def test_where_nothing_happens_nothing_is_said_above_debug_and_nothing_is_kept()
     assert not any("cause" in line for line in lines)
 
 
-def test_causes_of_requests_that_nobody_waits_for_any_more_are_forgotten() -> None:
-    """1. a request is set back; 2. it is cancelled; 3. the next fault finds nothing of it."""
+def test_causes_of_requests_that_nobody_waits_for_any_more_are_bounded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """1. six requests are set back; 2. all are cancelled; 3. no more are known than may be."""
+    monkeypatch.setattr(limits, "CAUSES_KEPT", 4)
     cluster = Cluster(("pi-1", "pi-2", "pi-3"))
     cluster.deployed()
     cluster.when(kind(m.Deliver, by="pi-2"), lambda: cluster.kill("pi-2"))
-    request = cluster.submit()
-    cluster.settle(lambda: not cluster.nodes["pi-2"].alive)
+    asked = [cluster.submit(image(i)) for i in range(6)]
     cluster.settle(lambda: bool(of(told(cluster), "device lost")))
-    cluster.post(cluster.nodes["ann"], e.Cancelled(request), 0.0)
+    for request in asked:
+        cluster.post(cluster.nodes["ann"], e.Cancelled(request), 0.0)
     cluster.pass_time(1.0)
     cluster.kill("pi-3")
     cluster.pass_time(1.0)
     faults = cluster.core.members.faults
-    assert not faults._causes and not faults._fresh
+    assert len(faults._causes) <= 4 and not faults._fresh
 
 
 def test_a_refusal_at_the_door_is_no_warning(monkeypatch: pytest.MonkeyPatch) -> None:
