@@ -102,6 +102,9 @@ PACE_ANSWERS: Final = 32
 RETRY_AFTER_S: Final = 1.0
 RETRY_AFTER_LEAST_S: Final = 0.05
 RETRY_AFTER_MOST_S: Final = 30.0
+
+CAUSES_KEPT: Final = 2 * QUEUE_REQUESTS
+"""Of so many requests the faults that they met are known: those open, and as many cancelled."""
 MAP_AHEAD: Final = 4
 ATTEMPTS_PER_REQUEST: Final = 20
 RUNNING_REQUESTS: Final = 4

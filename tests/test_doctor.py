@@ -125,6 +125,21 @@ def test_for_people_it_says_one_line_a_check_and_what_to_do_below(tmp_path: Path
 ILLEGAL = {"x86_64": b"\x0f\x0b", "aarch64": b"\x00\x00\x00\x00"}  # ud2, udf #0
 
 
+def illegal_instruction() -> str:
+    """Python that executes one."""
+    code = ILLEGAL[os.uname().machine]
+    return (
+        "import ctypes, mmap\n"
+        "page = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ|mmap.PROT_WRITE|mmap.PROT_EXEC)\n"
+        f"page.write({code!r})\n"
+        "ctypes.CFUNCTYPE(None)(ctypes.addressof(ctypes.c_char.from_buffer(page)))()\n"
+    )
+
+
+def with_packages(folder: Path) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+
+
 def broken_package(folder: Path, name: str, body: str) -> Path:
     (folder / name).mkdir(parents=True)
     (folder / name / "__init__.py").write_text(body)
@@ -136,23 +151,31 @@ def test_an_engine_whose_instructions_this_processor_lacks_is_found_by_its_death
     tmp_path: Path, package: str
 ) -> None:
     """The package's import executes an instruction that no processor has."""
-    code = ILLEGAL[os.uname().machine]
-    body = (
-        "import ctypes, mmap\n"
-        "page = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ|mmap.PROT_WRITE|mmap.PROT_EXEC)\n"
-        f"page.write({code!r})\n"
-        "ctypes.CFUNCTYPE(None)(ctypes.addressof(ctypes.c_char.from_buffer(page)))()\n"
-    )
-    path = broken_package(tmp_path / "broken", package, body)
+    path = broken_package(tmp_path / "broken", package, illegal_instruction())
     told = doctor(
         tmp_path / "state", "--interface", "127.0.0.1",
-        PYTHONPATH=f"{path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+        PYTHONPATH=with_packages(path)["PYTHONPATH"],
     )  # fmt: skip
     assert told.problems[0] == "engine" and told.code == 78
     found = told["engine"]
     assert "SIGILL" in found.text and f"importing {package}" in found.text
     assert "another release" in found.hint
     assert (told["join"].text == "without numpy there is no client") == (package == "numpy")
+
+
+def test_a_worker_whose_engine_does_not_run_here_is_given_up_and_points_to_the_doctor(
+    tmp_path: Path,
+) -> None:
+    path = broken_package(tmp_path / "broken", "onnxruntime", illegal_instruction())
+    options = {"name": "w", "keyring": "none", "state_dir": str(tmp_path / "w")}
+    done = subprocess.run(
+        [sys.executable, "-m", "cluster.supervisor", json.dumps(options)],
+        capture_output=True, text=True, timeout=LONG_S, check=False, env=with_packages(path),
+    )  # fmt: skip
+    assert done.returncode == 78
+    again, last = done.stderr.splitlines()
+    assert "SIGILL; again in" in again
+    assert "SIGILL" in last and "not started again" in last and "meshinfer doctor" in last
 
 
 @pytest.mark.parametrize(
@@ -169,7 +192,7 @@ def test_an_engine_that_does_not_start_is_found_with_its_own_words(
     path = broken_package(tmp_path / "broken", "onnxruntime", body)
     told = doctor(
         tmp_path, "--interface", "127.0.0.1",
-        PYTHONPATH=f"{path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+        PYTHONPATH=with_packages(path)["PYTHONPATH"],
     )  # fmt: skip
     assert told.problems[0] == "engine" and told.code == 78
     assert says in told["engine"].text and "pip install" in told["engine"].hint

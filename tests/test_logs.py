@@ -113,20 +113,23 @@ def test_where_nothing_happens_nothing_is_said_above_debug_and_nothing_is_kept()
     assert not any("cause" in line for line in lines)
 
 
-def test_causes_of_requests_that_nobody_waits_for_any_more_are_forgotten() -> None:
-    """1. a request is set back; 2. it is cancelled; 3. the next fault finds nothing of it."""
+def test_causes_of_requests_that_nobody_waits_for_any_more_are_bounded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """1. six requests are set back; 2. all are cancelled; 3. no more are known than may be."""
+    monkeypatch.setattr(limits, "CAUSES_KEPT", 4)
     cluster = Cluster(("pi-1", "pi-2", "pi-3"))
     cluster.deployed()
     cluster.when(kind(m.Deliver, by="pi-2"), lambda: cluster.kill("pi-2"))
-    request = cluster.submit()
-    cluster.settle(lambda: not cluster.nodes["pi-2"].alive)
+    asked = [cluster.submit(image(i)) for i in range(6)]
     cluster.settle(lambda: bool(of(told(cluster), "device lost")))
-    cluster.post(cluster.nodes["ann"], e.Cancelled(request), 0.0)
+    for request in asked:
+        cluster.post(cluster.nodes["ann"], e.Cancelled(request), 0.0)
     cluster.pass_time(1.0)
     cluster.kill("pi-3")
     cluster.pass_time(1.0)
     faults = cluster.core.members.faults
-    assert not faults._causes and not faults._fresh
+    assert len(faults._causes) <= 4 and not faults._fresh
 
 
 def test_a_refusal_at_the_door_is_no_warning(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,8 +165,8 @@ def daemon(module: str, options: Any, log: Path) -> Iterator[subprocess.Popen[by
 
 
 def read(log: Path) -> list[Line]:
-    """Each line of it, as the JSON that it must be."""
-    return [json.loads(line) for line in log.read_text().splitlines()]
+    """Each line that is whole, as the JSON that it must be."""
+    return [json.loads(line) for line in log.read_text().rpartition("\n")[0].splitlines()]
 
 
 def test_the_logs_of_daemons_lead_from_an_answer_to_the_death_behind_it(tmp_path: Path) -> None:
@@ -203,6 +206,9 @@ def test_the_logs_of_daemons_lead_from_an_answer_to_the_death_behind_it(tmp_path
                 if of(lines, *RECOVERIES):
                     break
                 assert eventually(lambda: {d.device for d in client.devices()} >= {"a"}, 30.0)
+            ended = "its last process ended"  # as its supervisor tells when the next one joins
+            assert eventually(lambda: bool(of(read(logs["c"]), ended)), 30.0)
+        lines = read(logs["c"])
         again = of(lines, *RECOVERIES)
         assert again and {line["request"] for line in again} <= {
             line["request"] for line in of(lines, "request answered")
@@ -213,6 +219,9 @@ def test_the_logs_of_daemons_lead_from_an_answer_to_the_death_behind_it(tmp_path
         joined = of(lines, "device joined")
         ids = {(line["device"], line["incarnation"]) for line in joined}
         assert {(line["device"], line["incarnation"]) for line in lost.values()} <= ids
+    ends = of(lines, ended)
+    assert ends and all(lost[line["cause"]]["device"] == line["device"] == "a" for line in ends)
+    assert {line["why"] for line in ends} == {"SIGKILL"}
     own = read(logs["a"])
     (death, *_) = of(own, "worker died")
     assert death["device"] == "a" and death["why"] == "SIGKILL" and death["pid"]

@@ -53,12 +53,7 @@ class Change:
 
 
 def states(found: tuple[DeviceInfo, ...]) -> dict[str, State]:
-    return {each.device: State(each.state, cause_of(each)) for each in found}
-
-
-def cause_of(info: DeviceInfo) -> str:
-    """Why it is as it is: what the coordinator says, else how its last process ended."""
-    return getattr(info, "cause", "") or info.facts.last_exit
+    return {each.device: State(each.state, each.cause) for each in found}
 
 
 def changes(before: Mapping[str, State], now: Mapping[str, State]) -> list[Change]:
@@ -84,7 +79,7 @@ class _Looking:
     def again(self) -> list[Change]:
         """Ask once; a coordinator that is silent leaves all as it was last known."""
         try:
-            self.devices = self._client.devices()
+            self.devices = self._client.devices(lost=True)
         except ClusterUnavailable:
             now = {**self._known, COORDINATOR: State(SILENT)}
         else:
@@ -147,7 +142,7 @@ def _rows(found: tuple[DeviceInfo, ...]) -> Any:
             Text(f"{each.heard_s:.1f}"),
             Text(each.computing or "-"),
             Text(str(each.tasks_done)),
-            Text(cause_of(each) or "-"),
+            Text(each.cause or "-"),
         )
         table.add_row(*cells)
     return table

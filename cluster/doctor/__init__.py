@@ -209,7 +209,7 @@ class _Examination:
                     address=address(each.where),
                     port=each.port,
                     version=each.facts.version,
-                    cause=getattr(each, "cause", "") or each.facts.last_exit,
+                    cause=each.cause,
                     head=each.facts.head,
                 )
                 for each in client.devices()

@@ -18,15 +18,16 @@ from meshinfer.scheduler.request import Request
 class Faults:
     """Mutable: owned by the coordinator's core. ``incarnation``: makes ids of restarts differ.
 
-    ``_fresh`` are the faults of the event that is being handled; ``_causes`` those that each open
-    request met, first to last; ``_latest`` the latest of each device, by its name.
+    ``_fresh`` are the faults of the event that is being handled; ``_causes`` those that each
+    request met, first to last, until its reply goes out (late, where it is written down first);
+    ``_latest`` the latest of each device, by its name.
     """
 
     def __init__(self, incarnation: str = "0") -> None:
         self._incarnation = incarnation
         self._count = 0
         self._fresh: list[str] = []
-        self._causes: dict[str, dict[str, None]] = {}
+        self._causes: OrderedDict[str, dict[str, None]] = OrderedDict()
         self._latest: OrderedDict[str, str] = OrderedDict()
 
     def note(self, level: str, text: str, fields: Mapping[str, object]) -> Note:
@@ -34,6 +35,8 @@ class Faults:
         self._count += 1
         cause = f"{self._incarnation}-{self._count}"
         self._fresh.append(cause)
+        if "request" in fields:
+            self._met(str(fields["request"]))
         if "device" in fields:
             self._latest[str(fields["device"])] = cause
             while len(self._latest) > limits.DEVICES:
@@ -73,14 +76,15 @@ class Faults:
                     notes.append(self._ended(reply))
                 case _:
                     pass
-        if self._fresh:
-            self._causes = {name: met for name, met in self._causes.items() if name in open_}
-            self._fresh.clear()
+        self._fresh.clear()
         return notes
 
     def _met(self, request: str) -> None:
         if self._fresh:
             self._causes.setdefault(request, {}).update(dict.fromkeys(self._fresh))
+            self._causes.move_to_end(request)
+            while len(self._causes) > limits.CAUSES_KEPT:  # nobody waited for them to the end
+                self._causes.popitem(last=False)
 
     def _last(self, request: str) -> dict[str, object]:
         """The latest fault that a request met, as a field; none where it met none."""
