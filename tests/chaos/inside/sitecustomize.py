@@ -15,7 +15,7 @@ _FOLDER = os.environ.get("CHAOS_STATES", "")
 
 
 def _watch() -> None:
-    from cluster import loop, storing, worker
+    from cluster import blobs, loop
     from meshinfer.protocol import messages as m
     from meshinfer.scheduler import events
 
@@ -36,7 +36,7 @@ def _watch() -> None:
         file.unlink()
         os.kill(os.getpid(), signal.SIGKILL)
 
-    handle, send, write = loop.Loop._handle, loop.Loop._send, worker.perform
+    handle, send, write = loop.Loop._handle, loop.Loop._send, blobs.BlobStore.write
 
     def handled(self, event):  # type: ignore[no-untyped-def]
         if isinstance(event, events.Arrived) and isinstance(event.message, m.Deliver):
@@ -53,13 +53,12 @@ def _watch() -> None:
         if deliver:
             reached("mid-send")
 
-    def performed(store, effect):  # type: ignore[no-untyped-def]
-        if isinstance(effect, events.WriteBlob):
-            reached("mid-load", len(effect.data))
-        return write(store, effect)
+    def written(self, digest, offset, total, data):  # type: ignore[no-untyped-def]
+        reached("mid-load", len(data))
+        return write(self, digest, offset, total, data)
 
     loop.Loop._handle, loop.Loop._send = handled, sent
-    worker.perform = storing.perform = performed
+    blobs.BlobStore.write = written
     # A program that ends by itself, with a code: no signal tells of it.
     signal.signal(signal.SIGUSR2, lambda *_: os._exit(3))
 
