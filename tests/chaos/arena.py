@@ -32,7 +32,7 @@ SIZE: Final = 192
 SETTLE_S: Final = 30.0
 """How long a run waits to be whole again; the goal is less, and is the checker's."""
 
-COMMAND_S: Final = 280.0
+COMMAND_S: Final = 1500.0
 _INSIDE = Path(__file__).resolve().parent / "inside"
 _USER = Path(__file__).resolve().parent / "user.py"
 
@@ -262,6 +262,10 @@ class Load:
     def over(self) -> bool:
         self._over = self._over or self._user.said("load")
         return self._over
+
+    def stop(self) -> None:
+        """There has been enough of it."""
+        self._user.call("stop")
 
     def wait(self) -> None:
         if not self._over:

@@ -88,7 +88,7 @@ def joins(run: Run) -> None:
     victim, times = 3, run.count(6, 30)
     run.deploy()
     run.calm(run.count(50, 200), rate=RATE)
-    with run.load("faults", round(RATE * run.count(40, 300)), rate=RATE) as load:
+    with run.load("faults", 100_000, rate=RATE, within_s=270.0) as load:
         for _ in range(times):
             while victim not in run.ready() and not load.over:
                 run.pause(0.1)
@@ -97,6 +97,8 @@ def joins(run: Run) -> None:
             run.pause(1.0)
             run.hurt("kill", victim, lambda: run.cluster.crash(victim))
             run.pause(0.3)
+        run.pause(3.0)
+        load.stop()
     run.heal()
 
 
@@ -145,10 +147,10 @@ STATES = ("before ack", "after compute", "mid-send", "mid-halo", "mid-load")
 
 def states(run: Run) -> None:
     """C3: a worker dies at a chosen moment of its protocol, each state time and again."""
-    hits = run.count(1, 20)
+    hits = run.count(3, 20)
     run.deploy()
     run.calm(run.count(50, 200), rate=RATE)
-    with run.load("faults", 100_000, rate=RATE, within_s=run.count(25, 600)) as load:
+    with run.load("faults", 100_000, rate=RATE, within_s=270.0) as load:
         for turn in range(hits):
             for state in STATES:
                 victim = run.rng.choice(run.ready() or [1])
@@ -159,4 +161,5 @@ def states(run: Run) -> None:
                 run.pause(0.5)
                 if load.over:
                     break
+        load.stop()
     run.heal()

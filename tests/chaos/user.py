@@ -53,6 +53,7 @@ class User:
         )
         self.numbers = itertools.count()
         self.open = 0
+        self.enough = False
         self.over: set[int] = set()
         self.changed = threading.Condition()
         self.seen: dict[str, str] = {}
@@ -87,9 +88,10 @@ class User:
         """Submit ``count`` requests, ``rate`` a second whatever becomes of them, or the next when
         fewer than ``in_flight`` are open; none after ``within_s``. Each has an outcome then."""
         started, before = time.monotonic(), self.tasks_done
+        self.enough = False
         model = self.models[name]
         for k in range(count):
-            if time.monotonic() > started + within_s:
+            if self.enough or time.monotonic() > started + within_s:
                 break
             if rate:
                 time.sleep(max(0.0, started + k / rate - time.monotonic()))
@@ -101,6 +103,10 @@ class User:
         self.drain(deadline_s + 30.0)
         time.sleep(2 * WATCH_S)  # what was done last is told with a heartbeat or a reply
         self.history.write("tasks", phase=phase, done=self.tasks_done - before)
+
+    def stop(self) -> None:
+        """No further requests of the load."""
+        self.enough = True
 
     def poison(self, name: str, value: float, deadline_s: float = 60.0) -> None:
         """Submit one request whose brightest value is this, and wait for what becomes of it."""
