@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import queue
 import random
 import subprocess
@@ -31,8 +32,12 @@ SIZE: Final = 192
 SETTLE_S: Final = 30.0
 """How long a run waits to be whole again; the goal is less, and is the checker's."""
 
-COMMAND_S: Final = 280.0
+COMMAND_S: Final = 1500.0
+_INSIDE = Path(__file__).resolve().parent / "inside"
 _USER = Path(__file__).resolve().parent / "user.py"
+
+
+MEMORY_BYTES: Final = (1500 << 20, 700 << 20, 700 << 20, 700 << 20)
 
 
 def names(count: int = DEVICES) -> list[str]:
@@ -48,16 +53,19 @@ class Arena:
         *,
         devices: Sequence[DeviceSpec] | None = None,
         plaintext: bool = False,
-        environment: dict[str, str] | None = None,
+        environment: Callable[[], dict[str, str]] = dict,
     ) -> None:
         self.folder = folder
-        self.specs = list(devices or map(DeviceSpec, names(), CORES))
+        self.states = folder / "states"
+        self.states.mkdir(exist_ok=True)
+        self.environment = {**_inside(self.states), **environment()}
+        self.specs = list(devices or map(DeviceSpec, names(), CORES, MEMORY_BYTES))
         self.log = folder / "daemons.log"
         self.lab = Lab(self.specs)
         self._user: User | None = None
         try:
             self.cluster: LabCluster = self.lab.start_cluster(
-                log_level="info", plaintext=plaintext, log=self.log, environment=environment
+                log_level="info", plaintext=plaintext, log=self.log, environment=self.environment
             )
         except BaseException:
             self.lab.close()
@@ -68,6 +76,12 @@ class Arena:
 
     def __exit__(self, *_: object) -> None:
         self.lab.close()
+
+
+def _inside(states: Path) -> dict[str, str]:
+    """What lets workers die where they are told to."""
+    paths = [str(_INSIDE), os.environ.get("PYTHONPATH", "")]
+    return {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "CHAOS_STATES": str(states)}
 
 
 class Run:
@@ -81,7 +95,7 @@ class Run:
         self.history = History(path)
         self.history.write("run", case=case, seed=seed, full=full, devices=self.names)
         self.user = User(arena, path)
-        self.down: set[int] = set()  # devices that a case keeps dead on purpose
+        self._logged = len(arena.log.read_text(errors="replace").splitlines())
 
     @property
     def names(self) -> list[str]:
@@ -93,10 +107,12 @@ class Run:
 
     # --- what happens
 
-    def deploy(self, name: str = "net", model: Any = None, size: int = SIZE, **how: Any) -> None:
+    def deploy(
+        self, name: str = "net", model: Any = None, size: int = SIZE, seed: int = 0, **how: Any
+    ) -> None:
         """A model [1, 3, size, size], cut for all devices unless ``how`` says otherwise."""
         path = self.arena.folder / f"{name}.onnx"
-        onnx.save(squeezenet1_1(size) if model is None else model, path)
+        onnx.save(squeezenet1_1(size, seed) if model is None else model, path)
         options = {"spread": True, **how}
         self.user.call("deploy", name=name, path=str(path), shape=[1, 3, size, size], **options)
 
@@ -125,6 +141,44 @@ class Run:
     def power_cycle(self, i: int) -> None:
         """A device loses its power, and starts at once."""
         self.cluster.restart(i, wait=False)
+
+    def signal(self, i: int, number: int) -> None:
+        """To a device's worker process."""
+        os.kill(self.cluster.worker_pids()[i], number)
+
+    def die_at(self, i: int, state: str, after: int) -> None:
+        """Let a worker die when it has passed a state of its protocol so often, or so many bytes;
+        see ``inside/sitecustomize.py``."""
+        told = self.arena.states / self.names[i]
+        told.with_suffix(".new").write_text(json.dumps({"state": state, "after": after}))
+        told.with_suffix(".new").replace(told)
+
+    def until_dead(self, i: int, state: str, within_s: float) -> None:
+        """Write down whether it has died where ``die_at`` said."""
+        told, until = self.arena.states / self.names[i], time.monotonic() + within_s
+        while told.exists() and time.monotonic() < until:
+            time.sleep(0.02)
+        hit = not told.exists()
+        told.unlink(missing_ok=True)
+        self.fault("died" if hit else "lived", i, state=state)
+
+    def log(self) -> None:
+        """Put the daemons' warnings into the history, as long as they are new."""
+        lines = self.arena.log.read_text(errors="replace").splitlines()[self._logged :]
+        self._logged += len(lines)
+        told = [line for line in lines if "[info" not in line]
+        self.history.write("log", lines=told)
+
+    def year(self) -> str:
+        """What the daemons' wall clock says."""
+        date = self.lab.spawn(
+            0,
+            ["date", "+%F %H"],
+            env={**os.environ, **self.arena.environment},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        return date.communicate(timeout=10.0)[0].strip()
 
     def states(self) -> dict[str, str]:
         """The devices' states as the user last saw them."""
@@ -208,6 +262,10 @@ class Load:
     def over(self) -> bool:
         self._over = self._over or self._user.said("load")
         return self._over
+
+    def stop(self) -> None:
+        """There has been enough of it."""
+        self._user.call("stop")
 
     def wait(self) -> None:
         if not self._over:

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from chaos import deaths, load, network
+from chaos import clocks, deaths, load, loading, network
 from chaos.arena import Arena, Run
 from chaos.checker import Verdict, judge
 
@@ -44,6 +44,18 @@ CASES = {
             deaths.freezes,
         ),
         Case(
+            "C3",
+            "SIGKILL at each state of the protocol",
+            "all answered",
+            deaths.states,
+        ),
+        Case(
+            "C4",
+            "SEGV, out of memory, an exit, an exception in a kernel",
+            "0 lost, the right cause named",
+            deaths.causes,
+        ),
+        Case(
             "C5",
             "silent partition coordinator–worker",
             "p99 ≤ 5 T, back ≤ 3 s after healing",
@@ -56,10 +68,28 @@ CASES = {
             network.halves,
         ),
         Case(
+            "C7",
+            "1–10 % random loss",
+            "0 wrong, p99 ≤ 10 T",
+            network.lossy,
+        ),
+        Case(
+            "C8",
+            "5 Mbit/s link with 8 MiB tensors",
+            "0 disconnects",
+            network.thin,
+        ),
+        Case(
             "C10",
             "one worker at 20 % CPU, then back",
             "≥ 0.9 of the best plan within 10 s, ≤ 2 re-plans",
             load.throttled,
+        ),
+        Case(
+            "C11",
+            "a worker that dies 1 s after each join",
+            "≤ 5 tasks after its 3rd death",
+            deaths.joins,
         ),
         Case(
             "C12",
@@ -74,10 +104,29 @@ CASES = {
             deaths.coordinators,
         ),
         Case(
+            "C15",
+            "a request that kills its worker",
+            "fails after 3, the others p99 ≤ 4 T",
+            deaths.poisoned,
+        ),
+        Case(
             "C16",
             "10× overload",
             "goodput ≥ 90 % of peak, RSS ≤ 1.2×",
             load.overload,
+        ),
+        Case(
+            "C21",
+            "model load killed at each tenth; corrupted blobs",
+            "never served",
+            loading.loads,
+        ),
+        Case(
+            "C22",
+            "wall clock ±1 h, ±1 year",
+            "nothing changes",
+            clocks.jumps,
+            own={"environment": clocks.environment},
         ),
     )
 }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -189,7 +190,7 @@ class Book:
         requests = self.view.requests
         lost = sum(r.outcome is None for r in requests)
         twice = sum(r.outcomes > 1 for r in requests)
-        wrong = sum(r.wrong for r in requests)
+        wrong = sum(r.wrong for r in requests if r.phase != "poison")  # its truth is nobody's
         vague = [r for r in requests if r.outcome and not r.answered and not r.outcome["typed"]]
         late = [r for r in requests if r.outcome and r.took_s > r.deadline_s + 2.0]
         self.want(not lost, f"{lost} lost")
@@ -318,15 +319,123 @@ def overload(book: Book) -> None:
     book.want(after <= 1.2 * before, f"RSS {after / before:.2f} of before ({after >> 20} MiB)")
 
 
+def states(book: Book) -> None:
+    """C3."""
+    book.nothing_lost()
+    hits = Counter(e["state"] for e in book.view.faults("died"))
+    book.say("deaths " + ", ".join(f"{hits[s]} {s}" for s in sorted(hits)))
+    book.want(len(hits) == 5, f"{len(hits)} of 5 states hit")
+
+
+def causes(book: Book) -> None:
+    """C4."""
+    view = book.view
+    book.nothing_lost([r for r in view.hurt() if r.phase != "poison"])
+    told = [cause for e in view.of("devices") for cause in e["exits"].values()]
+    for e in view.faults("die"):
+        named = any(e["cause"] in cause for cause in told)
+        book.want(named, f"{e['cause']} {'named' if named else 'not named'}")
+    for r in view.phase("poison"):
+        book.say(f"{r.model}: {r.outcome['name'] if r.outcome else 'lost'}")
+    refused = [r.outcome for r in view.phase("poison") if r.model == "picky" and r.outcome]
+    named = any(
+        "Gather" in e.get("message", "") or "index" in e.get("message", "") for e in refused
+    )
+    book.want(named, f"the kernel that refuses {'named' if named else 'not named'}")
+
+
+def lossy(book: Book) -> None:
+    """C7."""
+    book.nothing_lost()
+    book.slower(10.0)
+
+
+def thin(book: Book) -> None:
+    """C8."""
+    view = book.view
+    book.nothing_lost()
+    since = view.faults("thin")[0]["at"]
+    gone = [e for e in view.of("devices") if e["at"] > since and len(e["states"]) < 5]
+    lost = [t for e in view.of("log") for t in e["lines"] if "lost" in t]
+    book.want(not gone and not lost, f"{max(len(gone), len(lost))} disconnects")
+    took = sorted(r.took_s for r in view.hurt() if r.answered)
+    book.say(f"{took[0]:.0f} to {took[-1]:.0f} s each" if took else "none came")
+
+
+def joins(book: Book) -> None:
+    """C11."""
+    view = book.view
+    kills = [e["at"] for e in view.faults("kill")]
+    name = view.run["devices"][3]
+    book.nothing_lost()
+    book.want(len(kills) >= 3, f"{len(kills)} deaths")
+    if len(kills) >= 3:
+        later = [r for r in view.hurt() if r.answered and r.at > kills[2]]
+        tasks = sum(r.outcome["work"].get(name, 0) for r in later)
+        book.want(tasks <= 5, f"{tasks} tasks after its third death")
+        again = sum(r.outcome["attempts"] > 1 for r in later)
+        book.say(f"{again} requests begun anew after that")
+
+
+def poisoned(book: Book) -> None:
+    """C15."""
+    view = book.view
+    others = [r for r in view.hurt() if r.phase != "poison"]
+    book.nothing_lost(others)
+    book.slower(4.0, others)
+    deaths = [t for e in view.of("log") for t in e["lines"] if "died" in t]
+    evil = view.phase("poison")
+    for r in evil:
+        ended = r.outcome is not None and not r.answered and r.outcome["name"] != "DeadlineExceeded"
+        name = r.outcome["name"] if r.outcome and not r.answered else "answered"
+        book.want(ended, f"the poison ends as {name} after {r.took_s:.1f} s")
+    most = 3 * len(evil) if len(evil) < 2 else 3  # its digest is known then
+    book.want(0 < len(deaths) <= most, f"{len(deaths)} deaths")
+
+
+def loads(book: Book) -> None:
+    """C21."""
+    view = book.view
+    book.nothing_lost()
+    hits = len(view.faults("died"))
+    tried = hits + len(view.faults("lived"))
+    book.want(hits == tried, f"killed at {hits} of {tried} tenths")
+    rot = view.faults("rot")
+    book.want(bool(rot) and rot[0]["blobs"] > 0, f"{rot[0]['blobs'] if rot else 0} rotten blobs")
+
+
+def jumps(book: Book) -> None:
+    """C22."""
+    view = book.view
+    book.nothing_lost()
+    days = {e["year"] for e in view.faults("jump")}
+    book.want(len(days) == 5, f"{len(days)} different times")
+    since = view.faults("jump")[0]["at"]
+    gone = [e for e in view.of("devices") if e["at"] > since and len(e["states"]) < 5]
+    book.want(not gone, f"{len(gone)} devices lost")
+    again = sum(r.outcome["attempts"] > 1 for r in view.hurt() if r.answered)
+    book.want(not again, f"{again} begun anew")
+    times = view.times_calm(view.hurt())
+    book.say(f"p99 {times:.1f} T (T = {view.calm_s * 1000:.0f} ms)")
+
+
 JUDGES: dict[str, Judge] = {
     "C1": kills,
     "C2": freezes,
+    "C3": states,
+    "C4": causes,
     "C5": partitions,
     "C6": halves,
+    "C7": lossy,
+    "C8": thin,
     "C10": throttled,
+    "C11": joins,
     "C12": nobody,
     "C13": coordinators,
+    "C15": poisoned,
     "C16": overload,
+    "C21": loads,
+    "C22": jumps,
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from architectures import Builder
+
 from chaos.arena import Run
 
 RATE = 5.0
@@ -34,3 +36,55 @@ def halves(run: Run) -> None:
             pass
         run.hurt("reconnect", one, lambda i=one: run.lab.heal(i), name=run.names[one])
     run.heal()
+
+
+def lossy(run: Run) -> None:
+    """C7: 1 to 10 % of all packets are lost, on every device."""
+    shares = [0.01, 0.03, 0.10] if run.full else [0.01, 0.10]
+    requests = run.count(40, 300)
+    run.deploy()
+    run.calm(requests, rate=RATE)
+    for share in shares:
+        for i in range(len(run.names)):
+            run.hurt("loss", i, lambda i=i, share=share: run.lab.lose(i, share), share=share)
+        with run.load("faults", requests, rate=RATE, deadline_s=60.0):
+            pass
+    run.heal()
+
+
+SIDE = 836
+"""Pixels: 3 x 836 x 836 float32 are 8 MiB, in and out."""
+
+THIN_BITS_PER_S = 5e6
+
+
+def thin(run: Run) -> None:
+    """C8: tensors of 8 MiB on a link of 5 Mbit/s, so that each takes 13 s on its way."""
+    b = Builder(0)
+    y = b.conv(b.input("image", [1, 3, SIDE, SIDE]), 3, 3, 3)
+    model = b.model([b.rename(y, "y")])
+    run.deploy("big", model, size=SIDE, plan=_on_one(run, "big", model, SIDE), spread=False)
+    run.user.call("load", name="big", phase="calm", count=3, in_flight=1)
+    run.hurt("thin", 1, lambda: run.lab.set_link(1, THIN_BITS_PER_S))
+    with run.load(
+        "faults", 1000, name="big", in_flight=2, within_s=run.count(20, 600), deadline_s=200.0
+    ):
+        pass
+    run.log()
+    run.heal("big")
+
+
+def _on_one(run: Run, name: str, model: object, side: int) -> str:
+    """A plan that has the second device do all of it."""
+    import meshinfer as mi
+
+    graph = mi.load(model)
+    return "\n".join(
+        (
+            f"plan graph={graph.digest} source=head sink=head window=4",
+            f"stage 0:{len(graph.nodes)}",
+            f"  task {run.names[1]}",
+            f"    y [0:1,0:3,0:{side},0:{side}]",
+            "",
+        )
+    )

@@ -11,6 +11,7 @@ import queue
 import sys
 import threading
 import time
+from collections import Counter
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,8 @@ class User:
         )
         self.numbers = itertools.count()
         self.open = 0
+        self.enough = False
+        self.over: set[int] = set()
         self.changed = threading.Condition()
         self.seen: dict[str, str] = {}
         self.tasks: dict[str, int] = {}  # done by each device, as it last told
@@ -62,7 +65,7 @@ class User:
     # --- what it can be told
 
     def deploy(self, name: str, path: str, shape: list[int], **options: Any) -> None:
-        """Deploy a model of one input, and ask onnxruntime for the truth."""
+        """Ask onnxruntime for the truth of a model of one input, and deploy it."""
         model = Path(path).read_bytes()
         (feed,) = _inputs(model)
         rng = np.random.default_rng(0)
@@ -85,9 +88,10 @@ class User:
         """Submit ``count`` requests, ``rate`` a second whatever becomes of them, or the next when
         fewer than ``in_flight`` are open; none after ``within_s``. Each has an outcome then."""
         started, before = time.monotonic(), self.tasks_done
+        self.enough = False
         model = self.models[name]
         for k in range(count):
-            if time.monotonic() > started + within_s:
+            if self.enough or time.monotonic() > started + within_s:
                 break
             if rate:
                 time.sleep(max(0.0, started + k / rate - time.monotonic()))
@@ -99,6 +103,24 @@ class User:
         self.drain(deadline_s + 30.0)
         time.sleep(2 * WATCH_S)  # what was done last is told with a heartbeat or a reply
         self.history.write("tasks", phase=phase, done=self.tasks_done - before)
+
+    def stop(self) -> None:
+        """No further requests of the load."""
+        self.enough = True
+
+    def poison(self, name: str, value: float, deadline_s: float = 60.0) -> None:
+        """Submit one request whose brightest value is this, and wait for what becomes of it."""
+        model = self.models[name]
+        image = {k: v.copy() for k, v in model.inputs[0].items()}
+        next(iter(image.values())).flat[0] = value
+        evil = Known(name, [image] * IMAGES, model.truths, model.tolerances)
+        with self.changed:
+            self.open += 1
+        number = self._submit(evil, "poison", deadline_s)
+        until = time.monotonic() + deadline_s + 30.0
+        with self.changed:
+            while number not in self.over and time.monotonic() < until:
+                self.changed.wait(0.2)
 
     def drain(self, within_s: float) -> None:
         """Wait until nothing is open; what then still is has been lost."""
@@ -133,7 +155,7 @@ class User:
             return f"a request failed: {error.message}"
         return "" if result.attempts == 1 else f"a request took {result.attempts} attempts"
 
-    def _submit(self, model: Known, phase: str, deadline_s: float) -> None:
+    def _submit(self, model: Known, phase: str, deadline_s: float) -> int:
         number = next(self.numbers)
         which = number % IMAGES
         self.history.write(
@@ -147,6 +169,7 @@ class User:
         future.add_done_callback(
             lambda done: self.answers.put((number, time.monotonic(), done, model, which))
         )
+        return number
 
     def _judge(self) -> None:
         """Compares answers: its time is nobody's latency."""
@@ -159,6 +182,7 @@ class User:
                 self._answered(number, at, done.result(), model, which)
             with self.changed:
                 self.open -= 1
+                self.over.add(number)
                 self.changed.notify_all()
 
     def _answered(
@@ -181,7 +205,7 @@ class User:
             degraded=result.degraded,
             tasks=len(tasks),
             places=len({task.place for task in tasks}),
-            devices=sorted({task.device for task in tasks}),
+            work=dict(Counter(task.device for task in tasks)),
             plan=result.plan,
         )
 
