@@ -16,6 +16,8 @@ BLOB_WANT_BYTES: Final = 1 * MIB
 HIGH_WATER_MARK: Final = 32
 TENSOR_RANK: Final = 16
 BACKLOG_BYTES: Final = 64 * MIB
+CREDIT_BYTES: Final = 32 * MIB
+"""Under way to one peer and not acknowledged; one message may be larger."""
 DRAIN_MESSAGES: Final = 256
 DRAIN_BYTES: Final = 64 * MIB
 
@@ -241,6 +243,8 @@ assert 1.0 < PACE_DEVIATION < PACE_GRAVE
 assert 1.0 / (1.0 - SEARCH_SHARE) < PACE_DEVIATION
 assert SEARCH_SHARE < SEARCH_SHARE_GRAVE and 1.0 / (1.0 - SEARCH_SHARE_GRAVE) < PACE_GRAVE
 assert CRASHES_PER_REQUEST < ATTEMPTS_PER_REQUEST
+assert CREDIT_BYTES <= BACKLOG_BYTES  # else a full pipe would drop what has credit
+assert ACK_BYTES * 4 <= CREDIT_BYTES  # or the sender would wait for acknowledgements
 assert RETRY_AFTER_LEAST_S < RETRY_AFTER_S < RETRY_AFTER_MOST_S
 assert RUNNING_REQUESTS <= WINDOW <= QUEUE_REQUESTS
 assert QUEUE_REQUESTS + ANSWERED_IDS_KEPT < JOURNALED_IDS

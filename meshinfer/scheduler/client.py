@@ -279,7 +279,7 @@ class ClientCore:
                 tensor = describe(value, array)
                 number = self._outbox.number()
                 message = m.Feed(id=number, request=name, tensor=tensor, turn=request.turn)
-                effects.append(self._outbox.send(head, message, payload_of(array), now))
+                effects += self._outbox.send(head, message, payload_of(array), now)
         for question in self._questions.values():
             if not question.sent:
                 question.sent = True
@@ -334,8 +334,8 @@ class ClientCore:
             effects += self._fail_all("the coordinator is silent")
             if self._welcome is not None:
                 effects += self._rejoin(now + limits.HELLO_RETRY_S)
-        late = self._computing.due(now)
-        effects += [*self._on_device.due(now), *late, *self._detours.late(late, now)]
+        effects += self._on_device.due(now) + self._computing.due(now)
+        effects += self._detours.late(self._outbox.late, now)
         for name in [n for n, r in self._requests.items() if r.deadline + LATE_S <= now]:
             effects += self._give_up(name)
         for call in [c for c, q in self._questions.items() if q.deadline <= now]:

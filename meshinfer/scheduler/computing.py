@@ -258,7 +258,7 @@ class Computing:
                 tensor=tensor,
                 count=len(outputs),
             )
-            effects.append(self.outbox.send(request.client, message, payload_of(array), now))
+            effects += self.outbox.send(request.client, message, payload_of(array), now)
         return [*effects, merged]
 
     # --- computing
@@ -374,7 +374,7 @@ class Computing:
             )
             payload = payload_of(array)  # the one copy of what is sent, where rows are strided
             sent += len(payload)
-            effects.append(self.outbox.send(peer, message, payload, now))
+            effects += self.outbox.send(peer, message, payload, now)
             between = not self._own and peer != request.head  # devices, whose links plans use
             if between and len(payload) >= limits.LINK_SAMPLE_BYTES:
                 effects += self.watch.sent(peer, len(payload), now)

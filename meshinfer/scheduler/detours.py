@@ -38,13 +38,10 @@ class Detours:
         self._asked: dict[str, float] = {}
         self._number = _FIRST
 
-    def late(self, effects: Iterable[Effect], now: float) -> list[Effect]:
-        """These are sent again, since they were not acknowledged in time: ask for another way."""
+    def late(self, peers: Iterable[str], now: float) -> list[Effect]:
+        """These did not acknowledge pieces in time: ask for another way."""
         asks: list[Effect] = []
-        for effect in effects:
-            if not isinstance(effect, Send) or not isinstance(effect.message, m.Deliver):
-                continue
-            peer = effect.peer
+        for peer in sorted(peers):
             if peer in self._ways or now < self._asked.get(peer, 0.0):
                 continue
             self._asked = {p: at for p, at in self._asked.items() if now < at}

@@ -231,8 +231,8 @@ class WorkerCore:
         if self.joined and now >= self._beat_due:
             self._beat_due = now + limits.HEARTBEAT_S
             effects.append(told(self._heartbeat(now)))
-        late = self._computing.due(now)
-        effects += late + self._detours.late(late, now) + self._detours.due(now)
+        effects += self._computing.due(now)
+        effects += self._detours.late(self._computing.outbox.late, now) + self._detours.due(now)
         effects += self._installing.due(now)
         effects += self._links.due(now)
         self._computing.holding.drop_orphans(now)
