@@ -24,8 +24,8 @@ ALIKE = 1.05
 """Of devices that would be done within so much of the first one, the one that holds least."""
 
 ROOM = 0.8
-"""The part of a device's memory up to which it prepares tasks of others; what the plan needs may
-fill all of it. A model takes more while it is prepared than after, and none is worth a worker's end."""
+"""The part of a device's memory up to which it prepares tasks of others, where the plan's own may
+fill it: a model takes more while it is prepared than after, and none is worth a worker's end."""
 
 
 @dataclass(frozen=True, slots=True)
