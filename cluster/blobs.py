@@ -29,11 +29,18 @@ class BlobStore:
     """Content-addressed files under ``folder``, which is made if need be.
 
     ``shared``: another process has the folder open, and what is half written there is its own.
+    ``durable``: what came in chunks is there after a power cut, too, as nobody else may have it.
     """
 
     def __init__(
-        self, folder: Path, max_bytes: int = limits.BLOB_STORE_BYTES, *, shared: bool = False
+        self,
+        folder: Path,
+        max_bytes: int = limits.BLOB_STORE_BYTES,
+        *,
+        shared: bool = False,
+        durable: bool = False,
     ) -> None:
+        self._durable = durable
         self.folder = folder
         self.max_bytes = max_bytes
         self._verified: set[str] = set()  # each is looked for on the disk before it counts
@@ -92,7 +99,11 @@ class BlobStore:
             file.write(data)
         if offset + len(data) < total:
             return False
+        if self._durable:
+            _sync(part)
         self._admit(digest, part)
+        if self._durable:
+            _sync(self.folder)
         return True
 
     def remove(self, digest: str) -> None:
@@ -182,3 +193,12 @@ def _digest(path: Path) -> str:
         while block := file.read(_READ_BYTES):
             total.update(block)
     return total.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    opened = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)

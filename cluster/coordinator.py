@@ -109,7 +109,7 @@ def run_coordinator(
     bulk = m.Peer(
         device=COORDINATOR, incarnation=incarnation, host=shown, port=bulk_port, key=own.public
     )
-    store = BlobStore(state / "blobs")
+    store = BlobStore(state / "blobs", durable=True)
     core = CoordinatorCore(options.cluster, meshinfer.__version__, bulk, journal.ledger)
     planning: PlanningThread
     writing: JournalThread

@@ -19,7 +19,7 @@ from cluster.sockets import NOT_OURS, REFUSED, Endpoint, Lost
 from cluster.sockets import Plane as Wire
 from cluster.transport import Transport
 from meshinfer.errors import MeshInferError
-from meshinfer.protocol.codec import ProtocolError, decode, encode, failure_of
+from meshinfer.protocol.codec import ProtocolError, decode, encode, failure_of, is_of_the_disk
 from meshinfer.protocol.messages import Failure, Hello
 from meshinfer.protocol.records import BESIDE_COORDINATOR
 from meshinfer.scheduler.events import (
@@ -168,7 +168,9 @@ class Loop:
 
 def report(error: Exception) -> Failure:
     """Log an exception that should not have happened; the failure that it is."""
-    if not isinstance(error, MeshInferError):
+    if is_of_the_disk(error):
+        structlog.get_logger().error("a disk does not take what is to be stored", why=str(error))
+    elif not isinstance(error, MeshInferError):
         with contextlib.suppress(OSError, ValueError):  # nobody listens; the failure goes on
             structlog.get_logger().error("a defect of MeshInfer", exc_info=error)
     return failure_of(error)

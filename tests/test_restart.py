@@ -209,3 +209,20 @@ def test_a_coordinator_whose_disk_is_full_refuses_in_words_and_goes_on_when_ther
 
         assert refused == 5 and eventually(answers, 20.0)
         assert cluster._coordinator.poll() is None
+
+
+@pytest.mark.timeout(120)
+def test_a_model_that_the_coordinator_s_disk_does_not_take_fails_in_words(
+    cluster: mi.LocalCluster,
+) -> None:
+    assert cluster._coordinator is not None
+    process = psutil.Process(cluster._coordinator.pid)
+    with cluster.client() as client:
+        soft, hard = process.rlimit(psutil.RLIMIT_FSIZE)
+        process.rlimit(psutil.RLIMIT_FSIZE, (500_000, hard))
+        with pytest.raises(mi.ClusterUnavailable, match="disk") as caught:
+            client.deploy("heavy", heavy(), timeout_s=WITHIN_S)
+        assert "room" in caught.value.hint
+        process.rlimit(psutil.RLIMIT_FSIZE, (soft, hard))
+        assert client.deploy("heavy", heavy(), timeout_s=WITHIN_S).version == 1
+        assert_exact(heavy(), image(), client.infer("heavy", image()).outputs)

@@ -6,6 +6,7 @@ a tensor's shape is checked against the length before an array is made of it.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -124,8 +125,23 @@ def header_bytes(message: Message) -> int:
     return len(_encoder.encode(_Envelope(message)))  # type: ignore[arg-type]
 
 
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+
+
+def is_of_the_disk(error: BaseException) -> bool:
+    """Whether a disk is full, cannot be written, or fails: no defect of ours."""
+    return isinstance(error, OSError) and error.errno in _DISK
+
+
 def failure_of(error: BaseException) -> Failure:
     """An exception as it travels; what is not ours becomes a plain ``MeshInferError``."""
+    if is_of_the_disk(error):
+        return Failure(
+            error="ClusterUnavailable",
+            message=f"a disk of the cluster does not take what is to be stored: {error}",
+            hint="make room on the disk of the device that says so, first the coordinator's",
+            retry_after_s=5.0,
+        )
     if isinstance(error, MeshInferError):
         return Failure(
             error=type(error).__name__,
