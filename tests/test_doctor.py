@@ -21,7 +21,7 @@ from test_daemons import OTHER_PROTOCOL, address_of, coordinator_options, daemon
 
 import meshinfer as mi
 from cluster import config
-from cluster.discovery import announce
+from cluster.discovery import announce, browse
 from cluster.lab import DeviceSpec, Lab, LabCluster
 from cluster.profiler import Measured
 from cluster.security import new_keyring, write_keyring
@@ -311,6 +311,7 @@ def test_two_coordinators_of_a_name_are_found_and_whether_one_was_copied(
     first = announce(cluster, 5001, key=keys[0], protocol=(1, 9), interfaces=LO)
     second = announce(cluster, 5002, key=keys[not cloned], protocol=(1, 9), interfaces=LO)
     try:
+        assert len(browse(cluster, timeout_s=20.0, interfaces=LO, until=2)) == 2
         told = doctor(tmp_path, "--cluster", cluster, "--interface", "127.0.0.1")
     finally:
         first.close()

@@ -23,7 +23,7 @@ from meshinfer.errors import ConfigurationError
 _CONNECT_S: Final = 2.0
 _AT_ONCE: Final = 32
 _LISTEN_S: Final = 2.5
-_SECOND_S: Final = 1.0
+_SECOND_S: Final = 1.5  # a busy device answers late
 _DIRECT_S: Final = 1.0
 _DIRECT_TRIES: Final = 3
 _MDNS_PORT: Final = 5353
