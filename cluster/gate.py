@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Final
 
@@ -26,16 +27,20 @@ _NO_AUTHENTICATION, _CONNECT, _IPV4 = 0, 1, 1  # RFC 1928
 
 
 class Gate:
-    """The ways of all workers. What passes between two ends waits while either is cut off."""
+    """The ways of all workers at one address. What passes between two ends waits while either is
+    cut off."""
 
-    def __init__(self) -> None:
+    def __init__(self, host: str = LOOPBACK) -> None:
+        self._host = host
         self._cuts: set[frozenset[str]] = set()  # of one: from everybody; of two: of each other
         self._changed = threading.Condition()
         self._reached_at: dict[int, str] = {}  # which worker a port leads to
 
     def add(self, name: str, behind: int) -> dict[str, int]:
         """Open a worker's ways; ``behind`` is where it will listen. The ports of both."""
-        inward, outward = (socket.create_server((LOOPBACK, 0), backlog=_BACKLOG) for _ in "io")
+        inward, outward = (
+            socket.create_server((self._host, 0), backlog=_BACKLOG) for _ in range(2)
+        )
         front, outbound = inward.getsockname()[1], outward.getsockname()[1]
         self._reached_at[front] = name
         self._start(self._serve, inward, name, behind)
@@ -65,10 +70,13 @@ class Gate:
         """Join a new connection to where it is to lead, in or out."""
         other, far = "", None
         with suppress(OSError):
-            port = _destination(near) if behind is None else behind
-            other = self._reached_at.get(port, "") if behind is None else ""
+            if behind is None:
+                host, port = _destination(near)
+                other = self._reached_at.get(port, "")
+            else:
+                host, port = self._host, behind
             self._wait_until_open(name, other)
-            far = socket.create_connection((LOOPBACK, port))
+            far = socket.create_connection((host, port))
             if behind is None:
                 near.sendall(bytes((_SOCKS, 0, 0, _IPV4, 0, 0, 0, 0, 0, 0)))
         if far is None:  # nobody is there: it shall try again
@@ -103,11 +111,16 @@ class Gate:
 
 
 class GateProcess:
-    """The other end: a gate in a process of its own, that a busy user does not slow down."""
+    """The other end: a gate in a process of its own, that a busy user does not slow down.
 
-    def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "cluster.gate"],
+    ``spawn`` starts it, given what to run and options of ``Popen``.
+    """
+
+    def __init__(
+        self, spawn: Callable[..., subprocess.Popen] = subprocess.Popen, *argv: str
+    ) -> None:
+        self._process = spawn(
+            [sys.executable, *(argv or ("-m", "cluster.gate"))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -135,16 +148,16 @@ class GateProcess:
         self._process.communicate()
 
 
-def _destination(connection: socket.socket) -> int:
-    """The port of this machine that a SOCKS5 client asks for. Raises ``OSError``."""
+def _destination(connection: socket.socket) -> tuple[str, int]:
+    """The IPv4 address and port that a SOCKS5 client asks for. Raises ``OSError``."""
     _, methods = _exactly(connection, 2)
     _exactly(connection, methods)
     connection.sendall(bytes((_SOCKS, _NO_AUTHENTICATION)))
     version, command, _, kind = _exactly(connection, 4)
     if (version, command, kind) != (_SOCKS, _CONNECT, _IPV4):
         raise OSError("not a SOCKS5 request to connect to an IPv4 address")
-    _, port = struct.unpack("!4sH", _exactly(connection, 6))
-    return int(port)
+    address, port = struct.unpack("!4sH", _exactly(connection, 6))
+    return socket.inet_ntoa(address), port
 
 
 def _exactly(connection: socket.socket, count: int) -> bytes:

@@ -9,7 +9,7 @@ import os
 import secrets
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from meshinfer.errors import ConfigurationError, InvalidInput
 
 if TYPE_CHECKING:
     from cluster.lab.running import LabCluster
+    from cluster.worker import Ways
 
 _REAP_S: Final = 10.0
 
@@ -146,12 +147,14 @@ class Lab:
         discovery: bool = False,
         environment: Mapping[str, str] | None = None,
         log: Path | None = None,
+        ways: Callable[[int], Ways] | None = None,
     ) -> LabCluster:
         """A coordinator and a worker on device 0, a worker on each other; when all have joined.
 
         ``discovery``: they find the coordinator over mDNS instead of being told where it is.
         ``plaintext``: without encryption, to measure what that costs. ``environment``: more of it
         for the daemons. ``log``: a file that their logs are added to, instead of our stderr.
+        ``ways``: of each device through a gate (``cluster.gate``) in its network.
         """
         from cluster.lab.running import LabCluster
 
@@ -164,6 +167,7 @@ class Lab:
             discovery=discovery,
             environment=environment,
             log=log,
+            ways=ways,
         )
         return self._cluster
 

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -18,7 +18,7 @@ import msgspec
 import psutil
 
 from cluster.coordinator import HEAD, Address, CoordinatorOptions, await_address
-from cluster.worker import WorkerOptions
+from cluster.worker import Ways, WorkerOptions
 from meshinfer.errors import ClusterUnavailable
 
 if TYPE_CHECKING:
@@ -45,12 +45,13 @@ class LabCluster:
         discovery: bool,
         environment: Mapping[str, str] | None = None,
         log: Path | None = None,
+        ways: Callable[[int], Ways] | None = None,
     ) -> None:
         self.name = f"lab-{lab.name}-{secrets.token_hex(2)}"
         self.state = lab.state / self.name
         self._lab, self._log_level = lab, log_level
         self._plaintext, self._discovery = plaintext, discovery
-        self._environment, self._log = dict(environment or {}), log
+        self._environment, self._log, self._ways = dict(environment or {}), log, ways
         self._workers: dict[int, subprocess.Popen] = {}
         self._paused: set[int] = set()
         self._coordinator: subprocess.Popen | None = None
@@ -91,6 +92,11 @@ class LabCluster:
             "MESHINFER_KEYRING": str(self.keyring),
             "MESHINFER_CLUSTER": self.name,
         }
+
+    def runs(self, pid: int) -> bool:
+        """Whether the coordinator is this process, and has not ended."""
+        coordinator = self._coordinator
+        return coordinator is not None and coordinator.pid == pid and coordinator.poll() is None
 
     def worker_pids(self) -> dict[int, int]:
         """Worker process by device; not of one that is killed, or just being started again."""
@@ -222,6 +228,7 @@ class LabCluster:
             threads=max(1, int(device.cpu)),
             log_level=self._log_level,
             parent=os.getpid(),
+            gate=None if self._ways is None else self._ways(i),
         )
         self._workers[i] = self._spawn(i, "cluster.supervisor", options)
 

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,7 +21,9 @@ import psutil
 from architectures import squeezenet1_1
 
 from chaos.history import History, read
+from cluster.gate import GateProcess
 from cluster.lab import DeviceSpec, Lab, LabCluster
+from cluster.worker import Ways
 
 DEVICES: Final = 4
 CORES: Final = (1.0, 0.5, 0.5, 0.5)
@@ -32,7 +35,11 @@ SIZE: Final = 192
 SETTLE_S: Final = 30.0
 """How long a run waits to be whole again; the goal is less, and is the checker's."""
 
+BEHIND: Final = 4000
+"""Where a worker listens that is behind a gate: below the ports that the kernel gives away."""
+
 COMMAND_S: Final = 1500.0
+_SPOILER = Path(__file__).resolve().parent / "spoiler.py"
 _INSIDE = Path(__file__).resolve().parent / "inside"
 _USER = Path(__file__).resolve().parent / "user.py"
 
@@ -53,6 +60,7 @@ class Arena:
         *,
         devices: Sequence[DeviceSpec] | None = None,
         plaintext: bool = False,
+        gates: bool = False,
         environment: Callable[[], dict[str, str]] = dict,
     ) -> None:
         self.folder = folder
@@ -62,14 +70,26 @@ class Arena:
         self.specs = list(devices or map(DeviceSpec, names(), CORES, MEMORY_BYTES))
         self.log = folder / "daemons.log"
         self.lab = Lab(self.specs)
-        self._user: User | None = None
+        self.gates: list[GateProcess] = []
         try:
+            if gates:
+                for i in range(len(self.specs)):
+                    spawn = partial(self.lab.spawn, i, limits=False)
+                    self.gates.append(GateProcess(spawn, str(_SPOILER), self.lab.address(i)))
             self.cluster: LabCluster = self.lab.start_cluster(
-                log_level="info", plaintext=plaintext, log=self.log, environment=self.environment
+                log_level="info",
+                plaintext=plaintext,
+                log=self.log,
+                environment=self.environment,
+                ways=self._ways if gates else None,
             )
         except BaseException:
             self.lab.close()
             raise
+
+    def _ways(self, i: int) -> Ways:
+        name = self.specs[i].name
+        return Ways(behind=BEHIND, **self.gates[i].ask("add", name=name, behind=BEHIND))
 
     def __enter__(self) -> Arena:
         return self

@@ -5,12 +5,13 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from chaos import clocks, deaths, load, loading, network
+from chaos import clocks, deaths, disks, load, loading, network, soak
 from chaos.arena import Arena, Run
 from chaos.checker import Verdict, judge
 
@@ -80,6 +81,13 @@ CASES = {
             network.thin,
         ),
         Case(
+            "C9",
+            "bit flips, truncations, duplicates, reorders",
+            "100 % detected, 0 wrong",
+            network.spoiled,
+            own={"plaintext": True, "gates": True},
+        ),
+        Case(
             "C10",
             "one worker at 20 % CPU, then back",
             "≥ 0.9 of the best plan within 10 s, ≤ 2 re-plans",
@@ -102,6 +110,12 @@ CASES = {
             "SIGKILL of the coordinator under load, clients retry by id",
             "one answer per id, ready ≤ 2 s",
             deaths.coordinators,
+        ),
+        Case(
+            "C14",
+            "journal disk full, torn tail, read-only",
+            "loud, no crash, no acknowledged id lost",
+            disks.disks,
         ),
         Case(
             "C15",
@@ -130,6 +144,13 @@ CASES = {
         ),
     )
 }
+SOAK = Case(
+    "C24",
+    "all of it, for long",
+    "0 lost, RSS slope < 1 MiB/h, constant threads and descriptors",
+    partial(soak.soak, minutes=60.0),
+    own={},
+)
 
 
 @dataclass(slots=True)
@@ -144,7 +165,16 @@ class Ring:
 
     def run(self, name: str) -> Verdict:
         """The verdict; the history is ``folder/NAME.jsonl``."""
-        case, path = CASES[name], self.folder / f"{name}.jsonl"
+        return self._judged(CASES[name])
+
+    def soak(self, minutes: float) -> Verdict:
+        """C24: all of it, for so long."""
+        return self._judged(replace(SOAK, act=partial(soak.soak, minutes=minutes)))
+
+    # --- inside
+
+    def _judged(self, case: Case) -> Verdict:
+        name, path = case.name, self.folder / f"{case.name}.jsonl"
         arena = self._arena_for(case)
         with Run(arena, name, self.seed, path, full=self.full) as run:
             try:

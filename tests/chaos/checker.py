@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from statistics import linear_regression
 from typing import Any, Final
 
 from chaos.history import Event, read
@@ -129,6 +131,26 @@ class View:
             if min(times) <= e["at"] <= max(times):
                 peaks[e["name"]] = max(peaks.get(e["name"], 0), e["rss"])
         return sum(peaks.values())
+
+    def slope_mib_per_h(self, name: str) -> float:
+        """Of a daemon's memory under faults, by least squares, its first fifth left out."""
+        times = [r.at for r in self.phase("faults")]
+        start = min(times) + 0.2 * (max(times) - min(times))
+        points = [
+            (e["at"] / 3600, e["rss"] / 2**20)
+            for e in self.of("usage", name=name)
+            if start <= e["at"] <= max(times)
+        ]
+        return linear_regression(*zip(*points, strict=True)).slope if len(points) > 2 else math.nan
+
+    def held(self, what: str, which: str) -> dict[str, int]:
+        """The least that each daemon held of something in a quiet time."""
+        quiet = next(self.of("quiet", which=which))
+        least: dict[str, int] = {}
+        for e in self.of("usage"):
+            if quiet["at"] - quiet["span_s"] <= e["at"] <= quiet["at"]:
+                least[e["name"]] = min(least.get(e["name"], e[what]), e[what])
+        return least
 
     def back_s(self, after: float, name: str) -> float:
         """Seconds from a moment until a device was (or still was) ready."""
@@ -419,6 +441,50 @@ def jumps(book: Book) -> None:
     book.say(f"p99 {times:.1f} T (T = {view.calm_s * 1000:.0f} ms)")
 
 
+def spoiled(book: Book) -> None:
+    """C9."""
+    book.nothing_lost()
+    count = sum(e["count"] for e in book.view.faults("spoiled"))
+    book.want(count > 0, f"{count} pieces spoiled")
+    named = sum("dropped" in t for e in book.view.of("log") for t in e["lines"])
+    book.say(f"{named} noticed by us, the others by ZeroMQ")
+    book.say(f"p99 {book.view.times_calm(book.view.hurt()):.1f} T")
+
+
+def disks(book: Book) -> None:
+    """C14."""
+    view = book.view
+    for phase in ("room", "torn", "writable"):
+        book.say(phase)
+        book.nothing_lost(view.phase(phase))
+    for phase in ("full", "read-only"):
+        answered = sum(r.answered for r in view.phase(phase))
+        book.say(f"{phase}: {answered} of {len(view.phase(phase))} answered")
+    crashed = [e["phase"] for e in view.of("alive") if not e["same"]]
+    book.want(not crashed, f"crashed when {', '.join(crashed)}" if crashed else "no crash")
+    torn = [name for e in view.faults("torn") for name in e["files"]]
+    book.want(bool(torn), f"torn: {', '.join(torn) or 'there is no journal'}")
+    loud = [t for e in view.of("log") for t in e["lines"] if _LOUD.search(t)]
+    book.want(bool(loud), f"{len(loud)} lines of the log about the disk")
+
+
+_LOUD = re.compile("journal|disk|no space|read-?only", re.IGNORECASE)
+
+
+def soak(book: Book) -> None:
+    """C24."""
+    view = book.view
+    book.say(f"{len(view.faults())} faults")
+    book.nothing_lost()
+    book.say(f"p99 {view.times_calm(view.hurt()):.1f} T (T = {view.calm_s * 1000:.0f} ms)")
+    slope = view.slope_mib_per_h("coordinator")
+    book.want(slope < 1.0, f"the coordinator's RSS {slope:+.1f} MiB/h")
+    for what in ("threads", "descriptors"):
+        before, after = (view.held(what, which) for which in ("before", "after"))
+        grown = {n: f"{before.get(n)} to {after[n]}" for n in after if after[n] > before.get(n, 0)}
+        book.want(not grown, f"{what} {grown or 'constant'}")
+
+
 JUDGES: dict[str, Judge] = {
     "C1": kills,
     "C2": freezes,
@@ -428,14 +494,17 @@ JUDGES: dict[str, Judge] = {
     "C6": halves,
     "C7": lossy,
     "C8": thin,
+    "C9": spoiled,
     "C10": throttled,
     "C11": joins,
     "C12": nobody,
     "C13": coordinators,
+    "C14": disks,
     "C15": poisoned,
     "C16": overload,
     "C21": loads,
     "C22": jumps,
+    "C24": soak,
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from architectures import Builder
 
 from chaos.arena import Run
+from chaos.spoiler import KINDS
 
 RATE = 5.0
 
@@ -88,3 +89,24 @@ def _on_one(run: Run, name: str, model: object, side: int) -> str:
             "",
         )
     )
+
+
+def spoiled(run: Run) -> None:
+    """C9: bits flip, bytes go missing, come twice or in another order, between plaintext peers:
+    encryption would notice each by itself."""
+    times = run.count(30, 1000)
+    run.deploy()
+    run.calm(run.count(50, 200), rate=RATE)
+    before = sum(gate.ask("done") for gate in run.arena.gates)
+    with run.load("faults", 100_000, rate=RATE, within_s=1200.0, deadline_s=60.0) as load:
+        for n in range(times):
+            victim = run.rng.randrange(len(run.names))
+            kind, seed = KINDS[n % len(KINDS)], run.rng.randrange(1 << 30)
+            gate = run.arena.gates[victim]
+            run.hurt("spoil", victim, lambda g=gate, k=kind, s=seed: g.ask("spoil", kind=k, seed=s))
+            run.pause(0.2, 0.8)
+        load.stop()
+    done = sum(gate.ask("done") for gate in run.arena.gates) - before
+    run.fault("spoiled", count=done)
+    run.log()
+    run.heal()
