@@ -40,8 +40,8 @@ class AsyncClient:
         future = await asyncio.to_thread(self._open.submit, model, data, **options)
         return await asyncio.wrap_future(future)
 
-    async def devices(self) -> tuple[m.DeviceInfo, ...]:
-        return await asyncio.to_thread(self._open.devices)
+    async def devices(self, *, lost: bool = False) -> tuple[m.DeviceInfo, ...]:
+        return await asyncio.to_thread(self._open.devices, lost=lost)
 
     async def models(self) -> tuple[m.ModelInfo, ...]:
         return await asyncio.to_thread(self._open.models)

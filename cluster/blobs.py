@@ -29,14 +29,22 @@ class BlobStore:
     """Content-addressed files under ``folder``, which is made if need be.
 
     ``shared``: another process has the folder open, and what is half written there is its own.
+    ``durable``: what came in chunks is there after a power cut, too, as nobody else may have it.
     """
 
     def __init__(
-        self, folder: Path, max_bytes: int = limits.BLOB_STORE_BYTES, *, shared: bool = False
+        self,
+        folder: Path,
+        max_bytes: int = limits.BLOB_STORE_BYTES,
+        *,
+        shared: bool = False,
+        durable: bool = False,
     ) -> None:
+        self._durable = durable
         self.folder = folder
         self.max_bytes = max_bytes
         self._verified: set[str] = set()  # each is looked for on the disk before it counts
+        self._since = time.time()  # beside the files' own times
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
@@ -91,7 +99,11 @@ class BlobStore:
             file.write(data)
         if offset + len(data) < total:
             return False
+        if self._durable:
+            _sync(part)
         self._admit(digest, part)
+        if self._durable:
+            _sync(self.folder)
         return True
 
     def remove(self, digest: str) -> None:
@@ -99,8 +111,13 @@ class BlobStore:
         self._verified.discard(digest)
 
     def read(self, digest: str, offset: int, length: int) -> tuple[bytes, int] | None:
-        """Bytes of a blob and its whole size; None when it is not here."""
+        """Bytes of a blob and its whole size; None when it is not here, or was damaged since an
+        earlier process wrote it."""
         try:
+            old = digest not in self._verified and self.path(digest).stat().st_mtime < self._since
+            if old and not self._whole(digest):
+                self.remove(digest)
+                return None
             with self.path(digest).open("rb") as file:
                 file.seek(offset)
                 return file.read(length), os.fstat(file.fileno()).st_size
@@ -176,3 +193,12 @@ def _digest(path: Path) -> str:
         while block := file.read(_READ_BYTES):
             total.update(block)
     return total.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    opened = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)

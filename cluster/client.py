@@ -12,7 +12,7 @@ import tempfile
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,13 +25,13 @@ from cluster.config import default_keyring
 from cluster.locate import find_coordinator, own_place
 from cluster.loop import Loop
 from cluster.offers import Offers
+from cluster.on_device import OnDevice
 from cluster.results import Deployment, Result, closed_error
 from cluster.security import read_keyring
 from cluster.sockets import Endpoint
 from cluster.storing import serve
 from cluster.transport import Transport
-from meshinfer import limits
-from meshinfer.errors import ClusterUnavailable, MeshInferError, ModelNotFound
+from meshinfer.errors import ClusterUnavailable, MeshInferError
 from meshinfer.image import ImageSpec
 from meshinfer.plan import Plan
 from meshinfer.protocol import messages as m
@@ -40,12 +40,17 @@ from meshinfer.scheduler.client import ClientCore
 from meshinfer.scheduler.events import (
     Asked,
     Cancelled,
+    Discard,
     Effect,
+    FindBlobs,
+    Granted,
+    Lease,
     Resolve,
     ServeBlob,
     Settle,
     StopRequested,
     Submitted,
+    WriteBlob,
 )
 
 __all__ = ["Client", "Deployment", "Result"]
@@ -113,6 +118,7 @@ class Client:
         coordinator = Endpoint(found[0], found[1], ring.coordinator_public)
         transport = partial(Transport, f"{name}#0", ring.member, plaintext=ring.plaintext)
         self._loop = Loop(ClientCore(hello), transport, self._perform, coordinator)
+        self._on_device = OnDevice(self._loop.post)
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
         try:
@@ -192,9 +198,9 @@ class Client:
         assert isinstance(answer, m.Models)
         return answer.models
 
-    def devices(self) -> tuple[m.DeviceInfo, ...]:
-        """Devices of the cluster, the coordinator's own (``head``) included."""
-        answer = self._ask(m.ListDevices(call=secrets.token_hex(12)), CALL_S)
+    def devices(self, *, lost: bool = False) -> tuple[m.DeviceInfo, ...]:
+        """Devices, the coordinator's own (``head``) included; ``lost``: and those that died."""
+        answer = self._ask(m.ListDevices(call=secrets.token_hex(12), lost=lost), CALL_S)
         assert isinstance(answer, m.Devices)
         return answer.devices
 
@@ -210,6 +216,10 @@ class Client:
         deadline_s: float | None = None,
     ) -> Result:
         """Submit and wait. See ``submit``."""
+        wanted, left_s = results.wanted_outputs(outputs), results.deadline(deadline_s)
+        here = self._on_device.infer(model, data, wanted, version, left_s)
+        if here is not None:
+            return here
         future = self.submit(model, data, outputs=outputs, version=version, deadline_s=deadline_s)
         try:
             return future.result()
@@ -247,6 +257,7 @@ class Client:
             picture=picture,
             deadline_s=results.deadline(deadline_s),
             outputs=wanted,
+            body=results.digest_of(arrays),
         )
         future: Future[Result] = Future()
         with self._lock:
@@ -275,7 +286,7 @@ class Client:
         wanted: dict[str, Any] = {"outputs": outputs, "version": version, "deadline_s": deadline_s}
         try:
             for each in data:
-                while _full(open_, max_in_flight):
+                while results.full(open_, max_in_flight):
                     yield open_.popleft().result()
                 open_.append(self.submit(model, each, **wanted))
             while open_:
@@ -293,6 +304,7 @@ class Client:
         self._loop.post(StopRequested())
         if threading.current_thread() is not self._thread:  # a future's callback may close us
             self._thread.join(timeout=_JOIN_S)
+        self._on_device.close()
         self._folder.cleanup()
 
     def __enter__(self) -> Client:
@@ -335,6 +347,8 @@ class Client:
                     future.set_result(answer)
             case ServeBlob():
                 self._loop.post(serve(self._offers, effect))
+            case FindBlobs() | WriteBlob() | Granted() | Discard() | Lease():
+                self._on_device.perform(effect)
             case _:
                 raise AssertionError(f"a client cannot perform {effect}")
 
@@ -372,28 +386,4 @@ class Client:
 
     def _info(self, model: str, version: int | None) -> m.ModelInfo:
         """What the coordinator knows of a version (of the current one, if None)."""
-        known = self.models()
-        for info in known:
-            wanted = info.current if version is None else info.version == version
-            if info.name == model and wanted:
-                return info
-        what = model if version is None else f"{model} version {version}"
-        raise ModelNotFound(
-            f"no model {what!r} is deployed",
-            hint=f"deployed are {sorted({i.name for i in known})[:8]}",
-        )
-
-
-def _full(open_: Sequence[Future[Result]], most: int) -> bool:
-    """Whether the next result must be taken before another request is submitted.
-
-    Waits while all that may be open is open and the next result is not there.
-    """
-    while len(open_) < most * limits.MAP_AHEAD:
-        running = [future for future in open_ if not future.done()]
-        if len(running) < most:
-            return False
-        if open_[0].done():
-            return True
-        wait(running, return_when=FIRST_COMPLETED)
-    return True
+        return results.chosen(self.models(), model, version)

@@ -26,19 +26,20 @@ import meshinfer
 from cluster import processes, profiler, telemetry
 from cluster.blobs import BlobStore
 from cluster.discovery import announce, browse, fingerprint
+from cluster.journal import FILE, Journal, JournalThread
 from cluster.locate import DEFAULT_PORT
 from cluster.loop import Loop, Post, start_thread
 from cluster.planning import PlanningThread
 from cluster.security import KeyPair, Keyring, generate_keypair, load_or_create_coordinator
 from cluster.sockets import Endpoint, Plane
+from cluster.storing import StoreThread
 from cluster.transport import Transport
-from cluster.worker import StoreThread
 from meshinfer.errors import ClusterUnavailable, ConfigurationError, MeshInferError
 from meshinfer.protocol import messages as m
 from meshinfer.protocol.codec import error_of, failure_of
 from meshinfer.protocol.records import BESIDE_COORDINATOR
 from meshinfer.scheduler.coordinator import CoordinatorCore
-from meshinfer.scheduler.events import Stop, StopRequested
+from meshinfer.scheduler.events import Effect, Record, Stop, StopRequested
 from meshinfer.scheduler.worker import COORDINATOR, WorkerCore
 
 HEAD = "head"
@@ -91,6 +92,7 @@ def run_coordinator(
     address.unlink(missing_ok=True)  # of one that was killed
     keyring, own = load_or_create_coordinator(state, options.cluster, plaintext=options.plaintext)
     _refuse_second(options, keyring)
+    journal = Journal(state / FILE)
     listen = options.host or EVERYWHERE
     here = options.host or LOOPBACK
     shown = options.host or BESIDE_COORDINATOR
@@ -102,14 +104,24 @@ def run_coordinator(
         bulk_port = transport.bind(Plane.BULK, listen)
     except MeshInferError:
         transport.close()
+        journal.close()
         raise
     bulk = m.Peer(
         device=COORDINATOR, incarnation=incarnation, host=shown, port=bulk_port, key=own.public
     )
-    store = BlobStore(state / "blobs")
-    core = CoordinatorCore(options.cluster, meshinfer.__version__, bulk)
+    store = BlobStore(state / "blobs", durable=True)
+    core = CoordinatorCore(options.cluster, meshinfer.__version__, bulk, journal.ledger)
     planning: PlanningThread
-    loop = Loop(core, lambda: transport, lambda effect: planning.put(effect))
+    writing: JournalThread
+
+    def perform(effect: Effect) -> None:
+        if isinstance(effect, Record):
+            writing.put(effect)
+        else:
+            planning.put(effect)
+
+    loop = Loop(core, lambda: transport, perform)
+    writing = JournalThread(journal, loop.post)
     planning = PlanningThread(store, loop.post, options.log_level, options.log_form)
     head = Head(keyring, options.cluster, here, options.host, port, store, loop.post)
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -129,6 +141,7 @@ def run_coordinator(
         address.unlink(missing_ok=True)
         head.close()
         planning.close()
+        writing.close()
 
 
 @contextmanager
@@ -177,8 +190,13 @@ def _each(name: str, pause_s: float, act: Callable[[], None], post: Post) -> Ite
 
 def _write_address(path: Path, address: Address) -> None:
     part = path.with_suffix(".part")
-    part.write_bytes(msgspec.json.encode(address))
-    os.replace(part, path)
+    try:
+        part.write_bytes(msgspec.json.encode(address))
+        os.replace(part, path)
+    except OSError as error:
+        raise ConfigurationError(
+            f"cannot write {path}: {error.strerror}", hint="make room on the disk of its folder"
+        ) from error
 
 
 def await_address(coordinator: subprocess.Popen[Any], state_dir: Path, timeout_s: float) -> Address:

@@ -69,13 +69,27 @@ def interface_addresses() -> list[str]:
     found: list[str] = []
     loopback: list[str] = []
     for name, addresses in sorted(psutil.net_if_addrs().items()):
-        if name not in up or _VIRTUAL.match(name):
+        if name not in up or is_virtual(name):
             continue
         for address in addresses:
             if address.family == socket.AF_INET:
                 lo = ipaddress.ip_address(address.address).is_loopback
                 (loopback if lo else found).append(address.address)
     return found or loopback[:1]
+
+
+def is_virtual(interface: str) -> bool:
+    """Whether it leads to containers of this machine only, by its name."""
+    return _VIRTUAL.match(interface) is not None
+
+
+def works_at(addresses: list[str]) -> bool:
+    """Whether mDNS can be opened at these addresses of this machine; the log says why not."""
+    zeroconf = _open(addresses)
+    if zeroconf is None:
+        return False
+    zeroconf.close()
+    return True
 
 
 class Announcement:

@@ -1,7 +1,8 @@
 """A cluster of worker processes on this machine, on loopback, with keys and a name of its own.
 
 The same daemons as on real devices: coordinator, supervisors, workers, CURVE, sockets. ``kill``,
-``pause``, ``resume`` and ``slow`` let people try what happens to their application.
+``pause``, ``resume``, ``slow``, ``cut`` and ``heal`` let people try what happens to their
+application.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -26,8 +28,9 @@ import psutil
 
 from cluster.client import Client
 from cluster.coordinator import HEAD, Address, CoordinatorOptions, await_address
+from cluster.gate import GateProcess
 from cluster.profiler import Measured, measure
-from cluster.worker import WorkerOptions
+from cluster.worker import Ways, WorkerOptions
 from meshinfer.errors import ClusterUnavailable, InvalidInput
 
 LOOPBACK = "127.0.0.1"
@@ -57,7 +60,9 @@ class LocalCluster:
     """``count`` workers as processes of this machine; ``speeds`` below 1 emulate slower devices.
 
     ``discovery``: let them find the coordinator over mDNS on loopback instead of being told.
-    ``log_level``: of the daemons, on this process's stderr. Use it as a context manager.
+    ``faults``: what workers send and receive goes through a process that ``cut`` can stop; without,
+    nothing is in its way. ``log_level``: of the daemons, on this process's stderr. Use it as a
+    context manager. ``i`` in what follows: the i-th of ``names()``, the living workers.
     """
 
     def __init__(
@@ -67,6 +72,7 @@ class LocalCluster:
         speeds: Sequence[float] | None = None,
         threads: int = 1,
         discovery: bool = False,
+        faults: bool = False,
         log_level: str = "error",
     ) -> None:
         if count < 0 or (speeds is not None and len(speeds) != count):
@@ -82,7 +88,9 @@ class LocalCluster:
         self._measured: Measured | None = None
         self._coordinator: subprocess.Popen[bytes] | None = None
         self._address: Address | None = None
+        self._gate: GateProcess | None = None
         try:
+            self._gate = GateProcess() if faults else None
             self._start_coordinator()
             for speed in self._speeds:
                 self._start_worker(speed)
@@ -107,7 +115,7 @@ class LocalCluster:
         return Client(self.address, keyring=self.keyring, cluster=self.cluster, **options)
 
     def names(self) -> list[str]:
-        """Names of the living workers, oldest first; ``i`` below counts in this list."""
+        """Names of the living workers, oldest first."""
         return [w.name for w in self._living()]
 
     def add(self, speed: float = 1.0, *, wait: bool = True) -> str:
@@ -118,7 +126,8 @@ class LocalCluster:
         return name
 
     def kill(self, i: int) -> str:
-        """SIGKILL the i-th living worker and its supervisor, as if its power went; its name."""
+        """SIGKILL the i-th worker and its supervisor, as if its power went; its name. What it had
+        on its disk is not used again: ``add`` starts another device."""
         worker = self._worker(i)
         worker.kill()
         self._workers.remove(worker)
@@ -133,15 +142,15 @@ class LocalCluster:
         return worker.name
 
     def pause(self, i: int) -> str:
-        """SIGSTOP the i-th living worker; its name."""
+        """SIGSTOP the i-th worker and its supervisor: alive, and silent; its name."""
         return self._signal(i, signal.SIGSTOP, paused=True)
 
     def resume(self, i: int) -> str:
-        """SIGCONT the i-th living worker; its name."""
+        """SIGCONT what ``pause`` stopped; its name."""
         return self._signal(i, signal.SIGCONT, paused=False)
 
     def slow(self, i: int, speed: float) -> str:
-        """Let the i-th living worker run at this speed from its next task on, as if its processor
+        """Let the i-th worker run at this speed from its next task on, as if its processor
         grew hot; it does not say so. ``speed`` as in ``speeds``: 1 is this machine's. Its name."""
         if not 0 < speed <= 1:
             raise InvalidInput(f"speed {speed}", hint="a speed is above 0 and at most 1")
@@ -151,6 +160,32 @@ class LocalCluster:
         path.with_suffix(".new").replace(path)
         return worker.name
 
+    def cut(self, i: int, j: int | None = None) -> str:
+        """Cut the i-th worker off from everybody, or from the j-th worker only; its name.
+
+        Nothing passes any more, and nobody is told: connections stay, and what is sent waits. Ends
+        with ``heal``. Raises ``InvalidInput`` unless the cluster was made with ``faults=True``.
+        """
+        names = [self._worker(each).name for each in ((i,) if j is None else (i, j))]
+        if len(set(names)) != len(names):
+            raise InvalidInput(f"{names[0]} cannot be cut off from itself", hint="give two workers")
+        self._reach_gate().ask("cut", names=names)
+        return names[0]
+
+    def heal(self, i: int | None = None) -> None:
+        """End every cut, or those with the i-th worker. Raises ``InvalidInput`` as ``cut`` does."""
+        names = [w.name for w in self._workers] if i is None else [self._worker(i).name]
+        self._reach_gate().ask("heal", names=names)
+
+    def restart_coordinator(self) -> None:
+        """SIGKILL the coordinator and start it again on its own disk, at the same address; until it
+        listens."""
+        assert self._coordinator is not None and self._address is not None
+        self._coordinator.kill()
+        self._coordinator.wait()
+        (self._folder / "coordinator" / "address.json").unlink(missing_ok=True)
+        self._start_coordinator(self._address.port)
+
     def close(self) -> None:
         """Stop everything that was started here and remove its folder."""
         try:
@@ -159,6 +194,8 @@ class LocalCluster:
             if self._coordinator is not None:
                 _stop(self._coordinator)
         finally:
+            if self._gate is not None:
+                self._gate.close()
             self._workers.clear()
             shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -179,18 +216,26 @@ class LocalCluster:
             raise InvalidInput(f"no living worker {i}", hint=f"{len(living)} are alive")
         return living[i]
 
+    def _reach_gate(self) -> GateProcess:
+        if self._gate is None:
+            raise InvalidInput(
+                "this cluster's connections cannot be cut",
+                hint="make it with LocalCluster(..., faults=True)",
+            )
+        return self._gate
+
     def _signal(self, i: int, number: signal.Signals, *, paused: bool) -> str:
         worker = self._worker(i)
         worker.signal(number)
         worker.paused = paused
         return worker.name
 
-    def _start_coordinator(self) -> None:
+    def _start_coordinator(self, port: int = 0) -> None:
         options = CoordinatorOptions(
             cluster=self.cluster,
             state_dir=str(self._folder / "coordinator"),
             host=LOOPBACK,
-            port=0,
+            port=port,
             interfaces=(LOOPBACK,) if self._discovery else (),
             log_level=self._log_level,
             parent=os.getpid(),
@@ -217,6 +262,7 @@ class LocalCluster:
             speed_file=str(self._speed_file(name)),
             log_level=self._log_level,
             parent=os.getpid(),
+            gate=None if self._gate is None else _ways(self._gate, name),
         )
         self._workers.append(
             _Worker(name, _spawn("cluster.supervisor", msgspec.to_builtins(options)))
@@ -241,6 +287,12 @@ class LocalCluster:
                         hint="use log_level='info' to see why",
                     )
                 time.sleep(_POLL_S)
+
+
+def _ways(gate: GateProcess, name: str) -> Ways:
+    with socket.create_server((LOOPBACK, 0)) as free:  # a port for the worker, also when restarted
+        behind = free.getsockname()[1]
+    return Ways(behind=behind, **gate.ask("add", name=name, behind=behind))
 
 
 def _spawn(module: str, options: Any) -> subprocess.Popen[bytes]:

@@ -19,7 +19,7 @@ from cluster.sockets import NOT_OURS, REFUSED, Endpoint, Lost
 from cluster.sockets import Plane as Wire
 from cluster.transport import Transport
 from meshinfer.errors import MeshInferError
-from meshinfer.protocol.codec import ProtocolError, decode, encode, failure_of
+from meshinfer.protocol.codec import ProtocolError, decode, encode, failure_of, is_of_the_disk
 from meshinfer.protocol.messages import Failure, Hello
 from meshinfer.protocol.records import BESIDE_COORDINATOR
 from meshinfer.scheduler.events import (
@@ -76,11 +76,12 @@ class Loop:
         self.failure: Failure | None = None
         self.stopped = threading.Event()
 
-    def post(self, item: Event | Send | Stop) -> None:
-        """Hand in an event, a message or the end, from any thread."""
+    def post(self, item: Event | Send | Stop, *, wake: bool = True) -> None:
+        """Hand in an event, a message or the end, from any thread. Without ``wake`` it is seen with
+        whatever comes next."""
         self._inbox.append(item)
         transport = self._transport
-        if transport is not None:
+        if wake and transport is not None:
             transport.wake()
 
     def run(self) -> Failure | None:
@@ -105,7 +106,14 @@ class Loop:
         wait = 0.0
         if not self._inbox:
             wait = _LONGEST_WAIT_S if due is None else due - time.monotonic()
-        for incoming in transport.receive(max(0.0, min(wait, _LONGEST_WAIT_S))):
+        arrived = transport.receive(max(0.0, min(wait, _LONGEST_WAIT_S)))
+        for _ in range(len(self._inbox)):  # first: a record that is written lets a reply go
+            item = self._inbox.popleft()
+            if isinstance(item, Send | Stop):
+                self._do(item)
+            else:
+                self._handle(item)
+        for incoming in arrived:
             if isinstance(incoming, Lost):
                 refused = incoming.reason in (REFUSED, NOT_OURS)
                 plane = Plane(incoming.plane.value)
@@ -118,12 +126,6 @@ class Loop:
                 self._log.warning("dropped", peer=incoming.peer, why=str(error))
                 continue
             self._handle(Arrived(incoming.peer, message, payload))
-        for _ in range(len(self._inbox)):
-            item = self._inbox.popleft()
-            if isinstance(item, Send | Stop):
-                self._do(item)
-            else:
-                self._handle(item)
         if due is not None and due <= time.monotonic():
             self._handle(Ticked())
 
@@ -158,13 +160,17 @@ class Loop:
         if self._coordinator is not None and isinstance(effect.message, Hello):
             # libzmq gives up on a socket that was refused: a hello may need a new one.
             self._transport.connect(Wire.CONTROL, effect.peer, self._coordinator)
+            if not self._transport.may_greet(effect.peer):
+                return
         frames = encode(effect.message, effect.payload)
         self._transport.send(_PLANES[effect.plane], effect.peer, frames)
 
 
 def report(error: Exception) -> Failure:
     """Log an exception that should not have happened; the failure that it is."""
-    if not isinstance(error, MeshInferError):
+    if is_of_the_disk(error):
+        structlog.get_logger().error("a disk does not take what is to be stored", why=str(error))
+    elif not isinstance(error, MeshInferError):
         with contextlib.suppress(OSError, ValueError):  # nobody listens; the failure goes on
             structlog.get_logger().error("a defect of MeshInfer", exc_info=error)
     return failure_of(error)

@@ -35,10 +35,11 @@ from meshinfer.image import ImageSpec
 from meshinfer.importers import Source, inputs_needed, load, open_model
 from meshinfer.legality import as_asked, refuse_sums, validate
 from meshinfer.plan import Plan
-from meshinfer.planner import make_plan, refuse_pinned
+from meshinfer.planner import Spares, find_spares, make_plan, pins_of, refuse_pinned
 from meshinfer.programs import Programs, make_programs
+from meshinfer.protocol import messages as m
 from meshinfer.protocol.messages import Report
-from meshinfer.report import report_of
+from meshinfer.report import report_of, with_spares
 from meshinfer.scheduler.events import MakePlan, ModelOpened, OpenModel, PlanReady, Signature
 from meshinfer.scheduler.profiles import profile_of, slowed, with_head, within
 
@@ -178,8 +179,7 @@ class Planner:
                 graph, plan, Plan.parse(effect.present), profiles, effect.objective
             ):
                 return PlanReady(effect.deployment, kept=True)
-            programs = make_programs(graph, plan)
-            _refuse_too_long(str(plan), programs)
+            programs, made = _with_spares(graph, plan, profiles, effect, made)
             for digest, data in programs.blobs.items():
                 if self._store.missing((digest,)):
                     self._store.put(digest, data())
@@ -286,6 +286,27 @@ def _profiles(effect: MakePlan) -> list[DeviceProfile]:
     return slowed(alike, {c.device: c.slowdown for c in effect.candidates})
 
 
+def _with_spares(
+    graph: Graph, plan: Plan, profiles: list[DeviceProfile], effect: MakePlan, made: Report
+) -> tuple[Programs, Report]:
+    """Programs, with spare devices for the loss of each device if their messages are not too
+    long."""
+    pins = pins_of(graph, plan, profiles, _pins(effect))
+    spares = find_spares(graph, plan, profiles, pins, strict=effect.strict)
+    programs = make_programs(graph, plan, spares.devices)
+    longest = _longest(programs)
+    if spares.devices and longest > limits.INSTALL_BYTES:
+        spares = Spares({}, {}, ("the loss of a device takes a new plan: too many tasks",))
+        programs = make_programs(graph, plan)
+        longest = _longest(programs)
+    if len(str(plan)) > limits.PLAN_TEXT_BYTES or longest > limits.INSTALL_BYTES:
+        raise InvalidInput(
+            f"the plan is too long: {len(str(plan))} bytes, and {longest} for one device",
+            hint="cut the model into fewer stages or tasks",
+        )
+    return programs, with_spares(made, spares)
+
+
 def _pins(effect: MakePlan) -> dict[str, tuple[DeviceId, ...]]:
     return {value: tuple(map(DeviceId, devices)) for value, devices in effect.pin.items()}
 
@@ -301,16 +322,16 @@ def _input(value: onnx.ValueInfoProto) -> tuple[str, tuple[int | None, ...] | No
     return dtype, tuple(d.dim_value if d.HasField("dim_value") else None for d in tensor.shape.dim)
 
 
-def _refuse_too_long(plan: str, programs: Programs) -> None:
-    """A plan's text and each device's programs travel as one message each."""
-    longest = max(
-        (len(msgspec.msgpack.encode(each)) for each in programs.by_device.values()), default=0
-    )
-    if len(plan) > limits.PLAN_TEXT_BYTES or longest > limits.INSTALL_BYTES:
-        raise InvalidInput(
-            f"the plan is too long: {len(plan)} bytes, and {longest} for one device",
-            hint="cut the model into fewer stages or tasks",
-        )
+def _longest(programs: Programs) -> int:
+    """Bytes of what is longest to install: each device's programs travel as one message, and those
+    that it prepares for others as another."""
+    spare: dict[str, list[m.Program]] = {}
+    for each in programs.by_device.values():
+        for program in each:
+            if program.spare:
+                spare.setdefault(program.devices[1], []).append(program)
+    sets = (*programs.by_device.values(), *spare.values())
+    return max((len(msgspec.msgpack.encode(each)) for each in sets), default=0)
 
 
 def main() -> None:

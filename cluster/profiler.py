@@ -15,10 +15,10 @@ import time
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
-import onnxruntime as ort
 import psutil
 import structlog
 
@@ -27,6 +27,9 @@ from cluster import granted
 from cluster.fixed_costs import LONGEST_S, HandOver, Wire
 from meshinfer.errors import ConfigurationError
 from meshinfer.protocol import messages as m
+
+if TYPE_CHECKING:  # loaded where something is measured: a coordinator starts without it
+    import onnxruntime as ort
 
 _WINDOWS, _WINDOW_S, _QUOTA_WINDOW_S = 4, 0.012, 0.02
 _LEAST_SHARE = 0.1
@@ -194,6 +197,8 @@ class _Measuring:
 
 
 def _prepared(probe: Probe, threads: int) -> Callable[[], object]:
+    import onnxruntime as ort
+
     session = ort.InferenceSession(
         base64.b64decode(probe.model), _options(threads), providers=["CPUExecutionProvider"]
     )
@@ -202,6 +207,8 @@ def _prepared(probe: Probe, threads: int) -> Callable[[], object]:
 
 
 def _options(threads: int) -> ort.SessionOptions:
+    import onnxruntime as ort
+
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from cluster.pictures import Picture, read_picture
 from meshinfer import limits
-from meshinfer.errors import ClusterUnavailable, InvalidInput
+from meshinfer.errors import ClusterUnavailable, InvalidInput, ModelNotFound
 from meshinfer.image import ImageSpec
 from meshinfer.protocol import messages as m
 from meshinfer.protocol.codec import Array, describe, error_of
+from meshinfer.protocol.codec import digest_of as digest_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,12 @@ class Timing:
 @dataclass(frozen=True, slots=True)
 class Result:
     """The answer to one request. ``attempts`` above 1: devices were lost on the way. ``rounded``:
-    float32 values went from task to task as float16 (``half_transfers``)."""
+    float32 values went from task to task as float16 (``half_transfers``).
+
+    ``degraded``, for ``reasons``: something failed on the way, or devices are kept out.
+    ``devices_lost`` while it ran there; ``added_s``: seconds from its start until what was lost was
+    begun again, elsewhere.
+    """
 
     request_id: str
     outputs: Mapping[str, Array]
@@ -60,6 +67,9 @@ class Result:
     attempts: int
     image: ImageSpec | None = field(default=None, repr=False)
     rounded: bool = False
+    reasons: tuple[str, ...] = ()
+    devices_lost: tuple[str, ...] = ()
+    added_s: float = 0.0
 
     def picture(self) -> Picture:
         """The output that is a picture (``ImageSpec.output``). Raises ``InvalidInput``."""
@@ -97,17 +107,19 @@ def image_of(info: m.ModelInfo | m.Deployed | m.Reply) -> ImageSpec | None:
     return None if info.image is None else ImageSpec.from_json(info.image)
 
 
-def input_arrays(data: object, info: m.ModelInfo | None) -> tuple[dict[str, Array], bool]:
-    """Copies of the input arrays of a request, and whether they are a picture's pixels.
+def input_arrays(
+    data: object, info: m.ModelInfo | None, *, copy: bool = True
+) -> tuple[dict[str, Array], bool]:
+    """The input arrays of a request, copied, and whether they are a picture's pixels.
 
     ``info``: the model, unless ``data`` names its inputs. A picture needs the model's image spec;
     one array that is no picture goes to a model's only input. Raises ``InvalidInput``.
     """
     if isinstance(data, Mapping):
-        return {str(name): _copy(array) for name, array in data.items()}, False
+        return {str(name): _array(array, copy) for name, array in data.items()}, False
     spec = None if info is None else image_of(info)
     if hasattr(data, "__array__") and not hasattr(data, "getbands"):  # no Pillow image
-        data = array = _copy(data)
+        data = array = _array(data, copy)
         if info is not None and len(info.inputs) == 1 and (spec is None or array.dtype != np.uint8):
             return {info.inputs[0]: array}, False
     if spec is None:
@@ -115,18 +127,20 @@ def input_arrays(data: object, info: m.ModelInfo | None) -> tuple[dict[str, Arra
             f"{type(data).__name__} was given to a model without an image spec",
             hint="give {input name: array}, or deploy the model with image=ImageSpec(...)",
         )
-    return {spec.input: _copy(read_picture(data, spec).pixels)}, True
+    return {spec.input: _array(read_picture(data, spec).pixels, copy)}, True
 
 
-def _copy(data: object) -> Array:
-    """A copy in this machine's byte order. Raises ``InvalidInput`` for what numpy has no type."""
+def _array(data: object, copy: bool) -> Array:
+    """An array in C order and in this machine's byte order, a copy if ``copy`` says so. Raises
+    ``InvalidInput`` for what numpy has no type."""
     if hasattr(data, "detach"):  # a torch tensor: it may have gradients, or lie on a GPU
         try:
             data = data.numpy(force=True)  # type: ignore[attr-defined]
         except TypeError as error:
             raise InvalidInput(str(error), hint="convert it: tensor.float()") from error
     array = np.asarray(data)
-    return np.array(array, dtype=array.dtype.newbyteorder("="), order="C")
+    make = np.array if copy else np.asarray
+    return make(array, dtype=array.dtype.newbyteorder("="), order="C")
 
 
 def describe_inputs(arrays: Mapping[str, Array]) -> tuple[m.Tensor, ...]:
@@ -191,7 +205,38 @@ def result_of(
         attempts=reply.attempts,
         image=image_of(reply),
         rounded=reply.rounded,
+        reasons=reply.reasons,
+        devices_lost=reply.lost,
+        added_s=reply.added_s,
     )
+
+
+def chosen(known: Sequence[m.ModelInfo], model: str, version: int | None) -> m.ModelInfo:
+    """A version of a model, the current one if None. Raises ``ModelNotFound``."""
+    for info in known:
+        wanted = info.current if version is None else info.version == version
+        if info.name == model and wanted:
+            return info
+    what = model if version is None else f"{model} version {version}"
+    raise ModelNotFound(
+        f"no model {what!r} is deployed",
+        hint=f"deployed are {sorted({i.name for i in known})[:8]}",
+    )
+
+
+def full(open_: Sequence[Future[Result]], most: int) -> bool:
+    """Whether the next result must be taken before another request is submitted.
+
+    Waits while all that may be open is open and the next result is not there.
+    """
+    while len(open_) < most * limits.MAP_AHEAD:
+        running = [future for future in open_ if not future.done()]
+        if len(running) < most:
+            return False
+        if open_[0].done():
+            return True
+        wait(running, return_when=FIRST_COMPLETED)
+    return True
 
 
 def closed_error() -> ClusterUnavailable:

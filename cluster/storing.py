@@ -1,17 +1,27 @@
-"""Performs what a core asks of its blob store; the same for coordinator, worker and client."""
+"""Performs what a core asks of its blob store, and loads models, for all processes."""
 
 from __future__ import annotations
 
+import queue
+from collections.abc import Callable
 from typing import Protocol
+from weakref import WeakValueDictionary
 
 from cluster.blobs import BlobStore
+from cluster.loop import Post, report, start_thread
+from meshinfer.engine import Engine, EngineError
+from meshinfer.engine import Prepared as PreparedModel
 from meshinfer.protocol import messages as m
 from meshinfer.protocol.codec import failure_of
 from meshinfer.scheduler.events import (
     BlobsFound,
     BlobWritten,
+    Discard,
+    Effect,
     FindBlobs,
     Plane,
+    Prepare,
+    Prepared,
     Send,
     ServeBlob,
     WriteBlob,
@@ -54,3 +64,58 @@ def serve(store: Readable, effect: ServeBlob) -> Send:
     data, total = found
     chunk = m.Chunk(digest=effect.digest, offset=effect.offset, total=total)
     return Send(Plane.BULK, effect.peer, chunk, data)
+
+
+class StoreThread:
+    """Performs what touches the disk or loads models, one after another. ``engine``: where it comes
+    from; asked in this thread, at the first model."""
+
+    def __init__(self, store: BlobStore, engine: Callable[[], Engine] | None, post: Post) -> None:
+        self._store, self._engine, self._post = store, engine, post
+        self._queue: queue.SimpleQueue[Effect | None] = queue.SimpleQueue()
+        self._sessions: WeakValueDictionary[str, PreparedModel] = WeakValueDictionary()
+        self.prepared: dict[int, dict[m.Place, PreparedModel]] = {}
+        self._thread = start_thread("store", self._run, post)
+
+    def put(self, effect: Effect) -> None:
+        self._queue.put(effect)
+
+    def close(self) -> None:
+        self._queue.put(None)
+        self._thread.join(timeout=5.0)
+
+    def _run(self) -> None:
+        while (effect := self._queue.get()) is not None:
+            match effect:
+                case FindBlobs() | WriteBlob() | ServeBlob():
+                    answer = perform(self._store, effect)
+                    if answer is not None:
+                        self._post(answer)
+                case Prepare(deployment, programs):
+                    self._post(Prepared(deployment, self._prepare(deployment, programs)))
+                case Discard(deployment):
+                    self.prepared.pop(deployment, None)
+                case _:
+                    raise AssertionError(f"a worker cannot perform {effect}")
+
+    def _prepare(self, deployment: int, programs: tuple[m.Program, ...]) -> m.Failure | None:
+        try:
+            self.prepared[deployment] = {p.place: self._session(p) for p in programs}
+            self._store.trim()
+            return None
+        except (EngineError, OSError, MemoryError) as error:
+            return m.Failure(
+                error="ConfigurationError",
+                message=f"cannot prepare a task: {error}",
+                hint="look at this device's log, disk and memory",
+            )
+        except Exception as error:
+            return report(error)
+
+    def _session(self, program: m.Program) -> PreparedModel:
+        assert program.model is not None and self._engine is not None
+        session = self._sessions.get(program.model)
+        if session is None:
+            session = self._engine().prepare(self._store.path(program.model).read_bytes())
+            self._sessions[program.model] = session
+        return session

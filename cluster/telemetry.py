@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 
 import structlog
 
 LEVELS = ("debug", "info", "warning", "error")
+
+_ids: dict[str, str] = {}
 
 
 def configure(level: str = "info", form: str = "text", *, name: str = "") -> None:
@@ -24,6 +27,7 @@ def configure(level: str = "info", form: str = "text", *, name: str = "") -> Non
         )
     )
     structlog.contextvars.clear_contextvars()
+    _ids.clear()
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
@@ -34,9 +38,27 @@ def configure(level: str = "info", form: str = "text", *, name: str = "") -> Non
         ],
         wrapper_class=structlog.make_filtering_bound_logger(chosen),
         # Asked for at each line: who embeds us may replace stderr, and close the old one.
-        logger_factory=lambda *_: structlog.PrintLogger(sys.stderr),
+        logger_factory=lambda *_: structlog.PrintLogger(_Lines()),  # type: ignore[arg-type]
         cache_logger_on_first_use=False,
     )
+
+
+class _Lines:
+    """stderr; a line that it does not take, for a full disk or a reader that has gone, is lost, and
+    the daemon goes on."""
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.flush()
+
+
+def identify(**ids: str) -> None:
+    """From now on each line of this process, of whatever thread, has these fields too."""
+    _ids.update(ids)
 
 
 def warn_of_plaintext() -> None:
@@ -53,6 +75,8 @@ def _naming(name: str) -> structlog.typing.Processor:
     ) -> structlog.typing.EventDict:
         if name:
             event.setdefault("who", name)
+        for key, value in _ids.items():
+            event.setdefault(key, value)
         return event
 
     return add

@@ -44,10 +44,16 @@ class Transport:
     ``identity`` is the routing id that peers know us by (device#incarnation), ``member`` the key
     we connect with, ``server`` the key of the sockets that we bind (a fresh one if not given).
     ``plaintext``, as the keyring says: neither encryption nor a gatekeeper, all the limits.
+    ``proxy``: of all that we connect to (``cluster.gate``).
     """
 
     def __init__(
-        self, identity: str, member: KeyPair, server: KeyPair | None = None, plaintext: bool = False
+        self,
+        identity: str,
+        member: KeyPair,
+        server: KeyPair | None = None,
+        plaintext: bool = False,
+        proxy: str = "",
     ) -> None:
         routing_id = identity.encode()
         assert 0 < len(routing_id) <= 255 and routing_id[0] != 0, "not a ZeroMQ routing id"
@@ -57,7 +63,7 @@ class Transport:
         self._member = member
         self._server = server or generate_keypair()
         self._plaintext = plaintext
-        self._configure = partial(sockets.configure, plaintext=plaintext)
+        self._configure = partial(sockets.configure, plaintext=plaintext, proxy=proxy)
         self._context: zmq.Context[sockets.Socket] = zmq.Context(io_threads=1)
         # A link is a DEALER and its monitor, on each plane.
         self._context.max_sockets = 4 * limits.DEVICES + 64
@@ -135,6 +141,13 @@ class Transport:
             raise sockets.address_error(endpoint.host, endpoint.port) from error
         self._links[plane, peer] = sockets.Link(plane, dealer, monitor, peer, endpoint)
         self._register(self._links[plane, peer])
+
+    def may_greet(self, peer: str) -> bool:
+        """Whether to send a hello: while there is no connection one waits, and more that came
+        after it would have the peer begin anew with each."""
+        link = self._links[Plane.CONTROL, peer]
+        first, link.greeted = not link.greeted, not link.up
+        return link.up or first
 
     def disconnect(self, peer: str) -> None:
         """Close our connections to this peer and forget what was not sent to it."""

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from weakref import WeakValueDictionary
 
 import msgspec
 import structlog
@@ -23,14 +22,15 @@ import structlog
 import meshinfer
 from cluster import processes, profiler, telemetry
 from cluster.blobs import BlobStore
+from cluster.doing import Doing
 from cluster.locate import find_coordinator, local_address
-from cluster.loop import Loop, Post, report, start_thread
+from cluster.loop import Loop, Post, start_thread
 from cluster.security import generate_keypair, read_keyring
 from cluster.sockets import Endpoint, Plane
-from cluster.storing import perform
+from cluster.storing import StoreThread
 from cluster.transport import Transport
 from meshinfer.engine import EngineError
-from meshinfer.engine.ort import OrtEngine, OrtPrepared
+from meshinfer.engine.ort import OrtEngine
 from meshinfer.errors import MeshInferError
 from meshinfer.protocol import messages as m
 from meshinfer.protocol.codec import error_of, failure_of
@@ -38,19 +38,22 @@ from meshinfer.protocol.records import BESIDE_COORDINATOR
 from meshinfer.scheduler.events import (
     Compute,
     Computed,
-    Discard,
     Effect,
-    FindBlobs,
-    Prepare,
-    Prepared,
-    ServeBlob,
     StopRequested,
-    WriteBlob,
 )
 from meshinfer.scheduler.worker import WorkerCore
 
 LOOK_S = 3.0
 """How long one look for the coordinator over mDNS takes; it is repeated until one is found."""
+
+
+class Ways(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A worker's ways through ``cluster.gate``: it listens at ``behind``, is reached at ``front``,
+    and reaches others by the SOCKS5 proxy ``outbound``; three ports of its own address."""
+
+    behind: int
+    front: int
+    outbound: int
 
 
 class WorkerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -60,9 +63,10 @@ class WorkerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     proportion to the CPU time it took. ``speed_file``, once it is there, holds the speed from now
     on, whatever the device said as it joined. ``measured``: this device's speeds; None measures.
     ``memory_bytes``: what MeshInfer may use; 0 for what the kernel grants. ``interfaces``:
-    addresses for mDNS; None chooses. ``last_exit`` comes from the supervisor. ``parent``: process
-    to end with. ``beside``: on the host of a coordinator that listens at all addresses; so does
-    this worker.
+    addresses for mDNS; None chooses. ``ended`` and ``doing`` come from the supervisor: how the last
+    worker process ended, and where to write what this one computes. ``parent``: process to end
+    with. ``beside``: on the host of a coordinator that listens at all addresses; so does
+    this worker. ``gate``: what a test can stop its connections with.
     """
 
     name: str
@@ -78,70 +82,20 @@ class WorkerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     speed_file: str = ""
     log_level: str = "info"
     log_form: str = "text"
-    last_exit: str = ""
+    ended: m.Ended | None = None
+    doing: int = -1
     parent: int = 0
     beside: bool = False
-
-
-class StoreThread:
-    """Performs what touches the disk or loads models, one after another."""
-
-    def __init__(self, store: BlobStore, engine: OrtEngine | None, post: Post) -> None:
-        self._store, self._engine, self._post = store, engine, post
-        self._queue: queue.SimpleQueue[Effect | None] = queue.SimpleQueue()
-        self._sessions: WeakValueDictionary[str, OrtPrepared] = WeakValueDictionary()
-        self.prepared: dict[int, dict[m.Place, OrtPrepared]] = {}
-        self._thread = start_thread("store", self._run, post)
-
-    def put(self, effect: Effect) -> None:
-        self._queue.put(effect)
-
-    def close(self) -> None:
-        self._queue.put(None)
-        self._thread.join(timeout=5.0)
-
-    def _run(self) -> None:
-        while (effect := self._queue.get()) is not None:
-            match effect:
-                case FindBlobs() | WriteBlob() | ServeBlob():
-                    answer = perform(self._store, effect)
-                    if answer is not None:
-                        self._post(answer)
-                case Prepare(deployment, programs):
-                    self._post(Prepared(deployment, self._prepare(deployment, programs)))
-                case Discard(deployment):
-                    self.prepared.pop(deployment, None)
-                case _:
-                    raise AssertionError(f"a worker cannot perform {effect}")
-
-    def _prepare(self, deployment: int, programs: tuple[m.Program, ...]) -> m.Failure | None:
-        try:
-            self.prepared[deployment] = {p.place: self._session(p) for p in programs}
-            self._store.trim()
-            return None
-        except (EngineError, OSError, MemoryError) as error:
-            return m.Failure(
-                error="ConfigurationError",
-                message=f"cannot prepare a task: {error}",
-                hint="look at this device's log, disk and memory",
-            )
-        except Exception as error:
-            return report(error)
-
-    def _session(self, program: m.Program) -> OrtPrepared:
-        assert program.model is not None and self._engine is not None
-        session = self._sessions.get(program.model)
-        if session is None:
-            session = self._engine.prepare(self._store.path(program.model).read_bytes())
-            self._sessions[program.model] = session
-        return session
+    gate: Ways | None = None
 
 
 class ComputeThread:
     """Runs one task after another; onnxruntime releases the GIL meanwhile."""
 
-    def __init__(self, store: StoreThread, post: Post, speed: Callable[[], float]) -> None:
-        self._store, self._post, self._speed = store, post, speed
+    def __init__(
+        self, store: StoreThread, post: Post, speed: Callable[[], float], doing: Doing
+    ) -> None:
+        self._store, self._post, self._speed, self._doing = store, post, speed, doing
         self._queue: queue.SimpleQueue[Compute | None] = queue.SimpleQueue()
         start_thread("compute", self._run, post)
 
@@ -153,8 +107,11 @@ class ComputeThread:
 
     def _run(self) -> None:
         while (job := self._queue.get()) is not None:
-            self._post(self._compute(job))
-            del job  # or the last inputs live until the next task
+            self._doing.begin(job.request, job.attempt, job.place)
+            done = self._compute(job)
+            self._doing.end()
+            self._post(done)
+            del job, done  # or the last inputs live until the next task
 
     def _compute(self, job: Compute) -> Computed:
         started, cpu = time.perf_counter(), time.thread_time()
@@ -163,6 +120,8 @@ class ComputeThread:
             outputs = tuple(session.run(job.inputs))
         except (EngineError, KeyError) as error:
             text = str(error) if isinstance(error, EngineError) else "its program is gone"
+            fields = {"request": job.request, "attempt": job.attempt, "task": str(job.place)}
+            structlog.get_logger().error("a task failed", **fields, why=text)
             return Computed(job.request, job.attempt, job.place, (), 0.0, text)
         speed = self._speed()
         if speed < 1.0:
@@ -181,12 +140,19 @@ def run_worker(options: WorkerOptions) -> m.Failure | None:
         telemetry.warn_of_plaintext()
     host, port = _locate(options, keyring.coordinator_public)
     server = generate_keypair()
-    identity = f"{options.name}#{secrets.token_hex(4)}"
-    transport = Transport(identity, keyring.member, server, plaintext=keyring.plaintext)
+    incarnation = secrets.token_hex(4)
+    identity = f"{options.name}#{incarnation}"
+    telemetry.identify(device=options.name, incarnation=incarnation)
     address = BESIDE_COORDINATOR if options.beside else local_address(host)
-    bulk_port = transport.bind(Plane.BULK, address)  # all addresses, if beside the coordinator
+    gate = options.gate
+    proxy = "" if gate is None else f"{address}:{gate.outbound}"
+    transport = Transport(identity, keyring.member, server, keyring.plaintext, proxy)
+    # All addresses, if beside the coordinator.
+    bulk_port = transport.bind(Plane.BULK, address, 0 if gate is None else gate.behind)
+    bulk_port = bulk_port if gate is None else gate.front
     coordinator = Endpoint(host, port, keyring.coordinator_public)
     store = BlobStore(state / "blobs")
+
     engine = OrtEngine(store.folder, options.threads)
     measured = options.measured or profiler.measured_once(
         state, engine.name, options.threads, plaintext=keyring.plaintext
@@ -206,8 +172,9 @@ def run_worker(options: WorkerOptions) -> m.Failure | None:
             storing.put(effect)
 
     loop = Loop(core, lambda: transport, perform, coordinator)
-    storing = StoreThread(store, engine, loop.post)
-    compute = ComputeThread(storing, loop.post, partial(_speed, options))
+    storing = StoreThread(store, lambda: engine, loop.post)
+    doing = Doing(options.doing)
+    compute = ComputeThread(storing, loop.post, partial(_speed, options), doing)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: loop.post(StopRequested()))
     try:
@@ -215,6 +182,7 @@ def run_worker(options: WorkerOptions) -> m.Failure | None:
     finally:
         compute.close()
         storing.close()
+        doing.end()  # whatever still computes, this end is not its doing
 
 
 def _hello(
@@ -229,7 +197,10 @@ def _hello(
         protocol=m.PROTOCOL,
         version=meshinfer.__version__,
         bulk=m.Peer(device=device, incarnation=incarnation, host=host, port=port, key=key),
-        facts=msgspec.structs.replace(facts, last_exit=options.last_exit),
+        facts=msgspec.structs.replace(
+            facts, last_exit="" if options.ended is None else options.ended.cause
+        ),
+        ended=options.ended,
     )
 
 

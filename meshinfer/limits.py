@@ -16,11 +16,14 @@ BLOB_WANT_BYTES: Final = 1 * MIB
 HIGH_WATER_MARK: Final = 32
 TENSOR_RANK: Final = 16
 BACKLOG_BYTES: Final = 64 * MIB
+CREDIT_BYTES: Final = 32 * MIB
+"""Under way to one peer and not acknowledged; one message may be larger."""
 DRAIN_MESSAGES: Final = 256
 DRAIN_BYTES: Final = 64 * MIB
 
 # Liveness.
 HEARTBEAT_S: Final = 0.5
+BEAT_OFF_S: Final = 0.02
 STALL_S: Final = 1.0
 DEAD_AFTER_S: Final = 2.0
 HELLO_RETRY_S: Final = 1.0
@@ -48,29 +51,62 @@ LINKED_DEVICES: Final = 12
 """Up to so many devices the links of all pairs are measured; of more, those with the head."""
 SLOWEST_LINK_BYTES_PER_S: Final = 250_000
 PULLS_AT_ONCE: Final = 4
+GENTLE_PAUSE_TIMES: Final = 9.0
+"""What nobody waits for is fetched for a tenth of the time while requests run."""
 COORDINATOR_SILENT_S: Final = 10.0
 NO_WORKER_GRACE_S: Final = 5.0
 REPLAN_SETTLE_S: Final = 0.2
 EXCLUDED_S: Final = 15.0
+DETOUR_ASKED_S: Final = 5.0
+DETOUR_PROBE_S: Final = 1.0
+"""How often two devices whose pieces go by the head try to reach each other."""
+STRIKES: Final = 3
+STRIKES_WITHIN_S: Final = 60.0
+EARLY_DEATH_S: Final = 5.0
+QUARANTINE_S: Final = 15.0
+QUARANTINE_MOST_S: Final = 600.0
+QUARANTINE_FORGOTTEN_S: Final = 600.0
+REST_S: Final = 1.0
+RESTS: Final = 4
+"""A device that is killed again and again as it joins rests for 1, 2, then 4 s each time."""
+NEVER_QUARANTINED: Final = 2
+"""So many devices work, whatever they did."""
+LOST_SHOWN_S: Final = 600.0
 INSTALL_ATTEMPTS: Final = 3
 """What so many devices cannot prepare in turn is the model's fault, not theirs."""
 INSTALL_S: Final = 600.0
+SPARES_AFTER_S: Final = 0.2
+"""Once a deployment serves, before tasks are prepared a second time for the loss of a device: the
+first request comes first."""
 TIMING_GRACE_S: Final = 0.25
 DRAIN_S: Final = 10.0
 TCP_MAX_RETRANSMIT_MS: Final = 3000
 KEEPALIVE_IDLE_S: Final = 30
 HANDSHAKE_MS: Final = 1000
 RECONNECT_MS: Final = 100
-RECONNECT_MAX_MS: Final = 2000
+RECONNECT_MAX_MS: Final = 500
 
 # Joining: names and key files, and how much of what mDNS says is looked at.
 CLUSTER_NAME_CHARS: Final = 32
 KEY_FILE_BYTES: Final = 4096
 DISCOVERED: Final = 64
 DISCOVERY_TXT_BYTES: Final = 512
+DISK_LOW_BYTES: Final = 512 * MIB
+"""With less free, ``meshinfer doctor`` warns: weights of models are kept on disk."""
 
 # Requests.
 QUEUE_REQUESTS: Final = 256
+QUEUE_BYTES: Final = 256 * MIB
+"""Of inputs of open requests that lie with the head; one request may have more, if it is alone."""
+QUEUE_SHARE: Final = 0.25
+"""Of what the coordinator's host grants: more than that in inputs never fits."""
+PACE_ANSWERS: Final = 32
+RETRY_AFTER_S: Final = 1.0
+RETRY_AFTER_LEAST_S: Final = 0.05
+RETRY_AFTER_MOST_S: Final = 30.0
+
+CAUSES_KEPT: Final = 2 * QUEUE_REQUESTS
+"""Of so many requests the faults that they met are known: those open, and as many cancelled."""
 MAP_AHEAD: Final = 4
 ATTEMPTS_PER_REQUEST: Final = 20
 RUNNING_REQUESTS: Final = 4
@@ -113,6 +149,13 @@ that a lost device's requests wait for gets one part in 60 of a processor beside
 PLANNING_TRIES: Final = 2
 """A process that ended once was killed by somebody; twice, by what it was asked to plan."""
 KERNEL_FAILURES_PER_REQUEST: Final = 3
+CRASHES_PER_REQUEST: Final = 3
+"""Processes that a request may end, the last of them alone on one device."""
+EVIDENCE_S: Final = 10.0
+"""How long a request that ran alone waits to hear how its device's process ended."""
+POISON_S: Final = 600.0
+POISON_BODIES: Final = 256
+REASONS: Final = 16
 ORPHAN_INPUT_S: Final = 600.0
 REQUEST_DEADLINE_S: Final = 300.0
 SHAPES_PER_MODEL: Final = 8
@@ -125,6 +168,20 @@ PLANS_AT_ONCE: Final = 4
 ANSWERED_IDS_KEPT: Final = 1024
 FED_REQUESTS: Final = 2 * QUEUE_REQUESTS
 STALE_REQUESTS_KEPT: Final = 1024
+
+# The coordinator's journal.
+JOURNALED_IDS: Final = 8192
+"""Ids of which the body is known, also after a restart; about 300 bytes each, and as many again."""
+JOURNALED_PLANS: Final = 64
+RESUME_WAIT_S: Final = 2.0
+"""So long a coordinator that was started again waits for the devices of a plan before another is
+made: they reconnect within half a second."""
+JOURNAL_DELAY_S: Final = 0.5
+"""The outcome of a success waits so long for an acceptance to be written with."""
+JOURNAL_RETRY_S: Final = 1.0
+JOURNAL_WAL_PAGES: Final = 1000
+JOURNAL_PAGE_BYTES: Final = 1024
+"""A commit writes whole pages, and a memory card wears by them."""
 
 # Sizes.
 MODEL_BYTES: Final = 16 << 30
@@ -139,11 +196,13 @@ TENSOR_BYTES: Final = MESSAGE_BYTES
 GRAPH_CACHE_BYTES: Final = 1 << 30
 PLAN_TEXT_BYTES: Final = 2 * MIB
 INSTALL_BYTES: Final = 3 * MIB
+PLAN_TASKS: Final = 1 << 16
 LISTED_PLANS_BYTES: Final = 1 * MIB
 REPORT_LINE_CHARS: Final = 300
 REPORT_ENTRIES: Final = 256
 REPORT_NODES: Final = 4
 NAME_CHARS: Final = 512
+CAUSE_CHARS: Final = 512
 IMAGE_PIXELS: Final = 100_000_000
 IMAGE_FILE_BYTES: Final = 256 * MIB
 DEVICES: Final = 1024
@@ -177,12 +236,18 @@ assert HEARTBEAT_S * 3 <= DEAD_AFTER_S
 assert ACK_DELAY_S * 3 <= ACK_TIMEOUT_S
 assert PACE_SAMPLES <= LATE_SAMPLES
 assert SUSPECT_S < DEAD_AFTER_S
+assert QUARANTINE_S < STRIKES_WITHIN_S  # or each quarantine would begin the count anew
 assert HEARTBEAT_S < STALL_S < DEAD_AFTER_S
 assert PACE_SAMPLES_LEAST <= PACE_SAMPLES
 assert 1.0 < PACE_DEVIATION < PACE_GRAVE
 assert 1.0 / (1.0 - SEARCH_SHARE) < PACE_DEVIATION
 assert SEARCH_SHARE < SEARCH_SHARE_GRAVE and 1.0 / (1.0 - SEARCH_SHARE_GRAVE) < PACE_GRAVE
+assert CRASHES_PER_REQUEST < ATTEMPTS_PER_REQUEST
+assert CREDIT_BYTES <= BACKLOG_BYTES  # else a full pipe would drop what has credit
+assert ACK_BYTES * 4 <= CREDIT_BYTES  # or the sender would wait for acknowledgements
+assert RETRY_AFTER_LEAST_S < RETRY_AFTER_S < RETRY_AFTER_MOST_S
 assert RUNNING_REQUESTS <= WINDOW <= QUEUE_REQUESTS
+assert QUEUE_REQUESTS + ANSWERED_IDS_KEPT < JOURNALED_IDS
 assert PLAN_TEXT_BYTES <= CONTROL_FRAME_BYTES
 assert BLOB_CHUNK_BYTES < BACKLOG_BYTES
 assert BLOB_WANT_BYTES <= BLOB_CHUNK_BYTES

@@ -9,10 +9,12 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from meshinfer import limits
 from meshinfer.errors import InvalidInput
 from meshinfer.graph import Graph
+from meshinfer.identity import DeviceId
 from meshinfer.lower import Submodel, lower
 from meshinfer.ops import is_random
 from meshinfer.plan import Plan, Shard
@@ -23,16 +25,20 @@ from meshinfer.transfers import Flow, TaskRef, Transfer, derive
 
 @dataclass(frozen=True, slots=True)
 class Programs:
-    """``by_device``: every device of the plan, source and sink included. ``blobs``: their bytes."""
+    """``by_device``: every device of the plan, source and sink included; a task with a spare device
+    is with its own one. ``blobs``: their bytes."""
 
     by_device: Mapping[str, tuple[m.Program, ...]]
     blobs: Mapping[str, Callable[[], bytes | memoryview]]
 
 
-def make_programs(graph: Graph, plan: Plan) -> Programs:
-    """Lower every task of a valid plan. Raises ``InvalidInput`` for values that cannot travel."""
+def make_programs(
+    graph: Graph, plan: Plan, spares: Mapping[TaskRef, DeviceId] = MappingProxyType({})
+) -> Programs:
+    """Lower every task of a valid plan. ``spares``: of some tasks with one device, another that is
+    to run them if that is lost. Raises ``InvalidInput`` for values that cannot travel."""
     flow = derive(graph, plan)
-    ends = _Ends(graph, flow)
+    ends = _Ends(graph, flow, spares)
     for transfer in flow.transfers:
         _check(graph, transfer.piece)
     for name in graph.outputs:
@@ -50,7 +56,7 @@ def make_programs(graph: Graph, plan: Plan) -> Programs:
             ref = TaskRef(s, t)
             devices = ends.devices(ref)
             program = _task(ends, ref, submodel, digest, devices if len(devices) > 1 else ())
-            for device in devices:
+            for device in devices[:1] if program.spare else devices:
                 made.setdefault(device, []).append(program)
     made.setdefault(plan.sink, []).append(_sink(graph, flow, ends))
     by_device = {name: tuple(each) for name, each in made.items()}
@@ -60,8 +66,8 @@ def make_programs(graph: Graph, plan: Plan) -> Programs:
 class _Ends:
     """The transfers by the task that they leave and by the one that they reach."""
 
-    def __init__(self, graph: Graph, flow: Flow) -> None:
-        self._graph, self._flow = graph, flow
+    def __init__(self, graph: Graph, flow: Flow, spares: Mapping[TaskRef, DeviceId]) -> None:
+        self._graph, self._flow, self.spares = graph, flow, spares
         self._out: defaultdict[TaskRef, list[Transfer]] = defaultdict(list)
         self._into: defaultdict[tuple[TaskRef, str], list[Transfer]] = defaultdict(list)
         self._slots: defaultdict[TaskRef, dict[Shard, int]] = defaultdict(dict)
@@ -75,6 +81,8 @@ class _Ends:
         """Those that may take a task. What is drawn at random must not be drawn twice."""
         if ref in (self._flow.source, self._flow.sink):
             return (self._flow.device(ref),)
+        if ref in self.spares:
+            return (self._flow.device(ref), self.spares[ref])
         stage = self._flow.plan.stages[ref.stage]
         devices = stage.tasks[ref.task].devices
         once = len(devices) > 1 and any(map(is_random, self._graph.ops[stage.start : stage.stop]))
@@ -91,6 +99,7 @@ class _Ends:
                 slot=self._slots[t.consumer][t.piece],
                 others=tuple(others),
                 half=self._flow.halved(self._graph, t),
+                spare=t.consumer in self.spares,
             )
             found.append(send)
         return tuple(found)
@@ -129,6 +138,7 @@ def _task(
         inputs=tuple(ends.value(ref, name, shard) for name, shard in submodel.inputs),
         outputs=tuple(m.Output(name=name, shard=shard) for name, shard in submodel.outputs),
         sends=ends.sends(ref),
+        spare=ref in ends.spares,
     )
 
 

@@ -6,13 +6,17 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
+from msgspec import structs
+
 from meshinfer import limits
 from meshinfer.cost import Timeline
 from meshinfer.cost.model import whole_flops
 from meshinfer.graph import Graph, Op
+from meshinfer.identity import DeviceId
 from meshinfer.importers.onnx_model import GIVEN_OPS
 from meshinfer.ops import BARRIER, rule_of, why_barrier
 from meshinfer.plan import Plan
+from meshinfer.planner import Spares
 from meshinfer.protocol.report import Barrier, DeviceReport, Folded, Report, Rounding
 from meshinfer.transfers import derive
 
@@ -33,6 +37,22 @@ def report_of(graph: Graph, plan: Plan, expected: Timeline, notes: Sequence[str]
         notes=tuple(_line(note) for note in notes[: limits.REPORT_ENTRIES]),
         rounding=_rounding(graph, plan) if graph.half_transfers else None,
     )
+
+
+def with_spares(report: Report, spares: Spares) -> Report:
+    """The same, and what devices hold to go on with tasks of others."""
+    extra = dict(spares.extra_bytes)
+    devices = tuple(
+        structs.replace(each, spare_bytes=extra.pop(DeviceId(each.device), 0))
+        for each in report.devices
+    )
+    idle = tuple(
+        DeviceReport(device=name, weights_bytes=0, peak_bytes=0, spare_bytes=nbytes)
+        for name, nbytes in sorted(extra.items())
+    )
+    notes = (*report.notes, *map(_line, spares.notes))[: limits.REPORT_ENTRIES]
+    more: Report = structs.replace(report, devices=(*devices, *idle), notes=notes)
+    return more
 
 
 def _rounding(graph: Graph, plan: Plan) -> Rounding:

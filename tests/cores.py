@@ -12,6 +12,7 @@ import random
 import tempfile
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -30,16 +31,16 @@ from meshinfer.image import ImageSpec
 from meshinfer.importers import inputs_needed, load, open_model
 from meshinfer.legality import as_asked, validate
 from meshinfer.plan import Plan
-from meshinfer.planner import Block, axes_of, build
+from meshinfer.planner import Block, axes_of, build, find_spares, pins_of
 from meshinfer.programs import Programs, make_programs
 from meshinfer.protocol import messages as m
-from meshinfer.protocol.codec import Buffer, decode, describe, encode, failure_of
+from meshinfer.protocol.codec import Buffer, decode, describe, digest_of, encode, failure_of
 from meshinfer.protocol.report import Report
-from meshinfer.report import report_of
+from meshinfer.report import report_of, with_spares
 from meshinfer.scheduler import events as e
 from meshinfer.scheduler.client import ClientCore
 from meshinfer.scheduler.worker import COORDINATOR, WorkerCore
-from meshinfer.simulator.node import Node, Timing
+from meshinfer.simulator.node import AnyCore, Node, Timing
 from meshinfer.simulator.world import World
 
 LATENCY_S, COMPUTE_S, PLAN_S, DISK_S = 0.001, 0.005, 0.02, 0.001
@@ -102,7 +103,7 @@ def _imported(model: bytes, spec: str | None, signature: e.Signature):  # type: 
 def _planned(
     model: bytes, spec: str | None, signature: e.Signature, names: tuple[str, ...], head: str,
     text: str | None, slowdowns: tuple[float, ...], planner: Planner | None = None,
-    half_transfers: bool = False,
+    half_transfers: bool = False, spares: bool = True,
 ) -> tuple[str, Programs, Report, Plan]:  # fmt: skip
     graph = as_asked(_imported(model, spec, signature), half_transfers=half_transfers)
     if text is None and planner is not None:
@@ -113,7 +114,9 @@ def _planned(
         plan = Plan.parse(text)
     validate(graph, plan)
     report = report_of(graph, plan, timeline(graph, plan, []))
-    return str(plan), make_programs(graph, plan), report, plan
+    profiles = [DeviceProfile(DeviceId(name), 1e9) for name in names]
+    found = find_spares(graph, plan, profiles if spares else [], pins_of(graph, plan, profiles, {}))
+    return str(plan), make_programs(graph, plan, found.devices), with_spares(report, found), plan
 
 
 def banded(
@@ -150,6 +153,23 @@ def _engine() -> _Engine:
     return _Engine()
 
 
+# --- Nodes ----------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Device(Node):
+    """A node whose kernels are real."""
+
+    def run_here(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """What the only deployment that was granted to this client answers."""
+        (task,) = self.granted.values()
+        program = task.grant.program
+        assert program.model is not None
+        assert {program.model, *program.weights} <= set(self.blobs), "a blob is not here"
+        session = _engine().session(program.model, self.blobs[program.model])
+        return task.run(inputs, session.run)
+
+
 class Stuck(AssertionError):
     """What was awaited did not happen; the text is the story."""
 
@@ -178,8 +198,14 @@ class Cluster(World):
         self.by_work = False
         self.planner: Planner | None = None
         """What makes plans where none is given; None: bands, each on one device."""
+        self.spares = True
+        """Whether devices prepare tasks of others, for the loss of one."""
         self.plan_s = PLAN_S
         self.plan_fault: Callable[[e.MakePlan], m.Failure | None] = lambda effect: None
+        self.severed: set[frozenset[str]] = set()
+        """Pairs of nodes between which all is lost, silently."""
+        self.disk: Callable[[e.Record], m.Failure | None] = lambda record: None
+        """Why something cannot be written, if so."""
         self._rules: list[tuple[Matches, Callable[[], object] | None, float]] = []
         super().__init__(Timing(LATENCY_S, COMPUTE_S, PLAN_S, DISK_S), delay, now=100.0)
         if head:
@@ -192,6 +218,9 @@ class Cluster(World):
             self.settle(lambda: all(self._joined(n) for n in self.living()))
 
     # --- members
+
+    def _node(self, name: str, peer: str, core: AnyCore) -> Node:
+        return Device(name, peer, core)
 
     def connect(self, name: str, **changes: object) -> Node:  # type: ignore[override]
         """Start a client, beside the coordinator where all are."""
@@ -270,6 +299,7 @@ class Cluster(World):
             picture=picture,
             deadline_s=deadline_s,
             outputs=outputs,
+            body=digest_of(arrays),
         )
         self._handle(self.nodes[client], e.Submitted(request, header, arrays))
         return request
@@ -326,6 +356,9 @@ class Cluster(World):
         self, sender: Node, receiver: Node, plane: e.Plane, frames: list[Buffer], what: e.Arrived
     ) -> None:
         message, payload = what.message, what.payload
+        if frozenset((sender.name, receiver.name)) in self.severed:
+            self.tell_story(lambda: "    ... SEVERED")
+            return
         extra = 0.0
         for rule in list(self._rules):
             matches, then, seconds = rule
@@ -346,6 +379,9 @@ class Cluster(World):
 
     def _search_s(self) -> float:
         return self.plan_s
+
+    def _disk(self, record: e.Record) -> m.Failure | None:
+        return self.disk(record)
 
     def _seconds(self, node: Node, job: e.Compute) -> float:
         work = self.works.get((job.deployment, job.place, node.name), COMPUTE_S)
@@ -400,7 +436,7 @@ class Cluster(World):
             text, programs, report, plan = _planned(
                 model, spec, effect.signature, names, effect.head, effect.plan,
                 tuple(round(c.slowdown, 2) for c in effect.candidates), self.planner,
-                effect.half_transfers,
+                effect.half_transfers, self.spares,
             )  # fmt: skip
             for digest, data in programs.blobs.items():
                 if digest not in node.blobs:

@@ -47,7 +47,8 @@ def all_pids(cluster: mi.LocalCluster) -> list[int]:
     coordinator = cluster._coordinator
     assert coordinator is not None
     supervisors = [each.supervisor.pid for each in cluster._living()]
-    return [coordinator.pid, *supervisors, *worker_pids(cluster)]
+    gates = [] if cluster._gate is None else [cluster._gate.pid]
+    return [coordinator.pid, *supervisors, *worker_pids(cluster), *gates]
 
 
 def none_alive(pids: Sequence[int]) -> bool:

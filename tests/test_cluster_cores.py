@@ -8,6 +8,7 @@ from cores import Cluster, conv_net, image, kind
 
 from meshinfer import limits
 from meshinfer.protocol import messages as m
+from meshinfer.protocol.codec import digest_of
 from meshinfer.scheduler import events as e
 from meshinfer.scheduler.catalogue import Phase
 
@@ -286,11 +287,13 @@ def test_a_lost_bulk_message_is_sent_again(lost: type) -> None:
 
 
 def test_a_device_that_cannot_reach_another_is_planned_around() -> None:
-    """1. no piece from pi-1 to pi-2 arrives; 2. pi-1 gives up and says so; 3. without pi-2."""
+    """1. no piece from pi-1 to pi-2 arrives, by the head either; 2. pi-1 gives up and says so; 3.
+    without pi-2."""
     cluster = Cluster()
     cluster.deployed()
     for _ in range(30):
         cluster.drop(kind(m.Deliver, by="pi-1", to="pi-2"))
+        cluster.drop(kind(m.Relay, to="pi-2"))
     reply = cluster.check(cluster.submit(deadline_s=100.0))
     assert reply.attempts == 2 and {t.device for t in reply.tasks} == {"pi-1"}
 
@@ -447,15 +450,13 @@ def test_a_head_that_starts_again_is_given_the_inputs_again() -> None:
 
 
 def test_a_coordinator_that_starts_again_is_joined_again() -> None:
-    """1. it dies with a request open: a typed error; 2. deployed again, all serves as before."""
+    """1. it dies with a request open; 2. the next one has the deployment, and answers it."""
     cluster = Cluster()
     cluster.deployed()
     request = cluster.submit()
     cluster.when(kind(m.Deliver, by="pi-1"), cluster.restart_coordinator)
-    cluster.settle(lambda: request in cluster.nodes["ann"].resolved)
+    assert cluster.check(request).version == 1
     cluster.pass_time(1.0)
-    assert cluster.failure(request).error in ("ModelNotFound", "ClusterUnavailable")
-    cluster.deployed()
     assert cluster.check(cluster.submit()).attempts == 1
     assert len(cluster.nodes["pi-1"].prepared) == 1
     cluster.check_idle()
@@ -539,6 +540,7 @@ def test_two_requests_of_one_id_get_one_answer_each_or_an_error() -> None:
         picture=False,
         deadline_s=1.0,
         turn=2,
+        body=digest_of(image()),
     )
     replies: list[m.Reply] = []
     original = cluster._send

@@ -216,7 +216,7 @@ except Exception as error:
 def test_a_missing_program_is_named_with_its_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(network, "_PATH", str(tmp_path))
+    monkeypatch.setattr(network, "SEARCHED", str(tmp_path))
     with pytest.raises(ConfigurationError, match="the program ip") as caught:
         network.check_tools()
     assert "iproute2" in caught.value.hint

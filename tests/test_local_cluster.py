@@ -20,6 +20,7 @@ from oracle import assert_exact
 from processes import alive, all_pids, eventually, image, none_alive, small_model, worker_pids
 
 import meshinfer as mi
+from meshinfer import limits
 
 MODEL, IMAGE = small_model(), image()
 
@@ -41,15 +42,15 @@ def last_exits(cluster: mi.LocalCluster) -> dict[str, str]:
         return {each.device: each.facts.last_exit for each in client.devices()}
 
 
-@pytest.mark.parametrize("count", [1, 3, 5])
-def test_a_cluster_of_n_workers_answers_and_leaves_nothing_behind(count: int) -> None:
-    with mi.LocalCluster(count) as cluster:
+@pytest.mark.parametrize(("count", "faults"), [(1, False), (3, True), (5, False)])
+def test_a_cluster_of_n_workers_answers_and_leaves_nothing_behind(count: int, faults: bool) -> None:
+    with mi.LocalCluster(count, faults=faults) as cluster:
         folder = cluster.keyring.parent.parent
         names = [f"worker-{i}" for i in range(count)]
         assert cluster.names() == names
         assert devices(cluster) == {"head", *names}
         pids = all_pids(cluster)
-        assert len(pids) == 1 + 2 * count and all(map(alive, pids))
+        assert len(pids) == 1 + 2 * count + faults and all(map(alive, pids))
         with cluster.client() as client:
             client.deploy("small", MODEL, spread=True)
             assert_exact(MODEL, IMAGE, client.infer("small", IMAGE).outputs)
@@ -136,6 +137,77 @@ def test_a_paused_worker_is_given_up_and_a_resumed_one_comes_back(
             return name in client.infer("small", IMAGE, deadline_s=20).timing.compute_s
 
         assert eventually(works, 10.0)
+
+
+@pytest.fixture(scope="module")
+def gated() -> Iterator[mi.LocalCluster]:
+    with mi.LocalCluster(3, faults=True) as made:
+        yield made
+
+
+def test_a_worker_that_is_cut_off_is_done_without_and_comes_back_when_healed(
+    gated: mi.LocalCluster,
+) -> None:
+    with gated.client() as client:
+        client.deploy("small", MODEL, spread=True)
+
+        def workers() -> set[str]:
+            result = client.infer("small", IMAGE, deadline_s=30)
+            assert_exact(MODEL, IMAGE, result.outputs)
+            return set(result.timing.compute_s)
+
+        assert workers() == set(gated.names())
+        name = gated.cut(1)
+        assert name == gated.names()[1], "nothing has died"
+        assert name not in workers()
+        assert eventually(lambda: name not in devices(gated), 10.0)
+        gated.heal(1)
+        assert eventually(lambda: name in devices(gated), 10.0)
+        assert eventually(lambda: name in workers(), 10.0)
+
+
+def test_two_workers_that_are_cut_off_from_each_other_stay_in_the_cluster(
+    gated: mi.LocalCluster,
+) -> None:
+    """A wait of more than what is dead: no heartbeat is lost."""
+    gated.cut(0, 2)
+    until = time.monotonic() + 1.5 * limits.DEAD_AFTER_S
+    while time.monotonic() < until:
+        assert devices(gated) == {"head", *gated.names()}
+    gated.heal()
+    with gated.client() as client:
+        client.deploy("small", MODEL, spread=True)
+        result = client.infer("small", IMAGE, deadline_s=30)
+        assert set(result.timing.compute_s) == set(gated.names())
+        assert_exact(MODEL, IMAGE, result.outputs)
+
+
+def test_a_worker_added_or_restarted_behind_the_gate_works(gated: mi.LocalCluster) -> None:
+    with gated.client() as client:
+        before = worker_pids(gated)[0]
+        crashed = gated.crash(0)
+        added = gated.add()
+        assert eventually(lambda: worker_pids(gated)[0] != before, 10.0)
+        client.deploy("small", MODEL, spread=True)
+
+        def all_work() -> bool:
+            result = client.infer("small", IMAGE, deadline_s=30)
+            return {crashed, added} <= set(result.timing.compute_s)
+
+        assert eventually(all_work, 20.0)
+
+
+def test_a_cut_that_cannot_be_says_what_to_do(
+    cluster: mi.LocalCluster, gated: mi.LocalCluster
+) -> None:
+    for act in (cluster.cut, cluster.heal):
+        with pytest.raises(mi.InvalidInput, match="cannot be cut") as caught:
+            act(0)
+        assert "faults=True" in caught.value.hint
+    with pytest.raises(mi.InvalidInput, match="from itself"):
+        gated.cut(1, 1)
+    with pytest.raises(mi.InvalidInput, match="no living worker 9"):
+        gated.cut(9)
 
 
 def test_slower_workers_get_less_work_and_take_their_time() -> None:

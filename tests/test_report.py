@@ -197,7 +197,7 @@ def test_deploy_returns_the_report(cluster: mi.LocalCluster) -> None:
     assert {each.op for each in report.barriers} >= {"Det"}
     assert 0.9 < report.distributed <= 1.0 and report.expected_s > 0 and report.bound
     assert {each.device for each in report.devices} == {"worker-0", "worker-1"}
-    assert again.report is not None and again.report.notes == ("the plan was given",)
+    assert again.report is not None and again.report.notes[0] == "the plan was given"
     same = ("folded", "barriers", "distributed", "devices")
     assert all(getattr(again.report, name) == getattr(report, name) for name in same)
 

@@ -15,7 +15,11 @@ PACKAGES = ("meshinfer", "cluster")
 FILE_LINES = 400
 FUNCTION_LINES = 60
 
-LONGER_FILES: dict[str, str] = {}
+LONGER_FILES: dict[str, str] = {
+    "cluster/transport.py": "every use of a ZeroMQ socket, in the one class that has them",
+    "meshinfer/scheduler/events.py": "every event and effect of the three cores, in one list each",
+    "meshinfer/protocol/messages.py": "every message of the wire, in the one union that is decoded",
+}
 """Files that may exceed FILE_LINES, each with its reason."""
 
 BANNED_IMPORTS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
@@ -252,7 +256,7 @@ def heavy_imports(module: str, heavy: str) -> str:
         ("meshinfer", "torch,onnxscript,ray"),
         ("cluster", "torch,onnxscript,ray"),
         ("cluster.worker", "torch,onnxscript,ray,onnx,onnx_ir"),
-        ("cluster.coordinator", "torch,onnxscript,ray,onnx,onnx_ir,meshinfer.planner"),
+        ("cluster.coordinator", "torch,onnxscript,ray,onnx,onnx_ir,onnxruntime,meshinfer.planner"),
     ],
 )
 def test_importing_a_module_leaves_the_heavy_ones_alone(module: str, heavy: str) -> None:

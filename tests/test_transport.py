@@ -566,6 +566,55 @@ def test_a_killed_process_is_noticed_within_a_second_by_both_sides_of_the_link(n
     assert hub.receive(0.0) == [Lost(Plane.BULK, "pi-1#1", sockets.NO_ROUTE)]
 
 
+STOOD_STILL = """
+import sys, time
+from cluster.security import KeyPair
+from cluster.transport import Plane, Transport
+public, secret, own_public, own_secret = sys.argv[1:]
+hub = Transport("hub", KeyPair(public, secret), KeyPair(own_public, own_secret))
+print(hub.bind(Plane.CONTROL, "127.0.0.1"), flush=True)
+sys.stdin.readline()  # it reads nothing all the while
+print(len(hub.receive(1.0)) > 0, flush=True)
+"""
+FLOOD = """
+import sys, time
+from cluster.security import KeyPair
+from cluster.transport import Endpoint, Plane, Transport
+port, hub_key, public, secret = sys.argv[1:]
+me = Transport("pi-1#1", KeyPair(public, secret))
+me.connect(Plane.CONTROL, "hub", Endpoint("127.0.0.1", int(port), hub_key))
+for _ in range(8000):
+    me.send(Plane.CONTROL, "hub", [bytes(1000)])
+me.receive(0.2)
+print("full", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_peer_that_floods_and_is_reset_does_not_abort_a_server_that_is_behind(net: Net) -> None:
+    """Steps: the server reads nothing until its input stands at the mark; the peer is frozen, so
+    that there is something it has not read, and killed, which resets the connection; a heartbeat
+    would be due. libzmq 4.3.5 then ended the process: !_io_error."""
+    member = net.ring.member
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    keys = [member.public, member.secret]
+    hub = subprocess.Popen(
+        [sys.executable, "-c", STOOD_STILL, *keys, net.own.public, net.own.secret], **pipes
+    )
+    with hub:
+        assert hub.stdout is not None
+        port = hub.stdout.readline().strip()
+        peer = subprocess.Popen([sys.executable, "-c", FLOOD, port, net.own.public, *keys], **pipes)
+        with peer:
+            assert peer.stdout is not None and peer.stdout.readline() == "full\n"
+            peer.send_signal(signal.SIGSTOP)
+            time.sleep(1.2 * limits.HEARTBEAT_S)
+            peer.kill()
+        time.sleep(3 * limits.HEARTBEAT_S)
+        said, _ = hub.communicate("\n", timeout=20)
+    assert (said, hub.returncode) == ("True\n", 0)
+
+
 def test_a_link_reconnects_by_itself_when_its_server_is_back(net: Net) -> None:
     hub, endpoints = net.server()
     client = net.client("pi-1#1", endpoints)

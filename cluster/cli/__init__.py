@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 import meshinfer
 from cluster.cli.daemons import coordinator, worker
+from cluster.cli.doctor import doctor
 from cluster.cli.lab import lab
 from cluster.cli.options import settings
 from cluster.cli.plans import plan
@@ -82,7 +83,7 @@ app = typer.Typer(
         "max_content_width": 100,
     },
 )
-for _command in (coordinator, worker, devices, deploy, infer, plan, demo):
+for _command in (coordinator, worker, devices, deploy, infer, plan, demo, doctor):
     app.command()(_command)
 app.add_typer(lab, name="lab")
 

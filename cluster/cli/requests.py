@@ -50,22 +50,33 @@ _IN_FLIGHT = 8
 _TOP = 5
 _HEADER = (
     "DEVICE STATE CORES THREADS MEMORY ARCH ENGINE CONV-GFLOP/S DEPTHWISE MATRIX INT8 TASK-MS "
-    "LINK-MBIT/S LATENCY-MS TASKS LAST-EXIT"
+    "LINK-MBIT/S LATENCY-MS TASKS CAUSE"
 ).split()
 
 
 def devices(
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Go on: a live table, or a line for each change.")
+    ] = False,
     coordinator: Coordinator = None,
     keyring: KeyringFile = None,
     cluster: ClusterName = "default",
     interface: Interfaces = None,
     timeout: Timeout = 10.0,
     as_json: AsJson = False,
+    lost: Annotated[bool, typer.Option("--lost", help="Those too that died of late.")] = False,
     log_level: LogLevel = "warning",
 ) -> None:
-    """List the devices of a cluster; "head" is the coordinator's own, which only merges."""
+    """List the devices of a cluster; "head" is the coordinator's own, which only merges.
+
+    CAUSE says why a device gets no work, or how its last process ended."""
     with connect(coordinator, keyring, cluster, interface, timeout, log_level) as client:
-        found = client.devices()
+        if watch:
+            from cluster.cli.watch import watch as go_on
+
+            go_on(client, as_json=as_json)
+            return
+        found = client.devices(lost=lost)
     if as_json:
         import msgspec
 
@@ -88,7 +99,7 @@ def _row(info: DeviceInfo) -> list[str]:
         f"{link.bytes_per_s * 8e-6:.0f}" if link and link.bytes_per_s else "-",
         f"{link.latency_s * 1e3:.2f}" if link and link.latency_s else "-",
         str(info.tasks_done),
-        facts.last_exit or "-",
+        info.cause or "-",
     ]
 
 
@@ -360,6 +371,9 @@ def _json(path: str, result: Result, files: list[str]) -> str:
         "plan": result.plan,
         "attempts": result.attempts,
         "degraded": result.degraded,
+        "reasons": result.reasons,
+        "devices_lost": result.devices_lost,
+        "added_s": result.added_s,
         "total_s": result.timing.total_s,
         "queue_s": result.timing.queue_s,
         "compute_s": result.timing.compute_s,

@@ -9,19 +9,21 @@ import os
 import secrets
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from cluster.lab import cgroups, network, record
+from cluster.lab import cgroups, filters, network, record
 from cluster.lab.cgroups import FREE, Cgroups, GroupUsage
+from cluster.lab.filters import Filters
 from cluster.lab.specs import DeviceSpec, check_cpu, check_devices, check_link
 from meshinfer.errors import ConfigurationError, InvalidInput
 
 if TYPE_CHECKING:
     from cluster.lab.running import LabCluster
+    from cluster.worker import Ways
 
 _REAP_S: Final = 10.0
 
@@ -50,6 +52,7 @@ class Lab:
         self._groups = available()
         self._processes: list[subprocess.Popen] = []
         self._cluster: LabCluster | None = None
+        self._filters: dict[int, Filters] = {}
         self._record = record.claim(name or secrets.token_hex(3), specs)
         try:
             self._make()
@@ -68,6 +71,7 @@ class Lab:
         lab = cls.__new__(cls)
         lab._groups = available()
         lab._processes, lab._cluster = [], None
+        lab._filters = {}
         lab._record = record.read(name)
         return lab
 
@@ -136,19 +140,34 @@ class Lab:
         return process
 
     def start_cluster(
-        self, *, log_level: str = "error", plaintext: bool = False, discovery: bool = False
+        self,
+        *,
+        log_level: str = "error",
+        plaintext: bool = False,
+        discovery: bool = False,
+        environment: Mapping[str, str] | None = None,
+        log: Path | None = None,
+        ways: Callable[[int], Ways] | None = None,
     ) -> LabCluster:
         """A coordinator and a worker on device 0, a worker on each other; when all have joined.
 
         ``discovery``: they find the coordinator over mDNS instead of being told where it is.
-        ``plaintext``: without encryption, to measure what that costs.
+        ``plaintext``: without encryption, to measure what that costs. ``environment``: more of it
+        for the daemons. ``log``: a file that their logs are added to, instead of our stderr.
+        ``ways``: of each device through a gate (``cluster.gate``) in its network.
         """
         from cluster.lab.running import LabCluster
 
         if self._cluster is not None:
             self._cluster.stop()
         self._cluster = LabCluster(
-            self, log_level=log_level, plaintext=plaintext, discovery=discovery
+            self,
+            log_level=log_level,
+            plaintext=plaintext,
+            discovery=discovery,
+            environment=environment,
+            log=log,
+            ways=ways,
         )
         return self._cluster
 
@@ -162,8 +181,25 @@ class Lab:
         """Drop all that a device sends or should receive, silently, as a bad switch does."""
         network.set_cut(self.name, self._index(i), cut=True)
 
+    def cut_between(self, i: int, j: int) -> None:
+        """Drop all between two devices, silently; each still reaches all others. Needs nftables."""
+        for one, other in ((self._index(i), self._index(j)), (j, i)):
+            self._filters.setdefault(one, Filters()).deaf.add(other)
+            filters.apply(self.name, one, self._filters[one])
+
+    def lose(self, i: int, share: float) -> None:
+        """Drop this share (0 to 0.5) of the packets that reach a device. Needs nftables."""
+        self._filters.setdefault(self._index(i), Filters()).loss = filters.check_loss(share)
+        filters.apply(self.name, i, self._filters[i])
+
     def heal(self, i: int) -> None:
+        """End ``cut``, ``lose``, and ``cut_between`` with this and any device."""
         network.set_cut(self.name, self._index(i), cut=False)
+        for j, each in sorted(self._filters.items()):
+            if j == i or i in each.deaf:
+                each.deaf -= each.deaf if j == i else {i}
+                each.loss = 0.0 if j == i else each.loss
+                filters.apply(self.name, j, each)
 
     # --- end
 

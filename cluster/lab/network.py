@@ -25,7 +25,7 @@ TOOLS: Final = {
     "bridge": "iproute2",
     "nsenter": "util-linux",
 }
-_PATH: Final = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"))
+SEARCHED: Final = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"))
 _COMMAND_S: Final = 30.0
 _CARRIER_S: Final = 10.0
 _POLL_S: Final = 0.02
@@ -41,7 +41,7 @@ _QUEUE_BYTES: Final = 256 << 10
 def check_tools() -> None:
     """Raises ``ConfigurationError`` naming the first program that is missing."""
     for tool, package in TOOLS.items():
-        if shutil.which(tool, path=_PATH) is None:
+        if shutil.which(tool, path=SEARCHED) is None:
             raise ConfigurationError(
                 f"the lab needs the program {tool}",
                 hint=f"install {package} (Debian: apt install {package})",
@@ -59,7 +59,7 @@ def namespace(lab: str, i: int) -> str:
 
 def entering(lab: str, i: int) -> list[str]:
     """A command's beginning: what follows runs in the device's network."""
-    return [_tool("nsenter"), f"--net={NAMESPACES / namespace(lab, i)}", "--"]
+    return [tool("nsenter"), f"--net={NAMESPACES / namespace(lab, i)}", "--"]
 
 
 def create(lab: str, links_bits_per_s: Sequence[float]) -> None:
@@ -86,8 +86,8 @@ def set_link(lab: str, i: int, bits_per_s: float) -> None:
     """Shape both ends of a device's cable to this rate."""
     burst, queue = shape(bits_per_s)
     shaping = f"root tbf rate {round(bits_per_s)}bit burst {burst}b limit {queue}b"
-    _run("tc", "-n", namespace(lab, i), *f"qdisc replace dev eth0 {shaping}".split())
-    _run("tc", "-n", _bridge(lab), *f"qdisc replace dev d{i} {shaping}".split())
+    run("tc", "-n", namespace(lab, i), *f"qdisc replace dev eth0 {shaping}".split())
+    run("tc", "-n", _bridge(lab), *f"qdisc replace dev d{i} {shaping}".split())
 
 
 def shape(bits_per_s: float) -> tuple[int, int]:
@@ -100,7 +100,7 @@ def shape(bits_per_s: float) -> tuple[int, int]:
 def set_cut(lab: str, i: int, *, cut: bool) -> None:
     """Let the bridge drop all of a device's packets, silently: its cable seems fine; or not."""
     state = _DISABLED if cut else _FORWARDING
-    _run("bridge", "-n", _bridge(lab), "link", "set", "dev", f"d{i}", "state", state)
+    run("bridge", "-n", _bridge(lab), "link", "set", "dev", f"d{i}", "state", state)
 
 
 def counters(lab: str, i: int) -> tuple[int, int]:
@@ -114,7 +114,7 @@ def remove(lab: str) -> None:
     """Remove the namespaces of a lab, and with them its bridge and cables."""
     for name in names(lab):
         with suppress(ConfigurationError):  # somebody else was quicker
-            _run("ip", "netns", "del", name)
+            run("ip", "netns", "del", name)
     left = names(lab)
     if left:
         raise ConfigurationError(
@@ -150,22 +150,24 @@ def _wait_for_carrier(lab: str, count: int) -> None:
             time.sleep(_POLL_S)
 
 
-def _tool(name: str) -> str:
-    return shutil.which(name, path=_PATH) or name
+def tool(name: str) -> str:
+    """Where a program is, also for who has no sbin in its PATH."""
+    return shutil.which(name, path=SEARCHED) or name
 
 
 def _batch(options: list[str], lines: list[str]) -> None:
-    _run("ip", *options, "-batch", "-", text="".join(f"{line}\n" for line in lines))
+    run("ip", *options, "-batch", "-", text="".join(f"{line}\n" for line in lines))
 
 
 def _json(*command: str) -> Any:
-    return json.loads(_run(*command))
+    return json.loads(run(*command))
 
 
-def _run(*command: str, text: str = "") -> str:
+def run(*command: str, text: str = "") -> str:
+    """What a command prints. Raises ``ConfigurationError`` when it fails."""
     try:
         done = subprocess.run(
-            [_tool(command[0]), *command[1:]],
+            [tool(command[0]), *command[1:]],
             input=text,
             capture_output=True,
             text=True,

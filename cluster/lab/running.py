@@ -9,8 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -18,7 +18,7 @@ import msgspec
 import psutil
 
 from cluster.coordinator import HEAD, Address, CoordinatorOptions, await_address
-from cluster.worker import WorkerOptions
+from cluster.worker import Ways, WorkerOptions
 from meshinfer.errors import ClusterUnavailable
 
 if TYPE_CHECKING:
@@ -36,11 +36,22 @@ class LabCluster:
     Workers are numbered and named like the devices.
     """
 
-    def __init__(self, lab: Lab, *, log_level: str, plaintext: bool, discovery: bool) -> None:
+    def __init__(
+        self,
+        lab: Lab,
+        *,
+        log_level: str,
+        plaintext: bool,
+        discovery: bool,
+        environment: Mapping[str, str] | None = None,
+        log: Path | None = None,
+        ways: Callable[[int], Ways] | None = None,
+    ) -> None:
         self.name = f"lab-{lab.name}-{secrets.token_hex(2)}"
         self.state = lab.state / self.name
         self._lab, self._log_level = lab, log_level
         self._plaintext, self._discovery = plaintext, discovery
+        self._environment, self._log, self._ways = dict(environment or {}), log, ways
         self._workers: dict[int, subprocess.Popen] = {}
         self._paused: set[int] = set()
         self._coordinator: subprocess.Popen | None = None
@@ -82,6 +93,11 @@ class LabCluster:
             "MESHINFER_CLUSTER": self.name,
         }
 
+    def runs(self, pid: int) -> bool:
+        """Whether the coordinator is this process, and has not ended."""
+        coordinator = self._coordinator
+        return coordinator is not None and coordinator.pid == pid and coordinator.poll() is None
+
     def worker_pids(self) -> dict[int, int]:
         """Worker process by device; not of one that is killed, or just being started again."""
         children = {i: self._children(each) for i, each in sorted(self._workers.items())}
@@ -105,6 +121,19 @@ class LabCluster:
         with suppress(KeyError, ProcessLookupError):
             os.kill(self.worker_pids()[i], signal.SIGKILL)
 
+    def kill_coordinator(self) -> None:
+        """SIGKILL the coordinator and what it has started."""
+        assert self._coordinator is not None
+        _signal(self._coordinator, signal.SIGKILL)
+        self._coordinator.wait(_STOP_S)
+
+    def restart_coordinator(self) -> None:
+        """Start the coordinator again at its address, killing it first if it runs."""
+        assert self._address is not None
+        self.kill_coordinator()
+        (self.state / "coordinator" / "address.json").unlink(missing_ok=True)
+        self._start_coordinator(self._address.port)
+
     def restart(self, i: int, *, wait: bool = True) -> None:
         """Start a device's worker, killing it first if it runs; ``wait`` until it has joined."""
         if i in self._workers:
@@ -121,6 +150,13 @@ class LabCluster:
     def resume(self, i: int) -> None:
         _signal(self._workers[i], signal.SIGCONT)
         self._paused.discard(i)
+
+    def heal(self, i: int) -> None:
+        """Let a device's worker run: resumed if it was paused, started if it was killed."""
+        if i in self._paused:
+            self.resume(i)
+        if i not in self._workers or self._workers[i].poll() is not None:
+            self.restart(i, wait=False)
 
     def wait(self) -> None:
         """Until every worker that is not paused or killed has joined, or ``ClusterUnavailable``."""
@@ -166,12 +202,12 @@ class LabCluster:
 
     # --- inside
 
-    def _start_coordinator(self) -> None:
+    def _start_coordinator(self, port: int = 0) -> None:
         options = CoordinatorOptions(
             cluster=self.name,
             state_dir=str(self.state / "coordinator"),
             host=self._lab.address(0),
-            port=0,
+            port=port,
             interfaces=(self._lab.address(0),) if self._discovery else (),
             plaintext=self._plaintext,  # all others take it from its keyring
             log_level=self._log_level,
@@ -192,18 +228,22 @@ class LabCluster:
             threads=max(1, int(device.cpu)),
             log_level=self._log_level,
             parent=os.getpid(),
+            gate=None if self._ways is None else self._ways(i),
         )
         self._workers[i] = self._spawn(i, "cluster.supervisor", options)
 
     def _spawn(self, i: int, module: str, options: msgspec.Struct) -> subprocess.Popen:
         environment = {k: v for k, v in os.environ.items() if k != "MESHINFER_COORDINATOR"}
-        return self._lab.spawn(
-            i,
-            _daemon(module, msgspec.to_builtins(options)),
-            stdin=subprocess.DEVNULL,
-            env=environment,
-            start_new_session=True,  # Ctrl-C goes to the user's program, which closes the lab
-        )
+        with ExitStack() as stack:
+            log = None if self._log is None else stack.enter_context(self._log.open("ab"))
+            return self._lab.spawn(
+                i,
+                _daemon(module, msgspec.to_builtins(options)),
+                stdin=subprocess.DEVNULL,
+                stderr=log,
+                env={**environment, **self._environment},
+                start_new_session=True,  # Ctrl-C goes to the user's program, which closes the lab
+            )
 
     @staticmethod
     def _children(supervisor: subprocess.Popen) -> list[int]:

@@ -48,7 +48,7 @@ def timeline(
     requests in flight (``window``) it runs on each of them for its share of the requests, in
     proportion to speed, which ``devices`` and ``bottleneck_s`` (seconds between two answers) tell.
     A task on a device that cannot compute never ends: the total is infinite. ``flow``: what
-    ``derive`` made of this plan, if it is at hand.
+    ``derive`` made of this plan, if it is at hand. The client is on the head's host.
     """
     flow = flow if flow is not None else derive(graph, plan)
     total: dict[tuple[TaskRef, TaskRef], tuple[int, int]] = {}
@@ -150,9 +150,16 @@ class _Run:
             self.queues.setdefault(device, []).append(ref)
         self.ways: dict[tuple[DeviceId, DeviceId], _Way] = {}
         self.total_s = 0.0
+        self.on_device = self._on_device()
         self.processors: dict[DeviceId, DeviceId] = {}
         self.ends_s: dict[DeviceId, float] = {}
         """Seconds that source and sink keep each processor busy, beside tasks."""
+
+    def _on_device(self) -> bool:
+        """One task on the head's host: a client there runs it itself, without a message."""
+        if len(self.loads) != 1 or self.plan.window > 1:
+            return False
+        return self.profile(next(iter(self.queues))).beside(self.profile(self.plan.source))
 
     def profile(self, device: DeviceId) -> DeviceProfile:
         return self.profiles.get(device) or DeviceProfile(device, 0.0, computes=False)
@@ -182,6 +189,8 @@ class _Run:
         for i, (producer, consumer, nbytes, _) in enumerate(self.messages):
             self.outgoing.setdefault(producer, []).append(i)
             self.missing[consumer] = self.missing.get(consumer, 0) + 1
+            if self.on_device:
+                continue
             sent = self.where[producer] != self.where[consumer]
             for ref in (producer, consumer) if sent else (consumer,):
                 count, moved = self.talk.get(ref, (0, 0.0))
@@ -199,18 +208,21 @@ class _Run:
             ready, i = heapq.heappop(self.heap)
             self._send(i, ready)
         head = self.profile(self.plan.sink)
-        last = head.request_s / 2 + head.report_s * len(self.tasks)
+        last = 0.0 if self.on_device else head.request_s / 2 + head.report_s * len(self.tasks)
         self.total_s = self._occupy(self.plan.sink, self.ready.get(self.sink, 0.0), last)
 
     def _scatter(self) -> None:
         """The request reaches the source, which sends one message after another."""
-        now = self._occupy(self.plan.source, 0.0, self.profile(self.plan.source).request_s / 2)
+        comes_s = 0.0 if self.on_device else self.profile(self.plan.source).request_s / 2
+        now = self._occupy(self.plan.source, 0.0, comes_s)
         for i in self.outgoing.get(self.source, ()):
             now = self._occupy(self.plan.source, now, self.toll(i, self.plan.source))
             heapq.heappush(self.heap, (now, i))
 
     def toll(self, i: int, device: DeviceId) -> float:
         """How long a message keeps the processor of this end, its sender or receiver, busy."""
+        if self.on_device:
+            return 0.0
         producer, consumer, nbytes, _ = self.messages[i]
         p = self.profile(device)
         if self.where[producer] == self.where[consumer]:

@@ -9,15 +9,19 @@ from __future__ import annotations
 
 from meshinfer.planner.axes import Axes, axes_of
 from meshinfer.planner.bands import Block, build
-from meshinfer.planner.choose import OBJECTIVES, Planned, make_plan, refuse_pinned
+from meshinfer.planner.choose import OBJECTIVES, Planned, make_plan, pins_of, refuse_pinned
+from meshinfer.planner.spares import Spares, find_spares
 
 __all__ = [
     "OBJECTIVES",
     "Axes",
     "Block",
     "Planned",
+    "Spares",
     "axes_of",
     "build",
+    "find_spares",
     "make_plan",
+    "pins_of",
     "refuse_pinned",
 ]

@@ -141,7 +141,7 @@ def refuse_pinned(
     pin: Mapping[str, Sequence[DeviceId]],
 ) -> None:
     """Raise ``InvalidInput`` if the plan takes a pinned value, or a rewritten one, elsewhere."""
-    pins = Pins.of(graph, _pins(graph, profiles, (plan.source, plan.sink), pin))
+    pins = pins_of(graph, plan, profiles, pin)
     for stage in plan.stages:
         allowed = pins.allowed(stage.start, stage.stop)
         others = sorted({d for t in stage.tasks for d in t.devices} - (allowed or set()))
@@ -151,6 +151,16 @@ def refuse_pinned(
                 f"is pinned must not go",
                 hint=f"the values {sorted(pins.by_value)} may be on {sorted(allowed)} only",
             )
+
+
+def pins_of(
+    graph: Graph,
+    plan: Plan,
+    profiles: Sequence[DeviceProfile],
+    pin: Mapping[str, Sequence[DeviceId]],
+) -> Pins:
+    """Where values may be that are pinned, from this plan's source to its sink."""
+    return Pins.of(graph, _pins(graph, profiles, (plan.source, plan.sink), pin))
 
 
 def _one_class(able: Sequence[DeviceProfile]) -> list[DeviceProfile]:

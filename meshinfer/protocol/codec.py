@@ -6,7 +6,8 @@ a tensor's shape is checked against the length before an array is made of it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import errno
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -86,6 +87,16 @@ def describe(name: str, array: Array) -> Tensor:
     return Tensor(name=name, dtype=dtype, shape=array.shape)
 
 
+def digest_of(arrays: Mapping[str, Array]) -> str:
+    """128 bits in hexadecimal of tensors with their names, types and shapes (17 us a MiB)."""
+    total = xxhash.xxh3_128()
+    for name, array in sorted(arrays.items()):
+        total.update(f"{name} {array.dtype.str} {array.shape};".encode())
+        if not array.dtype.hasobject:  # those cannot travel
+            total.update(payload_of(array))
+    return total.hexdigest()
+
+
 def payload_of(array: Array) -> memoryview:
     """The raw bytes of an array in C order; copied only where a slice is not contiguous."""
     flat = np.ascontiguousarray(array).reshape(-1)
@@ -114,8 +125,23 @@ def header_bytes(message: Message) -> int:
     return len(_encoder.encode(_Envelope(message)))  # type: ignore[arg-type]
 
 
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+
+
+def is_of_the_disk(error: BaseException) -> bool:
+    """Whether a disk is full, cannot be written, or fails: no defect of ours."""
+    return isinstance(error, OSError) and error.errno in _DISK
+
+
 def failure_of(error: BaseException) -> Failure:
     """An exception as it travels; what is not ours becomes a plain ``MeshInferError``."""
+    if is_of_the_disk(error):
+        return Failure(
+            error="ClusterUnavailable",
+            message=f"a disk of the cluster does not take what is to be stored: {error}",
+            hint="make room on the disk of the device that says so, first the coordinator's",
+            retry_after_s=5.0,
+        )
     if isinstance(error, MeshInferError):
         return Failure(
             error=type(error).__name__,

@@ -1,7 +1,6 @@
 """Every message of the protocol, on one screen each way. Unknown fields and types are refused.
 
-Only ``Hello`` and ``Refused`` (and what they hold) may carry fields of a later release: they are
-how two releases find out that they cannot work together.
+Only ``Hello`` and ``Refused``, by which two releases find out, may carry fields of a later one.
 Messages carry no pickle and no code. Times are seconds that remain, never a wall clock's.
 ``device#incarnation`` is a peer; ids of requests are chosen by clients.
 """
@@ -10,20 +9,24 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import msgspec
 from msgspec import Meta
 
 from meshinfer import limits
 
 # isort: off
+from meshinfer.protocol.questions import (
+    Devices as Devices, ListDevices as ListDevices, ListModels as ListModels, Models as Models,
+)  # fmt: skip
 from meshinfer.protocol.records import (
     Assigned as Assigned, Blob as Blob, Budgets as Budgets, Count as Count,
-    DeviceInfo as DeviceInfo, Done as Done, Facts as Facts, Failure as Failure, Hex as Hex,
-    Link as Link, ModelInfo as ModelInfo, Name as Name, Output as Output, Peer as Peer,
+    DeviceInfo as DeviceInfo, Done as Done, Ended as Ended, Facts as Facts, Failure as Failure,
+    Hash as Hash, Hex as Hex, Link as Link, Message as Message, ModelInfo as ModelInfo,
+    Name as Name, Output as Output, Peer as Peer,
     Piece as Piece, Pins as Pins, Place as Place, Program as Program, Rate as Rate,
     Record as Record, Seconds as Seconds, Send as Send, Shape as Shape, TaskTime as TaskTime,
     Tensor as Tensor, Text as Text, Value as Value,
 )  # fmt: skip
+from meshinfer.protocol.recovery import Assign as Assign, Lacks as Lacks, NotKept as NotKept
 
 # isort: on
 from meshinfer.protocol.report import Report as Report
@@ -33,16 +36,13 @@ PROTOCOL = (3, 3)
 Acks = Annotated[tuple[Count, ...], Meta(max_length=limits.ACKS_AT_ONCE)]
 
 
-class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True, kw_only=True):
-    """Base of all messages; the tag is the class name."""
-
-
 # --- Joining and staying ------------------------------------------------------------------------
 
 
 class Hello(Message, frozen=True, forbid_unknown_fields=False):
     """First message of a worker or client. ``protocol``: the versions it speaks; ``where``: a
-    client's machine and address there, or ``BESIDE_COORDINATOR``."""
+    client's machine and address there, or ``BESIDE_COORDINATOR``. ``ended``: how this
+    worker's last process ended."""
 
     role: str
     device: Name
@@ -53,6 +53,7 @@ class Hello(Message, frozen=True, forbid_unknown_fields=False):
     bulk: Peer | None = None
     facts: Facts = Facts()
     where: str = ""
+    ended: Ended | None = None
 
 
 class Welcome(Message, frozen=True):
@@ -80,7 +81,9 @@ class Heartbeat(Message, frozen=True):
 
 
 class Alive(Message, frozen=True):
-    """The coordinator's answer to a client's heartbeat."""
+    """The answer to a client's heartbeat, and to one out of step: beat in ``beat_in_s`` again."""
+
+    beat_in_s: Seconds = 0.0
 
 
 class Who(Message, frozen=True):
@@ -145,9 +148,9 @@ class Gone(Message, frozen=True):
 
 
 class Deploy(Message, frozen=True):
-    """Deploy a model that the client serves, with its external ``weights``, as blobs. ``shapes``
-    fixes dynamic inputs. ``pin``: values and the devices that they never leave; ``memory``: bytes
-    of each device, or of all, that it may use. ``half_transfers``: float32 goes as float16."""
+    """Deploy a model that the client serves, with ``weights`` beside it, as blobs. ``shapes``: of
+    dynamic inputs. ``pin``: values and the devices that they never leave; ``memory``: bytes of each
+    device, or of all, that it may use. ``half_transfers``: float32 goes as float16."""
 
     call: Name
     name: Name
@@ -178,13 +181,15 @@ class Deployed(Message, frozen=True):
 
 
 class Install(Message, frozen=True):
-    """Prepare these programs. ``peers``: where their sends go; ``head``: the plan's source and
-    sink, in whose place a request's own may be."""
+    """Prepare these programs, beside those of this deployment that are there already. ``peers``:
+    where their sends go; ``head``: the plan's source and sink, in whose place a request's own may
+    be. ``keep_bytes``: of what was made may be kept for devices that take over."""
 
     deployment: Count
     programs: tuple[Program, ...]
     peers: tuple[Peer, ...]
     head: str = ""
+    keep_bytes: Count = limits.KEPT_BYTES
 
 
 class Installed(Message, frozen=True):
@@ -200,12 +205,45 @@ class Forget(Message, frozen=True):
     deployment: Count
 
 
+class Grant(Message, frozen=True):
+    """A client may answer itself what it submits like this to the model, or to this version: the
+    plan is this one program, and ``device``, whose it is, lies on the client's host. With the same
+    ``engine`` and as many ``threads`` only, so that the bits are the device's."""
+
+    deployment: Count
+    device: Name
+    program: Program
+    model: Name
+    version: Count
+    inputs: tuple[Tensor, ...]
+    picture: bool = False
+    outputs: tuple[Name, ...] | None = None
+    image: Text | None = None
+    plan: Text = ""
+    engine: str = ""
+    threads: Count = 1
+
+
+class Revoke(Message, frozen=True):
+    """It may no longer: another version is the model's now."""
+
+    deployment: Count
+
+
+class Ran(Message, frozen=True):
+    """What a client answered itself since it last said so; ``done``: one request, on average."""
+
+    deployment: Count
+    count: Count
+    done: Done
+
+
 # --- Requests -----------------------------------------------------------------------------------
 
 
 class Submit(Message, frozen=True):
-    """Header of a request; its tensors go to the source. ``deadline_s``: what remains; ``outputs``:
-    asked for, None: all; ``turn``: how often the client has sent it, as in its ``Feed``."""
+    """Header of a request; its tensors (``body``: their digest) go to the source. ``deadline_s``:
+    remains; ``outputs``: None: all; ``turn``: how often the client has sent it, as in ``Feed``."""
 
     request: Name
     model: Name
@@ -215,12 +253,12 @@ class Submit(Message, frozen=True):
     deadline_s: Seconds
     turn: Count = 0
     outputs: Annotated[tuple[Name, ...], Meta(max_length=limits.OUTPUTS_ASKED)] | None = None
+    body: Hash = ""
 
 
 class Start(Message, frozen=True):
-    """To source and sink: run this attempt (numbers go up over all requests); the answer goes to
-    ``client``. ``assigned``: who takes tasks of several devices. ``head``: the peer that is source
-    and sink of this request; empty: the plan's own device."""
+    """To source and sink: run this attempt (numbers go up); the answer goes to ``client``.
+    ``assigned``: who takes tasks of several devices. ``head``: the peer in the head's place."""
 
     request: Name
     attempt: Count
@@ -228,24 +266,6 @@ class Start(Message, frozen=True):
     client: Name
     assigned: tuple[Assigned, ...] = ()
     head: str = ""
-
-
-class Assign(Message, frozen=True):
-    """More devices take tasks of this attempt: ``assigned`` as said so far, and more. Whoever holds
-    inputs of such a task sends them there too. ``head`` as in ``Start``."""
-
-    request: Name
-    attempt: Count
-    deployment: Count
-    assigned: tuple[Assigned, ...]
-    head: str = ""
-
-
-class NotKept(Message, frozen=True):
-    """What a task needs that was assigned again is not here any more: start a new attempt."""
-
-    request: Name
-    attempt: Count
 
 
 class TasksDone(Message, frozen=True):
@@ -273,11 +293,26 @@ class Unreachable(Message, frozen=True):
     peer: str
 
 
+class Stalled(Message, frozen=True):
+    """``peer`` is late to acknowledge: is there another way? ``over``: straight again."""
+
+    peer: Name
+    over: bool = False
+
+
+class Detour(Message, frozen=True):
+    """What goes to ``peer`` goes by ``via`` from now on, as a ``Relay``."""
+
+    peer: Peer
+    via: Peer
+
+
 class Merged(Message, frozen=True):
-    """The sink has merged and sent all outputs."""
+    """The sink has merged and sent all outputs, of this digest."""
 
     request: Name
     attempt: Count
+    digest: Hash = ""
 
 
 class Release(Message, frozen=True):
@@ -298,7 +333,9 @@ class Cancel(Message, frozen=True):
 
 
 class Reply(Message, frozen=True):
-    """The outcome; the tensors come from the sink. ``rounded``: float32 went as float16."""
+    """The outcome; the tensors come from the sink. ``rounded``: float32 went as float16.
+    ``degraded``, for ``reasons``: something failed on the way or is kept out. ``lost``: devices
+    that were, while it ran there; ``added_s``: from its start until lost work was begun again."""
 
     request: Name
     version: Count = 0
@@ -311,6 +348,9 @@ class Reply(Message, frozen=True):
     image: Text | None = None
     tasks: tuple[TaskTime, ...] = ()
     failure: Failure | None = None
+    reasons: Annotated[tuple[Text, ...], Meta(max_length=limits.REASONS)] = ()
+    lost: Annotated[tuple[Name, ...], Meta(max_length=limits.DEVICES)] = ()
+    added_s: Seconds = 0.0
 
 
 # --- Tensors (bulk) -----------------------------------------------------------------------------
@@ -369,32 +409,22 @@ class Ack(Message, frozen=True):
     ids: Acks
 
 
-# --- Questions ----------------------------------------------------------------------------------
+class Relay(Message, frozen=True):
+    """Pass this on ``to`` a peer that ``origin`` does not reach; the payload is the message's."""
 
-
-class ListDevices(Message, frozen=True):
-    call: Name
-
-
-class Devices(Message, frozen=True):
-    call: Name
-    devices: tuple[DeviceInfo, ...]
-
-
-class ListModels(Message, frozen=True):
-    call: Name
-
-
-class Models(Message, frozen=True):
-    call: Name
-    models: tuple[ModelInfo, ...]
+    to: Name
+    origin: Name
+    message: Deliver | Ack
 
 
 AnyMessage = (
     Hello | Welcome | Refused | Heartbeat | Alive | Who | Probe | Goodbye | Dismiss | Closing
     | MeasureLink | LinkMeasured | Echo | Echoed
     | Want | Chunk | Gone | Deploy | Deployed | Install | Installed | Forget
+    | Grant | Revoke | Ran
     | Submit | Start | Assign | NotKept | TasksDone | TaskFailed | Unreachable | Merged | Release
     | Cancel | Reply
+    | Stalled | Detour | Relay
     | Deliver | Feed | Answer | Ack | ListDevices | Devices | ListModels | Models
+    | Lacks
 )  # fmt: skip

@@ -14,6 +14,9 @@ Name = Annotated[str, Meta(min_length=1, max_length=limits.NAME_CHARS)]
 Text = Annotated[str, Meta(max_length=limits.PLAN_TEXT_BYTES)]
 Count = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Hex = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+Hash = Annotated[str, Meta(max_length=32)]
+"""xxh3-128 of tensors, against mistakes and not against malice; empty where nobody told it."""
+
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
 """No NaN and no infinity: a deadline that never comes would hold a request for ever."""
 
@@ -28,6 +31,10 @@ Place = tuple[int, int]
 
 class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Base of what messages are made of."""
+
+
+class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True, kw_only=True):
+    """Base of all messages; the tag is the class name."""
 
 
 BESIDE_COORDINATOR = "0.0.0.0"
@@ -80,6 +87,27 @@ class Facts(Record, frozen=True, forbid_unknown_fields=False):
     byte_s: Seconds = 0.0
     computes: bool = True
     head: bool = False
+
+
+class Ended(Record, frozen=True, forbid_unknown_fields=False):
+    """How a device's last worker process ended, as its supervisor saw it.
+
+    ``killed``: somebody else ended it (a plain SIGKILL or SIGTERM), not a fault and not the want of
+    memory. ``request`` and ``attempt``: whose task ``place`` it computed then; empty: of nobody.
+    """
+
+    cause: Annotated[str, Meta(max_length=limits.CAUSE_CHARS)]
+    killed: bool = False
+    request: Annotated[str, Meta(max_length=limits.NAME_CHARS)] = ""
+    attempt: Count = 0
+    place: Place = (0, 0)
+
+    @property
+    def text(self) -> str:
+        """For people: the cause, and what was computed."""
+        if not self.request:
+            return self.cause
+        return f"{self.cause}, computing task {self.place} of request {self.request}"
 
 
 class Link(Record, frozen=True):
@@ -143,8 +171,9 @@ position among the task's devices. Two entries of one task: both do."""
 class Send(Record, frozen=True):
     """A piece of what a task made, for a task on ``device``, which awaits it as number ``slot``.
 
-    Where ``others`` may take that task as well, the attempt's assignment says which of them does.
-    ``half``: it is rounded to float16, whichever device takes it, and travels so.
+    Where ``others`` may take that task as well, the attempt's assignment says which of them does;
+    if they are ``spare``, it is ``device`` unless the assignment says otherwise. ``half``: it is
+    rounded to float16, whichever device takes it, and travels so.
     """
 
     piece: Shard
@@ -153,6 +182,7 @@ class Send(Record, frozen=True):
     slot: Count
     others: tuple[Name, ...] = ()
     half: bool = False
+    spare: bool = False
 
 
 class Output(Record, frozen=True):
@@ -166,7 +196,8 @@ class Program(Record, frozen=True):
     """A task, lowered for its device. ``model`` and ``weights`` are blobs by SHA-256.
 
     The source and the sink are programs too, without a model. ``devices``: all that have this
-    program, where the task may go to any of them; empty where it is this device's alone.
+    program, where the task may go to any of them; empty where it is this device's alone. If
+    ``spare``, the first of them runs it, and the other only when that is lost.
     """
 
     place: Place
@@ -176,6 +207,16 @@ class Program(Record, frozen=True):
     inputs: tuple[Value, ...] = ()
     outputs: tuple[Output, ...] = ()
     sends: tuple[Send, ...] = ()
+    spare: bool = False
+
+    @property
+    def free(self) -> bool:
+        """Whether each request's task goes to whichever device is free."""
+        return bool(self.devices) and not self.spare
+
+    def is_own(self, device: str) -> bool:
+        """Whether a device runs the task unless it is assigned otherwise."""
+        return not self.devices or (self.spare and self.devices[0] == device)
 
 
 class Done(Record, frozen=True, kw_only=True):
@@ -201,7 +242,13 @@ class TaskTime(Done, frozen=True, kw_only=True):
 
 class DeviceInfo(Record, frozen=True):
     """A device as ``meshinfer devices`` shows it. ``link``: to the coordinator's own device;
-    ``links``: to others that it has sent to; ``where``: the same for those on one host."""
+    ``links``: to others that it has sent to; ``where``: the same for those on one host;
+    ``port``: of its bulk socket.
+
+    ``state``: ready, suspect, excluded, quarantined, draining or dead; ``cause``: why it is so, or
+    how its last process ended; ``returns_s``: until it is ready again by itself. ``computing``:
+    what its compute thread does, for ``computing_s``.
+    """
 
     device: Name
     state: str
@@ -212,6 +259,11 @@ class DeviceInfo(Record, frozen=True):
     link: Link | None = None
     links: Annotated[tuple[Link, ...], Meta(max_length=limits.DEVICES)] = ()
     where: Text = ""
+    cause: Text = ""
+    returns_s: Seconds = 0.0
+    computing_s: Seconds = 0.0
+
+    port: Annotated[int, Meta(ge=0, le=65535)] = 0
 
 
 class ModelInfo(Record, frozen=True):

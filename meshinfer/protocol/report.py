@@ -44,12 +44,14 @@ class DeviceReport(Record, frozen=True):
     """What a device is expected to hold, in bytes.
 
     ``weights_bytes``: its part of the weights. ``peak_bytes``: these and the values of its largest
-    task, without what the engine itself takes.
+    task, without what the engine itself takes. ``spare_bytes``: what it holds beside that, to go on
+    with tasks of others that are lost.
     """
 
     device: Name
     weights_bytes: Count
     peak_bytes: Count
+    spare_bytes: Count = 0
 
 
 class Rounding(Record, frozen=True):
@@ -117,6 +119,7 @@ class Report(Record, frozen=True):
             *(
                 f"{each.device} holds {each.weights_bytes / 1e6:.1f} MB of weights, "
                 f"expected peak {each.peak_bytes / 1e6:.1f} MB"
+                + (f"; for others {each.spare_bytes / 1e6:.1f} MB" if each.spare_bytes else "")
                 for each in self.devices
             ),
         )

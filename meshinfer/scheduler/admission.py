@@ -1,4 +1,4 @@
-"""Whether a request can be served: the model is there, the tensors fit, the queue has room."""
+"""Whether a request can be served: the model is there, the tensors fit."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from math import prod
 
+import msgspec
 import numpy as np
+import xxhash
 
 from meshinfer import limits
 from meshinfer.protocol import messages as m
@@ -22,36 +24,38 @@ _LISTED = 32
 """How many outputs a hint names."""
 
 
-def refuse(catalogue: Catalogue, message: m.Submit, open_requests: int) -> m.Failure | None:
-    """Why the request is refused at once; None when it is accepted."""
-    if open_requests >= limits.QUEUE_REQUESTS:
-        return m.Failure(
-            error="QueueFull",
-            message=f"{open_requests} requests are open already",
-            hint="wait for answers before submitting more: client.map does it",
-            retry_after_s=1.0,
-        )
+def refuse(catalogue: Catalogue, message: m.Submit) -> m.Failure | None:
+    """Why the request can never be served as it is; None when it can."""
     model = catalogue.find(message.model, message.version)
     if model is None:
         known = get_close_matches(message.model, sorted(catalogue.models), _NAMED, cutoff=0.0)
         what = message.model if message.version is None else f"{message.model} v{message.version}"
+        lost = catalogue.lost.get(message.model)
         return m.Failure(
             error="ModelNotFound",
-            message=f"no model {what!r} is deployed",
-            hint=f"deployed are, likest first, {known}" if known else "deploy it: client.deploy",
+            message=f"no model {what!r} is deployed" if lost is None else lost,
+            hint="deploy it again"
+            if lost is not None
+            else f"deployed are, likest first, {known}"
+            if known
+            else "deploy it: client.deploy",
         )
     return _outputs(model, message) or _tensors(model, message)
 
 
 def same_body(one: m.Submit, other: m.Submit) -> bool:
-    """Whether two headers of one id ask for the same; their tensors are not compared."""
-    return (one.model, one.version, one.picture, one.inputs, one.outputs) == (
-        other.model,
-        other.version,
-        other.picture,
-        other.inputs,
-        other.outputs,
-    )
+    """Whether two submits of one id ask for the same, of the same tensors."""
+    return _asked(one) == _asked(other)
+
+
+def body_of(message: m.Submit) -> str:
+    """What ``same_body`` compares, as 128 bits in hexadecimal."""
+    return xxhash.xxh3_128_hexdigest(msgspec.msgpack.encode(_asked(message)))
+
+
+def _asked(message: m.Submit) -> tuple[object, ...]:
+    of = message
+    return of.model, of.version, of.picture, of.inputs, of.outputs, of.body
 
 
 def refuse_deploy(catalogue: Catalogue, message: m.Deploy) -> m.Failure | None:

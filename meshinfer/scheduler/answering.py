@@ -14,19 +14,18 @@ from msgspec import structs
 
 from meshinfer import limits
 from meshinfer.protocol import messages as m
-from meshinfer.scheduler.admission import (
-    other_body,
-    refuse,
-    same_body,
-    signature_of,
-    unavailable,
-)
+from meshinfer.scheduler import outcomes
+from meshinfer.scheduler.admission import other_body, refuse, same_body, signature_of, unavailable
 from meshinfer.scheduler.balance import Balance
-from meshinfer.scheduler.catalogue import Catalogue, Deployment, Model, Phase
+from meshinfer.scheduler.catalogue import Catalogue, Deployment, Model
 from meshinfer.scheduler.covering import Covering
-from meshinfer.scheduler.events import Effect, Note, Plane, Send, Signature
+from meshinfer.scheduler.events import Effect, Plane, Send, Signature
+from meshinfer.scheduler.fallback import Fallback
 from meshinfer.scheduler.heads import Heads
+from meshinfer.scheduler.journal import Journal
+from meshinfer.scheduler.load import Load, nbytes_of
 from meshinfer.scheduler.membership import Membership
+from meshinfer.scheduler.poison import Poison
 from meshinfer.scheduler.request import Answered, Request, Try
 
 
@@ -34,16 +33,26 @@ class Answering:
     """Mutable: owned by the coordinator's core."""
 
     def __init__(
-        self, members: Membership, catalogue: Catalogue, balance: Balance, heads: Heads
+        self,
+        members: Membership,
+        catalogue: Catalogue,
+        balance: Balance,
+        heads: Heads,
+        journal: Journal,
+        *,
+        first_attempt: int,
     ) -> None:
         self.open: OrderedDict[str, Request] = OrderedDict()
         self._members = members
         self._catalogue = catalogue
         self._balance = balance
         self._heads = heads
-        self._answered: OrderedDict[str, Answered] = OrderedDict()
-        self._attempts = 0
-        self._covering = Covering(self.open)
+        self._attempts = first_attempt
+        self._journal = journal
+        self._poison = Poison()
+        self._load = Load(self.open, members, heads)
+        self._covering = Covering(self.open, members.health)
+        self.fallback = Fallback(members, catalogue, self.open)
 
     # --- messages
 
@@ -52,12 +61,13 @@ class Answering:
         before = self.open.get(name)
         if before is not None:
             return self._submitted_again(before, peer, message)
-        done = self._answered.get(name)
-        if done is not None and not same_body(done.header, message):
-            return [_to(peer, other_body(message)), *self._release(name, peer, message.turn)]
-        if done is not None and (done.reply.failure or done.reaches(peer, self._head())):
-            return [_to(peer, done.reply), *self._release(name, peer, message.turn)]
-        failure = refuse(self._catalogue, message, len(self.open))
+        over = self._journal.outcome(message, peer, self._head())
+        if over is not None:
+            release = self._release(name, peer, message.turn)
+            return [*self._journal.tell(over, _to(peer, over)), *release]
+        failure = self._journal.broken or self._poison.refusal(message, now)
+        failure = failure or self._load.many() or refuse(self._catalogue, message)
+        failure = failure or self._load.large(message, peer)
         if stopping:
             failure = unavailable("the coordinator is stopping", "submit to another, or later")
         if failure is not None:
@@ -67,9 +77,11 @@ class Answering:
         assert model is not None
         deadline = now + min(message.deadline_s, limits.REQUEST_DEADLINE_S)
         signature = signature_of(model, message)
-        self._answered.pop(name, None)  # the device that had the answer is gone: once more
-        self.open[name] = Request(message, peer, model, signature, now, deadline, message.turn)
+        self.open[name] = Request(
+            message, peer, model, signature, now, deadline, message.turn, nbytes_of(message)
+        )
         model.asked_for(signature)
+        self._journal.accepted(message)
         return []
 
     def _submitted_again(self, request: Request, peer: str, message: m.Submit) -> list[Effect]:
@@ -90,7 +102,8 @@ class Answering:
         tried = None if request is None else request.tried.get(message.attempt)
         if tried is None:
             return []
-        self._note_pace(tried.deployment, device.name, message.tasks, now)
+        if not self._catalogue.searching:  # which is slow itself: not the cause of the next
+            self._balance.note(tried.deployment, device.name, message.tasks, now)
         self._covering.done(tried, device.name, message.tasks, now)
         for done in message.tasks:  # of two that took a task, the first is who did it
             took = m.TaskTime(device=device.name, **structs.asdict(done))
@@ -109,10 +122,9 @@ class Answering:
             request is not None
             and request.merged is None
             and message.attempt in request.tried
-            and request.tried[message.attempt].client == request.client  # not one that has ended
-            and peer == (request.tried[message.attempt].head or self._head())
+            and request.tried[message.attempt].merges_at(peer, self._head(), request.client)
         ):
-            request.merged = (now, message.attempt)
+            request.merged, request.outcome = (now, message.attempt), message.digest
         return []
 
     def task_failed(self, message: m.TaskFailed, now: float) -> list[Effect]:
@@ -121,15 +133,11 @@ class Answering:
             return []
         request.kernel_failures += 1
         request.deployment = None
-        note = Note("error", "a task failed", {"request": request.id, "why": message.text})
+        fields = {"request": request.id, "attempt": message.attempt, "why": message.text}
+        note = self._members.faults.note("error", "a task failed", fields)
         if request.kernel_failures < limits.KERNEL_FAILURES_PER_REQUEST:
             return [note]
-        failure = m.Failure(
-            error="InvalidInput",
-            message=f"a task failed {request.kernel_failures} times: {message.text}",
-            hint="if a kernel failed, plain onnxruntime should fail on this input, too",
-        )
-        return [note, *self._fail(request, failure, now)]
+        return [note, *self._fail(request, outcomes.kernel_failed(request, message.text), now)]
 
     def unreachable(self, message: m.Unreachable) -> bool:
         """Whether this is news of an attempt that runs; it starts again.
@@ -161,13 +169,35 @@ class Answering:
 
     # --- what happens to deployments, devices and clients
 
+    def process_ended(self, hello: m.Hello, now: float) -> list[Effect]:
+        """A device's process is new, and tells how the one before ended."""
+        ended = hello.ended
+        request = self.open.get(ended.request) if ended is not None else None
+        if ended is None or request is None:
+            return []
+        request.held_until = 0.0
+        failure = self._poison.blame(request, ended, hello, now)
+        if failure is not None:
+            return self._fail(request, failure, now)
+        if request.alone and request.deployment is not None and not request.deployment.alone:
+            request.deployment = None  # before it ends more of them
+        return []
+
+    def device_lost(self, name: str, why: str, now: float) -> None:
+        for request in self.open.values():
+            made = request.deployment
+            if made is not None and name in made.members and not made.only_spare(name):
+                request.lost.setdefault(name, why)
+                request.hurt_at = now
+                if made.alone:  # was it the request? Its process will say
+                    request.held_until = now + limits.EVIDENCE_S
+
     def survives(self, made: Deployment, name: str, now: float) -> list[Effect] | None:
         """Go on without a device, all of whose tasks others may take; None where they may not."""
-        if not self._covering.survives(made, name):
+        if not self.fallback.covers(made, name):
             return None
-        made.members.pop(name)
-        made.programs = {n: each for n, each in made.programs.items() if n != name}
-        return self._covering.lost(made, name, partial(self._seconds, now))
+        effects = [*self._heads.changed(made), *self.fallback.lost(made, name)]
+        return effects + self._covering.lost(made, name, partial(self._seconds, now))
 
     def retired(self, made: Deployment) -> None:
         self._covering.forget(made)
@@ -187,16 +217,29 @@ class Answering:
             if request.tried[request.attempt].head or self._heads.stands(peer):
                 request.deployment = None
 
+    def not_recorded(self, names: Iterable[str], failure: m.Failure) -> list[Effect]:
+        """Ids whose acceptance cannot be written were never accepted."""
+        effects: list[Effect] = []
+        for request in [self.open[name] for name in names if name in self.open]:
+            effects.append(_to(request.client, m.Reply(request=request.id, failure=failure)))
+            effects += self._end(request, None)
+        return effects
+
     def client_gone(self, peer: str) -> list[Effect]:
         mine = [r for r in self.open.values() if r.client == peer]
         return [effect for request in mine for effect in self._end(request, None)]
 
     def fail_waiting(
-        self, model: Model, signature: Signature, failure: m.Failure, now: float
+        self, model: Model, signature: Signature | None, failure: m.Failure, now: float
     ) -> list[Effect]:
+        """Those of a signature, or all of a model."""
         effects: list[Effect] = []
         for request in list(self.open.values()):
-            if request.waiting and request.model is model and request.signature == signature:
+            if (
+                request.waiting
+                and request.model is model
+                and signature in (None, request.signature)
+            ):
                 effects += self._fail(request, failure, now)
         return effects
 
@@ -205,12 +248,7 @@ class Answering:
     def end_overdue(self, now: float) -> list[Effect]:
         effects: list[Effect] = []
         for request in [r for r in self.open.values() if r.deadline <= now]:
-            failure = m.Failure(
-                error="DeadlineExceeded",
-                message=f"no answer within {request.deadline - request.submitted:.3g} s",
-                hint="give a longer deadline_s, add devices, or submit less at once",
-            )
-            effects += self._fail(request, failure, now)
+            effects += self._fail(request, outcomes.overdue(request), now)
         return effects
 
     def end_merged(self, now: float) -> list[Effect]:
@@ -219,10 +257,11 @@ class Answering:
         for request in [r for r in self.open.values() if r.merged is not None]:
             assert request.merged is not None
             tried = request.tried[request.merged[1]]
-            grace = request.grace_ends()
-            assert grace is not None
-            if len(tried.tasks) >= tried.deployment.tasks or now >= grace:
-                effects += self._complete(request, request.merged[0], tried)
+            known = tried.all_told or now >= request.merged[0] + limits.TIMING_GRACE_S
+            if known and self._journal.has(request.id):
+                reply = outcomes.answered(request, tried, self._members, now)
+                effects += self._end(request, reply)
+                self._load.answered(now)
         return effects
 
     def back_up(self, now: float) -> list[Effect]:
@@ -239,13 +278,13 @@ class Answering:
         effects: list[Effect] = []
         running = Counter(r.deployment.number for r in self.open.values() if r.deployment)
         serving: dict[tuple[int, Signature], Deployment | None] = {}
-        for request in [r for r in self.open.values() if r.waiting]:
+        for request in [r for r in self.open.values() if r.waiting and now >= r.held_until]:
             if request.client in self._members.absent and self._heads.stands(request.client):
                 continue
             kind = (request.model.key, request.signature)
             if kind not in serving:
                 serving[kind] = self._catalogue.serving(request.model, request.signature)
-            made = serving[kind]
+            made = self._catalogue.alone(request.id) if request.alone else serving[kind]
             if made is None or running[made.number] >= made.most_running:
                 continue
             if self._is_leaving(made, now):
@@ -253,13 +292,10 @@ class Answering:
             if not self._heads.ready(request.client, made):
                 effects += self._heads.install(request.client, made)
                 continue
+            if self._catalogue.find(request.model.name, None) is request.model:
+                effects += self._heads.grant(request, made)
             if len(request.tried) >= limits.ATTEMPTS_PER_REQUEST:
-                failure = m.Failure(
-                    error="WorkerLost",
-                    message=f"its devices were lost {len(request.tried)} times",
-                    hint="look at meshinfer devices; the devices or their network are failing",
-                )
-                effects += self._fail(request, failure, now)
+                effects += self._fail(request, outcomes.lost_too_often(request), now)
                 continue
             effects += self._begin(request, made, now)
             running[made.number] += 1
@@ -275,6 +311,8 @@ class Answering:
         """Whether a ready deployment can be retired."""
         if any(r.deployment is made for r in self.open.values()):
             return False
+        if made.alone:
+            return made.alone not in self.open
         wanted = made.signature in self.wanted_signatures(made.model)
         newest = self._catalogue.serving(made.model, made.signature) is made
         return not (wanted and newest) or self._is_leaving(made, now)
@@ -289,7 +327,7 @@ class Answering:
     def next_deadlines(self) -> list[float]:
         times = self._covering.next_deadlines()
         for request in self.open.values():
-            times.append(request.deadline)
+            times += [request.deadline, request.held_until]
             if request.merged is not None:
                 times.append(request.merged[0] + limits.TIMING_GRACE_S)
             if request.waiting and self._members.idle_since is not None:
@@ -302,7 +340,8 @@ class Answering:
         self._attempts += 1
         request.attempt, request.deployment, request.merged = self._attempts, made, None
         own = request.client if self._heads.stands(request.client) else ""
-        tried = request.tried[request.attempt] = Try(made, now, own, request.client)
+        tried = Try(made, now, own, request.client, moved={**made.spares.moved})
+        request.tried[request.attempt] = tried
         made.asked += 1
         self._covering.begin(tried, partial(self._seconds, now), now)
         request.started = now if request.started is None else request.started
@@ -327,45 +366,8 @@ class Answering:
             return 1.0
         return expected * self._balance.factor(device, now) / made.factors.get(device, 1.0)
 
-    def _note_pace(
-        self, made: Deployment, device: str, tasks: tuple[m.Done, ...], now: float
-    ) -> None:
-        if any(
-            d.phase is Phase.PLANNING and d.share > limits.SEARCH_SHARE
-            for d in self._catalogue.deployments.values()
-        ):
-            return  # a search slows the coordinator's device, and must not be the cause of the next
-        took = sum(done.compute_s for done in tasks)
-        expected = [made.seconds(done.place, device) for done in tasks]
-        total = sum(each for each in expected if each is not None)
-        if total > 0.0 and None not in expected:
-            ratio = made.factors.get(device, 1.0) * took / total
-            self._balance.measured(made.kind, device, ratio, now)
-
-    def _complete(self, request: Request, merged: float, tried: Try) -> list[Effect]:
-        assert request.started is not None
-        reply = m.Reply(
-            request=request.id,
-            version=request.model.version,
-            plan=tried.deployment.plan,
-            image=request.model.image,
-            attempts=len(request.tried),
-            total_s=merged - request.submitted,
-            queue_s=request.started - request.submitted,
-            tasks=tuple(sorted(tried.tasks.values(), key=lambda t: t.place)),
-            rounded=tried.deployment.rounded,
-        )
-        return self._end(request, reply)
-
     def _fail(self, request: Request, failure: m.Failure, now: float) -> list[Effect]:
-        reply = m.Reply(
-            request=request.id,
-            version=request.model.version,
-            attempts=len(request.tried),
-            total_s=now - request.submitted,
-            failure=failure,
-        )
-        return self._end(request, reply)
+        return self._end(request, outcomes.failed(request, failure, now))
 
     def _end(self, request: Request, reply: m.Reply | None) -> list[Effect]:
         """The one way out of a request: its outcome, and release everywhere."""
@@ -374,10 +376,8 @@ class Answering:
         if reply is not None:
             last = request.tried.get(request.attempt)
             head = (last and last.head) or self._head()
-            self._answered[request.id] = Answered(request.header, reply, head, request.client)
-            while len(self._answered) > limits.ANSWERED_IDS_KEPT:
-                self._answered.popitem(last=False)
-            effects.append(_to(request.client, reply))
+            answered = Answered(reply, head, request.client)
+            effects += self._journal.ended(answered, request.outcome, _to(request.client, reply))
         took_part = {name for t in request.tried.values() for name in t.devices()}
         return effects + self._release(request.id, request.client, request.turn, took_part)
 

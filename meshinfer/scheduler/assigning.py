@@ -18,7 +18,7 @@ Seconds = Callable[[Deployment, m.Place, str], float]
 
 def choices_of(programs: Mapping[str, tuple[m.Program, ...]]) -> dict[m.Place, tuple[str, ...]]:
     """The devices of each task that may go to several, in plan order."""
-    found = {p.place: p.devices for each in programs.values() for p in each if p.devices}
+    found = {p.place: p.devices for each in programs.values() for p in each if p.free}
     return dict(sorted(found.items()))
 
 
@@ -32,7 +32,7 @@ def open_work(running: Iterable[Try], seconds: Seconds) -> dict[str, float]:
                 total[device] = total.get(device, 0.0) + seconds(made, place, device)
         for device, programs in made.programs.items():
             for p in programs:
-                if p.model is not None and not p.devices and p.place not in tried.tasks:
+                if p.model is not None and not p.free and p.place not in tried.tasks:
                     total[device] = total.get(device, 0.0) + seconds(made, p.place, device)
     return total
 

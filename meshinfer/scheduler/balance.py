@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from statistics import median_low
 
 from meshinfer import limits
+from meshinfer.protocol import messages as m
 from meshinfer.scheduler.catalogue import Deployment
 
 
@@ -43,6 +44,16 @@ class Balance:
         self.count = 0
         self._paces: dict[str, _Pace] = {}
         self._bases: OrderedDict[Hashable, float | list[tuple[float, str, float]]] = OrderedDict()
+
+    def note(self, made: Deployment, device: str, tasks: tuple[m.Done, ...], now: float) -> None:
+        """What tasks took that a device has told of, where all of them were expected to take some
+        time."""
+        took = sum(done.compute_s for done in tasks)
+        expected = [made.seconds(done.place, device) for done in tasks]
+        total = sum(each for each in expected if each is not None)
+        if total > 0.0 and None not in expected:
+            ratio = made.factors.get(device, 1.0) * took / total
+            self.measured(made.kind, device, ratio, now)
 
     def measured(self, kind: Hashable, device: str, ratio: float, now: float) -> None:
         """``ratio``: measured over expected time of a device's tasks; ``kind``: of which model."""

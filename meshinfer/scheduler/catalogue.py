@@ -6,6 +6,7 @@ beside the old and takes over when it is ready, so no request meets half a plan.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -15,6 +16,7 @@ from msgspec import structs
 from meshinfer import limits
 from meshinfer.protocol import messages as m
 from meshinfer.scheduler.events import Signature
+from meshinfer.scheduler.ledger import Published
 
 Inputs = Mapping[str, tuple[str, tuple[int | None, ...] | None]]
 Outputs = Mapping[str, tuple[str, ...]]
@@ -32,7 +34,8 @@ class Call:
 
 @dataclass(slots=True)
 class Model:
-    """One version of a model. ``call`` is open until its first plan is ready.
+    """One version of a model. ``call`` is open until its first plan is ready. ``version``: 0 until
+    it is on disk that it is ``reserved`` for this model. ``deploy``: all that was asked.
 
     ``blobs``: bytes of the model and of the weights beside it, by digest; ``missing``: to come.
 
@@ -51,11 +54,13 @@ class Model:
     shapes: Mapping[str, tuple[int, ...]]
     call: Call | None
     asked: Call
+    deploy: m.Deploy
     pin: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     memory: Mapping[str, int] | int | None = None
     half_transfers: bool = False
     answer: m.Deployed | None = None
     version: int = 0
+    reserved: int = 0
     inputs: Inputs = field(default_factory=dict)
     outputs: Outputs = field(default_factory=dict)
     missing: set[str] = field(default_factory=set)
@@ -97,6 +102,20 @@ class Phase(Enum):
 
 
 @dataclass(slots=True)
+class Spares:
+    """Devices that prepare tasks of others, should one of these be lost.
+
+    ``peers``: which, as they were when it was planned; ``told``: to prepare them; ``ready``: they
+    have. ``moved``: tasks of devices that were lost since, and who takes them.
+    """
+
+    peers: dict[str, str] = field(default_factory=dict)
+    told: set[str] = field(default_factory=set)
+    ready: set[str] = field(default_factory=set)
+    moved: dict[m.Place, str] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
 class Deployment:
     """A plan for a (model, signature), on the devices named by their incarnation.
 
@@ -108,7 +127,8 @@ class Deployment:
     looked for since, and was no better. ``search_s``: of the coordinator's processor that the last
     search for it took; ``share``: of it that the search may take. ``asked``: requests begun since.
     ``head``: the device that is source and sink, where the client is not.
-    ``links``: how often links had changed when it was planned.
+    ``links``: how often links had changed when it was planned. ``ready_at``: since when it serves.
+    ``alone``: the one request that runs under it, on one device; it is not what serves.
     """
 
     number: int
@@ -136,6 +156,26 @@ class Deployment:
     asked: int = 0
     head: str = ""
     links: int = 0
+    alone: str = ""
+
+    ready_at: float = 0.0
+    spares: Spares = field(default_factory=Spares)
+
+    def keep_members(self) -> None:
+        """Of all that might have been, those of the plan and those that stand by for one."""
+        programs = (p for each in self.programs.values() for p in each)
+        spares = sorted({p.devices[1] for p in programs if p.spare})
+        self.spares.peers = {name: self.members[name] for name in spares}
+        self.members = {name: self.members[name] for name in (*self.programs, *spares)}
+
+    def only_spare(self, name: str) -> bool:
+        """Whether a device has nothing but what it prepares for others; none while planned."""
+        return bool(self.programs) and name not in self.programs
+
+    def spare_programs(self, name: str) -> tuple[m.Program, ...]:
+        """Those of others that a device prepares, should one of these be lost."""
+        programs = (p for each in self.programs.values() for p in each)
+        return tuple(p for p in programs if p.spare and p.devices[1] == name)
 
     @property
     def kind(self) -> Hashable:
@@ -171,7 +211,9 @@ class Deployment:
 
 @dataclass(slots=True)
 class Catalogue:
-    """Mutable: owned by the coordinator's core."""
+    """Mutable: owned by the coordinator's core. ``opening``: on their way to their version.
+    ``resuming``: published by an earlier coordinator, to be opened; ``lost``: why some of a name
+    could not be."""
 
     models: dict[str, list[Model]] = field(default_factory=dict)
     opening: dict[int, Model] = field(default_factory=dict)
@@ -179,6 +221,9 @@ class Catalogue:
     _last_model: int = 0
     first_deployment: int = 0
     _deployments_made: int = 0
+    resuming: dict[int, Model] = field(default_factory=dict)
+    lost: dict[str, str] = field(default_factory=dict)
+    _newest_version: Counter[str] = field(default_factory=Counter)
 
     def asked(self, peer: str, call: str) -> Model | None:
         """The model that this very call opened."""
@@ -187,9 +232,25 @@ class Catalogue:
         )
 
     def open(self, message: m.Deploy, peer: str, now: float) -> Model:
-        self._last_model += 1
         call = Call(peer, message.call, now)
-        model = Model(
+        model = self._new(message, call)
+        model.call = call
+        self.opening[model.key] = model
+        return model
+
+    def resume(self, entry: Published, now: float) -> Model:
+        """A version that an earlier coordinator had; it is opened before it is planned."""
+        model = self._new(entry.deploy, Call(entry.peer, entry.deploy.call, now))
+        model.version, model.reserved = entry.version, entry.version
+        model.inputs, model.outputs, model.image = entry.inputs, entry.outputs, entry.image
+        self.models.setdefault(model.name, []).append(model)
+        self._newest_version[model.name] = model.version
+        self.resuming[model.key] = model
+        return model
+
+    def _new(self, message: m.Deploy, asked: Call) -> Model:
+        self._last_model += 1
+        return Model(
             key=self._last_model,
             name=message.name,
             digest=message.digest,
@@ -203,20 +264,31 @@ class Catalogue:
             memory=message.memory,
             half_transfers=message.half_transfers,
             shapes=dict(message.shapes or {}),
-            call=call,
-            asked=call,
+            call=None,
+            asked=asked,
+            deploy=message,
         )
-        self.opening[model.key] = model
-        return model
+
+    def reserve(self, model: Model) -> None:
+        """Give the model the next version of its name, which it becomes when it is published."""
+        model.reserved = self._newest_version[model.name] + 1
+        self._newest_version[model.name] = model.reserved
 
     def publish(self, model: Model) -> None:
         """The model becomes the current version of its name."""
         self.opening.pop(model.key, None)
+        model.version = model.reserved
         versions = self.models.setdefault(model.name, [])
-        if model not in versions:
-            model.version = versions[-1].version + 1 if versions else 1
-            versions.append(model)
-            del versions[: -limits.VERSIONS_PER_MODEL]
+        versions.append(model)
+        del versions[: -limits.VERSIONS_PER_MODEL]
+
+    def withdraw(self, model: Model, why: str) -> None:
+        """A version that cannot come back."""
+        self.resuming.pop(model.key, None)
+        self.lost[model.name] = why
+        self.models[model.name].remove(model)
+        if not self.models[model.name]:
+            del self.models[model.name]
 
     def find(self, name: str, version: int | None) -> Model | None:
         versions = self.models.get(name, [])
@@ -245,6 +317,11 @@ class Catalogue:
         """The newest ready deployment."""
         return self._newest(model, signature, (Phase.READY,))
 
+    def alone(self, request: str) -> Deployment | None:
+        """The plan on one device of a request that may run on no more, once it is ready."""
+        made = next((d for d in self.deployments.values() if d.alone == request), None)
+        return made if made is not None and made.phase is Phase.READY else None
+
     def coming(self, model: Model, signature: Signature) -> Deployment | None:
         """The one that is being planned or installed."""
         return self._newest(model, signature, (Phase.PLANNING, Phase.INSTALLING))
@@ -255,9 +332,15 @@ class Catalogue:
         found = [
             d
             for d in self.deployments.values()
-            if d.model is model and d.signature == signature and d.phase in phases
+            if d.model is model and d.signature == signature and d.phase in phases and not d.alone
         ]
         return found[-1] if found else None
+
+    @property
+    def searching(self) -> bool:
+        """Whether a search takes so much of the coordinator's device that its tasks slow down."""
+        made = self.deployments.values()
+        return any(d.phase is Phase.PLANNING and d.share > limits.SEARCH_SHARE for d in made)
 
     def infos(self) -> tuple[m.ModelInfo, ...]:
         """All versions; plan texts as long as they fit into one message."""

@@ -16,10 +16,13 @@ from meshinfer import limits
 from meshinfer.protocol import messages as m
 from meshinfer.protocol.codec import ProtocolError, array_of, describe, payload_of
 from meshinfer.scheduler.computing import Computing
+from meshinfer.scheduler.detours import Detours
 from meshinfer.scheduler.events import (
     Array,
     Arrived,
     Asked,
+    BlobsFound,
+    BlobWritten,
     Cancelled,
     Connect,
     Disconnect,
@@ -27,6 +30,7 @@ from meshinfer.scheduler.events import (
     Event,
     Note,
     PeerLost,
+    RanHere,
     Resolve,
     ServeBlob,
     Settle,
@@ -36,6 +40,7 @@ from meshinfer.scheduler.events import (
     Ticked,
 )
 from meshinfer.scheduler.installing import Installing
+from meshinfer.scheduler.on_device import OnDevice
 from meshinfer.scheduler.outbox import Outbox
 from meshinfer.scheduler.telling import COORDINATOR, told
 
@@ -80,6 +85,7 @@ class ClientCore:
         self._heard = 0.0
         self._ever_welcome = False
         self._connected: set[str] = set()
+        self._on_device = OnDevice()
 
     def _act_as(self, name: str) -> None:
         """Begin with nothing, as the device of this name in plans."""
@@ -87,6 +93,7 @@ class ClientCore:
         self._installing = Installing(name)
         self._computing = Computing(name, self._installing.deployments, self._peer, self._merged)
         self._computing.outbox.follow(self._outbox)
+        self._detours = Detours(self._peer)  # to say who is late; it then goes by the head
         self._outbox, self._acks = self._computing.outbox, self._computing.acks
 
     def handle(self, event: Event, now: float) -> list[Effect]:
@@ -112,6 +119,9 @@ class ClientCore:
                 return [told(m.Cancel(request=request, turn=given_up.turn))]
             case PeerLost():
                 return self._lost(event, now)
+            case BlobsFound() | BlobWritten() | RanHere():
+                bulk = None if self._welcome is None else self._welcome.bulk
+                return self._on_device.handle(event, bulk, now)
             case Ticked():
                 return self._tick(now)
             case StopRequested():
@@ -132,8 +142,8 @@ class ClientCore:
         times = [self._beat_due if self._welcome is not None else self._hello_due]
         times += [r.deadline + LATE_S for r in self._requests.values()]
         times += [q.deadline for q in self._questions.values()]
-        other = self._computing.next_deadline()
-        return min(times if other is None else [*times, other])
+        others = (part.next_deadline() for part in (self._computing, self._on_device))
+        return min([*times, *(other for other in others if other is not None)])
 
     # --- messages
 
@@ -155,6 +165,8 @@ class ClientCore:
             case m.Ack():
                 self._outbox.acknowledge(message.ids)
                 return []
+            case m.Chunk() | m.Gone():
+                return self._on_device.arrived(event.peer, message, event.payload, now)
             case m.Want():
                 return [ServeBlob(event.peer, message.digest, message.offset, message.length)]
             case m.Probe():
@@ -184,7 +196,11 @@ class ClientCore:
                 return self._rejoin(now) if self._welcome is not None else []
             case m.Closing():
                 return [*self._fail_all("the coordinator has stopped"), *self._rejoin(now + 1.0)]
-            case m.Alive() | m.Probe():
+            case m.Alive():
+                if message.beat_in_s:
+                    self._beat_due = now + message.beat_in_s
+                return self._on_device.heard(now)
+            case m.Probe():
                 return []
             case m.Start() if message.request not in self._requests:
                 return [told(m.Cancel(request=message.request))]  # it may be lost
@@ -198,8 +214,10 @@ class ClientCore:
                 return self._installing.install(message)
             case m.Forget() if self._acts_as:
                 self._computing.holding.forget(message.deployment)
-                self._installing.forget(message.deployment)  # nothing was prepared here
-                return []
+                self._installing.forget(message.deployment)  # nothing was prepared by this half
+                return self._on_device.revoked(message.deployment)
+            case m.Grant() | m.Revoke():
+                return self._on_device.told(message, self._installing.deployments, now)
             case _:
                 return [Note("warning", "unexpected message", {"type": type(message).__name__})]
 
@@ -207,11 +225,11 @@ class ClientCore:
         if message.head is None:  # the coordinator's own device is still starting
             self._hello_due = now + 0.05
             return []
-        before, apart = self._welcome, []
+        before, apart = self._welcome, self._on_device.reset()
         other = before is not None and before.head != message.head
         if other or self._acts_as != message.acts_as:
             self._rejoin(now)  # what the other head was fed must be fed again
-            apart = self._installing.leave()
+            apart += self._installing.leave()
             self._act_as(message.acts_as)
         elif self._acts_as:  # what was told before this welcome means nothing any more
             self._computing.reset(keep_inputs=True)
@@ -238,7 +256,7 @@ class ClientCore:
             request.sent = False
         for question in self._questions.values():
             question.sent = False
-        return []
+        return self._on_device.reset()
 
     def _send_open(self, now: float) -> list[Effect]:
         if self._welcome is None or self._welcome.head is None:
@@ -261,7 +279,7 @@ class ClientCore:
                 tensor = describe(value, array)
                 number = self._outbox.number()
                 message = m.Feed(id=number, request=name, tensor=tensor, turn=request.turn)
-                effects.append(self._outbox.send(head, message, payload_of(array), now))
+                effects += self._outbox.send(head, message, payload_of(array), now)
         for question in self._questions.values():
             if not question.sent:
                 question.sent = True
@@ -275,7 +293,7 @@ class ClientCore:
         try:
             array = array_of(message.tensor, payload)
         except ProtocolError as error:
-            return [Note("warning", "bad answer", {"why": str(error)})]
+            return [Note("warning", "bad answer", {"request": message.request, "why": str(error)})]
         answers = request.answers.setdefault(message.attempt, {})
         answers[message.tensor.name] = array
         if len(answers) < message.count:
@@ -316,7 +334,8 @@ class ClientCore:
             effects += self._fail_all("the coordinator is silent")
             if self._welcome is not None:
                 effects += self._rejoin(now + limits.HELLO_RETRY_S)
-        effects += self._computing.due(now)
+        effects += self._on_device.due(now) + self._computing.due(now)
+        effects += self._detours.late(self._outbox.late, now)
         for name in [n for n, r in self._requests.items() if r.deadline + LATE_S <= now]:
             effects += self._give_up(name)
         for call in [c for c, q in self._questions.items() if q.deadline <= now]:
@@ -352,6 +371,7 @@ class ClientCore:
             return self._rejoin(now) if self._welcome is not None else []
         if event.peer:
             self._outbox.hasten(event.peer, now)
+            self._on_device.hasten(event.peer, now)
         return []
 
     def _fail_all(self, why: str, failure: m.Failure | None = None) -> list[Effect]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from meshinfer import limits
 from meshinfer.protocol import messages as m
-from meshinfer.protocol.codec import ProtocolError, array_of, describe, payload_of
+from meshinfer.protocol.codec import ProtocolError, array_of, describe, digest_of, payload_of
 from meshinfer.scheduler.acks import AckBox
 from meshinfer.scheduler.events import Array, Compute, Computed, Effect, Note
 from meshinfer.scheduler.held import Held
@@ -20,7 +20,7 @@ from meshinfer.scheduler.installing import Deployment
 from meshinfer.scheduler.links import LinkWatch
 from meshinfer.scheduler.outbox import Numbered, Outbox
 from meshinfer.scheduler.recipe import Cut, Gathering
-from meshinfer.scheduler.telling import task_failed, told, told_done, unreachable
+from meshinfer.scheduler.telling import task_failed, told, told_done, told_lacked, unreachable
 
 SOURCE: m.Place = (-1, 0)
 
@@ -60,15 +60,15 @@ class Computing:
         name = message.request
         stale = self.holding.is_released(name, peer, message.turn)
         if not stale and name not in self._requests and len(self._requests) >= limits.FED_REQUESTS:
-            note = Note("warning", "too many inputs wait here", {"request": name})
-            return [note]  # not acknowledged: the client sends it again later
+            # Not acknowledged: the client sends it again later.
+            return [Note("warning", "too many inputs wait here", {"request": name})]
         self.acks.add(peer, message.id, len(payload), now)
         if stale:
             return []
         try:
             array = array_of(message.tensor, payload)
         except ProtocolError as error:
-            return [Note("warning", "bad input", {"why": str(error)})]
+            return [Note("warning", "bad input", {"request": name, "why": str(error)})]
         request = self.holding.request(name, now)
         if peer == request.giver and message.turn < request.turn:
             return []
@@ -114,7 +114,11 @@ class Computing:
             return []
         request.head = message.head
         effects = self._learn(name, request, message.assigned, now)
-        return effects + self._begin_without_inputs(name, request, now)
+        effects += self._begin_without_inputs(name, request, now)
+        if not message.asked:
+            return effects
+        lacked = request.lacks(self._deployments[message.deployment].recipes, self._device)
+        return [*effects, told_lacked(message, lacked)]
 
     def reset(self, *, keep_inputs: bool) -> None:
         """The coordinator may have forgotten all that it had told this device."""
@@ -167,18 +171,18 @@ class Computing:
         # Pieces are sent when all devices have installed: an unknown deployment is a retired one.
         if message.deployment not in self._deployments:
             return []
-        request = self.holding.current(message.request, message.attempt, message.deployment, now)
+        name = message.request
+        request = self.holding.current(name, message.attempt, message.deployment, now)
         if request is None:
             return []
         request.head = message.head
-        effects = self._learn(message.request, request, message.assigned, now)
+        effects = self._learn(name, request, message.assigned, now)
         try:
             array = array_of(message.tensor, payload)
         except ProtocolError as error:
-            return [*effects, Note("warning", "bad piece", {"why": str(error), "peer": peer})]
-        return effects + self._place(
-            message.request, request, message.consumer, message.slot, array, now
-        )
+            fields = {"request": name, "peer": peer, "why": str(error)}
+            return [*effects, Note("warning", "bad piece", fields)]
+        return effects + self._place(name, request, message.consumer, message.slot, array, now)
 
     def _learn(
         self, name: str, request: Held, assigned: tuple[m.Assigned, ...], now: float
@@ -211,7 +215,7 @@ class Computing:
             recipe = self._deployments[request.deployment].recipes.get(consumer)
             gathering = None if recipe is None else Gathering(recipe)
         if gathering is None or not gathering.put(slot, array):
-            fields = {"task": str(consumer), "slot": slot}
+            fields = {"request": name, "task": str(consumer), "slot": slot}
             return [Note("warning", "a piece that nobody awaits", fields)]
         request.pieces[consumer] = gathering
         if not gathering.complete:
@@ -238,7 +242,7 @@ class Computing:
         self, name: str, request: Held, place: m.Place, outputs: dict[str, Array], now: float
     ) -> list[Effect]:
         request.pieces.pop(place, None)
-        merged = told(m.Merged(request=name, attempt=request.attempt))
+        merged = told(m.Merged(request=name, attempt=request.attempt, digest=digest_of(outputs)))
         if request.client == self._own:
             return [*self._merged(name, outputs), merged]
         effects: list[Effect] = []
@@ -254,7 +258,7 @@ class Computing:
                 tensor=tensor,
                 count=len(outputs),
             )
-            effects.append(self.outbox.send(request.client, message, payload_of(array), now))
+            effects += self.outbox.send(request.client, message, payload_of(array), now)
         return [*effects, merged]
 
     # --- computing
@@ -305,7 +309,7 @@ class Computing:
             queued_s=max(0.0, since - ready),
             handed_s=max(0.0, now - since - event.compute_s),
         )
-        if deployment.programs[event.place].devices:
+        if not deployment.programs[event.place].is_own(self._device):
             # Told at once: it says how busy this device still is.
             return [*effects, told_done(event.request, request, [done])]
         request.done.append(done)
@@ -323,19 +327,12 @@ class Computing:
         now: float,
     ) -> tuple[list[Effect], int]:
         """Cut what was made for each task that reads it; and how many bytes leave this device."""
-        cuts = deployment.recipes[place].cuts
-        if any(cut.send.others for cut in cuts):
-            self._keep(request, place, arrays)
-        routed = [(cut, device) for cut in cuts for device in request.routes(cut.send)]
+        recipe = deployment.recipes[place]
+        if recipe.passes:
+            kept = 0 if place == SOURCE else sum(a.nbytes for a in arrays)  # inputs are here anyway
+            self.holding.keep(request, place, arrays, kept, deployment.keep_bytes)
+        routed = [(cut, device) for cut in recipe.cuts for device in request.routes(cut.send)]
         return self._send_cuts(name, request, place, routed, arrays, now)
-
-    def _keep(self, request: Held, place: m.Place, arrays: Sequence[Array]) -> None:
-        """Until the release, for devices that take a task of this later; inputs are here anyway."""
-        kept = sum(each.kept_bytes for each in self._requests.values())
-        if place == SOURCE or kept + sum(a.nbytes for a in arrays) <= limits.KEPT_BYTES:
-            request.made[place] = arrays
-        else:
-            request.not_kept.add(place)
 
     def _send_cuts(
         self,
@@ -377,7 +374,7 @@ class Computing:
             )
             payload = payload_of(array)  # the one copy of what is sent, where rows are strided
             sent += len(payload)
-            effects.append(self.outbox.send(peer, message, payload, now))
+            effects += self.outbox.send(peer, message, payload, now)
             between = not self._own and peer != request.head  # devices, whose links plans use
             if between and len(payload) >= limits.LINK_SAMPLE_BYTES:
                 effects += self.watch.sent(peer, len(payload), now)

@@ -15,6 +15,7 @@ from meshinfer.scheduler.answering import Answering
 from meshinfer.scheduler.balance import Balance
 from meshinfer.scheduler.catalogue import Catalogue
 from meshinfer.scheduler.deploying import Deploying
+from meshinfer.scheduler.detours import detour
 from meshinfer.scheduler.events import (
     Arrived,
     BlobsFound,
@@ -26,32 +27,43 @@ from meshinfer.scheduler.events import (
     PeerLost,
     Plane,
     PlanReady,
+    Recorded,
+    RecordFailed,
     Send,
     ServeBlob,
     Stop,
     StopRequested,
     Ticked,
 )
+from meshinfer.scheduler.faults import Faults
 from meshinfer.scheduler.heads import Heads
+from meshinfer.scheduler.journal import Journal
+from meshinfer.scheduler.ledger import Ledger
 from meshinfer.scheduler.links import LinkRounds
 from meshinfer.scheduler.membership import Device, Membership
+from meshinfer.scheduler.on_device import only_task
 from meshinfer.scheduler.request import Request
 
 
 class CoordinatorCore:
-    """``handle`` is the only gate; ``next_deadline`` says when to tick."""
+    """``handle`` is the only gate; ``next_deadline`` says when to tick. ``ledger``: what an earlier
+    coordinator wrote down; without one nothing is, and a restart remembers nothing."""
 
-    def __init__(self, cluster: str, version: str, bulk: m.Peer) -> None:
-        self.members = Membership(cluster, version)
+    def __init__(
+        self, cluster: str, version: str, bulk: m.Peer, ledger: Ledger | None = None
+    ) -> None:
+        self.members = Membership(cluster, version, faults=Faults(bulk.incarnation))
         # Numbers of an earlier coordinator must mean nothing here: its workers may join late.
         epoch = int.from_bytes(hashlib.sha256(bulk.id.encode()).digest()[:4])
         self.catalogue = Catalogue(first_deployment=epoch << 24)
         self._balance = Balance()
         self._heads = Heads(self.members)
-        self._answering = Answering(self.members, self.catalogue, self._balance, self._heads)
-        self._deploying = Deploying(
-            self.members, self.catalogue, self._answering, self._balance, self._heads
-        )
+        self._ledger, self._journal = ledger, Journal(ledger)
+        # What belongs to an attempt of an earlier coordinator is older than all that is made here.
+        before = 0 if ledger is None else ledger.starts - 1
+        parts = (self.members, self.catalogue, self._balance, self._heads, self._journal)
+        self._answering = Answering(*parts, first_attempt=before << 32)
+        self._deploying = Deploying(*parts, self._answering)
         self._links = LinkRounds()
         self._bulk = bulk
         self._stop_due: float | None = None
@@ -72,7 +84,7 @@ class CoordinatorCore:
         effects: list[Effect]
         match event:
             case Arrived(peer, m.Heartbeat() as beat) if self.members.heard(peer, beat, now):
-                effects = [] if self.members.by_peer(peer) else [_to(peer, m.Alive())]
+                effects = self._in_step(peer, now)
                 # Most of what comes in when nothing happens, and it changes nothing that the rules
                 # look at but the time: every so often is enough.
                 if now < self._ruled + limits.HEARTBEAT_S:
@@ -84,22 +96,30 @@ class CoordinatorCore:
             case Arrived():
                 effects = self._arrived(event, now)
             case Ticked():
-                effects = []
+                effects = self._resume(now)
             case PeerLost():
                 effects = self._lost(event, now)
             case BlobsFound():
-                effects = self._deploying.fetching.found(event, now)
+                effects = self._deploying.models.found(event, now)
             case BlobWritten():
                 effects = self._deploying.fetching.written(event)
             case ModelOpened():
-                effects = self._deploying.opened(event)
+                effects = self._deploying.models.opened(event, now)
             case PlanReady():
                 effects = self._deploying.planned(event, now)
+            case Recorded():
+                effects, waited = self._journal.recorded(event)
+                if not waited:
+                    return effects
+            case RecordFailed():
+                effects, lost = self._journal.failed(event, now)
+                effects += self._answering.not_recorded(lost, event.failure)
             case StopRequested():
                 effects = self._stop(now)
             case _:
                 raise AssertionError(f"a coordinator has no use for {event}")
-        return effects + self._advance(now)
+        effects += self._advance(now)
+        return effects + self.members.faults.told(effects, self.requests)
 
     def next_deadline(self) -> float | None:
         """When to tick: what was ahead as the rules were last looked at."""
@@ -107,12 +127,23 @@ class CoordinatorCore:
 
     def _next(self) -> float | None:
         times = [*self._answering.next_deadlines(), *self._deploying.next_deadlines()]
-        for other in (self.members.next_deadline(), self._links.next_deadline(), self._stop_due):
+        times += self._answering.fallback.next_deadlines()
+        parts = (self.members, self._links, self._journal)
+        for other in (*(part.next_deadline() for part in parts), self._stop_due):
             if other is not None:
                 times.append(other)
         if self.members.devices:
             times.append(self._ruled + limits.HEARTBEAT_S)  # so that it knows when it stood still
         return min((t for t in times if t > self._now), default=None)
+
+    def _in_step(self, peer: str, now: float) -> list[Effect]:
+        """Have all beat together, and with the rules: it is waking up that costs an idle device,
+        not what a heartbeat says. Clients want an answer anyway."""
+        after = now % limits.HEARTBEAT_S
+        before = limits.HEARTBEAT_S - after
+        if min(after, before) > limits.BEAT_OFF_S:
+            return [_to(peer, m.Alive(beat_in_s=before))]
+        return [] if self.members.by_peer(peer) else [_to(peer, m.Alive())]
 
     # --- messages
 
@@ -141,12 +172,20 @@ class CoordinatorCore:
         match message:
             case m.TasksDone() if device is not None:
                 return self._answering.tasks_done(peer, message, now)
+            case m.Ran() if runs:
+                return self._ran(peer, message, now)
+            case m.Lacks() if runs:
+                return self._answering.fallback.lacks(peer, message)
             case m.NotKept() if runs:
                 return self._answering.not_kept(message)
             case m.Merged() if runs:
                 return self._answering.merged(peer, message, now)
             case m.TaskFailed() if runs:
                 return self._answering.task_failed(message, now)
+            case m.Stalled() if runs:
+                client = next(filter(self._heads.stands, (peer, message.peer)), None)
+                known = detour(self.members, peer, message)
+                return known if client is None else self._heads.refuse(client)
             case m.Unreachable() if runs:
                 return self._unreachable(peer, message, now)
             case m.LinkMeasured() if device is not None:
@@ -156,7 +195,8 @@ class CoordinatorCore:
                     self._links.measured(self.members, device, message.link, now)
                 return []
             case m.Installed() if device is not None:
-                return self._deploying.installed(peer, message, now)
+                effects = self._answering.fallback.prepared(device.name, message)
+                return effects or self._deploying.installed(peer, message, now)
             case m.Installed() if runs:
                 self._heads.installed(peer, message)
                 return []
@@ -169,9 +209,9 @@ class CoordinatorCore:
             case m.Cancel():
                 return self._answering.cancel(peer, message)
             case m.Deploy():
-                return self._deploying.fetching.deploy(peer, message, now)
+                return self._deploying.models.deploy(peer, message, now)
             case m.ListDevices():
-                devices = self.members.infos(now)
+                devices = self.members.infos(now, lost=message.lost)
                 return [_to(peer, m.Devices(call=message.call, devices=devices))]
             case m.ListModels():
                 return [_to(peer, m.Models(call=message.call, models=self.catalogue.infos()))]
@@ -183,7 +223,7 @@ class CoordinatorCore:
         if failure is not None:
             return [
                 _to(peer, m.Refused(failure=failure)),
-                Note("warning", failure.message, {"hint": failure.hint}),
+                Note("warning", failure.message, {"hint": failure.hint, "peer": peer}),
             ]
         rival = self.members.contested(hello, now)
         if rival is not None:
@@ -196,9 +236,8 @@ class CoordinatorCore:
             if known is not None:  # what was told to it may be lost: it starts anew
                 effects += self._device_lost(known, "it joins again", now)
             self.members.admit(hello, peer, now)
-            fields = {"device": hello.device, "engine": hello.facts.engine}
             if hello.role == "worker":
-                effects.append(Note("info", "device joined", fields))
+                effects += self._joined(hello, now)
         head = self.members.head
         welcome = m.Welcome(
             coordinator=self._bulk.incarnation,
@@ -209,6 +248,34 @@ class CoordinatorCore:
         )
         self._answering.client_away(peer)
         return [*effects, _to(peer, welcome)]
+
+    def _ran(self, peer: str, message: m.Ran, now: float) -> list[Effect]:
+        """A client has computed requests itself, on its host's device."""
+        made = self._heads.granted(peer, message.deployment)
+        only = None if made is None else only_task(made)
+        device = None if only is None else self.members.devices.get(only[0])
+        if made is not None and device is not None:
+            made.asked += message.count
+            device.tasks_done += message.count
+            if not self.catalogue.searching:
+                self._balance.note(made, device.name, (message.done,), now)
+        return []
+
+    def _joined(self, hello: m.Hello, now: float) -> list[Effect]:
+        """A device's process is new: how the one before ended is known only now."""
+        ids = {"device": hello.device, "incarnation": hello.incarnation}
+        fields: dict[str, object] = {**ids, "engine": hello.facts.engine}
+        effects: list[Effect] = [Note("info", "device joined", fields)]
+        behind = self.members.faults.behind(hello.device)
+        effects += self._answering.process_ended(hello, now)
+        if hello.ended is not None:
+            fields = {**_of_end(hello.ended, hello), **behind}
+            effects.append(Note("warning", "its last process ended", fields))
+        why = self.members.health.joined(hello, now)
+        if why:
+            fields = {**ids, "why": why, **behind}
+            effects.append(Note("warning", "device quarantined", fields))
+        return effects
 
     def _unreachable(self, peer: str, message: m.Unreachable, now: float) -> list[Effect]:
         """A device does not get what another sends: plan without it for a while. Where one end is a
@@ -222,9 +289,9 @@ class CoordinatorCore:
         assert device is not None
         if lost is None or lost.hello.facts.head:
             lost = device  # a piece for the head, or for one that has left: it is the sender's link
-        fields = {"device": lost.name, "heard_by": device.name}
-        lost.excluded_until = now + limits.EXCLUDED_S
-        note = Note("warning", "a device cannot be reached", fields)
+        fields = {**lost.ids, "heard_by": device.name}
+        lost.exclude(f"{device.name} does not reach it", now)
+        note = self.members.faults.note("warning", "a device cannot be reached", fields)
         return [note, *self._deploying.out_of_service(lost.name, now)]
 
     # --- loss, time, the end
@@ -244,16 +311,22 @@ class CoordinatorCore:
 
     def _device_lost(self, device: Device, why: str, now: float) -> list[Effect]:
         head = self.members.head
-        self.members.remove(device, now)
+        self.members.remove(device, why, now)
+        self._answering.device_lost(device.name, why, now)
         self._balance.forget(device.name)
         effects: list[Effect] = [
-            Note("warning", "device lost", {"device": device.name, "why": why})
+            self.members.faults.note("warning", "device lost", {**device.ids, "why": why})
         ]
         effects += self._deploying.out_of_service(device.name, now)
         if device is head:  # inputs and answers were there: clients give theirs again
             self._answering.head_lost()
             effects += [_to(peer, m.Who()) for peer in sorted(self.members.clients)]
         return effects
+
+    def _resume(self, now: float) -> list[Effect]:
+        """With the first tick, go on where an earlier coordinator was."""
+        ledger, self._ledger = self._ledger, None
+        return [] if ledger is None else self._deploying.models.resume(ledger, now)
 
     def _stop(self, now: float) -> list[Effect]:
         self._stop_due = now if self._stop_due is not None else now + limits.DRAIN_S
@@ -268,6 +341,7 @@ class CoordinatorCore:
         self._ruled = now
         effects = self._drop_silent(now)
         effects += self._deploying.due(now)
+        effects += self._answering.fallback.due(now)
         effects += self._answering.end_overdue(now)
         effects += self._answering.end_merged(now)
         effects += self._answering.back_up(now)
@@ -276,7 +350,10 @@ class CoordinatorCore:
         effects += self._deploying.retire_unused(now)
         effects += self._dismiss_drained()
         effects += self._links.next(self.members, now, busy=bool(self.requests))
-        if self._stop_due is not None and (now >= self._stop_due or not self.requests):
+        over = not self.requests and not self._journal.waits
+        stops = self._stop_due is not None and (now >= self._stop_due or over)
+        effects += self._journal.flush(now, last=stops)
+        if stops:
             effects += [_to(peer, m.Closing()) for peer in self._everybody()]
             effects.append(Stop())
         self._due = self._next()
@@ -300,6 +377,14 @@ class CoordinatorCore:
                 device.dismissed = True
                 effects.append(_to(device.peer, m.Dismiss()))
         return effects
+
+
+def _of_end(ended: m.Ended, hello: m.Hello) -> dict[str, object]:
+    """How a process ended, as a log says it."""
+    fields: dict[str, object] = {"device": hello.device, "why": ended.cause}
+    if ended.request:
+        fields |= {"request": ended.request, "attempt": ended.attempt, "task": str(ended.place)}
+    return fields
 
 
 def _to(peer: str, message: m.AnyMessage) -> Send:

@@ -16,18 +16,20 @@ from meshinfer import limits
 from meshinfer.protocol import messages as m
 from meshinfer.scheduler.assigning import Seconds, assign, open_work
 from meshinfer.scheduler.catalogue import Deployment
-from meshinfer.scheduler.events import Effect, Note, Plane, Send
+from meshinfer.scheduler.events import Effect, Note
+from meshinfer.scheduler.fallback import tell
+from meshinfer.scheduler.health import Health
 from meshinfer.scheduler.request import Request, Try
 
 
 class Covering:
     """Mutable: owned by the coordinator's core. ``open_`` is a view of the open requests."""
 
-    def __init__(self, open_: Mapping[str, Request]) -> None:
+    def __init__(self, open_: Mapping[str, Request], health: Health) -> None:
         self._open = open_
+        self._health = health
         self._took: dict[tuple[int, m.Place], deque[float]] = {}
         self._late_after: dict[tuple[int, m.Place], float] = {}
-        self._suspects: dict[str, tuple[float, float]] = {}
         self._given = 0.0
         self._copies = 0.0
 
@@ -47,7 +49,7 @@ class Covering:
 
     def done(self, tried: Try, device: str, tasks: Iterable[m.Done], now: float) -> None:
         """A device has told of tasks: it is well, and this is how long such tasks take."""
-        self._suspects.pop(device, None)
+        self._health.well(device)
         for task in tasks:
             if task.place in tried.assigned and task.place not in tried.tasks:
                 key = (tried.deployment.number, task.place)
@@ -74,7 +76,7 @@ class Covering:
             made = tried.deployment
             for place in late:
                 for device in tried.assigned[place]:
-                    self._suspect(device, now)
+                    self._health.suspect(device, now)
             avoided = self._avoided(made, now)
             here = {name for devices in made.choices.values() for name in devices}
             if 2 * len(avoided) > len(here & set(made.members)):
@@ -109,7 +111,7 @@ class Covering:
         if not more:
             return []
         fields = {"request": request.id, "tasks": str(more)}
-        return [Note("info", "second copies of late tasks", fields), *_tell(request, tried)]
+        return [Note("info", "second copies of late tasks", fields), *tell(request, tried)]
 
     def _due(self, tried: Try) -> list[tuple[m.Place, float]]:
         """Tasks of one copy that are not done, and when each is late; none before enough is
@@ -126,34 +128,16 @@ class Covering:
     def next_deadlines(self) -> list[float]:
         return [when for _, tried in self._running() for _, when in self._due(tried)]
 
-    # --- suspects
-
-    def _suspect(self, device: str, now: float) -> None:
-        """It gets no new work for a while; longer, if it was so before and nothing came."""
-        until, wait = self._suspects.get(device, (0.0, limits.SUSPECT_S / 2))
-        if now >= until:
-            wait = min(2 * wait, limits.DEAD_AFTER_S)
-            self._suspects[device] = (now + wait, wait)
-
     def _avoided(self, made: Deployment, now: float) -> frozenset[str]:
-        suspects = (name for name, (until, _) in self._suspects.items() if now < until)
-        return frozenset(name for name in suspects if name in made.members)
+        return frozenset(name for name in self._health.suspects(now) if name in made.members)
 
     # --- lost devices
-
-    def survives(self, made: Deployment, name: str) -> bool:
-        """Whether all that a device has in a deployment may go to another that is there."""
-        programs = made.programs.get(name, ())
-        return bool(programs) and all(
-            any(other != name and other in made.members for other in p.devices) for p in programs
-        )
 
     def lost(self, made: Deployment, name: str, seconds: Seconds) -> list[Effect]:
         """A device has left a deployment that goes on: what it had taken goes to others.
 
         That it was done with a task proves nothing: what it sent on may be lost with it.
         """
-        self._suspects.pop(name, None)
         effects: list[Effect] = []
         for request, tried in self._running():
             if tried.deployment is not made:
@@ -172,19 +156,8 @@ class Covering:
                 busy[device] = busy.get(device, 0.0) + seconds(made, place, device)
                 if device not in tried.assigned[place]:
                     tried.assigned[place] += (device,)
-            effects += _tell(request, tried)
+            effects += tell(request, tried)
         return effects
 
     def _running(self) -> Iterable[tuple[Request, Try]]:
         return [(r, r.tried[r.attempt]) for r in self._open.values() if r.runs]
-
-
-def _tell(request: Request, tried: Try) -> list[Effect]:
-    message = m.Assign(
-        request=request.id,
-        attempt=request.attempt,
-        deployment=tried.deployment.number,
-        assigned=tried.on_wire(),
-        head=tried.head,
-    )
-    return [Send(Plane.CONTROL, peer, message) for _, peer in sorted(tried.peers().items())]

@@ -13,25 +13,28 @@ from meshinfer.errors import InvalidInput
 from meshinfer.plan import Plan
 from meshinfer.protocol import messages as m
 from meshinfer.protocol.codec import header_bytes
-from meshinfer.scheduler.admission import refuse_model, unavailable
+from meshinfer.scheduler.admission import unavailable
 from meshinfer.scheduler.answering import Answering
 from meshinfer.scheduler.assigning import choices_of
 from meshinfer.scheduler.balance import Balance, pause_of
 from meshinfer.scheduler.catalogue import Catalogue, Deployment, Model, Phase, with_notes
 from meshinfer.scheduler.events import (
+    Candidate,
     Discard,
     Effect,
     MakePlan,
-    ModelOpened,
     Note,
     Plane,
     PlanReady,
     Send,
     Signature,
 )
-from meshinfer.scheduler.fetching import Fetching
 from meshinfer.scheduler.heads import Heads, install
+from meshinfer.scheduler.journal import Journal
 from meshinfer.scheduler.membership import Device, Membership
+from meshinfer.scheduler.publishing import Publishing
+from meshinfer.scheduler.remembered import Remembered, entry_of
+from meshinfer.scheduler.request import Request
 
 
 class Deploying:
@@ -41,79 +44,46 @@ class Deploying:
         self,
         members: Membership,
         catalogue: Catalogue,
-        answering: Answering,
         balance: Balance,
         heads: Heads,
+        journal: Journal,
+        answering: Answering,
     ) -> None:
         self._members = members
         self._heads = heads
         self._catalogue = catalogue
         self._answering = answering
         self._balance = balance
-        self.fetching = Fetching(catalogue, self._deploy_failed)
-        self._busy_at = 0.0
-
-    # --- models
-
-    def opened(self, event: ModelOpened) -> list[Effect]:
-        model = self._catalogue.opening.get(event.key)
-        if model is None:
-            return []
-        if event.failure is not None:
-            return self._deploy_failed(model, event.failure)
-        model.opened, model.inputs, model.image = True, event.inputs, event.image
-        model.outputs = event.outputs
-        failure = refuse_model(model)
-        if failure is not None:
-            return self._deploy_failed(model, failure)
-        signature = model.default_signature()
-        if signature is None:
-            self._catalogue.publish(model)  # planned at the first request of a shape
-            return self._answer_deploy(model, None)
-        model.asked_for(signature)
-        return []
-
-    def _deploy_failed(self, model: Model, failure: m.Failure) -> list[Effect]:
-        """The model never came to be; what was planned for it is retired."""
-        self._catalogue.opening.pop(model.key, None)
-        effects: list[Effect] = []
-        for made in list(self._catalogue.deployments.values()):
-            if made.model is model:
-                effects += self.retire(made)
-        call, model.call = model.call, None
-        if call is None:
-            return effects
-        answer = m.Deployed(call=call.name, name=model.name, failure=failure)
-        return [*effects, _to(call.peer, answer)]
-
-    def _answer_deploy(self, model: Model, made: Deployment | None) -> list[Effect]:
-        call, model.call = model.call, None
-        if call is None:
-            return []
-        model.answer = m.Deployed(
-            call=call.name,
-            name=model.name,
-            version=model.version,
-            plan=None if made is None else made.plan,
-            report=None if made is None else made.report,
-            image=model.image,
+        self._journal = journal
+        self._remembered = Remembered(members)
+        self.models = Publishing(
+            catalogue, answering, journal, heads, self._remembered, self.retire
         )
-        return [_to(call.peer, model.answer)]
+        self.fetching = self.models.fetching
+        self._busy_at = 0.0
 
     # --- plans
 
     def _plan(
-        self, model: Model, signature: Signature, now: float, present: Deployment | None = None
+        self,
+        model: Model,
+        signature: Signature,
+        now: float,
+        present: Deployment | None = None,
+        alone: Request | None = None,
     ) -> Effect:
         head, candidates = self._members.head, self._members.candidates(now)
+        if alone is not None:
+            candidates = (_one_for(alone, candidates),)
         assert head is not None and candidates
         names = tuple(c.device for c in candidates)
         factors = {name: self._balance.factor(name, now) for name in names}
         members = {n: self._members.devices[n].peer for n in (*names, head.name)}
-        plan = self._given_plan(model, set(members))
+        plan = None if alone is not None else self._given_plan(model, set(members))
         made = self._catalogue.new_deployment(model, signature, members, names, now)
         made.factors, made.given, made.head = factors, plan is not None, head.name
         made.links = self._members.links_changed
+        made.alone = "" if alone is None else alone.id
         if present is not None:
             grave = self._grave(present)
             made.share = limits.SEARCH_SHARE_GRAVE if grave else limits.SEARCH_SHARE
@@ -126,7 +96,7 @@ class Deploying:
             head=head.name,
             plan=plan,
             objective=model.objective,
-            spread=model.spread,
+            spread=model.spread and alone is None,
             strict=model.strict,
             present=None if present is None else present.plan,
             head_host=head.where,
@@ -169,11 +139,12 @@ class Deploying:
             return self._keep(made)
         made.plan, made.report, made.window = event.plan, event.report, event.window
         made.programs, made.choices = event.programs, choices_of(event.programs)
-        made.expected, made.members = event.expected, {n: made.members[n] for n in event.programs}
+        made.expected = event.expected
+        made.keep_members()
         made.phase, made.waiting, made.since = Phase.INSTALLING, set(event.programs), now
         sends = [
-            _to(peer, install(made, name, self._members))
-            for name, peer in sorted(made.members.items())
+            _to(made.members[name], install(made, name, self._members))
+            for name in sorted(made.programs)
         ]
         largest = max(header_bytes(send.message) for send in sends)
         if largest > limits.CONTROL_FRAME_BYTES:
@@ -183,7 +154,7 @@ class Deploying:
                 hint="plan fewer stages or tasks",
             )
             return self._plan_failed(made, failure, now)
-        for name in made.members:
+        for name in made.programs:
             self._members.devices[name].used = True
         return list(sends)
 
@@ -213,25 +184,26 @@ class Deploying:
         made.waiting.discard(device.name)
         if made.waiting:
             return []
-        made.phase = Phase.READY
+        made.phase, made.ready_at = Phase.READY, now
         model = made.model
         if made.report is not None and made.signature in model.unprepared:
             made.report = with_notes(made.report, model.unprepared.pop(made.signature))
-        if not model.version:
-            self._catalogue.publish(model)
         note = Note("info", "plan ready", {"model": model.name, "deployment": made.number})
-        return [note, *self._answer_deploy(model, made)]
+        effects = self.models.serve(model, made)
+        if not made.alone:
+            self._journal.planned(entry_of(made, self._members))
+        return [note, *effects]
 
     def _install_failed(
         self, made: Deployment, device: Device, failure: m.Failure, now: float
     ) -> list[Effect]:
-        fields = {"device": device.name, "why": failure.message}
-        note = Note("error", "a device could not prepare its programs", fields)
+        fields = {**device.ids, "deployment": made.number, "why": failure.message}
+        note = self._members.faults.note("error", "a device could not prepare its programs", fields)
         computes = device.name in made.candidates
         failed = made.model.unprepared.pop(made.signature, ())
         failed = (*failed, f"{device.name} is left out: {failure.message}")
         if computes:
-            device.excluded_until = now + limits.EXCLUDED_S
+            device.exclude(f"it cannot prepare its tasks: {failure.message}", now)
         if computes and len(failed) < limits.INSTALL_ATTEMPTS and self._members.ready(now):
             made.model.unprepared[made.signature] = failed
             return [note, *self.retire(made)]
@@ -254,6 +226,11 @@ class Deploying:
         effects = self.retire(made)
         model, signature = made.model, made.signature
         note = Note("error", "no plan", {"model": model.name, "why": failure.message})
+        if made.alone:
+            asked = self._answering.open.get(made.alone)
+            if asked is not None:
+                asked.together = asked.attempt  # a crash after that is proof all the same
+            return [note, *effects]
         serving = self._catalogue.serving(model, signature)
         if serving is not None:
             serving.candidates = made.candidates  # it stays; these devices were tried
@@ -264,7 +241,7 @@ class Deploying:
             model.signatures.remove(signature)
         effects += self._answering.fail_waiting(model, signature, failure, now)
         if model.call is not None:
-            effects += self._deploy_failed(model, failure)
+            effects += self.models.failed(model, failure)
         return [note, *effects]
 
     def out_of_service(self, name: str, now: float) -> list[Effect]:
@@ -273,7 +250,7 @@ class Deploying:
         for made in list(self._catalogue.deployments.values()):
             if name not in made.members:
                 continue
-            ready = made.phase is Phase.READY
+            ready = made.phase is Phase.READY or made.only_spare(name)
             went_on = self._answering.survives(made, name, now) if ready else None
             effects += self.retire(made) if went_on is None else went_on
         return effects
@@ -310,7 +287,13 @@ class Deploying:
         room = limits.PLANS_AT_ONCE - planning.count(1.0)
         effects: list[Effect] = []
         for model in self._catalogue.all_models() if room > 0 else ():
-            for signature in self._answering.wanted_signatures(model) if model.opened else ():
+            for signature in self._answering.wanted_signatures(model):
+                if self._remembered.awaits(model, signature, now):
+                    event = self._remembered.take_up(self._catalogue, model, signature, now)
+                    effects += [] if event is None else self.planned(event, now)
+                    continue
+                if not model.opened:
+                    continue
                 coming = self._catalogue.coming(model, signature)
                 serving = self._catalogue.serving(model, signature)
                 urgent = serving is None or (settled and serving.candidates != names)
@@ -325,7 +308,18 @@ class Deploying:
                 else:
                     continue
                 planning.append(1.0)
-        return effects
+        return effects + self._plan_for_one(now)
+
+    def _plan_for_one(self, now: float) -> list[Effect]:
+        """For each request that may run only alone, a plan on one device."""
+        known = {made.alone for made in self._catalogue.deployments.values()} - {""}
+        wanted = [
+            r
+            for r in self._answering.open.values()
+            if r.alone and r.waiting and now >= r.held_until and r.id not in known
+        ]
+        room = max(0, limits.PLANS_AT_ONCE - len(known))
+        return [self._plan(r.model, r.signature, now, alone=r) for r in wanted[:room]]
 
     def _uneven(self, made: Deployment, now: float) -> bool:
         """Whether devices or links have changed so much that another plan may be better.
@@ -356,7 +350,7 @@ class Deploying:
         effects = self._answering.give_up_without_workers(failure, now)
         for model in [o for o in self._catalogue.opening.values() if o.opened and o.call]:
             if self._members.out_of_patience(model.asked.since, now):
-                effects += self._deploy_failed(model, failure)
+                effects += self.models.failed(model, failure)
         return effects
 
     def retire_unused(self, now: float) -> list[Effect]:
@@ -379,8 +373,8 @@ class Deploying:
                 for o in self._catalogue.opening.values()
                 if o.opened and o.call
             ]
-        pull = self.fetching.next_deadline()
-        return times if pull is None else [*times, pull]
+        others = (self.fetching.next_deadline(), self._remembered.next_deadline())
+        return [*times, *(time for time in others if time is not None)]
 
 
 def _is_planning(made: Deployment) -> bool:
@@ -390,6 +384,13 @@ def _is_planning(made: Deployment) -> bool:
 def _is_search_beside(made: Deployment) -> bool:
     """Whether it is only looked for, while another serves, and may be dropped."""
     return _is_planning(made) and made.share < 1.0
+
+
+def _one_for(request: Request, candidates: tuple[Candidate, ...]) -> Candidate:
+    """The device with the most memory, of those that the request has not ended yet if any is."""
+    ended = {each.partition(":")[0] for each in request.crashes.values()}
+    left = [c for c in candidates if c.device not in ended] or candidates
+    return max(left, key=lambda c: c.facts.memory_bytes)
 
 
 def _to(peer: str, message: m.AnyMessage) -> Send:

@@ -23,6 +23,8 @@ from meshinfer.protocol.messages import (
     Program,
     Report,
 )
+from meshinfer.scheduler.ledger import Entry
+from meshinfer.scheduler.ledger import Signature as Signature
 
 Array = np.ndarray[Any, Any]
 
@@ -143,6 +145,21 @@ class PlanReady:
 
 
 @dataclass(frozen=True, slots=True)
+class Recorded:
+    """Answer to ``Record``: all entries up to this number are on disk."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class RecordFailed:
+    """Answer to ``Record``: those up to this number that are not on disk yet never will be."""
+
+    number: int
+    failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
 class Submitted:
     """The client's user asks for an answer: header and arrays."""
 
@@ -167,9 +184,19 @@ class Cancelled:
     request: str
 
 
+@dataclass(frozen=True, slots=True)
+class RanHere:
+    """A client has answered ``count`` requests itself, each in ``compute_s`` on average."""
+
+    deployment: int
+    count: int
+    compute_s: float
+
+
 Event = (
     Arrived | PeerLost | Ticked | StopRequested | BlobsFound | BlobWritten | Prepared | Computed
-    | ModelOpened | PlanReady | Submitted | Asked | Cancelled
+    | ModelOpened | PlanReady | Recorded | RecordFailed | Submitted | Asked | Cancelled
+    | RanHere
 )  # fmt: skip
 
 
@@ -262,18 +289,6 @@ class OpenModel:
 
 
 @dataclass(frozen=True, slots=True)
-class Signature:
-    """What a plan is made for: pixels or tensors in, the inputs' shapes, and the outputs asked for.
-
-    ``outputs`` is None for all of them; else what lies behind these is not computed.
-    """
-
-    picture: bool
-    shapes: tuple[tuple[str, tuple[int, ...]], ...]
-    outputs: tuple[str, ...] | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Candidate:
     """A device that may get work: what it said of itself, its link to the head if measured, and
     its links to other devices that it has sent to.
@@ -321,6 +336,17 @@ class MakePlan:
 
 
 @dataclass(frozen=True, slots=True)
+class Record:
+    """Write these to the journal, the last of them being this number -> ``Recorded`` or
+    ``RecordFailed``. Unless ``awaited`` the answer may come with whatever comes next. Without
+    entries: see whether anything can be written."""
+
+    number: int
+    entries: tuple[Entry, ...]
+    awaited: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Resolve:
     """Give the user of a client the outcome of a request."""
 
@@ -336,6 +362,22 @@ class Settle:
     call: str
     answer: AnyMessage | None
     failure: Failure | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Granted:
+    """This client may run a deployment, whose blobs are here, in its own process: a
+    ``meshinfer.scheduler.on_device.OwnTask``. Until it is discarded, while a lease lasts."""
+
+    deployment: int
+    task: object
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """Until when what was granted may be used."""
+
+    until: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -356,5 +398,5 @@ class Stop:
 
 Effect = (
     Send | Connect | Disconnect | FindBlobs | WriteBlob | ServeBlob | Prepare | Discard | Compute
-    | OpenModel | MakePlan | Resolve | Settle | Note | Stop
+    | OpenModel | MakePlan | Record | Resolve | Settle | Granted | Lease | Note | Stop
 )  # fmt: skip

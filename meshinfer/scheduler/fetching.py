@@ -61,6 +61,8 @@ class Fetching:
     def written(self, event: BlobWritten) -> list[Effect]:
         self._puller.done(event.digest)
         if event.failure is not None:
+            if event.failure.error == "ClusterUnavailable":  # the disk, and not the model
+                return self._blob_failed(event.digest, event.failure)
             return self._blob_lost(event.digest, event.failure.message)
         effects: list[Effect] = []
         for model in self._catalogue.opening.values():
@@ -87,10 +89,13 @@ class Fetching:
         self._puller.hasten(peer, now)
 
     def _blob_lost(self, digest: str, why: str) -> list[Effect]:
-        self._puller.done(digest)
         failure = m.Failure(
             error="InvalidInput", message=f"the model did not arrive: {why}", hint="deploy it again"
         )
+        return self._blob_failed(digest, failure)
+
+    def _blob_failed(self, digest: str, failure: m.Failure) -> list[Effect]:
+        self._puller.done(digest)
         effects: list[Effect] = []
         for model in [o for o in self._catalogue.opening.values() if digest in o.missing]:
             effects += self._fail(model, failure)

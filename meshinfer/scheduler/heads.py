@@ -6,31 +6,40 @@ answers itself, so that no tensor passes through another process on the way.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from meshinfer import limits
 from meshinfer.protocol import messages as m
 from meshinfer.protocol.records import BESIDE_COORDINATOR
-from meshinfer.scheduler.catalogue import Deployment
+from meshinfer.scheduler.catalogue import Deployment, Model
 from meshinfer.scheduler.events import Effect, Note, Plane, Send
 from meshinfer.scheduler.membership import Membership
+from meshinfer.scheduler.on_device import grant, has_room, only_task
+from meshinfer.scheduler.request import Request
 
 
 class Heads:
     """Mutable: owned by the coordinator's core. ``_with``: of each client that stands for the head,
-    the deployments that it has (True) or was told of. ``_refused``: clients that may not."""
+    the deployments that it has (True) or was told of. ``_granted``: those whose requests it may
+    compute itself. ``_where``: the host of each. ``_refused``: clients that may not."""
 
     def __init__(self, members: Membership) -> None:
         self._members = members
         self._with: dict[str, dict[int, bool]] = {}
+        self._granted: dict[str, dict[int, Deployment]] = {}
+        self._where: dict[str, str] = {}
         self._refused: set[str] = set()
 
     def admit(self, peer: str, hello: m.Hello) -> str:
         """The name that a client acts under, or none; what it was told before, it has forgotten."""
-        self._with.pop(peer, None)
+        self._forget_client(peer)
         head = self._members.head
         if hello.role != "client" or head is None or peer in self._refused:
             return ""
         if not self._beside_a_device(hello):
             return ""
-        self._with[peer] = {}
+        self._with[peer], self._granted[peer] = {}, {}
+        self._where[peer] = head.where if hello.where == BESIDE_COORDINATOR else hello.where
         return head.name
 
     def _beside_a_device(self, hello: m.Hello) -> bool:
@@ -38,8 +47,12 @@ class Heads:
         return hello.where in {BESIDE_COORDINATOR, *places}
 
     def gone(self, peer: str) -> None:
-        self._with.pop(peer, None)
+        self._forget_client(peer)
         self._refused.discard(peer)
+
+    def _forget_client(self, peer: str) -> None:
+        for known in (self._with, self._granted, self._where):
+            known.pop(peer, None)
 
     def refuse(self, peer: str) -> list[Effect]:
         """It and a device do not reach each other: from its next hello on it goes by the head."""
@@ -62,7 +75,7 @@ class Heads:
         self._with[peer][made.number] = False
         devices = self._members.devices  # those that send it the answer need a connection, too
         bulk = tuple(devices[n].bulk for n in sorted(made.members) if n in devices)
-        message = _install(made, made.head, bulk)
+        message = _install(made, made.programs[made.head], bulk, limits.KEPT_BYTES)
         return [Send(Plane.CONTROL, peer, message)]
 
     def installed(self, peer: str, message: m.Installed) -> None:
@@ -72,20 +85,88 @@ class Heads:
 
     def forget(self, made: Deployment) -> list[Effect]:
         """A deployment is retired."""
+        for granted in self._granted.values():
+            granted.pop(made.number, None)
         told = [
             peer for peer, known in self._with.items() if known.pop(made.number, None) is not None
         ]
         return [Send(Plane.CONTROL, peer, m.Forget(deployment=made.number)) for peer in told]
 
+    # --- requests that a client computes itself
+
+    def grant(self, request: Request, made: Deployment) -> list[Effect]:
+        """Let a client compute such requests itself, where the plan's one task lies on its host."""
+        peer, only = request.client, only_task(made)
+        if only is None or peer not in self._granted or made.number in self._granted[peer]:
+            return []
+        if made.alone:  # for fear that it ends the process that computes it
+            return []
+        device = self._members.devices.get(only[0])
+        if device is None or device.where != self._where[peer] or not has_room(made, device):
+            return []
+        self._granted[peer][made.number] = made
+        return [Send(Plane.CONTROL, peer, grant(made, device, request.header))]
+
+    def superseded(self, current: Model) -> list[Effect]:
+        """A version is its name's current one: what was granted for others ends."""
+        return self._take_back(lambda m: m.model.name == current.name and m.model is not current)
+
+    def changed(self, made: Deployment) -> list[Effect]:
+        """A deployment goes on without a device: what was granted of it ends."""
+        return self._take_back(lambda other: other is made)
+
+    def _take_back(self, which: Callable[[Deployment], bool]) -> list[Effect]:
+        effects: list[Effect] = []
+        for peer, granted in self._granted.items():
+            for number, made in list(granted.items()):
+                if which(made):
+                    del granted[number]
+                    effects.append(Send(Plane.CONTROL, peer, m.Revoke(deployment=number)))
+        return effects
+
+    def granted(self, peer: str, deployment: int) -> Deployment | None:
+        """What a client may compute, if it still may."""
+        return self._granted.get(peer, {}).get(deployment)
+
 
 def install(made: Deployment, name: str, members: Membership) -> m.Install:
     """What a device is told of a deployment."""
-    sends = [send for program in made.programs[name] for send in program.sends]
+    programs = made.programs[name]
+    return _install(made, programs, _peers(programs, members), _keep_bytes(made, name, members))
+
+
+def install_spares(made: Deployment, name: str, members: Membership) -> m.Install:
+    """What a device is told of the tasks that it may take over."""
+    programs = made.spare_programs(name)
+    return _install(made, programs, _peers(programs, members), _keep_bytes(made, name, members))
+
+
+def _peers(programs: tuple[m.Program, ...], members: Membership) -> tuple[m.Peer, ...]:
+    sends = [send for program in programs for send in program.sends]
     receivers = {device for send in sends for device in (send.device, *send.others)}
     here = sorted(receivers & set(members.devices))  # not who left a plan that goes on without it
-    return _install(made, name, tuple(members.devices[device].bulk for device in here))
+    return tuple(members.devices[device].bulk for device in here)
 
 
-def _install(made: Deployment, name: str, peers: tuple[m.Peer, ...]) -> m.Install:
-    programs = made.programs[name]
-    return m.Install(deployment=made.number, programs=programs, peers=peers, head=made.head)
+def _keep_bytes(made: Deployment, name: str, members: Membership) -> int:
+    """What a device may keep for others that take over: what its programs leave of its memory."""
+    memory = members.devices[name].hello.facts.memory_bytes
+    granted = made.model.memory
+    if granted is not None:
+        own = granted if isinstance(granted, int) else granted.get(name, memory)
+        memory = min(memory or own, own)
+    known = made.report.devices if made.report is not None else ()
+    peak = next((d.peak_bytes + d.spare_bytes for d in known if d.device == name), 0)
+    return min(limits.KEPT_BYTES, max(0, memory - peak)) if memory else limits.KEPT_BYTES
+
+
+def _install(
+    made: Deployment, programs: tuple[m.Program, ...], peers: tuple[m.Peer, ...], keep_bytes: int
+) -> m.Install:
+    return m.Install(
+        deployment=made.number,
+        programs=programs,
+        peers=peers,
+        head=made.head,
+        keep_bytes=keep_bytes,
+    )

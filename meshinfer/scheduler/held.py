@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from meshinfer.protocol import messages as m
 from meshinfer.scheduler.events import Array
-from meshinfer.scheduler.recipe import Gathering
+from meshinfer.scheduler.recipe import Gathering, Recipe
 
 
 @dataclass(slots=True)
 class Held:
     """One request on this device, under its newest attempt.
 
-    ``made``: what tasks (and the source) have made here for tasks that have several devices.
+    ``made``: what tasks (and the source) have made here for tasks that have several devices;
+    ``kept_bytes``: of tasks.
     ``head``: the peer that is this request's source and sink, if not the plan's own device.
     ``giver`` and ``turn``: the client that gave ``fed``, and how often it had submitted by then.
     ``heard``: when its attempt was first heard of; ``ready``: when the last piece of a task came,
@@ -37,31 +38,44 @@ class Held:
     heard: float = 0.0
     ready: dict[m.Place, tuple[float, float]] = field(default_factory=dict)
     made: dict[m.Place, Sequence[Array]] = field(default_factory=dict)
+    kept_bytes: int = 0
     not_kept: set[m.Place] = field(default_factory=set)
 
-    @property
-    def kept_bytes(self) -> int:
-        """Of what tasks have made here, for tasks that may be assigned again."""
-        return sum(array.nbytes for arrays in self.made.values() for array in arrays)
+    def keep(self, place: m.Place, arrays: Sequence[Array], nbytes: int) -> None:
+        """Until the release, for devices that take a task which reads it later."""
+        self.made[place] = arrays
+        self.kept_bytes += nbytes
 
     def routes(self, send: m.Send, assigned: Iterable[m.Assigned] | None = None) -> tuple[str, ...]:
         """The devices that take the task which a send is for, of all that are assigned or of
         these."""
-        if not send.others:
+        if not send.others or (send.spare and not self.assigned):
             return (send.device,) if assigned is None else ()
         devices = (send.device, *send.others)
-        return tuple(
+        found = tuple(
             devices[k]
             for stage, task, k in (self.assigned if assigned is None else assigned)
             if (stage, task) == send.consumer and 0 <= k < len(devices)
         )
+        return found or ((send.device,) if send.spare and assigned is None else ())
 
     def takes(self, program: m.Program, device: str) -> bool:
         """Whether this device is to run a task in this attempt."""
-        return not program.devices or any(
-            (stage, task) == program.place and program.devices[k : k + 1] == (device,)
-            for stage, task, k in self.assigned
-        )
+        taken = [k for *place, k in self.assigned if tuple(place) == program.place]
+        if not taken:
+            return program.is_own(device)
+        return any(program.devices[k : k + 1] == (device,) for k in taken)
+
+    def lacks(self, recipes: Mapping[m.Place, Recipe], device: str) -> set[m.Place]:
+        """The tasks from which those of this device that have not begun still await a piece."""
+        found: set[m.Place] = set()
+        for place, recipe in recipes.items():
+            if place in self.begun or not self.takes(recipe.program, device):
+                continue
+            missing = (self.pieces.get(place) or Gathering(recipe)).missing
+            pieces = (piece for value in recipe.program.inputs for piece in value.pieces)
+            found |= {piece.producer for piece in pieces if piece.slot in missing}
+        return found
 
     def renew(self, attempt: int, deployment: int, now: float) -> None:
         """Start over under a newer attempt; what the client fed stays."""
@@ -69,6 +83,7 @@ class Held:
         self.assigned, self.heard, self.head = (), now, ""
         self.ready.clear()
         self.made.clear()
+        self.kept_bytes = 0
         self.not_kept.clear()
         self.pieces.clear()
         self.begun.clear()

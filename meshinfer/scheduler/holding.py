@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from meshinfer import limits
 from meshinfer.protocol import messages as m
+from meshinfer.scheduler.events import Array
 from meshinfer.scheduler.held import Held
 
 _NEVER = (-1, "", -1)
@@ -45,6 +46,15 @@ class Holding:
             self._drop(name)
             request.renew(attempt, deployment, now)
         return request
+
+    def keep(
+        self, request: Held, place: m.Place, arrays: Sequence[Array], nbytes: int, most: int
+    ) -> None:
+        """What was made, for devices that take a task of its readers later, if there is room."""
+        if not nbytes or nbytes + sum(r.kept_bytes for r in self.requests.values()) <= most:
+            request.keep(place, arrays, nbytes)
+        else:
+            request.not_kept.add(place)
 
     def release(self, message: m.Release) -> None:
         name = message.request

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from meshinfer import limits
 from meshinfer.protocol import messages as m
 from meshinfer.scheduler.events import (
     BlobsFound,
@@ -27,25 +28,28 @@ from meshinfer.scheduler.telling import told
 @dataclass(slots=True)
 class Deployment:
     """``peers``: device -> peer id, for what the programs send; ``tasks``: how many programs
-    compute; ``head``: the plan's source and sink; ``missing``: blobs to come."""
+    compute in each request; ``head``: the plan's source and sink; ``keep_bytes``: as in
+    ``Install``; ``missing``: blobs to come; ``parts``: of it that were told of."""
 
-    programs: dict[m.Place, m.Program]
-    recipes: dict[m.Place, Recipe]
-    peers: dict[str, str]
-    tasks: int
+    programs: dict[m.Place, m.Program] = field(default_factory=dict)
+    recipes: dict[m.Place, Recipe] = field(default_factory=dict)
+    peers: dict[str, str] = field(default_factory=dict)
+    tasks: int = 0
     head: str = ""
+    keep_bytes: int = limits.KEPT_BYTES
     missing: set[str] = field(default_factory=set)
+    parts: int = 0
 
-    @staticmethod
-    def of(message: m.Install) -> Deployment:
-        programs = {program.place: program for program in message.programs}
-        return Deployment(
-            programs,
-            {place: Recipe.of(program) for place, program in programs.items()},
-            {peer.device: peer.id for peer in message.peers},
-            sum(p.model is not None and not p.devices for p in message.programs),
-            message.head,
-        )
+    def add(self, message: m.Install, device: str) -> None:
+        """The programs come in two parts: this device's own, then those that it may take over."""
+        for program in message.programs:
+            self.programs[program.place] = program
+            self.recipes[program.place] = Recipe.of(program)
+        self.peers |= {peer.device: peer.id for peer in message.peers}
+        own = (p for p in self.programs.values() if p.is_own(device))
+        self.tasks = sum(p.model is not None for p in own)
+        self.head, self.keep_bytes = message.head, message.keep_bytes
+        self.parts += 1
 
 
 class Installing:
@@ -62,7 +66,7 @@ class Installing:
         return not self._puller
 
     def install(self, message: m.Install) -> list[Effect]:
-        self.deployments[message.deployment] = Deployment.of(message)
+        self.deployments.setdefault(message.deployment, Deployment()).add(message, self._device)
         digests = {
             digest
             for program in message.programs
@@ -103,11 +107,15 @@ class Installing:
             return _prepare(number, deployment)
         effects: list[Effect] = []
         for digest in event.missing:
-            effects += self._puller.want(digest, coordinator.id, now)
+            gentle = deployment.parts > 1  # for others: this device's own part serves
+            effects += self._puller.want(digest, coordinator.id, now, gentle=gentle)
         return effects
 
-    def chunk(self, peer: str, chunk: m.Chunk, data: memoryview, now: float) -> list[Effect]:
-        return self._puller.arrived(peer, chunk, data, now)
+    def chunk(
+        self, peer: str, chunk: m.Chunk, data: memoryview, now: float, *, busy: bool = False
+    ) -> list[Effect]:
+        """``busy``: requests run here meanwhile."""
+        return self._puller.arrived(peer, chunk, data, now, busy=busy)
 
     def written(self, event: BlobWritten) -> list[Effect]:
         self._puller.done(event.digest)

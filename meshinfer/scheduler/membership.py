@@ -7,9 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from msgspec import structs
+
 from meshinfer import limits
 from meshinfer.protocol import messages as m
 from meshinfer.scheduler.events import Candidate
+from meshinfer.scheduler.faults import Faults
+from meshinfer.scheduler.health import Health
 
 
 @dataclass(slots=True)
@@ -18,7 +22,8 @@ class Device:
 
     ``links``: what its transfers to other devices came to, by their names.
     ``used``: it was told to install something. ``rival``: another process that wants its name, and
-    since when.
+    since when. ``excluded_for``: why it gets no work until then. ``computing``: what its compute
+    thread did as it was last heard, for ``computing_s`` then.
     """
 
     hello: m.Hello
@@ -29,13 +34,21 @@ class Device:
     used: bool = False
     rival: tuple[str, float] | None = None
     excluded_until: float = 0.0
+    excluded_for: str = ""
     computing: str = ""
+    computing_s: float = 0.0
+    joined: float = 0.0
     tasks_done: int = 0
     links: dict[str, m.Link] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         return self.hello.device
+
+    @property
+    def ids(self) -> dict[str, object]:
+        """How the log names it."""
+        return {"device": self.name, "incarnation": self.hello.incarnation}
 
     @property
     def bulk(self) -> m.Peer:
@@ -53,6 +66,10 @@ class Device:
         """Whether nothing but its welcome depends on it yet: no programs, no inputs of clients."""
         return not self.used and not self.hello.facts.head
 
+    def exclude(self, why: str, now: float) -> None:
+        """It gets no work for a while."""
+        self.excluded_until, self.excluded_for = now + limits.EXCLUDED_S, why
+
     def state(self, now: float) -> str:
         if self.draining:
             return "draining"
@@ -65,7 +82,8 @@ class Membership:
 
     ``absent``: clients whose connection broke, and since when; they come back or are given up.
     ``idle_since``: since when nobody can compute, or there is no head; None while somebody can.
-    ``links_changed``: how often a link was found to be another than it was.
+    ``links_changed``: how often a link was found to be another than it was. ``apart``: pairs that
+    do not reach each other.
     """
 
     cluster: str
@@ -76,6 +94,10 @@ class Membership:
     changed_at: float = 0.0
     idle_since: float | None = 0.0
     links_changed: int = 0
+    apart: dict[tuple[str, str], bool] = field(default_factory=dict)
+    health: Health = field(default_factory=Health)
+
+    faults: Faults = field(default_factory=Faults)
 
     def refusal(self, hello: m.Hello, now: float) -> m.Failure | None:
         """Why a hello is not admitted; None when it is."""
@@ -136,7 +158,7 @@ class Membership:
             self.absent.pop(peer, None)
             self.clients[peer] = now
             return
-        self.devices[hello.device] = Device(hello, peer, now)
+        self.devices[hello.device] = Device(hello, peer, now, joined=now)
         self.changed_at = now
 
     def knows(self, peer: str) -> bool:
@@ -150,14 +172,20 @@ class Membership:
         device = self.by_peer(peer)
         if device is None:
             return False
-        device.heard, device.computing = now, beat.computing
+        device.heard, device.computing, device.computing_s = now, beat.computing, beat.since_s
         return True
 
     def by_peer(self, peer: str) -> Device | None:
         return next((d for d in self.devices.values() if d.peer == peer), None)
 
-    def remove(self, device: Device, now: float) -> None:
+    def remove(self, device: Device, why: str, now: float) -> None:
+        if device.dismissed:
+            self.health.left(device.name)
+        else:
+            info = structs.replace(self._info(device, now), state="dead", cause=why)
+            self.health.lost(device.hello, info, device.joined, now)
         del self.devices[device.name]
+        self.apart = {pair: True for pair in self.apart if device.name not in pair}
         for other in self.devices.values():
             other.links.pop(device.name, None)
         self.changed_at = now
@@ -210,12 +238,18 @@ class Membership:
         return next((d for d in self.devices.values() if d.hello.facts.head), None)
 
     def ready(self, now: float) -> tuple[str, ...]:
-        """Names of the devices that may get work, in order."""
-        return tuple(
-            name
-            for name, d in sorted(self.devices.items())
+        """Names of the devices that may get work, in order; the last two whatever they did."""
+        until = self.health.quarantined_until
+        here = [
+            (until(name), name)
+            for name, d in self.devices.items()
             if d.hello.facts.computes and d.state(now) == "ready"
-        )
+        ]
+        names = [name for ends, name in here if ends <= now]
+        if len(names) < len(here):
+            held = sorted(each for each in here if each[0] > now)
+            names += [name for _, name in held[: max(0, limits.NEVER_QUARANTINED - len(names))]]
+        return tuple(sorted(names))
 
     def candidates(self, now: float) -> tuple[Candidate, ...]:
         """Devices that may get work, by name."""
@@ -242,20 +276,36 @@ class Membership:
             peer=head.name, bytes_per_s=max(rates, default=0.0), latency_s=min(waits, default=0.0)
         )
 
-    def infos(self, now: float) -> tuple[m.DeviceInfo, ...]:
-        return tuple(
-            m.DeviceInfo(
-                device=d.name,
-                state=d.state(now),
-                facts=d.hello.facts,
-                link=self.link(d.name),
-                links=tuple(d.links.values()),
-                heard_s=now - d.heard,
-                computing=d.computing,
-                tasks_done=d.tasks_done,
-                where=d.where,
-            )
-            for _, d in sorted(self.devices.items())
+    def infos(self, now: float, *, lost: bool = False) -> tuple[m.DeviceInfo, ...]:
+        """What is known of the devices; ``lost``: of those too that died of late."""
+        here = [self._info(d, now) for d in self.devices.values()]
+        gone = self.health.gone(now) if lost else []
+        return tuple(sorted((*here, *gone), key=lambda info: info.device))
+
+    def _info(self, d: Device, now: float) -> m.DeviceInfo:
+        state, until, cause = d.state(now), 0.0, self.health.cause(d.name)
+        if state == "excluded":
+            until, cause = d.excluded_until, d.excluded_for
+        elif state == "ready" and d.hello.facts.computes:
+            until = self.health.quarantined_until(d.name)
+            if until > now and d.name not in self.ready(now):
+                state = "quarantined"
+            elif d.name in self.health.suspects(now):
+                state = "suspect"
+        return m.DeviceInfo(
+            device=d.name,
+            state=state,
+            facts=d.hello.facts,
+            link=self.link(d.name),
+            links=tuple(d.links.values()),
+            heard_s=now - d.heard,
+            computing=d.computing,
+            computing_s=d.computing_s + now - d.heard if d.computing else 0.0,
+            tasks_done=d.tasks_done,
+            where=d.where,
+            port=d.bulk.port,
+            cause=cause or d.hello.facts.last_exit,
+            returns_s=max(0.0, until - now),
         )
 
     def next_deadline(self) -> float | None:
@@ -263,4 +313,5 @@ class Membership:
         heard = (*self.clients.values(), *self.absent.values())
         times += [h + limits.COORDINATOR_SILENT_S + 0.001 for h in heard]
         times += [d.excluded_until for d in self.devices.values() if d.excluded_until]
-        return min(times, default=None)
+        times += [self.health.quarantined_until(name) for name in self.devices]
+        return min((t for t in times if t), default=None)

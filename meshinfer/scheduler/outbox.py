@@ -1,11 +1,13 @@
 """What was sent and not yet acknowledged, and when to send it again.
 
 A send that succeeded proves nothing (RELIABILITY: a killed slow receiver loses its inbox). The wait
-grows with the bytes under way to a peer, so that a slow link is not taken for a broken one.
+grows with the bytes under way to a peer, so that a slow link is not taken for a broken one. What a
+peer has not acknowledged is bounded in bytes: it has so much credit, and the rest waits here.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
@@ -14,13 +16,16 @@ from meshinfer.protocol.codec import Buffer
 from meshinfer.protocol.messages import Answer, Deliver, Feed
 from meshinfer.scheduler.events import Effect, Plane, Send
 
+_NEVER = float("inf")
+
 Numbered = Deliver | Feed | Answer
 """Messages that are acknowledged by their ``id``."""
 
 
 @dataclass(frozen=True, slots=True)
 class Unacknowledged:
-    """A message on its way to ``peer``, first sent at ``since``, due again at ``due``."""
+    """A message on its way to ``peer``, first sent at ``since``, due again at ``due``; never while
+    it waits for credit."""
 
     peer: str
     message: Numbered
@@ -30,13 +35,16 @@ class Unacknowledged:
 
 
 class Outbox:
-    """Numbers messages, keeps them until their ack. Mutable: owned by one core."""
+    """Numbers messages, keeps them until their ack. Mutable: owned by one core. ``late``: the peers
+    of pieces that the last ``resend_due`` sent again."""
 
     def __init__(self) -> None:
+        self.late: set[str] = set()
+        self._waiting: dict[str, deque[int]] = {}
         self._entries: dict[int, Unacknowledged] = {}
         self._last = 0
         self._under_way: dict[str, int] = {}
-        self._soonest = float("inf")
+        self._soonest = _NEVER
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -50,13 +58,40 @@ class Outbox:
         self._last += 1
         return self._last
 
-    def send(self, peer: str, message: Numbered, payload: Buffer, now: float) -> Send:
-        """Keep a message, which has its number, and send it for the first time."""
+    def send(self, peer: str, message: Numbered, payload: Buffer, now: float) -> list[Effect]:
+        """Keep a message, which has its number, and send it for the first time: now, or when the
+        peer has acknowledged enough of what is under way."""
+        if peer in self._waiting or not self._has_credit(peer, payload):
+            self._entries[message.id] = Unacknowledged(peer, message, payload, now, _NEVER)
+            self._waiting.setdefault(peer, deque()).append(message.id)
+            return []
+        return [self._send(peer, message, payload, now)]
+
+    def _send(self, peer: str, message: Numbered, payload: Buffer, now: float) -> Send:
         self._under_way[peer] = self._under_way.get(peer, 0) + len(payload)
         due = now + self._patience(peer)
         self._soonest = min(self._soonest, due)
         self._entries[message.id] = Unacknowledged(peer, message, payload, now, due)
         return Send(Plane.BULK, peer, message, payload)
+
+    def _has_credit(self, peer: str, payload: Buffer) -> bool:
+        """One message may always be under way, however large."""
+        under_way = self._under_way.get(peer, 0)
+        return not under_way or under_way + len(payload) <= limits.CREDIT_BYTES
+
+    def _release(self, now: float) -> list[Effect]:
+        """Send what waited, as far as there is credit now."""
+        effects: list[Effect] = []
+        for peer, waiting in list(self._waiting.items()):
+            while waiting:
+                entry = self._entries[waiting[0]]
+                if not self._has_credit(peer, entry.payload):
+                    break
+                waiting.popleft()
+                effects.append(self._send(peer, entry.message, entry.payload, now))
+            if not waiting:
+                del self._waiting[peer]
+        return effects
 
     def acknowledge(self, numbers: Iterable[int]) -> None:
         for number in numbers:
@@ -74,16 +109,18 @@ class Outbox:
         """
         soon = now + limits.RESEND_AFTER_LOSS_S
         for number, entry in self._entries.items():
-            if entry.peer == peer and entry.due > soon:
+            if entry.peer == peer and soon < entry.due < _NEVER:
                 self._entries[number] = replace(entry, due=soon)
                 self._soonest = min(self._soonest, soon)
 
     def resend_due(self, now: float) -> tuple[list[Effect], list[Unacknowledged]]:
-        """Send again what is overdue; and what is given up, since it was so for too long."""
-        effects: list[Effect] = []
+        """Send again what is overdue, and for the first time what waited for credit; and what is
+        given up, since it was overdue for too long."""
         lost: list[Unacknowledged] = []
+        self.late.clear()
         if now < self._soonest:
-            return effects, lost
+            return [], lost
+        effects = self._release(now)
         for number, entry in list(self._entries.items()):
             if entry.due > now:
                 continue
@@ -94,7 +131,9 @@ class Outbox:
                 continue
             self._entries[number] = replace(entry, due=now + patience)
             effects.append(Send(Plane.BULK, entry.peer, entry.message, entry.payload))
-        self._soonest = min((e.due for e in self._entries.values()), default=float("inf"))
+            if isinstance(entry.message, Deliver):
+                self.late.add(entry.peer)
+        self._soonest = min((e.due for e in self._entries.values()), default=_NEVER)
         return effects, lost
 
     def next_deadline(self) -> float | None:
@@ -106,6 +145,13 @@ class Outbox:
         entry = self._entries.pop(number, None)
         if entry is None:
             return
+        if entry.due == _NEVER:  # it took no credit
+            self._waiting[entry.peer].remove(number)
+            if not self._waiting[entry.peer]:
+                del self._waiting[entry.peer]
+            return
+        if entry.peer in self._waiting:
+            self._soonest = 0.0  # look at once whether there is room
         left = self._under_way.get(entry.peer, 0) - len(entry.payload)
         if left:
             self._under_way[entry.peer] = left

@@ -19,12 +19,16 @@ _PATIENCE_S = (
 
 @dataclass(slots=True)
 class _Pull:
+    """``gentle``: nobody waits for it, so it must not be in the way of what somebody waits for."""
+
     peer: str
     total: int | None
     offset: int = 0
     since: float = 0.0
     due: float = 0.0
     complete: bool = False
+    gentle: bool = False
+    asked: float = 0.0
 
 
 class Puller:
@@ -33,17 +37,32 @@ class Puller:
     def __init__(self) -> None:
         self._pulls: dict[str, _Pull] = {}
         self._active: dict[str, None] = {}
+        self._gentle_from = 0.0
 
-    def want(self, digest: str, peer: str, now: float, nbytes: int | None = None) -> list[Effect]:
+    def want(
+        self,
+        digest: str,
+        peer: str,
+        now: float,
+        nbytes: int | None = None,
+        *,
+        gentle: bool = False,
+    ) -> list[Effect]:
         """``nbytes``: its size, if it is known; chunks of one of another size are dropped."""
-        if digest in self._pulls:
-            self._pulls[digest].peer = peer
-            return []
-        self._pulls[digest] = _Pull(peer, nbytes)
+        known = self._pulls.get(digest)
+        if known is None:
+            self._pulls[digest] = _Pull(peer, nbytes, gentle=gentle)
+        else:
+            known.peer, known.gentle = peer, known.gentle and gentle
         return self._fill(now)
 
-    def arrived(self, peer: str, chunk: Chunk, data: memoryview, now: float) -> list[Effect]:
-        """Write the chunk that was asked for and ask for the next; anything else is dropped."""
+    def arrived(
+        self, peer: str, chunk: Chunk, data: memoryview, now: float, *, busy: bool = False
+    ) -> list[Effect]:
+        """Write the chunk that was asked for and ask for the next; anything else is dropped.
+
+        ``busy``: there is other work, so what is gentle pauses longer than the chunk has taken.
+        """
         pull = self._pulls.get(chunk.digest)
         if pull is None or pull.peer != peer or pull.complete or chunk.offset != pull.offset:
             return []
@@ -54,9 +73,13 @@ class Puller:
         pull.offset += len(data)
         pull.since = now
         effects: list[Effect] = [WriteBlob(chunk.digest, chunk.offset, chunk.total, data)]
-        if pull.offset >= chunk.total:
-            pull.complete = True
+        pull.complete = pull.offset >= chunk.total
+        if busy and pull.gentle:
+            self._gentle_from = now + limits.GENTLE_PAUSE_TIMES * (now - pull.asked)
             self._active.pop(chunk.digest, None)
+        if pull.complete:
+            self._active.pop(chunk.digest, None)
+        if chunk.digest not in self._active:
             return effects + self._fill(now)
         return [*effects, self._ask(chunk.digest, now)]
 
@@ -105,25 +128,37 @@ class Puller:
         """When ``due`` has something to do; what ``done`` made room for is asked for then, too."""
         if not self._pulls:
             return None
-        if len(self._active) < limits.PULLS_AT_ONCE and any(
-            d not in self._active and not p.complete for d, p in self._pulls.items()
-        ):
-            return 0.0
-        return min((self._pulls[d].due for d in self._active), default=None)
+        times = [self._pulls[d].due for d in self._active]
+        waiting = self._next()
+        if waiting is not None:
+            times.append(self._gentle_from if self._pulls[waiting].gentle else 0.0)
+        return min(times, default=None)
+
+    def _next(self) -> str | None:
+        """What to ask for next, if anything; of what is gentle there is one at a time."""
+        if len(self._active) >= limits.PULLS_AT_ONCE:
+            return None
+        waiting = (d for d, p in self._pulls.items() if d not in self._active and not p.complete)
+        gentle = None
+        for digest in waiting:
+            if not self._pulls[digest].gentle:
+                return digest
+            gentle = gentle or digest
+        return None if any(self._pulls[d].gentle for d in self._active) else gentle
 
     def _fill(self, now: float) -> list[Effect]:
         effects: list[Effect] = []
-        for digest, pull in self._pulls.items():
-            if len(self._active) >= limits.PULLS_AT_ONCE:
+        while (digest := self._next()) is not None:
+            pull = self._pulls[digest]
+            if pull.gentle and now < self._gentle_from:
                 break
-            if digest not in self._active and not pull.complete:
-                self._active[digest] = None
-                pull.since = now
-                effects.append(self._ask(digest, now))
+            self._active[digest] = None
+            pull.since = now
+            effects.append(self._ask(digest, now))
         return effects
 
     def _ask(self, digest: str, now: float) -> Send:
         pull = self._pulls[digest]
-        pull.due = now + _PATIENCE_S
+        pull.asked, pull.due = now, now + _PATIENCE_S
         want = Want(digest=digest, offset=pull.offset, length=limits.BLOB_WANT_BYTES)
         return Send(Plane.BULK, pull.peer, want)

@@ -60,13 +60,14 @@ class Cut:
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """``shapes``: of each input that is put together from several pieces, else None; ``sums``: the
-    inputs whose pieces are added."""
+    inputs whose pieces are added; ``passes``: whether another device may take a reader's task."""
 
     program: m.Program
     slots: Mapping[int, Slot]
     shapes: tuple[tuple[int, ...] | None, ...]
     sums: frozenset[int]
     cuts: tuple[Cut, ...]
+    passes: bool = False
 
     @staticmethod
     def of(program: m.Program) -> Recipe:
@@ -85,7 +86,8 @@ class Recipe:
                 shape = box.shape if box.axes else None
                 slots[piece.slot] = Slot(piece.shard, position, where, shape, piece.half)
         cuts = tuple(_cut(program, send) for send in program.sends)
-        return Recipe(program, slots, tuple(shapes), frozenset(sums), cuts)
+        passes = any(send.others for send in program.sends)
+        return Recipe(program, slots, tuple(shapes), frozenset(sums), cuts, passes)
 
 
 def _cut(program: m.Program, send: m.Send) -> Cut:
@@ -113,6 +115,10 @@ class Gathering:
         self._missing = set(recipe.slots)
         self._values: list[Array | None] = [None] * len(recipe.shapes)
         self._parts: dict[int, list[tuple[Shard, Array]]] = {}
+
+    @property
+    def missing(self) -> frozenset[int]:
+        return frozenset(self._missing)
 
     @property
     def complete(self) -> bool:

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 from meshinfer import limits
+from meshinfer.identity import DeviceId
+from meshinfer.plan import Plan
 from meshinfer.protocol import messages as m
 from meshinfer.scheduler.catalogue import Deployment, Model
 from meshinfer.scheduler.events import Signature
+
+SPARE = 1
+"""The position of a task's spare device among its devices."""
+
+
+@dataclass(slots=True)
+class Question:
+    """Which tasks of lost devices are awaited somewhere? ``awaiting``: peers yet to answer."""
+
+    asked: tuple[m.Place, ...]
+    awaiting: set[str]
+    lacked: set[m.Place] = field(default_factory=set)
 
 
 @dataclass(slots=True)
@@ -16,6 +31,8 @@ class Try:
 
     ``head``: the client, where it is itself source and sink; else empty. ``client``: who gets the
     answer. ``assigned``: the devices of each task that had a choice, the first one first.
+    ``moved``: tasks of lost devices, and where they go on; ``untold``: those that nobody awaits, so
+    that nobody may tell of them. ``question``: what all were asked about tasks of lost devices.
     """
 
     deployment: Deployment
@@ -24,32 +41,55 @@ class Try:
     client: str = ""
     assigned: dict[m.Place, tuple[str, ...]] = field(default_factory=dict)
     tasks: dict[m.Place, m.TaskTime] = field(default_factory=dict)
+    moved: dict[m.Place, str] = field(default_factory=dict)
+    untold: set[m.Place] = field(default_factory=set)
+    question: Question | None = None
+
+    def merges_at(self, peer: str, head: str, client: str) -> bool:
+        """Whether a peer is its sink, and its answer goes to the process that asks now."""
+        return self.client == client and peer == (self.head or head)
 
     def peers(self) -> dict[str, str]:
         """Who is to hear of it, by the names in the plan."""
-        members = self.deployment.members
-        return {**members, self.deployment.head: self.head} if self.head else dict(members)
+        made = self.deployment
+        peers = {name: made.members[name] for name in made.programs}
+        return {**peers, made.head: self.head} if self.head else peers
 
     def devices(self) -> list[str]:
         """Those of the plan but for a head whose place the client took."""
-        members = self.deployment.members
-        return [name for name in members if not self.head or name != self.deployment.head]
+        made = self.deployment
+        return [name for name in made.programs if not self.head or name != made.head]
+
+    @property
+    def all_told(self) -> bool:
+        """Whether the times of all tasks are in that are to come."""
+        return len(self.tasks.keys() | self.untold) >= self.deployment.tasks
+
+    @property
+    def plan(self) -> str:
+        """The deployment's, with tasks that have moved where they are now."""
+        return moved(self.deployment.plan, tuple(sorted(self.moved.items())))
 
     def on_wire(self) -> tuple[m.Assigned, ...]:
         """The assignment as messages carry it."""
         choices = self.deployment.choices
-        return tuple(
+        chosen = tuple(
             (*place, choices[place].index(device))
             for place, devices in self.assigned.items()
             for device in devices
         )
+        return (*chosen, *((*place, SPARE) for place in self.moved))
 
 
 @dataclass(slots=True)
 class Request:
-    """One accepted request. ``deployment`` is None while it waits for one.
+    """One accepted request. ``deployment`` is None while it waits for one. ``nbytes``: its inputs'.
 
-    ``merged``: when the sink has sent the answer, and under which attempt.
+    ``merged``: when the sink has sent the answer, and under which attempt; ``outcome``: its digest.
+    ``lost``: devices that were lost while it ran there, and how that was seen, last at ``hurt_at``.
+    ``crashes``: the processes that its tasks ended, by those that came after them; ``together``: no
+    one device can hold it, as was found at this attempt.
+    ``held_until``: it ran alone and its device was lost; why is to be told.
     """
 
     header: m.Submit
@@ -59,12 +99,28 @@ class Request:
     submitted: float
     deadline: float
     turn: int
+    nbytes: int = 0
     attempt: int = 0
     deployment: Deployment | None = None
     started: float | None = None
     merged: tuple[float, int] | None = None
+    outcome: str = ""
     kernel_failures: int = 0
     tried: dict[int, Try] = field(default_factory=dict)
+    lost: dict[str, str] = field(default_factory=dict)
+    hurt_at: float = 0.0
+    crashes: dict[str, str] = field(default_factory=dict)
+    together: int | None = None
+    held_until: float = 0.0
+
+    @property
+    def alone(self) -> bool:
+        """Whether it may run only on one device, and no other request under its plan."""
+        return len(self.crashes) >= limits.CRASHES_PER_REQUEST - 1 and self.together is None
+
+    @property
+    def causes(self) -> str:
+        return "; ".join(self.crashes.values())
 
     @property
     def id(self) -> str:
@@ -78,16 +134,25 @@ class Request:
     def runs(self) -> bool:
         return self.deployment is not None and self.merged is None
 
-    def grace_ends(self) -> float | None:
-        """Until when a merged answer waits for the times of its tasks."""
-        return None if self.merged is None else self.merged[0] + limits.TIMING_GRACE_S
+
+@lru_cache(maxsize=16)
+def moved(plan: str, tasks: tuple[tuple[m.Place, str], ...]) -> str:
+    """The text of a plan, with some of its tasks on other devices."""
+    if not tasks:
+        return plan
+    parsed, to = Plan.parse(plan), dict(tasks)
+    stages = []
+    for s, stage in enumerate(parsed.stages):
+        places = ((task, to.get((s, t))) for t, task in enumerate(stage.tasks))
+        tasks_now = (replace(task, devices=(DeviceId(d),)) if d else task for task, d in places)
+        stages.append(replace(stage, tasks=tuple(tasks_now)))
+    return str(replace(parsed, stages=tuple(stages)))
 
 
 @dataclass(frozen=True, slots=True)
 class Answered:
     """An outcome that was given. ``head``: who sent, or has, the tensors; ``client``: for whom."""
 
-    header: m.Submit
     reply: m.Reply
     head: str
     client: str = ""

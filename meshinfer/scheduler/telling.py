@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from meshinfer.protocol import messages as m
 from meshinfer.scheduler.events import Effect, Note, Plane, Send
 from meshinfer.scheduler.held import Held
@@ -23,10 +25,20 @@ def told_done(name: str, request: Held, done: list[m.Done]) -> Send:
     return told(m.TasksDone(request=name, attempt=request.attempt, tasks=tuple(done)))
 
 
+def told_lacked(asked: m.Assign, awaited: Collection[m.Place]) -> Send:
+    """Which of the tasks asked for are still awaited here."""
+    lacked = tuple(place for place in asked.asked if place in awaited)
+    word = m.Lacks(request=asked.request, attempt=asked.attempt, asked=asked.asked, lacked=lacked)
+    return told(word)
+
+
 def unreachable(lost: Unacknowledged) -> list[Effect]:
     """A peer never acknowledged a message; it is news where it was a piece."""
-    effects: list[Effect] = [Note("warning", "no acknowledgement", {"peer": lost.peer})]
+    fields: dict[str, object] = {"peer": lost.peer}
     message = lost.message
+    if isinstance(message, m.Deliver):
+        fields |= {"request": message.request, "attempt": message.attempt}
+    effects: list[Effect] = [Note("warning", "no acknowledgement", fields)]
     if isinstance(message, m.Deliver):
         word = m.Unreachable(request=message.request, attempt=message.attempt, peer=lost.peer)
         effects.append(told(word))

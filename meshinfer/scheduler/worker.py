@@ -9,6 +9,7 @@ from __future__ import annotations
 from meshinfer import limits
 from meshinfer.protocol import messages as m
 from meshinfer.scheduler.computing import SOURCE, Computing
+from meshinfer.scheduler.detours import Detours
 from meshinfer.scheduler.events import (
     Arrived,
     BlobsFound,
@@ -41,11 +42,13 @@ class WorkerCore:
     def __init__(self, hello: m.Hello) -> None:
         self.hello = hello
         self.device = hello.device
+        self._ids = {"device": hello.device, "incarnation": hello.incarnation}
         self.joined = False
         self._coordinator: m.Peer | None = None
         self._installing = Installing(hello.device)
         self._computing = Computing(hello.device, self._installing.deployments)
         self._links = LinkMeter()
+        self._detours = Detours("" if hello.bulk is None else hello.bulk.id)
         self._hello_due = 0.0
         self._left = 0.0
         self._beat_due = 0.0
@@ -54,6 +57,9 @@ class WorkerCore:
     # --- the gate
 
     def handle(self, event: Event, now: float) -> list[Effect]:
+        return self._detours.redirect(self._handle(event, now))
+
+    def _handle(self, event: Event, now: float) -> list[Effect]:
         match event:
             case Arrived():
                 return self._arrived(event, now)
@@ -82,6 +88,7 @@ class WorkerCore:
             self._computing.next_deadline(),
             self._installing.next_deadline(),
             self._links.next_deadline(),
+            self._detours.next_deadline(),
             self._stop_due,
         ):
             if other is not None and other < soonest:
@@ -105,6 +112,11 @@ class WorkerCore:
                 return self._computing.deliver(peer, message, event.payload, now)
             case m.Feed():
                 return self._computing.feed(peer, message, event.payload, now)
+            case m.Relay():
+                effects = self._detours.relayed(peer, message, event.payload, now)
+                if not self._detours.is_mine(message):
+                    return effects
+                return self._arrived(Arrived(message.origin, message.message, event.payload), now)
             case m.Ack():
                 self._computing.outbox.acknowledge(message.ids)
                 return []
@@ -112,9 +124,11 @@ class WorkerCore:
                 return [Send(Plane.BULK, peer, m.Echoed(id=message.id))]
             case m.Echoed():
                 watched = self._computing.watch.echoed(peer, message.id, now)
+                watched += self._detours.echoed(peer, message.id)
                 return watched or self._links.echoed(peer, message.id, now)
             case m.Chunk():
-                return self._installing.chunk(peer, message, event.payload, now)
+                busy = not self._computing.idle
+                return self._installing.chunk(peer, message, event.payload, now, busy=busy)
             case m.Gone():
                 if self._coordinator is None or peer != self._coordinator.id:
                     return []
@@ -144,6 +158,9 @@ class WorkerCore:
                 return self._installing.forget(message.deployment)
             case m.Welcome():
                 return self._welcome(message, now)
+            case m.Detour():
+                self._computing.outbox.hasten(message.peer.id, now)
+                return self._detours.begin(message, now)
             case m.MeasureLink():
                 return self._links.begin(message.peer, now)
             case m.Who():
@@ -154,7 +171,11 @@ class WorkerCore:
                 return [Stop(message.failure)]
             case m.Dismiss():
                 return self._end()
-            case m.Probe() | m.Alive():
+            case m.Alive():
+                if message.beat_in_s:
+                    self._beat_due = now + message.beat_in_s
+                return []
+            case m.Probe():
                 return []
             case _:
                 return [Note("warning", "unexpected message", {"type": type(message).__name__})]
@@ -171,7 +192,7 @@ class WorkerCore:
         self._coordinator = message.bulk
         self.joined = True
         self._beat_due = now
-        effects += [Connect(message.bulk), Note("info", "joined", {"device": self.device})]
+        effects += [Connect(message.bulk), Note("info", "joined", self._ids)]
         if self._stop_due is not None:
             effects.append(told(m.Goodbye()))
         return effects
@@ -182,10 +203,11 @@ class WorkerCore:
         self.joined = False
         self._hello_due, self._left = when, when
         self._links.reset()
+        self._detours.reset()
         self._computing.reset(keep_inputs=False)  # the coordinator has clients give them again
         if self._stop_due is not None:
             return self._end()
-        return [Note("warning", "coordinator lost", {"device": self.device})]
+        return [Note("warning", "coordinator lost", self._ids)]
 
     def _moved(self, now: float) -> bool:
         """Whether a coordinator that once answered is silent so long that it must be looked for."""
@@ -210,6 +232,7 @@ class WorkerCore:
             self._beat_due = now + limits.HEARTBEAT_S
             effects.append(told(self._heartbeat(now)))
         effects += self._computing.due(now)
+        effects += self._detours.late(self._computing.outbox.late, now) + self._detours.due(now)
         effects += self._installing.due(now)
         effects += self._links.due(now)
         self._computing.holding.drop_orphans(now)
@@ -231,8 +254,9 @@ class WorkerCore:
                 )
                 return [Stop(failure)]
             return self._rejoin(now)
-        if event.peer:
+        if event.peer and not self._detours.goes(event.peer):
             self._computing.outbox.hasten(event.peer, now)
+        if event.peer:
             self._installing.connection_cut(event.peer, now)
         return []
 

@@ -67,15 +67,11 @@ def one_outcome(world: Simulation, calm: bool) -> None:
 
 def right_or_typed(world: Simulation, calm: bool) -> None:
     """An answer is that of a model which served when it was asked, or an error that can be."""
-    for asked, at, reply, arrays in _replies(world):
+    for asked, _, reply, arrays in _replies(world):
         if reply.failure is not None:
             continue
         data = world.data_of(reply.plan)
-        restarted = any(
-            f.what == "restart coordinator" and f.since <= at and f.until >= asked.at
-            for f in world.mishaps
-        )  # what it served is forgotten, and whoever deploys first serves
-        if data is None or (data not in asked.datas and not restarted):
+        if data is None or data not in asked.datas:
             which = None if data is None else world.datas.index(data) + 1
             raise Broken(f"{asked.request} is answered by version {which}", asked.request)
         if not world.kernels.is_right(data, asked.seed, arrays):
@@ -100,8 +96,6 @@ def errors_explained(world: Simulation, calm: bool) -> None:
                 explained = bool(causes) or asked.deadline_s <= HURRY_S
             case "ClusterUnavailable":
                 explained = bool(causes & AWAY)
-            case "ModelNotFound":
-                explained = "restart coordinator" in causes
             case _:
                 explained = False
         if calm or not explained:

@@ -46,10 +46,8 @@ class Faults:
         world: Simulation,
         deploy: Callable[[], object],
         crash_client: Callable[[str], None],
-        forget_versions: Callable[[], None],
         spare: tuple[str, ...],
     ) -> None:
-        self._forget_versions = forget_versions
         self._world = world
         self._rng = world.streams["faults"]
         self._deploy, self._crash_client = deploy, crash_client
@@ -132,16 +130,14 @@ class Faults:
         world.at(until, self.coordinator_back)
 
     def coordinator_back(self) -> None:
-        """It starts again, and a user deploys again: nothing is journalled yet."""
+        """It starts again, with its journal."""
         world = self._world
         if world.coordinator.here:
             return
-        self._forget_versions()
         world.start_coordinator()
         if world.nodes[HEAD].here:
             world.kill(HEAD)
         world.join(HEAD, world.head_facts())
-        self._deploy()
 
     # --- partitions
 

@@ -15,13 +15,13 @@ import onnx
 import onnx_ir as ir
 from onnx import TensorProto, helper, numpy_helper
 
-from meshinfer.cost import timeline
+from meshinfer.cost import DeviceProfile, timeline
 from meshinfer.geometry import split_even
 from meshinfer.graph import Graph
 from meshinfer.identity import DeviceId
 from meshinfer.legality import validate
 from meshinfer.plan import Plan, Shard, Stage, Task
-from meshinfer.planner import Block, axes_of, build
+from meshinfer.planner import Block, axes_of, build, find_spares, pins_of
 from meshinfer.planner.bands import splittable
 from meshinfer.programs import make_programs
 from meshinfer.protocol import messages as m
@@ -93,12 +93,14 @@ def graph_of(data: bytes) -> Graph:
 
 
 @cache
-def made(data: bytes, names: tuple[str, ...], head: str, style: str) -> Made:
-    """The plan of a style for these devices, lowered."""
+def made(data: bytes, names: tuple[str, ...], head: str, style: str, spares: bool = False) -> Made:
+    """The plan of a style for these devices, lowered; with ``spares`` for the loss of one."""
     graph = graph_of(data)
     plan = _plan(graph, tuple(map(DeviceId, names)), DeviceId(head), style)
     validate(graph, plan)
-    programs = make_programs(graph, plan)
+    profiles = [DeviceProfile(DeviceId(name), 1e9) for name in names]
+    found = find_spares(graph, plan, profiles, pins_of(graph, plan, profiles, {}))
+    programs = make_programs(graph, plan, found.devices if spares else {})
     return Made(
         str(plan),
         plan.window,

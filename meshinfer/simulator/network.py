@@ -160,6 +160,11 @@ class Network(World):
             if send.peer not in sender.links:
                 self.post(sender, lost, 0.0)
 
+    def _no_connection(self, sender: Node, receiver: Node, send: e.Send) -> None:
+        """As if it were not there."""
+        self.tell_story(lambda: f"{sender} -> {receiver} (NOT CONNECTED) {send.message}")
+        self._no_route(sender, send)
+
     # --- partitions
 
     def block(self, sender: str, receiver: str, seconds: float) -> None:

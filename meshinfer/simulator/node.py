@@ -9,9 +9,10 @@ from meshinfer.protocol import messages as m
 from meshinfer.scheduler import events as e
 from meshinfer.scheduler.client import ClientCore
 from meshinfer.scheduler.coordinator import CoordinatorCore
+from meshinfer.scheduler.on_device import OwnTask
 from meshinfer.scheduler.worker import WorkerCore
 
-BULK = (m.Deliver, m.Feed, m.Answer, m.Ack, m.Echo, m.Echoed, m.Want, m.Chunk, m.Gone)
+BULK = (m.Deliver, m.Feed, m.Answer, m.Ack, m.Echo, m.Echoed, m.Want, m.Chunk, m.Gone, m.Relay)
 """Messages of the bulk plane; all others are of the control plane."""
 
 AnyCore = CoordinatorCore | WorkerCore | ClientCore
@@ -62,6 +63,8 @@ class Node:
     notes: list[e.Note] = field(default_factory=list)
     resolved: dict[str, list[e.Resolve]] = field(default_factory=dict)
     settled: dict[str, list[e.Settle]] = field(default_factory=dict)
+    granted: dict[int, OwnTask] = field(default_factory=dict)
+    lease: float = 0.0
 
     @property
     def here(self) -> bool:

@@ -77,14 +77,13 @@ class Scenario:
         world.keeps_story = story
         if rng.random() < 0.5:
             world.styles = (rng.choice(STYLES),)
+        world.spares = rng.random() < 0.7
         self._noise = noise
         self._steps = 0
         self._supervised = False
         self._workers = [f"pi-{i + 1}" for i in range(rng.randint(1, 4))]
         self.users = Users(world, rng.randrange(2), calm=self.calm)
-        self.faults = Faults(
-            world, self.users.deploy, self.users.crash, self.users.forget_versions, ("pi-8", "pi-9")
-        )
+        self.faults = Faults(world, self.users.deploy, self.users.crash, ("pi-8", "pi-9"))
 
     def run(self) -> Result:
         self._set_up()

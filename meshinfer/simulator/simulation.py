@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from meshinfer.engine import EngineError
 from meshinfer.protocol import messages as m
-from meshinfer.protocol.codec import describe
+from meshinfer.protocol.codec import describe, digest_of
 from meshinfer.scheduler import events as e
 from meshinfer.scheduler.worker import COORDINATOR
 from meshinfer.simulator.kernels import Array, Kernels
@@ -58,7 +58,8 @@ class Simulation(Network):
         self.mishaps: list[Mishap] = []
         self.slow: dict[str, float] = {}
         self.styles: tuple[str, ...] = STYLES
-        self.style = "bands"
+        self.spares = True
+        """Whether devices prepare tasks of others, for the loss of one."""
         self.resent = 0
         self.wrong: list[tuple[str, str]] = []
         """What kernels noticed, and of which request."""
@@ -127,6 +128,7 @@ class Simulation(Network):
             inputs=tuple(describe(n, a) for n, a in arrays.items()),
             picture=False,
             deadline_s=deadline_s,
+            body=digest_of(arrays),
         )
         before = (a.datas for a in self.asked if a.request == request)
         datas = tuple(dict.fromkeys((*self.serving, *(d for each in before for d in each))))
@@ -173,7 +175,7 @@ class Simulation(Network):
         return self.timing.compute_s * spread * self.slow.get(node.name, 1.0)
 
     def _prepare(self, node: Node, effect: e.Prepare) -> e.Prepared:
-        data, plan = self._made[effect.deployment]
+        data, plan = self._plan_of(effect)
         found = {}
         for program in effect.programs:
             assert program.model is not None
@@ -181,6 +183,16 @@ class Simulation(Network):
             found[program.place] = self.kernels.prepare(data, plan, program)
         node.prepared[effect.deployment] = found
         return e.Prepared(effect.deployment)
+
+    def _plan_of(self, effect: e.Prepare) -> tuple[bytes, Made]:
+        """Where a coordinator has taken it up from its journal, it has another number."""
+        if effect.deployment not in self._made:
+            models = {program.model for program in effect.programs}
+            found = (x for x in self._made.values() if models <= set(x[1].blobs))
+            made = self.core.catalogue.deployments.get(effect.deployment)
+            exact = (x for x in self._made.values() if made and x[1].text == made.plan)
+            self._made[effect.deployment] = next(exact, None) or next(found)
+        return self._made[effect.deployment]
 
     def _compute(self, node: Node, job: e.Compute, took: float) -> e.Computed:
         prepared = node.prepared[job.deployment][job.place]
@@ -216,7 +228,7 @@ class Simulation(Network):
         style = rng.choice(self.styles)
         if effect.present is not None and rng.random() < 0.5:
             return e.PlanReady(effect.deployment, kept=True, search_s=self.timing.plan_s)
-        plan = made(data, names, effect.head, style)
+        plan = made(data, names, effect.head, style, self.spares)
         self.tell_story(lambda: f"    plan {effect.deployment}: {style} on {names}")
         self._made[effect.deployment] = (data, plan)
         for digest, blob in plan.blobs.items():

@@ -46,10 +46,6 @@ class Users:
             d for d in self._world.serving if self._versions.get(d, newest) == newest
         ]
 
-    def forget_versions(self) -> None:
-        """Another coordinator counts anew."""
-        self._versions.clear()
-
     def submit(self, *, patient: bool = False) -> Asked | None:
         """A request of a random input; now and then somebody is in a hurry, or gives it up."""
         world, rng = self._world, self._rng

@@ -6,12 +6,12 @@ Nothing happens at the same time twice, so a run is the same each time that it i
 
 from __future__ import annotations
 
-import hashlib
 import heapq
 import itertools
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable
+from copy import deepcopy
 
 import xxhash
 
@@ -22,14 +22,17 @@ from meshinfer.protocol.records import BESIDE_COORDINATOR
 from meshinfer.scheduler import events as e
 from meshinfer.scheduler.client import ClientCore
 from meshinfer.scheduler.coordinator import CoordinatorCore
+from meshinfer.scheduler.ledger import Ledger
+from meshinfer.scheduler.on_device import OwnTask
 from meshinfer.scheduler.worker import COORDINATOR, WorkerCore
 from meshinfer.simulator.node import BULK, AnyCore, Clock, Node, Timing
+from meshinfer.simulator.shells import Shells
 
 _COPIED = 64 << 10
 """Payloads below this are copied as they are sent; larger ones are the empty bytes of echoes."""
 
 
-class World(ABC):
+class World(Shells):
     """A coordinator, its own device, workers and clients, and the time. Subclasses say what
     kernels and plans come to, and may get in the way of messages (``_carry``)."""
 
@@ -47,8 +50,9 @@ class World(ABC):
         self._link_free: dict[tuple[str, str, str], float] = {}
         self._due: dict[Node, float] = {}
         self._incarnations: Counter[str] = Counter()
-        bulk = self._peer(COORDINATOR, "1")
-        self.coordinator = self._add(COORDINATOR, bulk.id, CoordinatorCore("home", "0", bulk))
+        self.ledger = Ledger()
+        """What is on the coordinator's disk; it outlives the coordinator."""
+        self.coordinator = self._coordinator(self._peer(COORDINATOR, "1"))
 
     # --- members
 
@@ -58,11 +62,23 @@ class World(ABC):
     def _clock(self, name: str) -> Clock:
         return Clock()
 
+    def _node(self, name: str, peer: str, core: AnyCore) -> Node:
+        return Node(name, peer, core)
+
+    def _coordinator(self, bulk: m.Peer) -> Node:
+        """It begins with what was written to its disk."""
+        self.ledger.starts += 1
+        ledger = deepcopy(self.ledger)
+        return self._add(COORDINATOR, bulk.id, CoordinatorCore("home", "0", bulk, ledger))
+
     def _add(self, name: str, peer: str, core: AnyCore) -> Node:
         before = self.nodes.get(name)
         if before is not None:
             self._due.pop(before, None)
-        node = Node(name, peer, core, self._clock(name))
+        node = self._node(name, peer, core)
+        node.clock = self._clock(name)
+        if name == COORDINATOR and before is not None:
+            node.blobs = before.blobs
         self.nodes[name] = node
         self._handle(node, e.Ticked())
         return node
@@ -126,16 +142,14 @@ class World(ABC):
         self._handle(self.nodes[name], e.StopRequested())
 
     def restart_coordinator(self) -> None:
-        """Killed and started again: it has its disk."""
+        """Killed and started again: it remembers what was written to its disk."""
         self.kill(COORDINATOR)
         self.start_coordinator()
 
     def start_coordinator(self) -> None:
         self._incarnations[COORDINATOR] += 1
         bulk = self._peer(COORDINATOR, str(self._incarnations[COORDINATOR] + 1))
-        before = self.coordinator
-        self.coordinator = self._add(COORDINATOR, bulk.id, CoordinatorCore("home", "0", bulk))
-        self.coordinator.blobs = before.blobs
+        self.coordinator = self._coordinator(bulk)
 
     def living(self) -> list[Node]:
         return [n for n in self.nodes.values() if n.here]
@@ -196,10 +210,9 @@ class World(ABC):
         assert control is not isinstance(send.message, BULK), f"{send.message} on {send.plane}"
         if control:
             assert self.coordinator in (sender, receiver)
-        else:
-            assert receiver.id in sender.links or sender.id in receiver.links, (
-                f"no connection from {sender} to {receiver} for {send.message}"
-            )
+        elif receiver.id not in sender.links and sender.id not in receiver.links:
+            self._no_connection(sender, receiver, send)
+            return
         message, payload = decode(frames)
         assert message == send.message, "the codec changed it"
         self.sent[type(message).__name__] += 1
@@ -209,6 +222,10 @@ class World(ABC):
     def _no_route(self, sender: Node, send: e.Send) -> None:
         """Nobody of that name is there."""
         self.sent["no route"] += 1
+
+    def _no_connection(self, sender: Node, receiver: Node, send: e.Send) -> None:
+        """There is such a node, and neither has connected to the other."""
+        raise AssertionError(f"no connection from {sender} to {receiver} for {send.message}")
 
     def _carry(
         self, sender: Node, receiver: Node, plane: e.Plane, frames: list[Buffer], what: e.Arrived
@@ -271,90 +288,13 @@ class World(ABC):
                 self.tell_story(lambda: f"    {node} resolves {request}: {effect.reply}")
             case e.Settle(call):
                 node.settled.setdefault(call, []).append(effect)
+            case e.Granted(deployment, task):
+                assert isinstance(task, OwnTask)
+                node.granted[deployment] = task
+            case e.Lease(until):
+                node.lease = until
             case _:
                 self._work(node, effect)
-
-    def _work(self, node: Node, effect: e.Effect) -> None:
-        """What a shell gives to its threads and to its disk."""
-        disk_s = self.timing.disk_s
-        match effect:
-            case e.FindBlobs(purpose, digests):
-                missing = tuple(d for d in digests if d not in node.blobs)
-                self.post(node, e.BlobsFound(purpose, missing), disk_s)
-            case e.WriteBlob():
-                self._write(node, effect)
-            case e.ServeBlob():
-                self._serve(node, effect)
-            case e.Prepare():
-                self.post(node, self._prepare(node, effect), disk_s)
-            case e.Discard(deployment):
-                node.prepared.pop(deployment, None)
-            case e.Compute():
-                took = self._seconds(node, effect)
-                self.post(node, self._compute(node, effect, took), took)
-            case e.OpenModel():
-                self._drop_search(node)
-                self.post(node, self._open(node, effect), self.timing.plan_s)
-            case e.MakePlan():
-                self._drop_search(node)
-                if effect.share < 1.0:
-                    self.search = effect.deployment
-                self.post(node, self._plan(node, effect), self._search_s() / effect.share)
-            case _:
-                raise AssertionError(f"no shell performs {effect}")
-
-    def _search_s(self) -> float:
-        return self.timing.plan_s
-
-    def _drop_search(self, node: Node) -> None:
-        """What is urgent ends a search that nobody waits for; one that is over already is known."""
-        if self.search is not None:
-            self.post(node, e.PlanReady(self.search, dropped=True), 0.0)
-            self.search = None
-
-    def _write(self, node: Node, effect: e.WriteBlob) -> None:
-        part = node.parts.setdefault(effect.digest, bytearray())
-        if not effect.offset:
-            part.clear()
-        assert len(part) == effect.offset, "chunks are written in order"
-        part += effect.data
-        if len(part) < effect.total:
-            return
-        data = bytes(node.parts.pop(effect.digest))
-        failure = None
-        if hashlib.sha256(data).hexdigest() != effect.digest:
-            failure = m.Failure(error="MeshInferError", message="its bytes are not its SHA-256's")
-        else:
-            self._store(node, effect.digest, data)
-        self.post(node, e.BlobWritten(effect.digest, failure), self.timing.disk_s)
-
-    def _store(self, node: Node, digest: str, data: bytes) -> None:
-        node.blobs[digest] = data
-
-    def _serve(self, node: Node, effect: e.ServeBlob) -> None:
-        data = node.blobs.get(effect.digest)
-        if data is None:
-            message: m.AnyMessage = m.Gone(digest=effect.digest)
-            self._send(node, e.Send(e.Plane.BULK, effect.peer, message))
-            return
-        message = m.Chunk(digest=effect.digest, offset=effect.offset, total=len(data))
-        body = data[effect.offset : effect.offset + effect.length]
-        self._send(node, e.Send(e.Plane.BULK, effect.peer, message, body))
-
-    @abstractmethod
-    def _seconds(self, node: Node, job: e.Compute) -> float: ...
-
-    @abstractmethod
-    def _prepare(self, node: Node, effect: e.Prepare) -> e.Prepared: ...
-
-    @abstractmethod
-    def _compute(self, node: Node, job: e.Compute, took: float) -> e.Computed: ...
-
-    @abstractmethod
-    def _open(self, node: Node, effect: e.OpenModel) -> e.ModelOpened: ...
-
-    @abstractmethod
-    def _plan(self, node: Node, effect: e.MakePlan) -> e.PlanReady: ...
 
     # --- time
 

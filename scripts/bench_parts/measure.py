@@ -282,6 +282,9 @@ def _deploy(series: Series, rigs: Rigs, subject: Subject, effort: Effort) -> Non
         series.made = rig.deploy(series.name, model, series.members, objective=series.objective)
         for i in range(max(effort.warm_ups, len(model.requests))):
             _keep(series, subject, _infer(series, subject, i), counted=False)
+        rig.rest()
+        for i in range(effort.warm_ups):
+            _keep(series, subject, _infer(series, subject, i), counted=False)
         say(
             f"  deployed on {series.setup.name} for {series.objective} in "
             f"{series.made['deploy_s']:.1f} s ({series.made['deploy_cpu_s']:.1f} s of CPU)"

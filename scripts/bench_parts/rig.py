@@ -26,6 +26,9 @@ from cluster.lab import DeviceSpec, Lab
 _HERE = Path(__file__).resolve().parent
 _SETTLE_S = 60.0
 _POLL_S = 0.01
+_REST_S = 12.0
+_REST_LOOK_S = 0.4
+_REST_SHARE = 0.08
 _LEAST_S = 1.0
 _GRACE_S = 8.0
 
@@ -208,6 +211,19 @@ class Rig:
             each.install = max(each.install, peak - each.idle)
         self._forget_peaks()
         return made
+
+    def rest(self) -> None:
+        """Wait until what a deployment and its first requests set going is done: spare tasks, the
+        client's own task. With the cores of a deployment; bounded, for a search may go on."""
+        until = time.monotonic() + _REST_S
+        with lifted(self.lab, self.deploy_cores):
+            idle = 0
+            while idle < 2 and time.monotonic() < until:
+                before = self.counters()
+                time.sleep(_REST_LOOK_S)
+                used_s = sum(self.counters().since(before).cpu_s)
+                idle = idle + 1 if used_s < _REST_SHARE * _REST_LOOK_S else 0
+        self._forget_peaks()
 
     def read_memory(self) -> None:
         """Note the peak of each worker since it was deployed to."""

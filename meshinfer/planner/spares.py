@@ -1,0 +1,176 @@
+"""For the loss of any one device: which other device prepares each of its tasks, within its memory.
+
+The boxes stay those of the plan, so that what others have made already serves on. A task goes where
+it is expected to be done first beside what that device does in the same stage anyway (Graham 1969).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from meshinfer.cost import DeviceProfile
+from meshinfer.cost.model import seconds
+from meshinfer.cost.spans import Boxes, Load, load_of
+from meshinfer.graph import Graph
+from meshinfer.identity import DeviceId
+from meshinfer.ops import is_random
+from meshinfer.plan import Plan
+from meshinfer.planner.pins import Pins
+from meshinfer.transfers import TaskRef, derive
+
+ALIKE = 1.05
+"""Of devices that would be done within so much of the first one, the one that holds least."""
+
+ROOM = 0.8
+"""The part of a device's memory up to which it prepares tasks of others, where the plan's own may
+fill it: a model takes more while it is prepared than after, and none is worth a worker's end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spares:
+    """``devices``: the one that prepares each task, should its own be lost. ``extra_bytes``: what a
+    device holds for that beside its peak. ``notes``: for people."""
+
+    devices: Mapping[TaskRef, DeviceId]
+    extra_bytes: Mapping[DeviceId, int]
+    notes: tuple[str, ...]
+
+
+def find_spares(
+    graph: Graph, plan: Plan, profiles: Sequence[DeviceProfile], pins: Pins, *, strict: bool = False
+) -> Spares:
+    """Spare devices for a valid plan: for all tasks of a device, or for none of them.
+
+    ``strict``: only devices of the same numeric class. Tasks that several devices may take anyway
+    need none.
+    """
+    search = _Search(graph, plan, profiles, pins, strict)
+    why = {lost: search.cover(lost) for lost in plan.devices()}
+    extra = {name: held.peak - search.first[name].peak for name, held in search.held.items()}
+    extra = {name: nbytes for name, nbytes in extra.items() if nbytes}
+    return Spares(search.found, extra, _notes(plan, why, extra))
+
+
+@dataclass(slots=True)
+class _Held:
+    """What one device holds: boxes of weights, and the most bytes of values of one task."""
+
+    weights: dict[int, int]
+    values: int = 0
+
+    def with_(self, load: Load) -> _Held:
+        return _Held({**self.weights, **load.weights}, max(self.values, load.work.peak_bytes))
+
+    @property
+    def peak(self) -> int:
+        return sum(self.weights.values()) + self.values
+
+
+class _Search:
+    """Mutable while spare devices are sought for one device after another."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        plan: Plan,
+        profiles: Sequence[DeviceProfile],
+        pins: Pins,
+        strict: bool,
+    ) -> None:
+        self.graph, self.plan, self.pins, self.strict = graph, plan, pins, strict
+        self.known = {p.id: p for p in profiles}
+        flow, numbers = derive(graph, plan), Boxes()
+        self.loads = {ref: load_of(graph, f, numbers) for ref, f in flow.fields.items()}
+        self.reads: dict[TaskRef, list[tuple[TaskRef, DeviceId, int]]] = defaultdict(list)
+        for t in flow.transfers:
+            nbytes = graph.nbytes(t.piece.value, t.piece.box)
+            self.reads[t.consumer].append((t.producer, t.sender, nbytes))
+        self.found: dict[TaskRef, DeviceId] = {}
+        self.busy: dict[tuple[int, DeviceId], float] = {}
+        self.held: dict[DeviceId, _Held] = {name: _Held({}) for name in self.known}
+        for ref, load in self.loads.items():
+            for device in self._devices(ref):
+                self.held[device] = self.held.get(device, _Held({})).with_(load)
+            first = self._devices(ref)[0]
+            if first in self.known:
+                key = (ref.stage, first)
+                self.busy[key] = self.busy.get(key, 0.0) + seconds(load.work, self.known[first])
+        self.first = dict(self.held)
+
+    def _devices(self, ref: TaskRef) -> tuple[DeviceId, ...]:
+        return self.plan.stages[ref.stage].tasks[ref.task].devices
+
+    def cover(self, lost: DeviceId) -> str:
+        """Spare devices for all tasks of one; else why it has none, and nothing is changed."""
+        refs = [ref for ref in self.loads if self._devices(ref) == (lost,)]
+        held, busy = dict(self.held), dict(self.busy)
+        taken: dict[TaskRef, DeviceId] = {}
+        for ref in refs:
+            why = self._refusal(ref)
+            options = [] if why else self._options(ref, lost)
+            then = {p.id: held[p.id].with_(self.loads[ref]) for p in options}
+            fitting = [p for p in options if self._fits(then[p.id], p)]
+            if not fitting:
+                return why or ("no other has room" if options else "no other may take its tasks")
+            done = {p.id: self._done(p, ref, taken, busy) for p in fitting}
+            soon = (p for p in fitting if done[p.id] <= ALIKE * min(done.values()))
+            best = min(soon, key=lambda p: (then[p.id].peak, p.id))
+            key = (ref.stage, best.id)
+            busy[key] = busy.get(key, 0.0) + seconds(self.loads[ref].work, best)
+            held[best.id], taken[ref] = then[best.id], best.id
+        self.held = held
+        self.found |= taken
+        return ""
+
+    def _refusal(self, ref: TaskRef) -> str:
+        stage = self.plan.stages[ref.stage]
+        drawn = any(map(is_random, self.graph.ops[stage.start : stage.stop]))
+        return "it draws random numbers, which must happen once" if drawn else ""
+
+    def _options(self, ref: TaskRef, lost: DeviceId) -> list[DeviceProfile]:
+        stage, own = self.plan.stages[ref.stage], self.known.get(lost)
+        allowed = self.pins.allowed(stage.start, stage.stop)
+        return [
+            p
+            for p in self.known.values()
+            if p.able
+            and p.id != lost
+            and (allowed is None or p.id in allowed)
+            and (not self.strict or own is None or p.numeric_class == own.numeric_class)
+        ]
+
+    def _fits(self, held: _Held, p: DeviceProfile) -> bool:
+        return not p.memory_bytes or held.peak <= ROOM * p.memory_bytes
+
+    def _done(
+        self,
+        p: DeviceProfile,
+        ref: TaskRef,
+        taken: Mapping[TaskRef, DeviceId],
+        busy: Mapping[tuple[int, DeviceId], float],
+    ) -> float:
+        """When a device would be done with a task, its inputs from elsewhere included."""
+        reads = ((taken.get(producer, at), nbytes) for producer, at, nbytes in self.reads[ref])
+        moved = sum(nbytes for at, nbytes in reads if at != p.id)
+        wire = moved / max(p.bandwidth_bytes_per_s, 1e-9)
+        return busy.get((ref.stage, p.id), 0.0) + seconds(self.loads[ref].work, p) + wire
+
+
+def _notes(
+    plan: Plan, why: Mapping[DeviceId, str], extra: Mapping[DeviceId, int]
+) -> tuple[str, ...]:
+    """What the loss of each device comes to, in few lines."""
+    pinned = [d for d in why if any(t.devices == (d,) for s in plan.stages for t in s.tasks)]
+    reasons = sorted({why[d] for d in pinned if why[d]})
+    notes = [
+        f"the loss of {', '.join(d for d in pinned if why[d] == reason)} takes a new plan: {reason}"
+        for reason in reasons
+    ]
+    if any(not why[d] for d in pinned):
+        most = max(extra, key=lambda name: extra[name], default=None)
+        held = "nothing more" if most is None else f"at most {extra[most] / 1e6:.1f} MB, on {most}"
+        who = "any one device" if not reasons else "any one other device"
+        notes.append(f"{who} may be lost: its tasks are prepared elsewhere, which holds {held}")
+    return tuple(notes)

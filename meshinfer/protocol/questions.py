@@ -1,0 +1,32 @@
+"""What a client may ask of the coordinator beside its requests, and the answers."""
+
+from __future__ import annotations
+
+from meshinfer.protocol.records import DeviceInfo, Message, ModelInfo, Name
+
+
+class ListDevices(Message, frozen=True):
+    """``lost``: those too that died of late, with the cause."""
+
+    call: Name
+    lost: bool = False
+
+
+class Devices(Message, frozen=True):
+    """Answer to ``ListDevices``."""
+
+    call: Name
+    devices: tuple[DeviceInfo, ...]
+
+
+class ListModels(Message, frozen=True):
+    """Which models are deployed?"""
+
+    call: Name
+
+
+class Models(Message, frozen=True):
+    """Answer to ``ListModels``."""
+
+    call: Name
+    models: tuple[ModelInfo, ...]

@@ -1,0 +1,162 @@
+"""When a device is lost, its tasks go on elsewhere, under the same attempts: no weights are sent
+and nothing is compiled, because each task has a spare device that has prepared it beforehand.
+
+What was made is kept until the release, and pieces are of the same boxes wherever they are made, so
+only tasks are computed again whose output somebody still awaits: first all devices are asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from meshinfer import limits
+from meshinfer.protocol import messages as m
+from meshinfer.scheduler.catalogue import Catalogue, Deployment, Phase
+from meshinfer.scheduler.events import Effect, Note, Plane, Send
+from meshinfer.scheduler.heads import install_spares
+from meshinfer.scheduler.membership import Membership
+from meshinfer.scheduler.request import Question, Request, Try
+
+
+class Fallback:
+    """Mutable: owned by the coordinator's core. ``open_`` is a view of the open requests."""
+
+    def __init__(
+        self, members: Membership, catalogue: Catalogue, open_: Mapping[str, Request]
+    ) -> None:
+        self._members, self._catalogue, self._open = members, catalogue, open_
+
+    # --- beforehand
+
+    def due(self, now: float) -> list[Effect]:
+        """Have spare devices prepare what they may take over, once a deployment serves."""
+        effects: list[Effect] = []
+        for made in self._catalogue.deployments.values():
+            if not self._to_prepare(made) or now < made.ready_at + limits.SPARES_AFTER_S:
+                continue
+            made.spares.told = set(made.spares.peers)
+            for name, peer in sorted(made.spares.peers.items()):
+                self._members.devices[name].used = True
+                message = install_spares(made, name, self._members)
+                effects.append(Send(Plane.CONTROL, peer, message))
+        return effects
+
+    def next_deadlines(self) -> list[float]:
+        made = filter(self._to_prepare, self._catalogue.deployments.values())
+        return [each.ready_at + limits.SPARES_AFTER_S for each in made]
+
+    def _to_prepare(self, made: Deployment) -> bool:
+        if made.phase is not Phase.READY or made.spares.told or not made.spares.peers:
+            return False
+        return self._catalogue.serving(made.model, made.signature) is made
+
+    def prepared(self, name: str, message: m.Installed) -> list[Effect]:
+        """A spare device has prepared what it may take over, or cannot: then it just does not."""
+        made, failure = self._catalogue.deployments.get(message.deployment), message.failure
+        if made is None or name not in made.spares.told:
+            return []
+        fields = {"model": made.model.name, "deployment": made.number, "device": name}
+        if failure is not None:
+            self.leaves(made, name)
+            return [Note("warning", "no fallback there", {**fields, "why": failure.message})]
+        made.spares.ready.add(name)
+        waiting = set(made.spares.peers) - made.spares.ready
+        return [] if waiting else [Note("info", "fallbacks ready", fields)]
+
+    # --- a loss
+
+    def covers(self, made: Deployment, name: str) -> bool:
+        """Whether all that a device has may go to another that is there and has prepared it."""
+        for program in made.programs.get(name, ()):
+            here = made.spares.ready if program.spare else made.members
+            if not any(other != name and other in here for other in program.devices):
+                return False
+        return True
+
+    def leaves(self, made: Deployment, name: str) -> None:
+        """A device holds nothing for others any more."""
+        made.spares.peers.pop(name, None)
+        made.spares.ready.discard(name)
+
+    def lost(self, made: Deployment, name: str) -> list[Effect]:
+        """A device has left a deployment, and its tasks go on: who has them from now on."""
+        peer, device = made.members.pop(name), self._members.devices.get(name)
+        effects: list[Effect] = []
+        if device is not None and device.peer == peer:  # it is there, but cannot be reached
+            effects.append(Send(Plane.CONTROL, peer, m.Forget(deployment=made.number)))
+        self.leaves(made, name)
+        made.candidates = ()  # whoever is here now, maybe the same again: plan anew
+        programs = dict(made.programs)
+        for program in programs.pop(name, ()):
+            if program.spare:
+                taker = program.devices[1]
+                programs[taker] = (*programs.get(taker, ()), program)
+                made.spares.moved[program.place] = taker
+        made.programs = programs
+        for request in self._open.values():
+            if request.deployment is made and request.runs:
+                effects += self._ask(request, request.tried[request.attempt])
+        return effects
+
+    def _ask(self, request: Request, tried: Try) -> list[Effect]:
+        """Of this attempt's tasks without a device, which are awaited?"""
+        made = tried.deployment
+        asked = tuple(place for place in made.spares.moved if place not in tried.moved)
+        tried.question = None
+        if not asked:
+            return []
+        tried.untold = set(asked)
+        tried.question = Question(asked, set(tried.peers().values()))
+        return tell(request, tried)
+
+    def lacks(self, peer: str, message: m.Lacks) -> list[Effect]:
+        """One has answered; with the last answer, what is awaited goes to those that prepared it,
+        and what that needs of the same device, too."""
+        request = self._open.get(message.request)
+        if request is None or not request.runs or request.attempt != message.attempt:
+            return []
+        tried = request.tried[request.attempt]
+        question = tried.question
+        if question is None or question.asked != message.asked:
+            return []  # another device was lost meanwhile: they were asked anew
+        question.lacked |= set(message.lacked)
+        question.awaiting.discard(peer)
+        if question.awaiting:
+            return []
+        tried.question = None
+        again = _needed(tried.deployment, question)
+        for place in again:
+            tried.moved[place] = tried.deployment.spares.moved[place]
+            tried.untold.discard(place)
+            tried.tasks.pop(place, None)
+        fields = {"request": request.id, "tasks": len(again), "of": len(question.asked)}
+        note = Note("info", "computed again elsewhere", fields)
+        return [note, *tell(request, tried)] if again else [note]
+
+
+def _needed(made: Deployment, question: Question) -> list[m.Place]:
+    """The tasks that are awaited, and those without a device that they read, in plan order."""
+    programs = {p.place: p for each in made.programs.values() for p in each}
+    gone = set(question.asked)
+    found: set[m.Place] = set()
+    open_ = sorted(question.lacked & gone)
+    while open_:
+        place = open_.pop()
+        if place not in found:
+            found.add(place)
+            pieces = (piece for value in programs[place].inputs for piece in value.pieces)
+            open_ += sorted({piece.producer for piece in pieces} & gone)
+    return sorted(found)
+
+
+def tell(request: Request, tried: Try) -> list[Effect]:
+    """All that take part in an attempt hear who takes what, and what is asked."""
+    message = m.Assign(
+        request=request.id,
+        attempt=request.attempt,
+        deployment=tried.deployment.number,
+        assigned=tried.on_wire(),
+        head=tried.head,
+        asked=() if tried.question is None else tried.question.asked,
+    )
+    return [Send(Plane.CONTROL, peer, message) for _, peer in sorted(tried.peers().items())]

@@ -1,0 +1,146 @@
+"""How well each device's processes did of late, by its name: deaths, their causes, quarantine.
+
+A process is judged when the next of its device says hello, since only that one knows its end.
+RELIABILITY: quarantined after 3 crashes in compute or deaths within 5 s of joining, in 60 s; not
+for being killed after having answered. Who is killed so again and again rests a moment each time.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+from msgspec import structs
+
+from meshinfer import limits
+from meshinfer.protocol import messages as m
+
+
+@dataclass(slots=True)
+class _Record:
+    """Of one device. ``info``: as it was when it was lost, if it is so now; ``incarnation``: its
+    last process, with when it joined and was lost. ``answered``: it has done a task, ever.
+    ``strikes``: when it was at fault; ``wait_s``: how long the next quarantine takes; ``kills``:
+    when it was killed soon after joining."""
+
+    info: m.DeviceInfo | None = None
+    incarnation: str = ""
+    joined_at: float = 0.0
+    lost_at: float = 0.0
+    answered: bool = False
+    strikes: list[float] = field(default_factory=list)
+    kills: list[float] = field(default_factory=list)
+    until: float = 0.0
+    wait_s: float = limits.QUARANTINE_S
+    cause: str = ""
+
+
+class Health:
+    """Mutable: owned by the coordinator's membership."""
+
+    def __init__(self) -> None:
+        self._records: OrderedDict[str, _Record] = OrderedDict()
+        self._suspects: dict[str, tuple[float, float]] = {}
+
+    # --- deaths
+
+    def lost(self, hello: m.Hello, info: m.DeviceInfo, joined_at: float, now: float) -> None:
+        """A device's process is gone, as far as is known; ``info.cause`` says how that was seen."""
+        self._suspects.pop(hello.device, None)
+        record = self._records.setdefault(hello.device, _Record())
+        self._records.move_to_end(hello.device)
+        record.info, record.incarnation = info, hello.incarnation
+        record.joined_at, record.lost_at = joined_at, now
+        record.answered, record.cause = record.answered or info.tasks_done > 0, info.cause
+        while len(self._records) > limits.DEVICES:
+            self._records.popitem(last=False)
+
+    def left(self, device: str) -> None:
+        """It was dismissed: that is no death, and all is forgotten."""
+        self._records.pop(device, None)
+        self._suspects.pop(device, None)
+
+    def joined(self, hello: m.Hello, now: float) -> str:
+        """A process of a device says hello. The reason, if the device is quarantined for how the
+        one before ended; else empty."""
+        record = self._records.get(hello.device)
+        ended = hello.ended
+        if record is None or record.info is None:
+            return ""
+        record.info = None
+        if record.incarnation == hello.incarnation:  # the same: its connection had broken
+            record.cause = ""
+            return ""
+        if ended is not None:
+            record.cause = ended.text
+        killed = ended is None or ended.killed
+        early = record.lost_at - record.joined_at <= limits.EARLY_DEATH_S
+        if killed and record.answered:
+            return self._rest(record, now) if early else ""
+        crashed = not killed and ended is not None and bool(ended.request)
+        return self._strike(record, now) if crashed or early else ""
+
+    def _strike(self, record: _Record, now: float) -> str:
+        """It was at fault."""
+        record.strikes = [*_of_late(record.strikes, now), now]
+        if now - record.until > limits.QUARANTINE_FORGOTTEN_S:
+            record.wait_s = limits.QUARANTINE_S
+        if len(record.strikes) < limits.STRIKES:
+            return ""
+        record.until = now + record.wait_s
+        record.wait_s = min(2 * record.wait_s, limits.QUARANTINE_MOST_S)
+        times = len(record.strikes)
+        return f"it ended {times} times within {limits.STRIKES_WITHIN_S:g} s, last: {record.cause}"
+
+    def _rest(self, record: _Record, now: float) -> str:
+        """It was killed, which is no fault; but what dies as it joins is of no use, either."""
+        record.kills = [*_of_late(record.kills, now), now][-limits.RESTS :]
+        if len(record.kills) < 2:
+            return ""
+        record.until = max(record.until, now + limits.REST_S * 2 ** (len(record.kills) - 2))
+        return f"it was killed {len(record.kills)} times as it had just joined: {record.cause}"
+
+    def cause(self, device: str) -> str:
+        """How the process before the present one ended, or this one, if it is gone."""
+        record = self._records.get(device)
+        return "" if record is None else record.cause
+
+    def gone(self, now: float) -> list[m.DeviceInfo]:
+        """Devices that died of late and did not come back."""
+        return [
+            structs.replace(r.info, heard_s=r.info.heard_s + now - r.lost_at)
+            for _, r in sorted(self._records.items())
+            if r.info is not None and now - r.lost_at <= limits.LOST_SHOWN_S
+        ]
+
+    # --- quarantine
+
+    def quarantined_until(self, device: str) -> float:
+        record = self._records.get(device)
+        return 0.0 if record is None else record.until
+
+    def next_deadline(self, now: float) -> float | None:
+        """When a quarantine ends."""
+        return min((r.until for r in self._records.values() if r.until > now), default=None)
+
+    # --- suspects
+
+    def suspect(self, device: str, now: float) -> None:
+        """A task of it is late: no new work for a while; longer, if it was so before and nothing
+        came."""
+        until, wait = self._suspects.get(device, (0.0, limits.SUSPECT_S / 2))
+        if now >= until:
+            wait = min(2 * wait, limits.DEAD_AFTER_S)
+            self._suspects[device] = (now + wait, wait)
+
+    def well(self, device: str) -> None:
+        """It has done a task."""
+        self._suspects.pop(device, None)
+
+    def suspects(self, now: float) -> list[str]:
+        """Who gets no new work now, where another can take it."""
+        return [name for name, (until, _) in self._suspects.items() if now < until]
+
+
+def _of_late(times: list[float], now: float) -> list[float]:
+    return [at for at in times if now - at <= limits.STRIKES_WITHIN_S]

@@ -1,0 +1,57 @@
+"""Requests that end the processes that compute them: who is to blame, and bodies that are refused.
+
+A process counts only if it died, by no other's doing, while it computed that request's task. After
+two such processes the request runs alone on one device, and only a death there is proof.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from meshinfer import limits
+from meshinfer.protocol import messages as m
+from meshinfer.scheduler.admission import body_of
+from meshinfer.scheduler.request import Request
+
+
+class Poison:
+    """Mutable: owned by the coordinator's core. ``_bodies``: those that were proven, until when and
+    what they did."""
+
+    def __init__(self) -> None:
+        self._bodies: OrderedDict[str, tuple[float, str]] = OrderedDict()
+
+    def refusal(self, message: m.Submit, now: float) -> m.Failure | None:
+        """Why a request is refused at once: the same body has ended workers before."""
+        until, causes = self._bodies.get(body_of(message), (0.0, ""))
+        return None if now >= until else _lost(causes, until - now)
+
+    def blame(
+        self, request: Request, ended: m.Ended, hello: m.Hello, now: float
+    ) -> m.Failure | None:
+        """A process has died as it computed this request, says the next one of its device. The
+        failure, once proven."""
+        tried = request.tried.get(ended.attempt)
+        key = f"{hello.device}#{hello.incarnation}"
+        if tried is None or ended.killed or key in request.crashes:
+            return None
+        request.crashes[key] = f"{hello.device}: {ended.cause}"
+        again = request.together is not None and ended.attempt > request.together
+        if not tried.deployment.alone and not again:
+            return None
+        if len(request.crashes) < limits.CRASHES_PER_REQUEST:
+            return None
+        if request.header.body:  # else nobody can tell it from others of its shape
+            self._bodies[body_of(request.header)] = (now + limits.POISON_S, request.causes)
+            while len(self._bodies) > limits.POISON_BODIES:
+                self._bodies.popitem(last=False)
+        return _lost(request.causes, None)
+
+
+def _lost(causes: str, retry_after_s: float | None) -> m.Failure:
+    return m.Failure(
+        error="WorkerLost",
+        message=f"its tasks end the processes that compute them: {causes}",
+        hint="try this input with plain onnxruntime on such a device; it may lack memory",
+        retry_after_s=retry_after_s,
+    )

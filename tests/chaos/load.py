@@ -1,0 +1,44 @@
+"""Cases in which devices become slow, or more is asked than can be done."""
+
+from __future__ import annotations
+
+from chaos.arena import CORES, Run
+
+SLOW = 0.2
+VICTIM = 3
+
+
+def throttled(run: Run) -> None:
+    """C10: one worker has a fifth of its processor for a while, then all of it again.
+
+    What the best plan could do is bounded from below by what the other three do without it.
+    """
+    run.deploy()
+    run.calm(10_000, in_flight=1, within_s=8.0)
+    run.hurt("power off", VICTIM, lambda: run.cluster.kill(VICTIM))
+    run.pause(3.0)
+    run.user.call("load", name="net", phase="without", count=10_000, in_flight=1, within_s=8.0)
+    run.hurt("power on", VICTIM, lambda: run.cluster.restart(VICTIM))
+    run.user.call("load", name="net", phase="warm", count=run.count(20, 100), in_flight=1)
+    spent_s = run.count(20, 60)
+    with run.load("slow", 100_000, in_flight=1, within_s=spent_s):
+        run.hurt("slow", VICTIM, lambda: run.lab.set_cpu(VICTIM, SLOW * CORES[VICTIM]))
+    with run.load("back", 100_000, in_flight=1, within_s=spent_s):
+        run.hurt("fast", VICTIM, lambda: run.lab.set_cpu(VICTIM, CORES[VICTIM]))
+    run.heal()
+
+
+def overload(run: Run) -> None:
+    """C16: ten times what the cluster can do is asked of it."""
+    spent_s = run.count(10, 60)
+    run.deploy(size=224, name="small", spread=False)
+    run.calm(run.count(50, 200), name="small", rate=5.0)
+    with run.sampled():
+        run.user.call(
+            "load", name="small", phase="peak", count=100_000, in_flight=16, within_s=spent_s
+        )
+        rate = 10.0 * run.rate("peak")
+        run.fault("overload", rate=rate)
+        with run.load("faults", round(rate * spent_s), name="small", rate=rate, deadline_s=30.0):
+            pass
+    run.heal("small")
