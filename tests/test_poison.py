@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 from cores import Cluster, image
+from shared import whole
 
 from meshinfer import limits
 from meshinfer.protocol import messages as m
@@ -200,3 +201,29 @@ def test_an_answer_names_lost_devices_and_the_time_that_they_cost() -> None:
     assert reply.added_s < reply.total_s and "no heartbeat" in reply.reasons[0]
     again = cluster.check(cluster.submit())
     assert not again.degraded
+
+
+def test_a_poison_whose_plan_is_one_task_ends_three_however_late_their_causes_are_told() -> None:
+    """Processes take long to start on a slow device: who may be the cause waits to hear."""
+    deadly = Deadly(lambda name, job: crash(job) if job.request == "poison" else None)
+    cluster, deadly.restart_s = deadly.cluster, 3.0
+    cluster.planner = lambda graph, names: whole(graph, names[:1], 1)
+    cluster.deployed()
+    cluster.submit(image(7), request="poison")
+    other = cluster.submit(image(1), deadline_s=60.0)
+    failure = deadly.outcome("poison").failure
+    assert failure is not None and failure.error == "WorkerLost" and len(deadly.deaths) == 3
+    deadly.outcome(other)
+    cluster.check(other, image(1))
+
+
+def test_a_request_that_lost_three_devices_to_others_goes_on_as_soon_as_that_is_told() -> None:
+    left = iter(range(3))
+    deadly = Deadly(lambda name, job: killed(job) if next(left, None) is not None else None)
+    deadly.restart_s = 2.0
+    deadly.cluster.planner = lambda graph, names: whole(graph, names[:1], 1)
+    deadly.cluster.deployed()
+    request = deadly.cluster.submit(deadline_s=60.0)
+    reply = deadly.outcome(request)
+    deadly.cluster.check(request)
+    assert len(reply.lost) == 3 and reply.total_s < limits.EVIDENCE_S

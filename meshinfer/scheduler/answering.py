@@ -171,26 +171,11 @@ class Answering:
 
     def process_ended(self, hello: m.Hello, now: float) -> list[Effect]:
         """A device's process is new, and tells how the one before ended."""
-        ended = hello.ended
-        request = self.open.get(ended.request) if ended is not None else None
-        if ended is None or request is None:
-            return []
-        request.held_until = 0.0
-        failure = self._poison.blame(request, ended, hello, now)
-        if failure is not None:
-            return self._fail(request, failure, now)
-        if request.alone and request.deployment is not None and not request.deployment.alone:
-            request.deployment = None  # before it ends more of them
-        return []
+        request, failure = self._poison.heard(self.open, hello, now)
+        return [] if request is None or failure is None else self._fail(request, failure, now)
 
     def device_lost(self, name: str, why: str, now: float) -> None:
-        for request in self.open.values():
-            made = request.deployment
-            if made is not None and name in made.members and not made.only_spare(name):
-                request.lost.setdefault(name, why)
-                request.hurt_at = now
-                if made.alone:  # was it the request? Its process will say
-                    request.held_until = now + limits.EVIDENCE_S
+        self._poison.lost(self.open, name, why, now)
 
     def survives(self, made: Deployment, name: str, now: float) -> list[Effect] | None:
         """Go on without a device, all of whose tasks others may take; None where they may not."""

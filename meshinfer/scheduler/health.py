@@ -74,7 +74,8 @@ class Health:
         if ended is not None:
             record.cause = ended.text
         killed = ended is None or ended.killed
-        early = record.lost_at - record.joined_at <= limits.EARLY_DEATH_S
+        worked_from = min(max(record.joined_at, record.until), record.lost_at)
+        early = record.lost_at - worked_from <= limits.EARLY_DEATH_S
         if killed and record.answered:
             return self._rest(record, now) if early else ""
         crashed = not killed and ended is not None and bool(ended.request)

@@ -7,6 +7,7 @@ two such processes the request runs alone on one device, and only a death there 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping
 
 from meshinfer import limits
 from meshinfer.protocol import messages as m
@@ -26,20 +27,57 @@ class Poison:
         until, causes = self._bodies.get(body_of(message), (0.0, ""))
         return None if now >= until else _lost(causes, until - now)
 
-    def blame(
+    def lost(self, open_: Mapping[str, Request], name: str, why: str, now: float) -> None:
+        """A device is gone, maybe by a request's doing; its next process will say.
+
+        Who may have ended so many waits for that, before it ends another.
+        """
+        for request in open_.values():
+            made = request.deployment
+            if (
+                made is None
+                or request.merged is not None
+                or name not in made.members
+                or made.only_spare(name)
+            ):
+                continue
+            request.lost.setdefault(name, why)
+            request.hurt_at, request.losses = now, request.losses + 1
+            request.unheard.add(name)
+            if made.alone or request.losses >= limits.CRASHES_PER_REQUEST:
+                request.held_until, request.deployment = now + limits.EVIDENCE_S, None
+
+    def heard(
+        self, open_: Mapping[str, Request], hello: m.Hello, now: float
+    ) -> tuple[Request | None, m.Failure | None]:
+        """A process of a device says how the one before ended: the request that it computed, and
+        its failure, once proven."""
+        for each in open_.values():
+            each.unheard.discard(hello.device)
+            if not each.unheard:
+                each.held_until = 0.0
+        ended = hello.ended
+        request = None if ended is None else open_.get(ended.request)
+        if ended is None or request is None:
+            return None, None
+        failure = self._blame(request, ended, hello, now)
+        if request.alone and request.deployment is not None and not request.deployment.alone:
+            request.deployment = None  # before it ends more of them
+        return request, failure
+
+    def _blame(
         self, request: Request, ended: m.Ended, hello: m.Hello, now: float
     ) -> m.Failure | None:
-        """A process has died as it computed this request, says the next one of its device. The
-        failure, once proven."""
+        """A process has died as it computed this request. A plan of one task proves as much as one
+        that was made for it alone."""
         tried = request.tried.get(ended.attempt)
         key = f"{hello.device}#{hello.incarnation}"
         if tried is None or ended.killed or key in request.crashes:
             return None
         request.crashes[key] = f"{hello.device}: {ended.cause}"
         again = request.together is not None and ended.attempt > request.together
-        if not tried.deployment.alone and not again:
-            return None
-        if len(request.crashes) < limits.CRASHES_PER_REQUEST:
+        alone = tried.deployment.alone or tried.deployment.tasks == 1
+        if not (alone or again) or len(request.crashes) < limits.CRASHES_PER_REQUEST:
             return None
         if request.header.body:  # else nobody can tell it from others of its shape
             self._bodies[body_of(request.header)] = (now + limits.POISON_S, request.causes)

@@ -89,7 +89,8 @@ class Request:
     ``lost``: devices that were lost while it ran there, and how that was seen, last at ``hurt_at``.
     ``crashes``: the processes that its tasks ended, by those that came after them; ``together``: no
     one device can hold it, as was found at this attempt.
-    ``held_until``: it ran alone and its device was lost; why is to be told.
+    ``losses``: how many devices were; ``unheard``: those whose next process has not said why yet;
+    ``held_until``: it may have ended them, and waits to hear of it.
     """
 
     header: m.Submit
@@ -109,6 +110,8 @@ class Request:
     tried: dict[int, Try] = field(default_factory=dict)
     lost: dict[str, str] = field(default_factory=dict)
     hurt_at: float = 0.0
+    losses: int = 0
+    unheard: set[str] = field(default_factory=set)
     crashes: dict[str, str] = field(default_factory=dict)
     together: int | None = None
     held_until: float = 0.0

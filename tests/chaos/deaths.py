@@ -90,7 +90,7 @@ def joins(run: Run) -> None:
     run.calm(run.count(50, 200), rate=RATE)
     with run.load("faults", 100_000, rate=RATE, within_s=270.0) as load:
         for _ in range(times):
-            while victim not in run.ready() and not load.over:
+            while run.names[victim] not in run.states() and not load.over:
                 run.pause(0.1)
             if load.over:
                 break
