@@ -7,10 +7,15 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+from architectures import squeezenet1_1
 from cores import COMPUTE_S, Cluster, Node, image, kind
+from oracle import assert_exact
+from processes import eventually
+from processes import image as picture
 from shared import HEAD, bands, graph
 from test_covering import lose
 
+import meshinfer as mi
 from meshinfer import limits
 from meshinfer.graph import Graph
 from meshinfer.identity import DeviceId
@@ -118,7 +123,8 @@ def test_requests_after_a_loss_run_on_the_fallback_until_there_is_another_plan()
     cluster.pass_time(0.1)
     for i in range(4):
         reply = cluster.check(cluster.submit(image(i)), image(i))
-        assert reply.degraded and reply.attempts == 1
+        assert reply.degraded and reply.attempts == 1 and not reply.lost
+        assert "lost" in reply.reasons[0]
         assert "pi-2" not in reply.plan and Plan.parse(reply.plan).devices()
         assert {t.device for t in reply.tasks} == {"pi-1", "pi-3"}
         assert {(t.place, t.device) for t in reply.tasks} == {
@@ -141,7 +147,7 @@ def test_what_a_lost_device_had_handed_on_is_not_computed_again() -> None:
     reply = cluster.check(asked, image(1))
     assert not cluster.nodes["pi-1"].alive and reply.attempts == 1
     assert begun == {(0, 0): 1, (1, 0): 1, (2, 0): 1}
-    assert not reply.degraded
+    assert reply.lost == ("pi-1",) and "task pi-1" in reply.plan, "it had done its part"
     cluster.check_idle()
 
 
@@ -319,3 +325,39 @@ def test_what_somebody_waits_for_as_well_is_not_gentle_any_more() -> None:
     puller.want(digest, "head", 0.0)
     chunk = m.Chunk(digest=digest, offset=0, total=100)
     assert len(puller.arrived("head", chunk, memoryview(bytes(10)), 1.0, busy=True)) == 2
+
+
+# --- processes ------------------------------------------------------------------------------------
+
+
+def test_a_worker_killed_amid_a_request_costs_no_second_attempt(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Kills until one met a task that its device still owed; no attempt is ever made anew."""
+    model, x, log = squeezenet1_1(96), picture(96), ""
+
+    def prepared() -> bool:
+        nonlocal log
+        log += capfd.readouterr().err
+        return "fallbacks ready" in log
+
+    moved = False
+    with (
+        mi.LocalCluster(4, speeds=[0.1] * 4, log_level="info") as cluster,
+        cluster.client() as client,
+    ):
+        for kill in range(4):
+            client.deploy(f"net-{kill}", model, spread=True)
+            assert eventually(prepared, 30.0)
+            client.infer(f"net-{kill}", x)
+            future = client.submit(f"net-{kill}", x)
+            killed = cluster.kill(1)
+            result = future.result(60.0)
+            assert_exact(model, x, result.outputs)
+            assert result.attempts == 1
+            if killed not in result.plan:
+                moved = True
+                break
+            cluster.add(0.1)
+            log = ""
+    assert moved
