@@ -22,16 +22,7 @@ import zmq
 
 from cluster import sockets
 from cluster.security import Gatekeeper, KeyPair, generate_keypair
-from cluster.sockets import (
-    LOST,
-    NO_ROUTE,
-    Endpoint,
-    Frames,
-    Incoming,
-    Lost,
-    Plane,
-    Received,
-)
+from cluster.sockets import LOST, NO_ROUTE, Endpoint, Frames, Incoming, Lost, Plane, Received
 from meshinfer import limits
 
 _RETRY_S: Final = 0.001  # first wait before a full ROUTER pipe is tried again; doubles up to

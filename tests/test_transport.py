@@ -457,7 +457,7 @@ def test_every_socket_has_curve_unless_it_is_asked_not_to(net: Net) -> None:
         client = net.client("pi-1#1", endpoints)
         ends = [*hub._ports.values(), *client._links.values()]
         assert [each.socket.mechanism for each in ends] == [mechanism] * 4
-    assert Transport.__init__.__defaults__ == (None, False), "encrypted is what nobody asks for"
+    assert Transport.__init__.__defaults__ == (None, False, ""), "encrypted is what nobody asks for"
 
 
 @pytest.mark.parametrize("plaintext", [False, True])
