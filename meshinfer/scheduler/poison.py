@@ -44,7 +44,9 @@ class Poison:
             request.lost.setdefault(name, why)
             request.hurt_at, request.losses = now, request.losses + 1
             request.unheard.add(name)
-            if made.alone or request.losses >= limits.CRASHES_PER_REQUEST:
+            # A plan of one task leaves little doubt; of several, some devices die by chance.
+            most = limits.CRASHES_PER_REQUEST - (made.tasks == 1)
+            if made.alone or request.losses >= most:
                 request.held_until, request.deployment = now + limits.EVIDENCE_S, None
 
     def heard(
