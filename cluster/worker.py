@@ -198,7 +198,9 @@ def _hello(
         version=meshinfer.__version__,
         bulk=m.Peer(device=device, incarnation=incarnation, host=host, port=port, key=key),
         facts=msgspec.structs.replace(
-            facts, last_exit="" if options.ended is None else options.ended.cause
+            facts,
+            last_exit="" if options.ended is None else options.ended.cause,
+            paced=options.speed < 1.0,
         ),
         ended=options.ended,
     )

@@ -65,6 +65,7 @@ class Facts(Record, frozen=True, forbid_unknown_fields=False):
     ``rates``: FLOP/s by ``cost.OpKind``, 0 where unknown; ``memory_bytes_per_s``, ``kernel_s``,
     ``overhead_s``, ``message_s`` and ``byte_s`` as in ``cost.DeviceProfile``, 0 where unknown.
     ``last_exit`` is why its worker process ended the last time, as its supervisor saw it.
+    ``paced``: it sleeps to be as slow as it says.
     """
 
     host: str = ""
@@ -87,6 +88,7 @@ class Facts(Record, frozen=True, forbid_unknown_fields=False):
     byte_s: Seconds = 0.0
     computes: bool = True
     head: bool = False
+    paced: bool = False
 
 
 class Ended(Record, frozen=True, forbid_unknown_fields=False):

@@ -104,6 +104,8 @@ class Heads:
         device = self._members.devices.get(only[0])
         if device is None or device.where != self._where[peer] or not has_room(made, device):
             return []
+        if device.hello.facts.paced:  # only its own process is as slow as it says
+            return []
         self._granted[peer][made.number] = made
         return [Send(Plane.CONTROL, peer, grant(made, device, request.header))]
 
