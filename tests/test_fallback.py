@@ -175,6 +175,17 @@ def lose_later(cluster: Cluster, name: str, seconds: float) -> None:
     cluster.kernel_fault = then
 
 
+def test_pieces_that_a_lost_device_never_acknowledges_are_held_against_nobody() -> None:
+    """Its client, source and sink itself, stays so, and its attempt goes on."""
+    cluster = ready(beside=True)
+    cluster.slowness = dict.fromkeys(NAMES, 100.0)
+    cluster.when(kind(m.Deliver, by="ann", to="pi-2"), lambda: cluster.kill("pi-2"))
+    reply = cluster.check(cluster.submit(image(1)), image(1))
+    assert reply.total_s > 2 * limits.RESEND_AFTER_LOSS_S and reply.attempts == 1
+    assert not cluster.sent["Feed"] and not cluster.sent["Who"]
+    cluster.check_idle()
+
+
 def test_with_bands_only_the_lost_device_s_tasks_are_computed_again() -> None:
     cluster = ready()
     begun = computing(cluster)

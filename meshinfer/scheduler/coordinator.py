@@ -184,8 +184,11 @@ class CoordinatorCore:
                 return self._answering.task_failed(message, now)
             case m.Stalled() if runs:
                 client = next(filter(self._heads.stands, (peer, message.peer)), None)
-                known = detour(self.members, peer, message)
-                return known if client is None else self._heads.refuse(client)
+                if client is None:
+                    return detour(self.members, peer, message)
+                other = message.peer if client == peer else peer
+                there = self.members.by_peer(other) is not None  # else it is late for good
+                return self._heads.refuse(client) if there else []
             case m.Unreachable() if runs:
                 return self._unreachable(peer, message, now)
             case m.LinkMeasured() if device is not None:

@@ -83,7 +83,7 @@ def _on_one(run: Run, name: str, model: object, side: int) -> str:
     return "\n".join(
         (
             f"plan graph={graph.digest} source=head sink=head window=4",
-            f"stage 0:{len(graph.nodes)}",
+            f"stage 0:{len(graph.ops)}",
             f"  task {run.names[1]}",
             f"    y [0:1,0:3,0:{side},0:{side}]",
             "",

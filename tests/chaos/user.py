@@ -28,6 +28,7 @@ from chaos.history import History
 
 IMAGES = 6
 WATCH_S = 0.1
+SILENT_S = 0.5
 HEALTHY = "ready"
 
 
@@ -210,8 +211,10 @@ class User:
         )
 
     def _watch(self) -> None:
-        """Writes down each change of the devices' states, as the coordinator tells them."""
+        """Writes down each change of the devices' states, as the coordinator tells them; and what
+        it tells after a while of silence, be it the same."""
         while True:
+            asked = time.monotonic()
             try:
                 devices = self.client.devices()
                 now = {each.device: each.state for each in devices}
@@ -219,7 +222,7 @@ class User:
                 self._count({each.device: each.tasks_done for each in devices})
             except mi.MeshInferError as error:
                 now, exits = {}, {"": error.message}
-            if now != self.seen:
+            if now != self.seen or time.monotonic() - asked > SILENT_S:
                 self.history.write("devices", states=now, exits=exits)
             self.seen = now
             time.sleep(WATCH_S)
