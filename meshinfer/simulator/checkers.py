@@ -67,11 +67,15 @@ def one_outcome(world: Simulation, calm: bool) -> None:
 
 def right_or_typed(world: Simulation, calm: bool) -> None:
     """An answer is that of a model which served when it was asked, or an error that can be."""
-    for asked, _, reply, arrays in _replies(world):
+    for asked, at, reply, arrays in _replies(world):
         if reply.failure is not None:
             continue
         data = world.data_of(reply.plan)
-        if data is None or data not in asked.datas:
+        restarted = any(
+            f.what == "restart coordinator" and f.since <= at and f.until >= asked.at
+            for f in world.mishaps
+        )  # it is asked of the next one anew, and that may have a later version
+        if data is None or (data not in asked.datas and not restarted):
             which = None if data is None else world.datas.index(data) + 1
             raise Broken(f"{asked.request} is answered by version {which}", asked.request)
         if not world.kernels.is_right(data, asked.seed, arrays):
@@ -186,7 +190,7 @@ def empty(world: Simulation, calm: bool) -> None:
             if left and not node.core._computing.outbox:
                 raise Broken(f"{node} counts {left} bytes as under way, and nothing is")
         match node.core:
-            case WorkerCore() as core if not core.idle:
+            case WorkerCore() as core if not _idle(core):
                 half = core._computing
                 if _only_orphans(core, world):
                     continue
@@ -203,12 +207,18 @@ def empty(world: Simulation, calm: bool) -> None:
                 pass
 
 
+def _idle(core: WorkerCore) -> bool:
+    """Spares may still be loaded, gently: that is of no request."""
+    half = core._computing
+    return half.idle and not half.outbox and not half.acks
+
+
 def _only_orphans(core: WorkerCore, world: Simulation) -> bool:
     """Whether all that is held are inputs of requests that nobody asks for: their client died or
     gave up before the header arrived. They are bounded in number, and dropped after ORPHAN_INPUT_S,
     longer than a simulation takes."""
     half = core._computing
-    busy = half.running or half._queue or half.outbox or half.acks or not core._installing.idle
+    busy = half.running or half._queue or half.outbox or half.acks
     clients = {n.id for n in world.clients()}
     wanted = {(a.request, a.life) for a in world.asked if not a.cancelled and a.life in clients}
     return not busy and not any(
