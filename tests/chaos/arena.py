@@ -95,6 +95,8 @@ class Arena:
         return self
 
     def __exit__(self, *_: object) -> None:
+        for gate in self.gates:
+            gate.close()
         self.lab.close()
 
 
@@ -308,7 +310,8 @@ class User:
             stdout=subprocess.PIPE,
             text=True,
         )
-        threading.Thread(target=self._listen, daemon=True).start()
+        self._ear = threading.Thread(target=self._listen, daemon=True)
+        self._ear.start()
         self.wait("start")
 
     def tell(self, what: str, **how: Any) -> None:
@@ -337,7 +340,7 @@ class User:
                 raise RuntimeError(f"the user is not done with {what}") from None
 
     def close(self) -> None:
-        assert self._process.stdin is not None
+        assert self._process.stdin is not None and self._process.stdout is not None
         with suppress(BrokenPipeError):
             self._process.stdin.close()
         try:
@@ -345,6 +348,8 @@ class User:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._ear.join(10.0)
+        self._process.stdout.close()
 
     def _take(self, what: str) -> bool:
         for each in self._kept:
