@@ -58,8 +58,11 @@ class Holding:
 
     def release(self, message: m.Release) -> None:
         name = message.request
-        request = self.requests.pop(name, None)
-        self._drop(name)
+        held = self.requests.get(name)
+        later = held is not None and held.attempt > message.attempt  # the same id runs once more
+        request = None if later else self.requests.pop(name, None)
+        if not later:
+            self._drop(name)
         self._released.pop(name, None)
         self._released[name] = (message.attempt, message.client, message.turn)
         while len(self._released) > limits.STALE_REQUESTS_KEPT:
