@@ -66,16 +66,14 @@ def one_outcome(world: Simulation, calm: bool) -> None:
 
 
 def right_or_typed(world: Simulation, calm: bool) -> None:
-    """An answer is that of a model which served when it was asked, or an error that can be."""
-    for asked, at, reply, arrays in _replies(world):
+    """An answer is that of a model which served when it was asked, or of a later one: its header
+    may take a while."""
+    for asked, _, reply, arrays in _replies(world):
         if reply.failure is not None:
             continue
         data = world.data_of(reply.plan)
-        restarted = any(
-            f.what == "restart coordinator" and f.since <= at and f.until >= asked.at
-            for f in world.mishaps
-        )  # it is asked of the next one anew, and that may have a later version
-        if data is None or (data not in asked.datas and not restarted):
+        oldest = min(map(world.datas.index, asked.datas))
+        if data is None or world.datas.index(data) < oldest:
             which = None if data is None else world.datas.index(data) + 1
             raise Broken(f"{asked.request} is answered by version {which}", asked.request)
         if not world.kernels.is_right(data, asked.seed, arrays):

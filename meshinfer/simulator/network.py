@@ -317,13 +317,24 @@ class Network(World):
     def freeze(self, name: str, seconds: float) -> None:
         """SIGSTOP and SIGCONT. Connections of the control plane do not last longer than 1.5 s."""
         node = self.nodes[name]
-        node.frozen_until = max(node.frozen_until, self.now + seconds)
+        until = max(node.frozen_until, self.now + seconds)
+        self._move_parked(node, until)
+        node.frozen_until = until
         self.tell_story(lambda: f"FREEZE {node} for {seconds:.2f} s")
         if seconds > CONTROL_CUT_S:
             names = [n.name for n in self.living()] if node is self.coordinator else [name]
             for each in names:
                 if each != COORDINATOR:
                     self.at(self.now + CONTROL_CUT_S, lambda each=each: self._cut_if(each, node))  # type: ignore[misc]
+
+    def _move_parked(self, node: Node, when: float) -> None:
+        """What came while a node was frozen waits until its end; that is another now."""
+        before = node.frozen_until
+        self._events = [
+            (when if to is node and at == before else at, order, to, event)
+            for at, order, to, event in self._events
+        ]
+        heapq.heapify(self._events)
 
     def _cut_if(self, name: str, frozen: Node) -> None:
         if self.nodes[name].here and frozen.here and self.now < frozen.frozen_until:
@@ -335,12 +346,8 @@ class Network(World):
         self.noise = Noise(slowest_s=self.noise.slowest_s)
         for (sender, receiver), block in list(self._blocks.items()):
             self._unblock(sender, receiver, block)
-        self._events = [
-            (self.now if at == node.frozen_until else at, order, node, event)
-            for at, order, node, event in self._events
-        ]
-        heapq.heapify(self._events)
         for node in self.nodes.values():
+            self._move_parked(node, self.now)
             if node.frozen_until > self.now and node in self._due:
                 self._due[node] = node.clock.world(node.due)
             node.frozen_until = 0.0
