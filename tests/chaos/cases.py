@@ -58,6 +58,7 @@ CASES = {
             "SEGV, out of memory, an exit, an exception in a kernel",
             "0 lost, the right cause named",
             deaths.causes,
+            ci=False,
         ),
         Case(
             "C5",
@@ -153,7 +154,6 @@ CASES = {
             "nothing changes",
             clocks.jumps,
             own={"environment": clocks.environment},
-            ci=False,
         ),
     )
 }
