@@ -12,6 +12,8 @@ import platformdirs
 from meshinfer.errors import ConfigurationError
 
 FILE = "meshinfer.toml"
+ADDRESS_FILE = "address.json"
+"""In a coordinator's state folder: where it listens."""
 
 
 def state_dir(part: str) -> Path:

@@ -25,6 +25,7 @@ import structlog
 import meshinfer
 from cluster import processes, profiler, telemetry
 from cluster.blobs import BlobStore
+from cluster.config import ADDRESS_FILE
 from cluster.discovery import announce, browse, fingerprint
 from cluster.journal import FILE, Journal, JournalThread
 from cluster.locate import DEFAULT_PORT
@@ -88,7 +89,7 @@ def run_coordinator(
     """
     state = Path(options.state_dir)
     processes.hold_folder(state)
-    address = state / "address.json"
+    address = state / ADDRESS_FILE
     address.unlink(missing_ok=True)  # of one that was killed
     keyring, own = load_or_create_coordinator(state, options.cluster, plaintext=options.plaintext)
     _refuse_second(options, keyring)
@@ -202,7 +203,7 @@ def _write_address(path: Path, address: Address) -> None:
 def await_address(coordinator: subprocess.Popen[Any], state_dir: Path, timeout_s: float) -> Address:
     """Where a coordinator that was just started listens. Raises ``ClusterUnavailable`` if it ends,
     or does not listen in time."""
-    path = state_dir / "address.json"
+    path = state_dir / ADDRESS_FILE
     deadline = time.monotonic() + timeout_s
     while not path.exists():
         if coordinator.poll() is not None or time.monotonic() > deadline:

@@ -27,6 +27,7 @@ import msgspec
 import psutil
 
 from cluster.client import Client
+from cluster.config import ADDRESS_FILE
 from cluster.coordinator import HEAD, Address, CoordinatorOptions, await_address
 from cluster.gate import GateProcess
 from cluster.profiler import Measured, measure
@@ -183,7 +184,7 @@ class LocalCluster:
         assert self._coordinator is not None and self._address is not None
         self._coordinator.kill()
         self._coordinator.wait()
-        (self._folder / "coordinator" / "address.json").unlink(missing_ok=True)
+        (self._folder / "coordinator" / ADDRESS_FILE).unlink(missing_ok=True)
         self._start_coordinator(self._address.port)
 
     def close(self) -> None:

@@ -84,6 +84,8 @@ class OnDevice:
                 assert_never(effect)
 
     def close(self) -> None:
+        """Nothing is answered here any more. Once no effects come."""
+        self._until = 0.0
         if self._storing is not None and self._folder is not None:
             self._storing.close()
             self._folder.cleanup()
@@ -166,9 +168,10 @@ class OnDevice:
                 return  # other bits than the device's
             (session,) = self._store().prepared[item.deployment].values()
             self._ready[item.deployment] = (task, session)
-            if not self._coming:  # loaded, or mapped: the files are needed no more
-                for path in self._blobs.folder.iterdir():
-                    path.unlink()
+            if not self._coming:  # loaded, or mapped: its files are needed no more
+                program = task.grant.program
+                for digest in (program.model or "", *program.weights):
+                    self._blobs.path(digest).unlink(missing_ok=True)
 
 
 def _inputs(

@@ -152,7 +152,6 @@ def run_worker(options: WorkerOptions) -> m.Failure | None:
     bulk_port = bulk_port if gate is None else gate.front
     coordinator = Endpoint(host, port, keyring.coordinator_public)
     store = BlobStore(state / "blobs")
-
     engine = OrtEngine(store.folder, options.threads)
     measured = options.measured or profiler.measured_once(
         state, engine.name, options.threads, plaintext=keyring.plaintext

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 from cores import _imported, conv_net
 
-from meshinfer.geometry import split_even
 from meshinfer.graph import Graph
 from meshinfer.identity import DeviceId
 from meshinfer.plan import Plan, Shard, Stage, Task
 from meshinfer.scheduler import events as e
+from meshinfer.simulator.models import for_any
 
 HEAD = DeviceId("head")
 
@@ -32,17 +31,7 @@ def bands(g: Graph, names: Sequence[str], count: int, window: int = 1) -> Plan:
     """A stage for each two operators, in bands that anybody may take; what has no rows is whole."""
     devices = tuple(map(DeviceId, names))
     cuts = [0, *(c for c in g.cut_points if c % 2 == 0), len(g.ops)]
-    stages = []
-    for start, stop in pairwise(cuts):
-        held: list[list[Shard]] = [[] for _ in range(count)]
-        for value in g.live_outputs(start, stop):
-            box = g.whole(value)
-            rows = split_even(box[2].size, count) if box[2].size >= count else (box[2],)
-            for shards, part in zip(held, rows, strict=False):
-                shards.append(Shard(value, box.replace(2, part)))
-        tasks = tuple(Task(devices, tuple(shards)) for shards in held if shards)
-        stages.append(Stage(start, stop, tasks))
-    return Plan(g.digest, HEAD, HEAD, tuple(stages), window)
+    return for_any(g, devices, HEAD, cuts, count, window=window)
 
 
 def bands_for_all(g: Graph, names: Sequence[str]) -> Plan:

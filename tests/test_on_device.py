@@ -13,7 +13,7 @@ from cores import Cluster, Node, conv_net, image, kind
 from oracle import assert_exact, reference
 
 from cluster.local import LocalCluster
-from meshinfer.errors import DeadlineExceeded, InvalidInput
+from meshinfer.errors import ClusterUnavailable, DeadlineExceeded, InvalidInput
 from meshinfer.importers import load
 from meshinfer.protocol import messages as m
 from meshinfer.scheduler import events as e
@@ -235,6 +235,14 @@ def test_one_array_and_some_outputs_are_answered_as_well(alone) -> None:  # type
         some = client.infer("net", image(2), outputs=["mean"])
         assert list(some.outputs) == ["mean"]
         np.testing.assert_allclose(some.outputs["mean"], whole["mean"], rtol=1e-5)
+
+
+def test_a_client_that_was_closed_answers_no_more(alone) -> None:  # type: ignore[no-untyped-def]
+    cluster, _ = alone
+    with cluster.client() as client:
+        _until_granted(client, image())
+    with pytest.raises(ClusterUnavailable, match="closed"):
+        client.infer("net", image())
 
 
 def test_a_new_version_answers_as_soon_as_it_is_deployed(alone) -> None:  # type: ignore[no-untyped-def]

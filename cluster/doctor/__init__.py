@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 
 import meshinfer
-from cluster.config import coordinator_state, default_keyring, state_dir
+from cluster.config import ADDRESS_FILE, coordinator_state, default_keyring, state_dir
 from cluster.discovery import fingerprint
 from cluster.doctor import network
 from cluster.doctor.engine import run_engine
@@ -43,7 +43,6 @@ from meshinfer.doctor import (
 from meshinfer.errors import MeshInferError
 
 _COORDINATOR_FILE = "coordinator.json"
-_ADDRESS_FILE = "address.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +144,7 @@ class _Examination:
         if self._options.coordinator:
             return _Target(*parse_address(self._options.coordinator))
         with suppress(OSError, msgspec.DecodeError):  # also of one that was killed: its port tells
-            text = (self._coordinator_state / _ADDRESS_FILE).read_bytes()
+            text = (self._coordinator_state / ADDRESS_FILE).read_bytes()
             address = msgspec.json.decode(text, type=_Address)
             return _Target(address.host, address.port)
         return None

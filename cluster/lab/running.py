@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 import psutil
 
+from cluster.config import ADDRESS_FILE
 from cluster.coordinator import HEAD, Address, CoordinatorOptions, await_address
 from cluster.worker import Ways, WorkerOptions
 from meshinfer.errors import ClusterUnavailable
@@ -131,7 +132,7 @@ class LabCluster:
         """Start the coordinator again at its address, killing it first if it runs."""
         assert self._address is not None
         self.kill_coordinator()
-        (self.state / "coordinator" / "address.json").unlink(missing_ok=True)
+        (self.state / "coordinator" / ADDRESS_FILE).unlink(missing_ok=True)
         self._start_coordinator(self._address.port)
 
     def restart(self, i: int, *, wait: bool = True) -> None:

@@ -264,7 +264,6 @@ class DeviceInfo(Record, frozen=True):
     cause: Text = ""
     returns_s: Seconds = 0.0
     computing_s: Seconds = 0.0
-
     port: Annotated[int, Meta(ge=0, le=65535)] = 0
 
 

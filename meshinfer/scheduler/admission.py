@@ -30,16 +30,11 @@ def refuse(catalogue: Catalogue, message: m.Submit) -> m.Failure | None:
     if model is None:
         known = get_close_matches(message.model, sorted(catalogue.models), _NAMED, cutoff=0.0)
         what = message.model if message.version is None else f"{message.model} v{message.version}"
-        lost = catalogue.lost.get(message.model)
-        return m.Failure(
-            error="ModelNotFound",
-            message=f"no model {what!r} is deployed" if lost is None else lost,
-            hint="deploy it again"
-            if lost is not None
-            else f"deployed are, likest first, {known}"
-            if known
-            else "deploy it: client.deploy",
-        )
+        text = f"no model {what!r} is deployed"
+        hint = f"deployed are, likest first, {known}" if known else "deploy it: client.deploy"
+        if message.model in catalogue.lost:
+            text, hint = catalogue.lost[message.model], "deploy it again"
+        return m.Failure(error="ModelNotFound", message=text, hint=hint)
     return _outputs(model, message) or _tensors(model, message)
 
 

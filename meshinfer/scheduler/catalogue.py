@@ -157,9 +157,20 @@ class Deployment:
     head: str = ""
     links: int = 0
     alone: str = ""
-
     ready_at: float = 0.0
     spares: Spares = field(default_factory=Spares)
+
+    def held(self, name: str) -> tuple[int, int]:
+        """Bytes that a device is expected to hold at most: of its own, and of others' tasks."""
+        known = () if self.report is None else self.report.devices
+        found = ((d.peak_bytes, d.spare_bytes) for d in known if d.device == name)
+        return next(found, (0, 0))
+
+    def room(self, name: str, memory_bytes: int) -> int:
+        """Bytes that a device which grants so many may hold of it; 0 where nothing bounds it."""
+        given = self.model.memory
+        budget = given.get(name) if isinstance(given, Mapping) else given
+        return min((room for room in (memory_bytes, budget) if room), default=0)
 
     def keep_members(self) -> None:
         """Of all that might have been, those of the plan and those that stand by for one."""

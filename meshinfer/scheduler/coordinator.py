@@ -183,12 +183,7 @@ class CoordinatorCore:
             case m.TaskFailed() if runs:
                 return self._answering.task_failed(message, now)
             case m.Stalled() if runs:
-                client = next(filter(self._heads.stands, (peer, message.peer)), None)
-                if client is None:
-                    return detour(self.members, peer, message)
-                other = message.peer if client == peer else peer
-                there = self.members.by_peer(other) is not None  # else it is late for good
-                return self._heads.refuse(client) if there else []
+                return self._stalled(peer, message)
             case m.Unreachable() if runs:
                 return self._unreachable(peer, message, now)
             case m.LinkMeasured() if device is not None:
@@ -280,12 +275,21 @@ class CoordinatorCore:
             effects.append(Note("warning", "device quarantined", fields))
         return effects
 
+    def _stalled(self, peer: str, message: m.Stalled) -> list[Effect]:
+        """A peer is late to acknowledge what another sends: by the head, either way."""
+        client = self._heads.among(peer, message.peer)
+        if client is None:
+            return detour(self.members, peer, message)
+        other = message.peer if client == peer else peer
+        there = self.members.by_peer(other) is not None  # else it is late for good
+        return self._heads.refuse(client) if there else []
+
     def _unreachable(self, peer: str, message: m.Unreachable, now: float) -> list[Effect]:
         """A device does not get what another sends: plan without it for a while. Where one end is a
         client, it goes by the head instead."""
         if not self._answering.unreachable(message):
             return []
-        client = next(filter(self._heads.stands, (peer, message.peer)), None)
+        client = self._heads.among(peer, message.peer)
         if client is not None:
             return self._heads.refuse(client)
         device, lost = self.members.by_peer(peer), self.members.by_peer(message.peer)

@@ -21,12 +21,13 @@ from meshinfer.scheduler.request import Request
 class Heads:
     """Mutable: owned by the coordinator's core. ``_with``: of each client that stands for the head,
     the deployments that it has (True) or was told of. ``_granted``: those whose requests it may
-    compute itself. ``_where``: the host of each. ``_refused``: clients that may not."""
+    compute itself, None where it was looked at and may not. ``_where``: the host of each.
+    ``_refused``: clients that may not."""
 
     def __init__(self, members: Membership) -> None:
         self._members = members
         self._with: dict[str, dict[int, bool]] = {}
-        self._granted: dict[str, dict[int, Deployment]] = {}
+        self._granted: dict[str, dict[int, Deployment | None]] = {}
         self._where: dict[str, str] = {}
         self._refused: set[str] = set()
 
@@ -64,6 +65,10 @@ class Heads:
         """Whether a peer is the head of its own requests."""
         return peer in self._with
 
+    def among(self, *peers: str) -> str | None:
+        """The first of these peers that is a client and the head of its own requests."""
+        return next(filter(self.stands, peers), None)
+
     def ready(self, peer: str, made: Deployment) -> bool:
         """Whether a client's requests can begin under a deployment."""
         return peer not in self._with or self._with[peer].get(made.number, False)
@@ -95,11 +100,14 @@ class Heads:
     # --- requests that a client computes itself
 
     def grant(self, request: Request, made: Deployment) -> list[Effect]:
-        """Let a client compute such requests itself, where the plan's one task lies on its host."""
-        peer, only = request.client, only_task(made)
-        if only is None or peer not in self._granted or made.number in self._granted[peer]:
+        """Let a client compute such requests itself, where the plan's one task lies on its host.
+        Looked at once for each client and deployment, since all requests come by here."""
+        peer = request.client
+        if peer not in self._granted or made.number in self._granted[peer]:
             return []
-        if made.alone:  # for fear that it ends the process that computes it
+        self._granted[peer][made.number] = None
+        only = only_task(made)
+        if only is None or made.alone:  # for fear that it ends the process that computes it
             return []
         device = self._members.devices.get(only[0])
         if device is None or device.where != self._where[peer] or not has_room(made, device):
@@ -107,11 +115,12 @@ class Heads:
         if device.hello.facts.paced:  # only its own process is as slow as it says
             return []
         self._granted[peer][made.number] = made
-        return [Send(Plane.CONTROL, peer, grant(made, device, request.header))]
+        return [Send(Plane.CONTROL, peer, grant(made, device, only[1], request.header))]
 
     def superseded(self, current: Model) -> list[Effect]:
         """A version is its name's current one: what was granted for others ends."""
-        return self._take_back(lambda m: m.model.name == current.name and m.model is not current)
+        name = current.name
+        return self._take_back(lambda made: made.model.name == name and made.model is not current)
 
     def changed(self, made: Deployment) -> list[Effect]:
         """A deployment goes on without a device: what was granted of it ends."""
@@ -121,7 +130,7 @@ class Heads:
         effects: list[Effect] = []
         for peer, granted in self._granted.items():
             for number, made in list(granted.items()):
-                if which(made):
+                if made is not None and which(made):
                     del granted[number]
                     effects.append(Send(Plane.CONTROL, peer, m.Revoke(deployment=number)))
         return effects
@@ -152,14 +161,10 @@ def _peers(programs: tuple[m.Program, ...], members: Membership) -> tuple[m.Peer
 
 def _keep_bytes(made: Deployment, name: str, members: Membership) -> int:
     """What a device may keep for others that take over: what its programs leave of its memory."""
-    memory = members.devices[name].hello.facts.memory_bytes
-    granted = made.model.memory
-    if granted is not None:
-        own = granted if isinstance(granted, int) else granted.get(name, memory)
-        memory = min(memory or own, own)
-    known = made.report.devices if made.report is not None else ()
-    peak = next((d.peak_bytes + d.spare_bytes for d in known if d.device == name), 0)
-    return min(limits.KEPT_BYTES, max(0, memory - peak)) if memory else limits.KEPT_BYTES
+    room = made.room(name, members.devices[name].hello.facts.memory_bytes)
+    if not room:
+        return limits.KEPT_BYTES
+    return min(limits.KEPT_BYTES, max(0, room - sum(made.held(name))))
 
 
 def _install(

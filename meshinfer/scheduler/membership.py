@@ -96,7 +96,6 @@ class Membership:
     links_changed: int = 0
     apart: dict[tuple[str, str], bool] = field(default_factory=dict)
     health: Health = field(default_factory=Health)
-
     faults: Faults = field(default_factory=Faults)
 
     def refusal(self, hello: m.Hello, now: float) -> m.Failure | None:
@@ -282,7 +281,8 @@ class Membership:
         gone = self.health.gone(now) if lost else []
         return tuple(sorted((*here, *gone), key=lambda info: info.device))
 
-    def _info(self, d: Device, now: float) -> m.DeviceInfo:
+    def standing(self, d: Device, now: float) -> tuple[str, float, str]:
+        """A device's state, until when it is so if it ends by itself, and its cause."""
         state, until, cause = d.state(now), 0.0, self.health.cause(d.name)
         if state == "excluded":
             until, cause = d.excluded_until, d.excluded_for
@@ -292,6 +292,10 @@ class Membership:
                 state = "quarantined"
             elif d.name in self.health.suspects(now):
                 state = "suspect"
+        return state, until, cause or d.hello.facts.last_exit
+
+    def _info(self, d: Device, now: float) -> m.DeviceInfo:
+        state, until, cause = self.standing(d, now)
         return m.DeviceInfo(
             device=d.name,
             state=state,
@@ -304,7 +308,7 @@ class Membership:
             tasks_done=d.tasks_done,
             where=d.where,
             port=d.bulk.port,
-            cause=cause or d.hello.facts.last_exit,
+            cause=cause,
             returns_s=max(0.0, until - now),
         )
 

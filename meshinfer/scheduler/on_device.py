@@ -25,7 +25,7 @@ from meshinfer.scheduler.events import (
     RanHere,
     Send,
 )
-from meshinfer.scheduler.installing import Deployment as Installed
+from meshinfer.scheduler.installing import Deployment as Told
 from meshinfer.scheduler.installing import Installing
 from meshinfer.scheduler.membership import Device
 from meshinfer.scheduler.recipe import Gathering, Recipe
@@ -42,23 +42,17 @@ def only_task(made: Deployment) -> tuple[str, m.Program] | None:
 
 def has_room(made: Deployment, device: Device) -> bool:
     """Whether the device's memory holds the task twice: its worker keeps what it has."""
-    reports = () if made.report is None else made.report.devices
-    own = [each for each in reports if each.device == device.name]
-    peak, more = max(((e.peak_bytes, e.spare_bytes) for e in own), default=(0, 0))
-    given = made.model.memory
-    budget = given.get(device.name) if isinstance(given, Mapping) else given
-    rooms = [room for room in (device.hello.facts.memory_bytes, budget) if room]
-    return all(2 * peak + more <= room for room in rooms)
+    own, others = made.held(device.name)
+    room = made.room(device.name, device.hello.facts.memory_bytes)
+    return not room or 2 * own + others <= room
 
 
-def grant(made: Deployment, device: Device, header: m.Submit) -> m.Grant:
+def grant(made: Deployment, device: Device, task: m.Program, header: m.Submit) -> m.Grant:
     """What a client on the device's host needs to answer requests like this one."""
-    only = only_task(made)
-    assert only is not None
     return m.Grant(
         deployment=made.number,
         device=device.name,
-        program=only[1],
+        program=task,
         model=made.model.name,
         version=made.model.version,
         inputs=header.inputs,
@@ -81,7 +75,7 @@ class OwnTask:
     sink: Recipe
 
     @staticmethod
-    def of(grant: m.Grant, head: Installed) -> OwnTask:
+    def of(grant: m.Grant, head: Told) -> OwnTask:
         """``head``: the source's and the sink's programs, which the client has already."""
         without = [r for r in head.recipes.values() if r.program.model is None]
         source = next((r for r in without if r.program.sends), None)
@@ -143,7 +137,7 @@ class OnDevice:
         self._heard = 0.0
 
     def told(
-        self, message: m.Grant | m.Revoke, heads: Mapping[int, Installed], now: float
+        self, message: m.Grant | m.Revoke, heads: Mapping[int, Told], now: float
     ) -> list[Effect]:
         """``heads``: where the client is source and sink itself, by deployment."""
         self._heard, number = now, message.deployment

@@ -50,8 +50,10 @@ def _reasons(request: Request, tried: Try, members: Membership, now: float) -> t
         found.append(f"it took {len(request.tried)} attempts")
     if request.alone:
         found.append(f"it ran on one device, since it ended others: {request.causes}")
-    out = [d for d in members.infos(now) if d.state in ("quarantined", "excluded")]
-    found += [f"{d.device} is {d.state}: {d.cause}" for d in out]
+    for name, device in sorted(members.devices.items()):
+        state, _, cause = members.standing(device, now)
+        if state in ("quarantined", "excluded"):
+            found.append(f"{name} is {state}: {cause}")
     found += [
         f"{one} and {other} do not reach each other: their pieces went by the head"
         for one, other in members.apart

@@ -24,6 +24,8 @@ class Poison:
 
     def refusal(self, message: m.Submit, now: float) -> m.Failure | None:
         """Why a request is refused at once: the same body has ended workers before."""
+        if not self._bodies:  # as nearly always: a hash less for each request
+            return None
         until, causes = self._bodies.get(body_of(message), (0.0, ""))
         return None if now >= until else _lost(causes, until - now)
 

@@ -46,7 +46,6 @@ class Publishing:
         self._answering = answering
         self._journal = journal
         self._heads = heads
-
         self._remembered = remembered
         self._retire = retire
         self._plans: dict[int, list[Planned]] = {}

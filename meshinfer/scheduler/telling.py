@@ -34,12 +34,9 @@ def told_lacked(asked: m.Assign, awaited: Collection[m.Place]) -> Send:
 
 def unreachable(lost: Unacknowledged) -> list[Effect]:
     """A peer never acknowledged a message; it is news where it was a piece."""
-    fields: dict[str, object] = {"peer": lost.peer}
-    message = lost.message
-    if isinstance(message, m.Deliver):
-        fields |= {"request": message.request, "attempt": message.attempt}
-    effects: list[Effect] = [Note("warning", "no acknowledgement", fields)]
-    if isinstance(message, m.Deliver):
-        word = m.Unreachable(request=message.request, attempt=message.attempt, peer=lost.peer)
-        effects.append(told(word))
-    return effects
+    piece, fields = lost.message, {"peer": lost.peer}
+    if not isinstance(piece, m.Deliver):
+        return [Note("warning", "no acknowledgement", fields)]
+    ids = {"request": piece.request, "attempt": piece.attempt}
+    word = m.Unreachable(request=piece.request, attempt=piece.attempt, peer=lost.peer)
+    return [Note("warning", "no acknowledgement", {**fields, **ids}), told(word)]

@@ -254,9 +254,9 @@ class WorkerCore:
                 )
                 return [Stop(failure)]
             return self._rejoin(now)
-        if event.peer and not self._detours.goes(event.peer):
-            self._computing.outbox.hasten(event.peer, now)
         if event.peer:
+            if not self._detours.goes(event.peer):
+                self._computing.outbox.hasten(event.peer, now)
             self._installing.connection_cut(event.peer, now)
         return []
 

@@ -116,9 +116,10 @@ def _plan(graph: Graph, devices: tuple[DeviceId, ...], head: DeviceId, style: st
     ends = (head, head)
     match style:
         case "any whole":
-            return _any(graph, devices, head, [0, stop], 1)
+            return for_any(graph, devices, head, [0, stop], 1, window=4)
         case "any bands":
-            return _any(graph, devices, head, cuts[::2] + cuts[-1:], min(len(devices) + 1, 3))
+            count = min(len(devices) + 1, 3)
+            return for_any(graph, devices, head, cuts[::2] + cuts[-1:], count, window=4)
         case "one":
             cuts, wholes = [0, stop], [devices[-1]]
         case "pipeline":
@@ -143,10 +144,17 @@ def _plan(graph: Graph, devices: tuple[DeviceId, ...], head: DeviceId, style: st
     return Plan(plan.graph, plan.source, plan.sink, plan.stages, window=3)
 
 
-def _any(
-    graph: Graph, devices: tuple[DeviceId, ...], head: DeviceId, cuts: Sequence[int], count: int
+def for_any(
+    graph: Graph,
+    devices: tuple[DeviceId, ...],
+    head: DeviceId,
+    cuts: Sequence[int],
+    count: int,
+    *,
+    window: int,
 ) -> Plan:
-    """Tasks that any device may take: ``count`` bands of each value that has so many rows."""
+    """Tasks that any device may take: ``count`` bands of each value that has so many rows; what has
+    not is whole."""
     stages = []
     for start, stop in pairwise(sorted(set(cuts))):
         held: list[list[Shard]] = [[] for _ in range(count)]
@@ -157,4 +165,4 @@ def _any(
                 shards.append(Shard(value, box.replace(2, part)))
         tasks = tuple(Task(devices, tuple(shards)) for shards in held if shards)
         stages.append(Stage(start, stop, tasks))
-    return Plan(graph.digest, head, head, tuple(stages), window=4)
+    return Plan(graph.digest, head, head, tuple(stages), window)

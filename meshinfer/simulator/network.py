@@ -293,13 +293,7 @@ class Network(World):
             )
         ]
         heapq.heapify(self._events)
-        for other in self.living():
-            if other is self.coordinator:
-                self.post(other, e.PeerLost(node.id, "reset"), reset_s)
-            elif node is self.coordinator:
-                self.post(other, e.PeerLost(COORDINATOR, "reset"), reset_s)
-            elif node.id in other.links:
-                self.post(other, e.PeerLost(node.id, "reset", plane=e.Plane.BULK), reset_s)
+        self._reset(node, reset_s)
 
     def start_coordinator(self) -> None:
         super().start_coordinator()

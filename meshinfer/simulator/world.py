@@ -127,7 +127,10 @@ class World(Shells):
 
     def _gone(self, node: Node) -> None:
         """Its connections are reset."""
-        latency_s = self.timing.latency_s
+        self._reset(node, self.timing.latency_s)
+
+    def _reset(self, node: Node, latency_s: float) -> None:
+        """All that were connected to it hear so."""
         for other in self.living():
             if other is self.coordinator:
                 self.post(other, e.PeerLost(node.id, "reset"), latency_s)
