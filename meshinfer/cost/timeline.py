@@ -75,15 +75,15 @@ def predict(
     run = _Run(plan, {p.id: p for p in profiles}, loads, messages, brief)
     run.go()
     use = _uses(run)
+    busy = [*(u.busy_s for u in use), *_busy_links(run, use), *run.busy_pairs()]
+    run.stay_on_device()
     return Timeline(
         total_s=run.total_s,
         tasks=tuple(run.tasks),
         transfers=tuple(run.sent),
         devices=use,
         bound="" if brief else run.bound(),
-        bottleneck_s=max(
-            [*(u.busy_s for u in use), *_busy_links(run, use), *run.busy_pairs()], default=0.0
-        ),
+        bottleneck_s=max(busy, default=0.0),
     )
 
 
@@ -150,16 +150,9 @@ class _Run:
             self.queues.setdefault(device, []).append(ref)
         self.ways: dict[tuple[DeviceId, DeviceId], _Way] = {}
         self.total_s = 0.0
-        self.on_device = self._on_device()
         self.processors: dict[DeviceId, DeviceId] = {}
         self.ends_s: dict[DeviceId, float] = {}
         """Seconds that source and sink keep each processor busy, beside tasks."""
-
-    def _on_device(self) -> bool:
-        """One task on the head's host: a client there runs it itself, without a message."""
-        if len(self.loads) != 1 or self.plan.window > 1:
-            return False
-        return self.profile(next(iter(self.queues))).beside(self.profile(self.plan.source))
 
     def profile(self, device: DeviceId) -> DeviceProfile:
         return self.profiles.get(device) or DeviceProfile(device, 0.0, computes=False)
@@ -189,8 +182,6 @@ class _Run:
         for i, (producer, consumer, nbytes, _) in enumerate(self.messages):
             self.outgoing.setdefault(producer, []).append(i)
             self.missing[consumer] = self.missing.get(consumer, 0) + 1
-            if self.on_device:
-                continue
             sent = self.where[producer] != self.where[consumer]
             for ref in (producer, consumer) if sent else (consumer,):
                 count, moved = self.talk.get(ref, (0, 0.0))
@@ -208,21 +199,18 @@ class _Run:
             ready, i = heapq.heappop(self.heap)
             self._send(i, ready)
         head = self.profile(self.plan.sink)
-        last = 0.0 if self.on_device else head.request_s / 2 + head.report_s * len(self.tasks)
+        last = head.request_s / 2 + head.report_s * len(self.tasks)
         self.total_s = self._occupy(self.plan.sink, self.ready.get(self.sink, 0.0), last)
 
     def _scatter(self) -> None:
         """The request reaches the source, which sends one message after another."""
-        comes_s = 0.0 if self.on_device else self.profile(self.plan.source).request_s / 2
-        now = self._occupy(self.plan.source, 0.0, comes_s)
+        now = self._occupy(self.plan.source, 0.0, self.profile(self.plan.source).request_s / 2)
         for i in self.outgoing.get(self.source, ()):
             now = self._occupy(self.plan.source, now, self.toll(i, self.plan.source))
             heapq.heappush(self.heap, (now, i))
 
     def toll(self, i: int, device: DeviceId) -> float:
         """How long a message keeps the processor of this end, its sender or receiver, busy."""
-        if self.on_device:
-            return 0.0
         producer, consumer, nbytes, _ = self.messages[i]
         p = self.profile(device)
         if self.where[producer] == self.where[consumer]:
@@ -325,6 +313,17 @@ class _Run:
             key = (self.where[producer], self.where[consumer])
             busy[key] = busy.get(key, 0.0) + nbytes * self.way(*key).pair_s_per_byte
         return list(busy.values())
+
+    def stay_on_device(self) -> None:
+        """One task on the head's host: for one request at a time, a client there runs it itself,
+        without a message. A stream goes by messages, so what keeps devices busy stays as it is."""
+        if len(self.tasks) != 1 or self.plan.window > 1:
+            return
+        (span,) = self.tasks
+        if self.profile(span.device).beside(self.profile(self.plan.source)):
+            self.total_s = seconds(span.work, self.profile(span.device))
+            self.tasks = [TaskSpan(span.ref, span.device, 0.0, self.total_s, span.work)]
+            self.ends_s.clear()
 
     def bound(self) -> str:
         """The largest share of the critical path, walked back from the sink."""
