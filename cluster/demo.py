@@ -58,6 +58,7 @@ class Report:
     lost: int = 0
     wrong: int = 0
     attempts: list[int] = field(default_factory=list)
+    set_back: int = 0
     chaos_s: float = 0.0
     picture: str = ""
     drawing: str = ""
@@ -331,12 +332,12 @@ def _lose_one(
             continue
         report.answered += 1
         report.attempts.append(result.attempts)
+        report.set_back += report.killed in result.devices_lost
         answer = next(iter(result.outputs.values()))
         report.wrong += oracle.difference(answer) > oracle.tolerance
-    again = sum(attempts > 1 for attempts in report.attempts)
     say.print(
         f"survived   {report.answered} of {REQUESTS} answered in {report.chaos_s:.1f} s, "
-        f"{report.wrong} wrong, {report.lost} lost; {again} took more than one attempt"
+        f"{report.wrong} wrong, {report.lost} lost; {report.set_back} had lost it on their way"
     )
 
 
@@ -363,7 +364,6 @@ def _summary(report: Report) -> str:
         for each in report.devices
     ]
     verdict = "bit for bit" if report.bit_identical else f"within {report.largest_difference:.1e}"
-    attempts = ", ".join(map(str, report.attempts))
     good = report.exact and report.lost == 0
     return "\n".join(
         (
@@ -376,7 +376,7 @@ def _summary(report: Report) -> str:
             f"(plain onnxruntime, one thread: {report.alone_s:.2f} s)",
             f"equal to plain onnxruntime {verdict}",
             f"{report.killed} killed: {report.answered} of {report.requests} requests answered, "
-            f"{report.wrong} wrong, {report.lost} lost (attempts: {attempts})",
+            f"{report.wrong} wrong, {report.lost} lost; {report.set_back} had lost it midway",
             f"{'all exact, nothing lost' if good else 'NOT AS PROMISED'}, {report.took_s:.1f} s",
             "",
             f"{report.picture}  {report.width} × {report.height}",

@@ -7,6 +7,7 @@ is never skipped there. A `slow` test runs only with --full.
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -74,7 +75,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Choose the Hypothesis profile; its own --hypothesis-profile still wins."""
+    """Choose the Hypothesis profile; its own --hypothesis-profile still wins. And let what tests
+    start be interrupted: a shell has what it runs in the background ignore SIGINT, which processes
+    inherit from it by us."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if not config.getoption("--hypothesis-profile", default=None):
         settings.load_profile("full" if config.getoption("--full") else "ci")
 
