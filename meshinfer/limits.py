@@ -118,6 +118,13 @@ LATE_SAMPLES: Final = 64
 LATE_TIMES: Final = 3.0
 LATE_S: Final = 0.05
 SUSPECT_S: Final = 0.25
+USUAL_KEPT: Final = 1024
+DOUBT_TIMES: Final = 1.5
+DOUBT_FIRST_S: Final = 0.5
+DOUBT_AGAIN_S: Final = 0.25
+BEAT_NOW_S: Final = 0.001
+SILENT_S: Final = 0.15
+"""Without a sign of life, once asked. A quarter of a core answers within half of that."""
 KEPT_BYTES: Final = 256 * MIB
 PACE_SAMPLES: Final = 8
 PACE_SAMPLES_LEAST: Final = 4

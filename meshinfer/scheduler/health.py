@@ -41,12 +41,15 @@ class Health:
     def __init__(self) -> None:
         self._records: OrderedDict[str, _Record] = OrderedDict()
         self._suspects: dict[str, tuple[float, float]] = {}
+        self._asked: dict[str, float] = {}
+        self.silent: set[str] = set()
 
     # --- deaths
 
     def lost(self, hello: m.Hello, info: m.DeviceInfo, joined_at: float, now: float) -> None:
         """A device's process is gone, as far as is known; ``info.cause`` says how that was seen."""
         self._suspects.pop(hello.device, None)
+        self.heard(hello.device)
         record = self._records.setdefault(hello.device, _Record())
         self._records.move_to_end(hello.device)
         record.info, record.incarnation = info, hello.incarnation
@@ -59,6 +62,7 @@ class Health:
         """It was dismissed: that is no death, and all is forgotten."""
         self._records.pop(device, None)
         self._suspects.pop(device, None)
+        self.heard(device)
 
     def joined(self, hello: m.Hello, now: float) -> str:
         """A process of a device says hello. The reason, if the device is quarantined for how the
@@ -140,7 +144,42 @@ class Health:
 
     def suspects(self, now: float) -> list[str]:
         """Who gets no new work now, where another can take it."""
-        return [name for name, (until, _) in self._suspects.items() if now < until]
+        late = {name for name, (until, _) in self._suspects.items() if now < until}
+        return sorted(late | self.silent)
+
+    # --- those that say nothing
+
+    def ask(self, device: str, now: float) -> bool:
+        """Whether to ask a device for a sign of life: not, if it owes one already."""
+        if device in self._asked or device in self.silent:
+            return False
+        self._asked[device] = now
+        return True
+
+    @property
+    def doubts(self) -> bool:
+        """Whether any is asked, or silent."""
+        return bool(self._asked or self.silent)
+
+    def heard(self, device: str) -> None:
+        """Anything came from it, or it is gone."""
+        self._asked.pop(device, None)
+        self.silent.discard(device)
+
+    def unanswered(self, now: float, devices: int) -> list[str]:
+        """Those that are silent from now on. If most are, of so many, or the answers are looked at
+        late, it is not them: then none, and they may be asked again."""
+        due = [name for name, at in self._asked.items() if now >= at + limits.SILENT_S]
+        slept = any(now >= self._asked[name] + 2 * limits.SILENT_S for name in due)
+        for name in due:
+            del self._asked[name]
+        if slept or 2 * len(self.silent | set(due)) > devices:
+            return []
+        self.silent |= set(due)
+        return due
+
+    def answers_due(self) -> list[float]:
+        return [at + limits.SILENT_S for at in self._asked.values()]
 
 
 def _of_late(times: list[float], now: float) -> list[float]:

@@ -174,6 +174,12 @@ class Membership:
         device.heard, device.computing, device.computing_s = now, beat.computing, beat.since_s
         return True
 
+    def speaks(self, peer: str) -> None:
+        """Anything has come from a peer."""
+        device = self.by_peer(peer) if self.health.doubts else None
+        if device is not None:
+            self.health.heard(device.name)
+
     def by_peer(self, peer: str) -> Device | None:
         return next((d for d in self.devices.values() if d.peer == peer), None)
 
