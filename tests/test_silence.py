@@ -62,6 +62,21 @@ def test_a_frozen_device_holds_no_request_up_until_it_is_dead(moment: str, besid
     cluster.check_idle()
 
 
+def test_a_freeze_costs_no_plan_and_a_longer_one_the_device() -> None:
+    cluster = used()
+    [made] = cluster.core.catalogue.deployments.values()
+    freeze(cluster, "pi-2", limits.SILENT_MOST_S - 1.0)
+    cluster.check(cluster.submit(image(1)), image(1))
+    cluster.pass_time(limits.SILENT_MOST_S)
+    assert list(cluster.core.catalogue.deployments.values()) == [made]
+    assert "pi-2" in cluster.check(cluster.submit(image(2)), image(2)).plan
+    freeze(cluster, "pi-2", limits.SILENT_MOST_S + 2.0)
+    cluster.check(cluster.submit(image(3)), image(3))
+    cluster.pass_time(limits.SILENT_MOST_S + 1.0)
+    assert made.number not in cluster.core.catalogue.deployments
+    assert "pi-2" not in cluster.check(cluster.submit(image(4)), image(4)).plan
+
+
 def test_who_is_only_slow_answers_and_keeps_its_work() -> None:
     """A request that takes long is no proof: whoever gives a sign of life is waited for."""
     cluster = used()

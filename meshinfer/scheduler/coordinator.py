@@ -82,7 +82,7 @@ class CoordinatorCore:
             self.members.forgive(now - self._now, now)
         self._now = now
         if isinstance(event, Arrived):
-            self.members.speaks(event.peer)
+            self.members.speaks(event.peer, now)
         effects: list[Effect]
         match event:
             case Arrived(peer, m.Heartbeat() as beat) if self.members.heard(peer, beat, now):
@@ -370,8 +370,9 @@ class CoordinatorCore:
 
     def _drop_silent(self, now: float) -> list[Effect]:
         effects: list[Effect] = []
-        for device in self.members.silent(now):
-            effects += self._device_lost(device, f"no heartbeat for {limits.DEAD_AFTER_S} s", now)
+        for device in self.members.overdue(now):
+            if not self._answering.silence.bears(device, now):
+                effects += self._device_lost(device, device.unheard(now), now)
         for peer in self.members.gone_clients(now):
             self._heads.gone(peer)
             effects += self._deploying.fetching.client_gone(peer)

@@ -27,7 +27,7 @@ class Covering:
     def __init__(self, open_: Mapping[str, Request], health: Health) -> None:
         self._open = open_
         self._health = health
-        self._usual: Usual[tuple[int, m.Place]] = Usual(limits.LATE_TIMES)
+        self._usual: Usual[tuple[int, m.Place]] = Usual(limits.LATE_TIMES, 0.95)
         self._given = 0.0
         self._copies = 0.0
 

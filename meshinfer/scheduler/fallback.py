@@ -7,7 +7,7 @@ only tasks are computed again whose output somebody still awaits: first all devi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from meshinfer import limits
 from meshinfer.protocol import messages as m
@@ -65,13 +65,27 @@ class Fallback:
 
     # --- a loss
 
-    def covers(self, made: Deployment, name: str) -> bool:
-        """Whether all that a device has may go to another that is there and has prepared it."""
+    def covers(self, made: Deployment, name: str, but: Collection[str] = ()) -> bool:
+        """Whether all that a device has may go to another that is there and has prepared it;
+        ``but``: not to these."""
         for program in made.programs.get(name, ()):
             here = made.spares.ready if program.spare else made.members
-            if not any(other != name and other in here for other in program.devices):
+            others = (d for d in program.devices if d != name and d not in but)
+            if not any(other in here for other in others):
                 return False
         return True
+
+    def stands_in(self, name: str) -> bool:
+        """Whether others run all that a device has, in each deployment, while it says nothing."""
+        serves = False
+        silent = self._members.health.silent | {name}
+        for made in self._catalogue.deployments.values():
+            if name not in made.members or made.phase is Phase.PLANNING or made.only_spare(name):
+                continue
+            if made.phase is not Phase.READY or not self.covers(made, name, silent):
+                return False
+            serves = True
+        return serves
 
     def leaves(self, made: Deployment, name: str) -> None:
         """A device holds nothing for others any more."""

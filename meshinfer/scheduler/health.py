@@ -14,6 +14,7 @@ from msgspec import structs
 
 from meshinfer import limits
 from meshinfer.protocol import messages as m
+from meshinfer.scheduler.usual import Usual
 
 
 @dataclass(slots=True)
@@ -42,6 +43,7 @@ class Health:
         self._records: OrderedDict[str, _Record] = OrderedDict()
         self._suspects: dict[str, tuple[float, float]] = {}
         self._asked: dict[str, float] = {}
+        self._answers: Usual[str] = Usual(limits.SILENT_TIMES, 0.5)
         self.silent: set[str] = set()
 
     # --- deaths
@@ -49,7 +51,7 @@ class Health:
     def lost(self, hello: m.Hello, info: m.DeviceInfo, joined_at: float, now: float) -> None:
         """A device's process is gone, as far as is known; ``info.cause`` says how that was seen."""
         self._suspects.pop(hello.device, None)
-        self.heard(hello.device)
+        self._unasked(hello.device)
         record = self._records.setdefault(hello.device, _Record())
         self._records.move_to_end(hello.device)
         record.info, record.incarnation = info, hello.incarnation
@@ -62,7 +64,7 @@ class Health:
         """It was dismissed: that is no death, and all is forgotten."""
         self._records.pop(device, None)
         self._suspects.pop(device, None)
-        self.heard(device)
+        self._unasked(device)
 
     def joined(self, hello: m.Hello, now: float) -> str:
         """A process of a device says hello. The reason, if the device is quarantined for how the
@@ -161,25 +163,36 @@ class Health:
         """Whether any is asked, or silent."""
         return bool(self._asked or self.silent)
 
-    def heard(self, device: str) -> None:
-        """Anything came from it, or it is gone."""
+    def heard(self, device: str, now: float) -> None:
+        """Anything came from it: how long such answers take, of silent ones too."""
+        asked = self._asked.get(device)
+        if asked is not None:
+            self._answers.note(device, now - asked)
+        self._unasked(device)
+
+    def _unasked(self, device: str) -> None:
         self._asked.pop(device, None)
         self.silent.discard(device)
+
+    def _due(self, device: str) -> float:
+        """When a device that was asked is silent: after a few times as long as it usually takes."""
+        usual = self._answers.late_after_s(device) or limits.SILENT_S
+        return self._asked[device] + min(usual, limits.SILENT_S)
 
     def unanswered(self, now: float, devices: int) -> list[str]:
         """Those that are silent from now on. If most are, of so many, or the answers are looked at
         late, it is not them: then none, and they may be asked again."""
-        due = [name for name, at in self._asked.items() if now >= at + limits.SILENT_S]
-        slept = any(now >= self._asked[name] + 2 * limits.SILENT_S for name in due)
-        for name in due:
-            del self._asked[name]
+        due = [n for n in self._asked if n not in self.silent and now >= self._due(n)]
+        slept = any(now >= self._due(name) + limits.SILENT_S for name in due)
         if slept or 2 * len(self.silent | set(due)) > devices:
+            for name in due:
+                del self._asked[name]
             return []
         self.silent |= set(due)
         return due
 
     def answers_due(self) -> list[float]:
-        return [at + limits.SILENT_S for at in self._asked.values()]
+        return [self._due(name) for name in self._asked if name not in self.silent]
 
 
 def _of_late(times: list[float], now: float) -> list[float]:

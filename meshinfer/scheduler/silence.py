@@ -13,7 +13,7 @@ from meshinfer import limits
 from meshinfer.protocol import messages as m
 from meshinfer.scheduler.events import Effect, Plane, Send
 from meshinfer.scheduler.fallback import Fallback
-from meshinfer.scheduler.membership import Membership
+from meshinfer.scheduler.membership import Device, Membership
 from meshinfer.scheduler.request import Request, Try
 from meshinfer.scheduler.usual import Usual
 
@@ -25,7 +25,7 @@ class Silence:
         self, open_: Mapping[str, Request], members: Membership, fallback: Fallback
     ) -> None:
         self._open, self._members, self._fallback = open_, members, fallback
-        self._usual: Usual[Hashable] = Usual(limits.DOUBT_TIMES)
+        self._usual: Usual[Hashable] = Usual(limits.DOUBT_TIMES, 0.5)
 
     def took(self, tried: Try, now: float) -> None:
         """An attempt has been answered."""
@@ -35,7 +35,9 @@ class Silence:
         """Ask those that owe late requests, and go on without those that did not answer."""
         effects: list[Effect] = []
         health = self._members.health
-        for name in health.unanswered(now, len(self._members.devices)):
+        overdue = [d.name for d in self._members.overdue(now) if d.name not in health.silent]
+        health.silent |= set(overdue)  # but they are borne with: the others are lost by now
+        for name in overdue + health.unanswered(now, len(self._members.devices)):
             ids = self._members.devices[name].ids
             effects.append(self._members.faults.note("warning", "a device says nothing", ids))
         if effects:
@@ -51,6 +53,11 @@ class Silence:
         if late and not effects:  # silent ones may have got spare devices meanwhile
             effects = self._fallback.go_on_without_silent(now)
         return effects
+
+    def bears(self, device: Device, now: float) -> bool:
+        """Whether a device without a heartbeat stays a member: others do its work meanwhile."""
+        soon = now - device.heard <= limits.SILENT_MOST_S
+        return soon and self._fallback.stands_in(device.name)
 
     def next_deadlines(self) -> list[float]:
         times = [self._due(tried) for tried in self._running()]

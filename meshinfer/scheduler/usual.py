@@ -1,6 +1,7 @@
 """How long something of a kind usually takes, and from when on it is late; of the newest samples.
 
-Late is a multiple of the 95th percentile: Dean & Barroso, The tail at scale (2013).
+Late is a multiple of a quantile. The 95th percentile is what Dean & Barroso take, The tail at scale
+(2013); the median is not moved by the very faults that are looked for.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ Kind = TypeVar("Kind", bound=Hashable)
 
 
 class Usual(Generic[Kind]):
-    """Mutable: owned by who notes samples. ``times``: so often the 95th percentile is late."""
+    """Mutable: owned by who notes samples. ``times``: so often the ``quantile`` is late."""
 
-    def __init__(self, times: float) -> None:
-        self._times = times
+    def __init__(self, times: float, quantile: float) -> None:
+        self._times, self._quantile = times, quantile
         self._took: OrderedDict[Kind, deque[float]] = OrderedDict()
         self._late_after: dict[Kind, float] = {}
 
@@ -28,8 +29,8 @@ class Usual(Generic[Kind]):
         self._took.move_to_end(kind)
         took.append(took_s)
         if len(took) >= limits.PACE_SAMPLES:
-            p95 = sorted(took)[ceil(0.95 * len(took)) - 1]
-            self._late_after[kind] = max(self._times * p95, limits.LATE_S)
+            usual = sorted(took)[ceil(self._quantile * len(took)) - 1]
+            self._late_after[kind] = max(self._times * usual, limits.LATE_S)
         if len(self._took) > limits.USUAL_KEPT:
             self.forget(next(iter(self._took)))
 
