@@ -125,6 +125,7 @@ DOUBT_TIMES: Final = 2.0
 DOUBT_FIRST_S: Final = 0.5
 DOUBT_AGAIN_S: Final = 0.25
 BEAT_NOW_S: Final = 0.001
+SILENT_REST_S: Final = 2.0
 SILENT_TIMES: Final = 4.0
 SILENT_S: Final = 0.15
 """Without a sign of life, once asked, at most; less where it is known how long answers take."""

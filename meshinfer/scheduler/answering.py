@@ -329,7 +329,8 @@ class Answering:
         self._attempts += 1
         request.attempt, request.deployment, request.merged = self._attempts, made, None
         own = request.client if self._heads.stands(request.client) else ""
-        moved = {**made.spares.moved, **self.fallback.instead(made)}
+        resting = self._members.health.resting(now)
+        moved = {**made.spares.moved, **self.fallback.instead(made, resting)}
         tried = Try(made, now, own, request.client, moved=moved)
         request.tried[request.attempt] = tried
         made.asked += 1

@@ -124,7 +124,7 @@ class Fallback:
     def _ask(self, request: Request, tried: Try) -> list[Effect]:
         """Of this attempt's tasks without a device that is heard, which are awaited?"""
         made = tried.deployment
-        gone = {**made.spares.moved, **self.instead(made)}
+        gone = {**made.spares.moved, **self.instead(made, self._members.health.silent)}
         asked = tuple(sorted(place for place in gone if place not in tried.moved))
         tried.question = None
         if not asked:
@@ -141,13 +141,12 @@ class Fallback:
 
     # --- silence
 
-    def instead(self, made: Deployment) -> dict[m.Place, str]:
-        """Who runs the tasks of silent devices, of those that have prepared them."""
-        silent = self._members.health.silent
-        if not silent:
+    def instead(self, made: Deployment, names: Collection[str]) -> dict[m.Place, str]:
+        """Who runs the tasks of these devices, of those that have prepared them and are heard."""
+        if not names:
             return {}
-        here = made.spares.ready - silent
-        own = (p for n in sorted(silent) for p in made.programs.get(n, ()) if p.is_own(n))
+        here = made.spares.ready - self._members.health.silent
+        own = (p for n in sorted(names) for p in made.programs.get(n, ()) if p.is_own(n))
         return {p.place: p.devices[1] for p in own if p.spare and p.devices[1] in here}
 
     def go_on_without_silent(self, now: float) -> list[Effect]:
@@ -158,7 +157,8 @@ class Fallback:
                 continue
             tried = request.tried[request.attempt]
             known = tried.tasks.keys() | tried.moved.keys() | tried.untold
-            news = self.instead(tried.deployment).keys() - known
+            silent = self._members.health.silent
+            news = self.instead(tried.deployment, silent).keys() - known
             question = tried.question
             if news or (question is not None and question.awaiting - self._heard_of(tried)):
                 request.hurt_at = now

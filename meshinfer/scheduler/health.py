@@ -45,6 +45,8 @@ class Health:
         self._asked: dict[str, float] = {}
         self._answers: Usual[str] = Usual(limits.SILENT_TIMES, 0.5)
         self.silent: set[str] = set()
+        self._silent_since: dict[str, float] = {}
+        self._resting: dict[str, float] = {}
 
     # --- deaths
 
@@ -168,10 +170,23 @@ class Health:
         asked = self._asked.get(device)
         if asked is not None:
             self._answers.note(device, now - asked)
+        if device in self.silent:  # its other connections may come back as much later
+            silent_s = now - self._silent_since.pop(device, now)
+            self._resting[device] = now + min(silent_s / 2, limits.SILENT_REST_S)
         self._unasked(device)
+
+    def resting(self, now: float) -> set[str]:
+        """Those that are silent, or were just now: others do their work while they can."""
+        self._resting = {name: until for name, until in self._resting.items() if now < until}
+        return self.silent | self._resting.keys()
+
+    def falls_silent(self, device: str, now: float) -> None:
+        self.silent.add(device)
+        self._silent_since[device] = self._asked.get(device, now)
 
     def _unasked(self, device: str) -> None:
         self._asked.pop(device, None)
+        self._silent_since.pop(device, None)
         self.silent.discard(device)
 
     def _due(self, device: str) -> float:
@@ -188,7 +203,8 @@ class Health:
             for name in due:
                 del self._asked[name]
             return []
-        self.silent |= set(due)
+        for name in due:
+            self.falls_silent(name, now)
         return due
 
     def answers_due(self) -> list[float]:

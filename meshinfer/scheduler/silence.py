@@ -36,7 +36,8 @@ class Silence:
         effects: list[Effect] = []
         health = self._members.health
         overdue = [d.name for d in self._members.overdue(now) if d.name not in health.silent]
-        health.silent |= set(overdue)  # but they are borne with: the others are lost by now
+        for name in overdue:  # but borne with: the others are lost by now
+            health.falls_silent(name, now)
         for name in overdue + health.unanswered(now, len(self._members.devices)):
             ids = self._members.devices[name].ids
             effects.append(self._members.faults.note("warning", "a device says nothing", ids))
