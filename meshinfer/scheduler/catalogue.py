@@ -123,9 +123,10 @@ class Deployment:
     the user. ``choices``: the devices of each task that may go to several. ``expected``: seconds of
     each task on each device that may get it. ``window``: requests in flight, as the plan says.
     ``looked``: how many samples of paces there were when it was last seen by how much its devices
-    ``drift`` apart; ``uneven``: twice in turn too much. ``in_vain``: how often another plan was
-    looked for since, and was no better. ``search_s``: of the coordinator's processor that the last
-    search for it took; ``share``: of it that the search may take. ``asked``: requests begun since.
+    ``drift`` apart; ``uneven``: twice in turn too much; ``tried_drift``: as much when a search
+    failed. ``in_vain``: how often another plan was looked for since, and was no better.
+    ``search_s``: of the coordinator's processor that the last search for it took; ``share``: of it
+    that the search may take. ``asked``: requests begun since.
     ``head``: the device that is source and sink, where the client is not.
     ``links``: how often links had changed when it was planned. ``ready_at``: since when it serves.
     ``alone``: the one request that runs under it, on one device; it is not what serves.
@@ -150,6 +151,7 @@ class Deployment:
     looked: int = 0
     drift: float = 1.0
     uneven: bool = False
+    tried_drift: float = 1.0
     in_vain: int = 0
     search_s: float = 0.0
     share: float = 1.0
