@@ -177,7 +177,7 @@ class Deployment:
     def keep_members(self) -> None:
         """Of all that might have been, those of the plan and those that stand by for one."""
         programs = (p for each in self.programs.values() for p in each)
-        spares = sorted({p.devices[1] for p in programs if p.spare})
+        spares = sorted({name for p in programs for name in p.spares})
         self.spares.peers = {name: self.members[name] for name in spares}
         self.members = {name: self.members[name] for name in (*self.programs, *spares)}
 
@@ -188,7 +188,7 @@ class Deployment:
     def spare_programs(self, name: str) -> tuple[m.Program, ...]:
         """Those of others that a device prepares, should one of these be lost."""
         programs = (p for each in self.programs.values() for p in each)
-        return tuple(p for p in programs if p.spare and p.devices[1] == name)
+        return tuple(p for p in programs if name in p.spares)
 
     @property
     def kind(self) -> Hashable:
