@@ -78,6 +78,8 @@ INSTALL_ATTEMPTS: Final = 3
 """What so many devices cannot prepare in turn is the model's fault, not theirs."""
 INSTALL_S: Final = 600.0
 SPARES_AFTER_S: Final = 0.2
+SPARES_WAIT_S: Final = 2.0
+"""So long an older plan, which bears a loss, is used beside a newer one that does not yet."""
 """Once a deployment serves, before tasks are prepared a second time for the loss of a device: the
 first request comes first."""
 TIMING_GRACE_S: Final = 0.25

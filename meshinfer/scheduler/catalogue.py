@@ -114,6 +114,11 @@ class Spares:
     ready: set[str] = field(default_factory=set)
     moved: dict[m.Place, str] = field(default_factory=dict)
 
+    @property
+    def prepared(self) -> bool:
+        """Whether all that stand by are ready to."""
+        return self.ready >= self.peers.keys()
+
 
 @dataclass(slots=True)
 class Deployment:
@@ -330,6 +335,14 @@ class Catalogue:
         """The newest ready deployment."""
         return self._newest(model, signature, (Phase.READY,))
 
+    def running(self, model: Model, signature: Signature, now: float) -> Deployment | None:
+        """What requests run under: a newer one not before it can bear a loss, as the older can, or
+        has tried to for long enough."""
+        found = self._all(model, signature, (Phase.READY,))
+        if len(found) < 2 or found[-1].spares.prepared:
+            return found[-1] if found else None
+        return found[-1] if now >= found[-1].ready_at + limits.SPARES_WAIT_S else found[-2]
+
     def alone(self, request: str) -> Deployment | None:
         """The plan on one device of a request that may run on no more, once it is ready."""
         made = next((d for d in self.deployments.values() if d.alone == request), None)
@@ -342,12 +355,17 @@ class Catalogue:
     def _newest(
         self, model: Model, signature: Signature, phases: tuple[Phase, ...]
     ) -> Deployment | None:
-        found = [
+        found = self._all(model, signature, phases)
+        return found[-1] if found else None
+
+    def _all(
+        self, model: Model, signature: Signature, phases: tuple[Phase, ...]
+    ) -> list[Deployment]:
+        return [
             d
             for d in self.deployments.values()
             if d.model is model and d.signature == signature and d.phase in phases and not d.alone
         ]
-        return found[-1] if found else None
 
     @property
     def searching(self) -> bool:

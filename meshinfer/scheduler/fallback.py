@@ -32,7 +32,7 @@ class Fallback:
         """Have spare devices prepare what they may take over, once a deployment serves."""
         effects: list[Effect] = []
         for made in self._catalogue.deployments.values():
-            if not self._to_prepare(made) or now < made.ready_at + limits.SPARES_AFTER_S:
+            if not self._to_prepare(made) or now < self._prepare_at(made, now):
                 continue
             made.spares.told = set(made.spares.peers)
             for name, peer in sorted(made.spares.peers.items()):
@@ -44,6 +44,11 @@ class Fallback:
     def next_deadlines(self) -> list[float]:
         made = filter(self._to_prepare, self._catalogue.deployments.values())
         return [each.ready_at + limits.SPARES_AFTER_S for each in made]
+
+    def _prepare_at(self, made: Deployment, now: float) -> float:
+        """At once, where it is not used before."""
+        used = self._catalogue.running(made.model, made.signature, now) is made
+        return made.ready_at + limits.SPARES_AFTER_S * used
 
     def _to_prepare(self, made: Deployment) -> bool:
         if made.phase is not Phase.READY or made.spares.told or not made.spares.peers:
