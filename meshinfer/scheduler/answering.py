@@ -76,11 +76,10 @@ class Answering:
         model = self._catalogue.find(message.model, message.version)
         assert model is not None
         deadline = now + min(message.deadline_s, limits.REQUEST_DEADLINE_S)
-        signature = signature_of(model, message)
+        signature = model.asked_for(signature_of(model, message))
         self.open[name] = Request(
             message, peer, model, signature, now, deadline, message.turn, nbytes_of(message)
         )
-        model.asked_for(signature)
         self._journal.accepted(message)
         return []
 
@@ -110,9 +109,12 @@ class Answering:
             tried.tasks.setdefault(done.place, took)
         return []
 
-    def goes_on(self, message: m.TasksDone) -> bool:
-        """Whether tasks that are done let nothing end, and no other device take anything."""
+    def goes_on(self, message: m.TasksDone | m.Submit) -> bool:
+        """Whether tasks that are done let nothing end, and no other device take anything; or a
+        request finds no room."""
         request = self.open.get(message.request)
+        if isinstance(message, m.Submit):
+            return request is None and self._load.many() is not None
         tried = None if request is None else request.tried.get(message.attempt)
         return tried is not None and not tried.assigned and not (request and request.merged)
 
@@ -262,15 +264,19 @@ class Answering:
     def start_waiting(self, now: float) -> list[Effect]:
         effects: list[Effect] = []
         running = Counter(r.deployment.number for r in self.open.values() if r.deployment)
-        serving: dict[tuple[int, Signature], Deployment | None] = {}
+        serving: dict[tuple[int, int], Deployment | None] = {}
+        full: set[tuple[int, int]] = set()  # under overload nearly all wait behind others
         for request in [r for r in self.open.values() if r.waiting and now >= r.held_until]:
+            kind = (request.model.key, id(request.signature))
+            if kind in full and not request.crashes:
+                continue
             if request.client in self._members.absent and self._heads.stands(request.client):
                 continue
-            kind = (request.model.key, request.signature)
             if kind not in serving:
                 serving[kind] = self._catalogue.serving(request.model, request.signature)
             made = self._catalogue.alone(request.id) if request.alone else serving[kind]
             if made is None or running[made.number] >= made.most_running:
+                full |= set() if request.alone else {kind}
                 continue
             if self._is_leaving(made, now):
                 continue
@@ -306,16 +312,18 @@ class Answering:
         """What the model should be planned for: its last signatures, and those of open requests."""
         current = self._catalogue.find(model.name, model.version) is model
         recent = model.signatures if current or not model.version else ()
-        asked = (r.signature for r in self.open.values() if r.model is model)
-        return list(dict.fromkeys((*recent, *asked)))
+        asked = {id(r.signature): r.signature for r in self.open.values() if r.model is model}
+        return list(dict.fromkeys((*recent, *asked.values())))
 
     def next_deadlines(self) -> list[float]:
         times = self._covering.next_deadlines()
+        times += [request.deadline for request in self.open.values()]
         for request in self.open.values():
-            times += [request.deadline, request.held_until]
+            if request.held_until:
+                times.append(request.held_until)
             if request.merged is not None:
                 times.append(request.merged[0] + limits.TIMING_GRACE_S)
-            if request.waiting and self._members.idle_since is not None:
+            if self._members.idle_since is not None and request.waiting:
                 times.append(self._members.patience_ends(request.submitted))
         return times
 

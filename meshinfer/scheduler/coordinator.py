@@ -89,10 +89,10 @@ class CoordinatorCore:
                 # look at but the time: every so often is enough.
                 if now < self._ruled + limits.HEARTBEAT_S:
                     return effects
-            case Arrived(_, m.TasksDone() as done) if self._answering.goes_on(done):
+            case Arrived(_, m.TasksDone() | m.Submit() as said) if self._answering.goes_on(said):
                 effects = self._arrived(event, now)  # nor does this, which comes the most otherwise
                 if now < self._ruled + limits.HEARTBEAT_S:
-                    return effects
+                    return effects + self.members.faults.told(effects, self.requests)
             case Arrived():
                 effects = self._arrived(event, now)
             case Ticked():
