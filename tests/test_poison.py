@@ -194,11 +194,10 @@ def test_an_answer_names_lost_devices_and_the_time_that_they_cost() -> None:
     assert (calm.degraded, calm.reasons, calm.lost, calm.added_s) == (False, (), (), 0.0)
     request = cluster.submit()
     cluster.settle(lambda: any(r.runs for r in cluster.core.requests.values()))
-    cluster.kill("pi-2", silent=True)
+    cluster.kill("pi-2")
     reply = cluster.check(request)
     assert reply.degraded and reply.lost == ("pi-2",) and reply.attempts <= 2
-    assert reply.added_s >= limits.DEAD_AFTER_S - limits.HEARTBEAT_S
-    assert reply.added_s < reply.total_s and "no heartbeat" in reply.reasons[0]
+    assert 0.0 < reply.added_s < reply.total_s and "pi-2 was lost" in reply.reasons[0]
     cluster.pass_time(2.0)  # until there is another plan it would run on the spare, and say so
     again = cluster.check(cluster.submit())
     assert not again.degraded
@@ -228,3 +227,32 @@ def test_a_request_that_lost_three_devices_to_others_goes_on_as_soon_as_that_is_
     reply = deadly.outcome(request)
     deadly.cluster.check(request)
     assert len(reply.lost) == 3 and reply.total_s < limits.EVIDENCE_S
+
+
+def test_who_computed_for_long_on_a_device_that_is_lost_waits_to_hear_why_at_once() -> None:
+    """1. a kernel fills the memory, which takes a while; 2. its process dies; 3. the next process
+    says of what; 4. only then does the request go elsewhere, and others never wait for that."""
+    died: list[float] = []
+    left = iter(range(2))
+
+    def fatal(name: str, job: e.Compute) -> m.Ended | None:
+        if job.request != "poison" or next(left, None) is None:
+            return None
+        died.append(cluster.now)
+        cluster.slowness.clear()
+        return crash(job)
+
+    deadly = Deadly(fatal)
+    cluster, deadly.restart_s = deadly.cluster, 3.0
+    cluster.planner = lambda graph, names: whole(graph, names[:1], 1)
+    cluster.deployed()
+    cluster.slowness = dict.fromkeys(FOUR, 240.0)
+    cluster.submit(image(7), request="poison", deadline_s=60.0)
+    cluster.pass_time(0.1)
+    other = cluster.submit(image(1), deadline_s=60.0)
+    reply = deadly.outcome(other)
+    cluster.check(other, image(1))
+    assert len(died) == 1 and reply.total_s < deadly.restart_s
+    assert deadly.outcome("poison").failure is None
+    first, second = died
+    assert second >= first + deadly.restart_s
