@@ -164,6 +164,8 @@ PLANNING_TRIES: Final = 2
 KERNEL_FAILURES_PER_REQUEST: Final = 3
 CRASHES_PER_REQUEST: Final = 3
 """Processes that a request may end, the last of them alone on one device."""
+CRASHES_TOGETHER: Final = 1
+"""After so many it runs alone: of a plan for all devices it would end them all, and the spares."""
 EVIDENCE_S: Final = 10.0
 """How long a request that ran alone waits to hear how its device's process ended."""
 POISON_S: Final = 600.0
@@ -255,6 +257,7 @@ assert PACE_SAMPLES_LEAST <= PACE_SAMPLES
 assert 1.0 < PACE_DEVIATION < PACE_GRAVE
 assert 1.0 / (1.0 - SEARCH_SHARE) < PACE_DEVIATION
 assert SEARCH_SHARE < SEARCH_SHARE_GRAVE and 1.0 / (1.0 - SEARCH_SHARE_GRAVE) < PACE_GRAVE
+assert CRASHES_TOGETHER < CRASHES_PER_REQUEST
 assert CRASHES_PER_REQUEST < ATTEMPTS_PER_REQUEST
 assert CREDIT_BYTES <= BACKLOG_BYTES  # else a full pipe would drop what has credit
 assert ACK_BYTES * 4 <= CREDIT_BYTES  # or the sender would wait for acknowledgements

@@ -230,29 +230,53 @@ def test_a_request_that_lost_three_devices_to_others_goes_on_as_soon_as_that_is_
 
 
 def test_who_computed_for_long_on_a_device_that_is_lost_waits_to_hear_why_at_once() -> None:
-    """1. a kernel fills the memory, which takes a while; 2. its process dies; 3. the next process
-    says of what; 4. only then does the request go elsewhere, and others never wait for that."""
-    died: list[float] = []
-    left = iter(range(2))
-
-    def fatal(name: str, job: e.Compute) -> m.Ended | None:
-        if job.request != "poison" or next(left, None) is None:
-            return None
-        died.append(cluster.now)
-        cluster.slowness.clear()
-        return crash(job)
-
-    deadly = Deadly(fatal)
-    cluster, deadly.restart_s = deadly.cluster, 3.0
+    """1. a kernel fills the memory, which takes a while; 2. its process dies; 3. others go on; 4.
+    the next process says of what it died: only then the request is computed elsewhere."""
+    cluster = Cluster(FOUR)
+    begun: list[tuple[str, e.Compute]] = []
+    cluster.kernel_fault = lambda node, job: begun.append((node.name, job))  # type: ignore[func-returns-value]
     cluster.planner = lambda graph, names: whole(graph, names[:1], 1)
     cluster.deployed()
     cluster.slowness = dict.fromkeys(FOUR, 240.0)
-    cluster.submit(image(7), request="poison", deadline_s=60.0)
+    poison = cluster.submit(image(7), deadline_s=60.0)
     cluster.pass_time(0.1)
     other = cluster.submit(image(1), deadline_s=60.0)
-    reply = deadly.outcome(other)
+    cluster.pass_time(0.9)
+    ((device, job),) = begun
+    cluster.slowness.clear()
+    cluster.kill(device)
     cluster.check(other, image(1))
-    assert len(died) == 1 and reply.total_s < deadly.restart_s
-    assert deadly.outcome("poison").failure is None
-    first, second = died
-    assert second >= first + deadly.restart_s
+    cluster.pass_time(2.0)
+    assert [each.request for _, each in begun] == [poison, other]
+    cluster.join(device, ended=crash(job))
+    reply = cluster.check(poison, image(7))
+    assert begun[-1][1].request == poison and reply.degraded
+    cluster.check_idle()
+
+
+def test_what_a_device_computed_for_long_before_it_fell_silent_goes_to_no_other() -> None:
+    """A kernel that takes all the memory makes its device as slow as if it were frozen. 1. what
+    waits behind it goes to the spare; 2. it does not, or that one would be lost as well."""
+    cluster = Cluster(FOUR)
+    begun: list[tuple[str, e.Compute]] = []
+    cluster.kernel_fault = lambda node, job: begun.append((node.name, job))  # type: ignore[func-returns-value]
+    cluster.planner = lambda graph, names: whole(graph, names[:1], 1)
+    cluster.deployed()
+    cluster.pass_time(2.0)
+    for i in range(limits.PACE_SAMPLES):
+        cluster.check(cluster.submit(image(i)), image(i))
+    begun.clear()
+    cluster.slowness = dict.fromkeys(FOUR, 600.0)
+    poison = cluster.submit(image(7), deadline_s=60.0)
+    cluster.pass_time(0.8)
+    ((device, _),) = begun
+    cluster.slowness.clear()
+    cluster.nodes[device].frozen_until = cluster.now + 1.0
+    other = cluster.submit(image(1), deadline_s=60.0)
+    cluster.check(other, image(1))
+    assert [(each.request, name == device) for name, each in begun] == [
+        (poison, True),
+        (other, False),
+    ]
+    cluster.check(poison, image(7))
+    assert len(begun) == 2

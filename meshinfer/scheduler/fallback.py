@@ -15,6 +15,7 @@ from meshinfer.scheduler.catalogue import Catalogue, Deployment, Phase
 from meshinfer.scheduler.events import Effect, Note, Plane, Send
 from meshinfer.scheduler.heads import install_spares
 from meshinfer.scheduler.membership import Membership
+from meshinfer.scheduler.poison import suspect_of
 from meshinfer.scheduler.request import Question, Request, Try
 
 
@@ -150,14 +151,17 @@ class Fallback:
         return {p.place: p.devices[1] for p in own if p.spare and p.devices[1] in here}
 
     def go_on_without_silent(self, now: float) -> list[Effect]:
-        """What silent devices owe goes to those that have prepared it, where it is awaited."""
+        """What silent devices owe goes to those that have prepared it, where it is awaited; not a
+        request that may be the reason why one is."""
         effects: list[Effect] = []
+        silent, devices = self._members.health.silent, self._members.devices
+        doubted = (suspect_of(self._open, devices[name]) for name in silent if name in devices)
+        suspects = {request.id for request in doubted if request is not None}
         for request in self._open.values():
-            if not request.runs:
+            if not request.runs or request.id in suspects:
                 continue
             tried = request.tried[request.attempt]
             known = tried.tasks.keys() | tried.moved.keys() | tried.untold
-            silent = self._members.health.silent
             news = self.instead(tried.deployment, silent).keys() - known
             question = tried.question
             if news or (question is not None and question.awaiting - self._heard_of(tried)):

@@ -1,7 +1,8 @@
 """Requests that end the processes that compute them: who is to blame, and bodies that are refused.
 
 A process counts only if it died, by no other's doing, while it computed that request's task. After
-two such processes the request runs alone on one device, and only a death there is proof.
+one such process the request runs alone on one device, so that it ends no more than one at a time,
+and only a third death is proof.
 """
 
 from __future__ import annotations
@@ -14,6 +15,17 @@ from meshinfer.protocol import messages as m
 from meshinfer.scheduler.admission import body_of
 from meshinfer.scheduler.membership import Device
 from meshinfer.scheduler.request import Request
+
+
+def suspect_of(open_: Mapping[str, Request], device: Device) -> Request | None:
+    """The request whose task a device computed when it was last heard, if for several times as long
+    as any of that plan takes: a kernel that takes all the memory needs its time to do so."""
+    request = open_.get(device.computing.partition(" ")[0])
+    if request is None or request.deployment is None:
+        return None
+    longest_s = max(request.deployment.expected.values(), default=0.0)
+    late = device.computing_s > max(limits.SUSPECT_S, limits.LATE_TIMES * longest_s)
+    return request if late else None
 
 
 class Poison:
@@ -35,7 +47,7 @@ class Poison:
 
         Who may have ended so many waits for that, before it ends another; who is suspect, at once.
         """
-        name, suspect = device.name, _suspect(open_, device)
+        name, suspect = device.name, suspect_of(open_, device)
         for request in open_.values():
             made = request.deployment
             if (
@@ -93,17 +105,6 @@ class Poison:
             while len(self._bodies) > limits.POISON_BODIES:
                 self._bodies.popitem(last=False)
         return _lost(request.causes, None)
-
-
-def _suspect(open_: Mapping[str, Request], device: Device) -> Request | None:
-    """The request whose task a device computed when it was last heard, if for several times as long
-    as any of that plan takes: a kernel that takes all the memory needs its time to do so."""
-    request = open_.get(device.computing.partition(" ")[0])
-    if request is None or request.deployment is None:
-        return None
-    longest_s = max(request.deployment.expected.values(), default=0.0)
-    late = device.computing_s > max(limits.SUSPECT_S, limits.LATE_TIMES * longest_s)
-    return request if late else None
 
 
 def _lost(causes: str, retry_after_s: float | None) -> m.Failure:
