@@ -264,17 +264,16 @@ class CoordinatorCore:
     def _joined(self, hello: m.Hello, now: float) -> list[Effect]:
         """A device's process is new: how the one before ended is known only now."""
         ids = {"device": hello.device, "incarnation": hello.incarnation}
-        fields: dict[str, object] = {**ids, "engine": hello.facts.engine}
-        effects: list[Effect] = [Note("info", "device joined", fields)]
+        engine = hello.facts.engine
+        effects: list[Effect] = [Note("info", "device joined", {**ids, "engine": engine})]
         behind = self.members.faults.behind(hello.device)
         effects += self._answering.process_ended(hello, now)
         if hello.ended is not None:
-            fields = {**_of_end(hello.ended, hello), **behind}
-            effects.append(Note("warning", "its last process ended", fields))
+            told = {**_of_end(hello.ended, hello), **behind}
+            effects.append(Note("warning", "its last process ended", told))
         why = self.members.health.joined(hello, now)
         if why:
-            fields = {**ids, "why": why, **behind}
-            effects.append(Note("warning", "device quarantined", fields))
+            effects.append(Note("warning", "device quarantined", {**ids, "why": why, **behind}))
         return effects
 
     def _stalled(self, peer: str, message: m.Stalled) -> list[Effect]:
