@@ -73,7 +73,9 @@ class Silence:
                 if device is None or name in health.away or request.id not in device.computing:
                     continue
                 computes_s = device.computing_s + now - device.heard
-                if computes_s > after and health.sticks(name, device.computing, len(devices)):
+                if computes_s > max(after, limits.STUCK_S) and health.sticks(
+                    name, device.computing, len(devices)
+                ):
                     fields = {**device.ids, "computing": device.computing, "seconds": computes_s}
                     note = self._members.faults.note
                     effects.append(note("warning", "a device is stuck in a task", fields))
