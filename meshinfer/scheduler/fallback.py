@@ -160,10 +160,10 @@ class Fallback:
 
     def go_on_without_away(self, now: float) -> list[Effect]:
         """What silent and stuck devices owe, where it is awaited, goes to those that have prepared
-        it; not a request that may be the reason why one is silent."""
+        it; not a request that may be the reason why one is."""
         effects: list[Effect] = []
-        silent, devices = self._members.health.silent, self._members.devices
-        doubted = (suspect_of(self._open, devices[name]) for name in silent if name in devices)
+        away = (self._members.devices.get(name) for name in self._members.health.away)
+        doubted = (suspect_of(self._open, d) for d in away if d is not None and not d.hangs(now))
         suspects = {request.id for request in doubted if request is not None}
         for request in self._open.values():
             if not request.runs or request.id in suspects:
