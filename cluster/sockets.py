@@ -135,11 +135,12 @@ def _options(plane: Plane, *, server: bool, plaintext: bool) -> dict[int, int]:
         # program (PONG comes from libzmq's thread): that is what our own heartbeat is for.
         # One end asks for both, which costs an idle coordinator half as many wake-ups.
         options[zmq.HEARTBEAT_IVL] = int(limits.HEARTBEAT_S * 1000)
-        options[zmq.HEARTBEAT_TIMEOUT] = int(limits.HEARTBEAT_S * 3000)
+        # What is frozen or cut off for less keeps its connection, and so all that is under way.
+        options[zmq.HEARTBEAT_TIMEOUT] = int(limits.SILENT_MOST_S * 1000)
         # The same for who is connected to: it closes what has been silent for so long. It has no
         # heartbeat of its own, since libzmq aborts the process when that is due on a connection
         # that was reset while its input stood at the mark (stream_engine_base.cpp: !_io_error).
-        options[zmq.HEARTBEAT_TTL] = int(limits.HEARTBEAT_S * 3000)
+        options[zmq.HEARTBEAT_TTL] = int(limits.SILENT_MOST_S * 1000)
         # And here, where there is one, the input never stands: a coordinator's words are bounded.
         options[zmq.RCVHWM] = 0
     if server:

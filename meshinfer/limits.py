@@ -26,6 +26,8 @@ HEARTBEAT_S: Final = 0.5
 BEAT_OFF_S: Final = 0.02
 STALL_S: Final = 1.0
 DEAD_AFTER_S: Final = 2.0
+SILENT_MOST_S: Final = 6.0
+"""Without a heartbeat, where others run all that it has: a freeze or a short cut costs no plan."""
 HELLO_RETRY_S: Final = 1.0
 ACK_TIMEOUT_S: Final = 3.0
 ACK_TRIES: Final = 5
@@ -118,6 +120,15 @@ LATE_SAMPLES: Final = 64
 LATE_TIMES: Final = 3.0
 LATE_S: Final = 0.05
 SUSPECT_S: Final = 0.25
+USUAL_KEPT: Final = 1024
+DOUBT_TIMES: Final = 2.0
+DOUBT_FIRST_S: Final = 0.5
+DOUBT_AGAIN_S: Final = 0.25
+BEAT_NOW_S: Final = 0.001
+SILENT_REST_S: Final = 2.0
+SILENT_TIMES: Final = 4.0
+SILENT_S: Final = 0.15
+"""Without a sign of life, once asked, at most; less where it is known how long answers take."""
 KEPT_BYTES: Final = 256 * MIB
 PACE_SAMPLES: Final = 8
 PACE_SAMPLES_LEAST: Final = 4
@@ -232,7 +243,7 @@ LAB_LINK_BITS_PER_S: Final = (1e5, 1e10)
 
 assert BLOB_CHUNK_BYTES <= FRAME_BYTES * FRAMES_PER_MESSAGE
 assert LINK_MEASURE_S < LINK_ASKED_S
-assert HEARTBEAT_S * 3 <= DEAD_AFTER_S
+assert HEARTBEAT_S * 3 <= DEAD_AFTER_S < SILENT_MOST_S
 assert ACK_DELAY_S * 3 <= ACK_TIMEOUT_S
 assert PACE_SAMPLES <= LATE_SAMPLES
 assert SUSPECT_S < DEAD_AFTER_S

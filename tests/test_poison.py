@@ -194,11 +194,10 @@ def test_an_answer_names_lost_devices_and_the_time_that_they_cost() -> None:
     assert (calm.degraded, calm.reasons, calm.lost, calm.added_s) == (False, (), (), 0.0)
     request = cluster.submit()
     cluster.settle(lambda: any(r.runs for r in cluster.core.requests.values()))
-    cluster.kill("pi-2", silent=True)
+    cluster.kill("pi-2")
     reply = cluster.check(request)
     assert reply.degraded and reply.lost == ("pi-2",) and reply.attempts <= 2
-    assert reply.added_s >= limits.DEAD_AFTER_S - limits.HEARTBEAT_S
-    assert reply.added_s < reply.total_s and "no heartbeat" in reply.reasons[0]
+    assert 0.0 < reply.added_s < reply.total_s and "pi-2 was lost" in reply.reasons[0]
     cluster.pass_time(2.0)  # until there is another plan it would run on the spare, and say so
     again = cluster.check(cluster.submit())
     assert not again.degraded

@@ -27,6 +27,7 @@ from meshinfer.scheduler.load import Load, nbytes_of
 from meshinfer.scheduler.membership import Membership
 from meshinfer.scheduler.poison import Poison
 from meshinfer.scheduler.request import Answered, Request, Try
+from meshinfer.scheduler.silence import Silence
 
 
 class Answering:
@@ -53,6 +54,7 @@ class Answering:
         self._load = Load(self.open, members, heads)
         self._covering = Covering(self.open, members.health)
         self.fallback = Fallback(members, catalogue, self.open)
+        self.silence = Silence(self.open, members, self.fallback)
 
     # --- messages
 
@@ -243,10 +245,12 @@ class Answering:
             assert request.merged is not None
             tried = request.tried[request.merged[1]]
             known = tried.all_told or now >= request.merged[0] + limits.TIMING_GRACE_S
+            known = known or self.silence.tells_no_more(tried)
             if known and self._journal.has(request.id):
                 reply = outcomes.answered(request, tried, self._members, now)
                 effects += self._end(request, reply)
                 self._load.answered(now)
+                self.silence.took(tried, now)
         return effects
 
     def back_up(self, now: float) -> list[Effect]:
@@ -310,7 +314,7 @@ class Answering:
         return list(dict.fromkeys((*recent, *asked)))
 
     def next_deadlines(self) -> list[float]:
-        times = self._covering.next_deadlines()
+        times = self._covering.next_deadlines() + self.silence.next_deadlines()
         for request in self.open.values():
             times += [request.deadline, request.held_until]
             if request.merged is not None:
@@ -325,7 +329,9 @@ class Answering:
         self._attempts += 1
         request.attempt, request.deployment, request.merged = self._attempts, made, None
         own = request.client if self._heads.stands(request.client) else ""
-        tried = Try(made, now, own, request.client, moved={**made.spares.moved})
+        resting = self._members.health.resting(now)
+        moved = {**made.spares.moved, **self.fallback.instead(made, resting)}
+        tried = Try(made, now, own, request.client, moved=moved)
         request.tried[request.attempt] = tried
         made.asked += 1
         self._covering.begin(tried, partial(self._seconds, now), now)

@@ -81,6 +81,8 @@ class CoordinatorCore:
         if self._now and now - self._now > limits.STALL_S:  # it asks to be woken more often
             self.members.forgive(now - self._now, now)
         self._now = now
+        if isinstance(event, Arrived):
+            self.members.speaks(event.peer, now)
         effects: list[Effect]
         match event:
             case Arrived(peer, m.Heartbeat() as beat) if self.members.heard(peer, beat, now):
@@ -346,11 +348,11 @@ class CoordinatorCore:
 
     def _advance(self, now: float) -> list[Effect]:
         self._ruled = now
-        effects = self._drop_silent(now)
-        effects += self._deploying.due(now)
+        effects = self._drop_silent(now) + self._deploying.due(now)
         effects += self._answering.fallback.due(now)
         effects += self._answering.end_overdue(now)
         effects += self._answering.end_merged(now)
+        effects += self._answering.silence.doubt(now)
         effects += self._answering.back_up(now)
         effects += self._deploying.plan_what_is_missing(now)
         effects += self._answering.start_waiting(now)
@@ -368,8 +370,9 @@ class CoordinatorCore:
 
     def _drop_silent(self, now: float) -> list[Effect]:
         effects: list[Effect] = []
-        for device in self.members.silent(now):
-            effects += self._device_lost(device, f"no heartbeat for {limits.DEAD_AFTER_S} s", now)
+        for device in self.members.overdue(now):
+            if not self._answering.silence.bears(device, now):
+                effects += self._device_lost(device, device.unheard(now), now)
         for peer in self.members.gone_clients(now):
             self._heads.gone(peer)
             effects += self._deploying.fetching.client_gone(peer)

@@ -8,9 +8,7 @@ scale (2013): a few second copies cut the tail, many make it.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Mapping
-from math import ceil
 
 from meshinfer import limits
 from meshinfer.protocol import messages as m
@@ -20,6 +18,7 @@ from meshinfer.scheduler.events import Effect, Note
 from meshinfer.scheduler.fallback import tell
 from meshinfer.scheduler.health import Health
 from meshinfer.scheduler.request import Request, Try
+from meshinfer.scheduler.usual import Usual
 
 
 class Covering:
@@ -28,8 +27,7 @@ class Covering:
     def __init__(self, open_: Mapping[str, Request], health: Health) -> None:
         self._open = open_
         self._health = health
-        self._took: dict[tuple[int, m.Place], deque[float]] = {}
-        self._late_after: dict[tuple[int, m.Place], float] = {}
+        self._usual: Usual[tuple[int, m.Place]] = Usual(limits.LATE_TIMES, 0.95)
         self._given = 0.0
         self._copies = 0.0
 
@@ -52,17 +50,11 @@ class Covering:
         self._health.well(device)
         for task in tasks:
             if task.place in tried.assigned and task.place not in tried.tasks:
-                key = (tried.deployment.number, task.place)
-                times = self._took.setdefault(key, deque(maxlen=limits.LATE_SAMPLES))
-                times.append(now - tried.since)
-                if len(times) >= limits.PACE_SAMPLES:
-                    p95 = sorted(times)[ceil(0.95 * len(times)) - 1]
-                    self._late_after[key] = max(limits.LATE_TIMES * p95, limits.LATE_S)
+                self._usual.note((tried.deployment.number, task.place), now - tried.since)
 
     def forget(self, made: Deployment) -> None:
         for place in made.choices:
-            self._took.pop((made.number, place), None)
-            self._late_after.pop((made.number, place), None)
+            self._usual.forget((made.number, place))
 
     # --- late tasks
 
@@ -101,7 +93,8 @@ class Covering:
         for place in places:
             taken = (*avoided, *tried.assigned[place])
             others = [d for d in made.choices[place] if d in made.members and d not in taken]
-            if not others or self._copies + 1 > limits.COPIES_SHARE * self._given:
+            many = self._copies + 1 > limits.COPIES_SHARE * self._given
+            if not others or (many and not self._health.silent.issuperset(tried.assigned[place])):
                 continue
             device = min(others, key=lambda d: busy.get(d, 0.0))
             busy[device] = busy.get(device, 0.0) + seconds(made, place, device)
@@ -120,8 +113,10 @@ class Covering:
         for place, devices in tried.assigned.items():
             if place in tried.tasks or len(devices) >= limits.COPIES:
                 continue
-            after = self._late_after.get((tried.deployment.number, place))
-            if after is not None:
+            after = self._usual.late_after_s((tried.deployment.number, place))
+            if self._health.silent.issuperset(devices):
+                found.append((place, tried.since))
+            elif after is not None:
                 found.append((place, tried.since + after))
         return found
 

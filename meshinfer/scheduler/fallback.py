@@ -1,5 +1,5 @@
-"""When a device is lost, its tasks go on elsewhere, under the same attempts: no weights are sent
-and nothing is compiled, because each task has a spare device that has prepared it beforehand.
+"""When a device is lost or silent, its tasks go on elsewhere, under the same attempts: no weights
+are sent and nothing is compiled, since each task has a spare device that prepared it beforehand.
 
 What was made is kept until the release, and pieces are of the same boxes wherever they are made, so
 only tasks are computed again whose output somebody still awaits: first all devices are asked.
@@ -7,7 +7,7 @@ only tasks are computed again whose output somebody still awaits: first all devi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from meshinfer import limits
 from meshinfer.protocol import messages as m
@@ -65,13 +65,27 @@ class Fallback:
 
     # --- a loss
 
-    def covers(self, made: Deployment, name: str) -> bool:
-        """Whether all that a device has may go to another that is there and has prepared it."""
+    def covers(self, made: Deployment, name: str, but: Collection[str] = ()) -> bool:
+        """Whether all that a device has may go to another that is there and has prepared it;
+        ``but``: not to these."""
         for program in made.programs.get(name, ()):
             here = made.spares.ready if program.spare else made.members
-            if not any(other != name and other in here for other in program.devices):
+            others = (d for d in program.devices if d != name and d not in but)
+            if not any(other in here for other in others):
                 return False
         return True
+
+    def stands_in(self, name: str) -> bool:
+        """Whether others run all that a device has, in each deployment, while it says nothing."""
+        serves = False
+        silent = self._members.health.silent | {name}
+        for made in self._catalogue.deployments.values():
+            if name not in made.members or made.phase is Phase.PLANNING or made.only_spare(name):
+                continue
+            if made.phase is not Phase.READY or not self.covers(made, name, silent):
+                return False
+            serves = True
+        return serves
 
     def leaves(self, made: Deployment, name: str) -> None:
         """A device holds nothing for others any more."""
@@ -81,6 +95,7 @@ class Fallback:
     def lost(self, made: Deployment, name: str) -> list[Effect]:
         """A device has left a deployment, and its tasks go on: who has them from now on."""
         peer, device = made.members.pop(name), self._members.devices.get(name)
+        self._orphans(made, name)
         effects: list[Effect] = []
         if device is not None and device.peer == peer:  # it is there, but cannot be reached
             effects.append(Send(Plane.CONTROL, peer, m.Forget(deployment=made.number)))
@@ -98,16 +113,57 @@ class Fallback:
                 effects += self._ask(request, request.tried[request.attempt])
         return effects
 
+    def _orphans(self, made: Deployment, name: str) -> None:
+        """What a lost device had taken over from a silent one starts again."""
+        for request in self._open.values():
+            if request.deployment is made and request.runs:
+                taken = request.tried[request.attempt].moved.items()
+                if any(at == name and place not in made.spares.moved for place, at in taken):
+                    request.deployment = None
+
     def _ask(self, request: Request, tried: Try) -> list[Effect]:
-        """Of this attempt's tasks without a device, which are awaited?"""
+        """Of this attempt's tasks without a device that is heard, which are awaited?"""
         made = tried.deployment
-        asked = tuple(place for place in made.spares.moved if place not in tried.moved)
+        gone = {**made.spares.moved, **self.instead(made, self._members.health.silent)}
+        asked = tuple(sorted(place for place in gone if place not in tried.moved))
         tried.question = None
         if not asked:
             return []
         tried.untold = set(asked)
-        tried.question = Question(asked, set(tried.peers().values()))
+        tried.question = Question(asked, self._heard_of(tried))
         return tell(request, tried)
+
+    def _heard_of(self, tried: Try) -> set[str]:
+        """The peers of an attempt that can be expected to answer."""
+        silent = self._members.health.silent
+        peers = tried.peers().items()
+        return {peer for name, peer in peers if name not in silent or peer == tried.head}
+
+    # --- silence
+
+    def instead(self, made: Deployment, names: Collection[str]) -> dict[m.Place, str]:
+        """Who runs the tasks of these devices, of those that have prepared them and are heard."""
+        if not names:
+            return {}
+        here = made.spares.ready - self._members.health.silent
+        own = (p for n in sorted(names) for p in made.programs.get(n, ()) if p.is_own(n))
+        return {p.place: p.devices[1] for p in own if p.spare and p.devices[1] in here}
+
+    def go_on_without_silent(self, now: float) -> list[Effect]:
+        """What silent devices owe goes to those that have prepared it, where it is awaited."""
+        effects: list[Effect] = []
+        for request in self._open.values():
+            if not request.runs:
+                continue
+            tried = request.tried[request.attempt]
+            known = tried.tasks.keys() | tried.moved.keys() | tried.untold
+            silent = self._members.health.silent
+            news = self.instead(tried.deployment, silent).keys() - known
+            question = tried.question
+            if news or (question is not None and question.awaiting - self._heard_of(tried)):
+                request.hurt_at = now
+                effects += self._ask(request, tried)
+        return effects
 
     def lacks(self, peer: str, message: m.Lacks) -> list[Effect]:
         """One has answered; with the last answer, what is awaited goes to those that prepared it,
@@ -124,9 +180,11 @@ class Fallback:
         if question.awaiting:
             return []
         tried.question = None
-        again = _needed(tried.deployment, question)
+        made = tried.deployment
+        takers = {p.place: p.devices[1] for each in made.programs.values() for p in each if p.spare}
+        again = _needed(made, question)
         for place in again:
-            tried.moved[place] = tried.deployment.spares.moved[place]
+            tried.moved[place] = takers[place]
             tried.untold.discard(place)
             tried.tasks.pop(place, None)
         fields = {"request": request.id, "tasks": len(again), "of": len(question.asked)}

@@ -66,6 +66,9 @@ class Device:
         """Whether nothing but its welcome depends on it yet: no programs, no inputs of clients."""
         return not self.used and not self.hello.facts.head
 
+    def unheard(self, now: float) -> str:
+        return f"no heartbeat for {now - self.heard:.1f} s"
+
     def exclude(self, why: str, now: float) -> None:
         """It gets no work for a while."""
         self.excluded_until, self.excluded_for = now + limits.EXCLUDED_S, why
@@ -174,6 +177,12 @@ class Membership:
         device.heard, device.computing, device.computing_s = now, beat.computing, beat.since_s
         return True
 
+    def speaks(self, peer: str, now: float) -> None:
+        """Anything has come from a peer."""
+        device = self.by_peer(peer) if self.health.doubts else None
+        if device is not None:
+            self.health.heard(device.name, now)
+
     def by_peer(self, peer: str) -> Device | None:
         return next((d for d in self.devices.values() if d.peer == peer), None)
 
@@ -189,8 +198,8 @@ class Membership:
             other.links.pop(device.name, None)
         self.changed_at = now
 
-    def silent(self, now: float) -> list[Device]:
-        """Devices that are dead: no heartbeat for too long."""
+    def overdue(self, now: float) -> list[Device]:
+        """Devices without a heartbeat for so long that they are dead, if not borne with."""
         return [d for d in self.devices.values() if now - d.heard > limits.DEAD_AFTER_S]
 
     def forgive(self, asleep_s: float, now: float) -> None:
@@ -313,7 +322,8 @@ class Membership:
         )
 
     def next_deadline(self) -> float | None:
-        times = [d.heard + limits.DEAD_AFTER_S + 0.001 for d in self.devices.values()]
+        ends = (limits.DEAD_AFTER_S, limits.SILENT_MOST_S)
+        times = [d.heard + end + 0.001 for d in self.devices.values() for end in ends]
         heard = (*self.clients.values(), *self.absent.values())
         times += [h + limits.COORDINATOR_SILENT_S + 0.001 for h in heard]
         times += [d.excluded_until for d in self.devices.values() if d.excluded_until]

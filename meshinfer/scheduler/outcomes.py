@@ -43,9 +43,9 @@ def failed(request: Request, failure: m.Failure, now: float) -> m.Reply:
 def _reasons(request: Request, tried: Try, members: Membership, now: float) -> tuple[str, ...]:
     """Why this answer was had with less than there is, or later than it might."""
     found = [f"{name} was lost on the way: {why}" for name, why in request.lost.items()]
-    if tried.moved and not found:  # lost before it began
+    if tried.moved and not found:
         takers = ", ".join(sorted(set(tried.moved.values())))
-        found.append(f"devices of its plan are lost: {takers} ran their tasks")
+        found.append(f"devices of its plan are lost or silent: {takers} ran their tasks")
     if len(request.tried) > 1 and not found:
         found.append(f"it took {len(request.tried)} attempts")
     if request.alone:

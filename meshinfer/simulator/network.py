@@ -21,7 +21,7 @@ from meshinfer.simulator.node import BULK, Node, Timing
 from meshinfer.simulator.streams import Streams
 from meshinfer.simulator.world import World
 
-CONTROL_CUT_S = 1.5
+CONTROL_CUT_S = limits.SILENT_MOST_S
 BULK_CUT_S = 3.0
 _RESET_S = 0.001
 

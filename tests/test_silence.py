@@ -1,0 +1,110 @@
+"""A device that is there and says nothing gives up what it owes before it counts as dead: it is
+asked for a sign of life once a request is late, and its spares take over while it is silent.
+"""
+
+from __future__ import annotations
+
+import pytest
+from cores import COMPUTE_S, Cluster, image, kind
+from test_fallback import MOMENTS, computing, ready
+
+from meshinfer import limits
+from meshinfer.protocol import messages as m
+
+USUAL = 12
+"""Requests after which it is known how long they take."""
+SILENT_AFTER_S = limits.LATE_S + limits.SILENT_S
+AT_ONCE_S = 0.1
+"""Far more than a request takes here."""
+
+
+def used(**fields: object) -> Cluster:
+    """It has answered so often that it knows when a request is late."""
+    cluster = ready(**fields)  # type: ignore[arg-type]
+    for i in range(USUAL):
+        cluster.check(cluster.submit(image(i)), image(i))
+    return cluster
+
+
+def freeze(cluster: Cluster, name: str, seconds: float) -> None:
+    node = cluster.nodes[name]
+    node.frozen_until = cluster.now + seconds
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["by the head", "client is the head"])
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_frozen_device_holds_no_request_up_until_it_is_dead(moment: str, beside: bool) -> None:
+    cluster = used(beside=beside)
+    matches = MOMENTS[moment]
+    if beside and "answer" in moment:
+        matches = kind(m.Deliver, by="pi-2", to="ann")
+    times: list[float] = []
+
+    def strike() -> None:
+        times.append(cluster.now)
+        freeze(cluster, "pi-2", 1.5)
+
+    cluster.when(matches, strike)
+    reply = cluster.check(cluster.submit(image(1)), image(1))
+    assert times and cluster.now - times[0] < SILENT_AFTER_S + AT_ONCE_S
+    assert reply.attempts == 1 and not reply.lost
+    begun = computing(cluster)
+    since = cluster.now
+    next_ = cluster.check(cluster.submit(image(2)), image(2))
+    assert cluster.now - since < AT_ONCE_S, "the next one knows"
+    assert next_.degraded and "silent" in next_.reasons[0]
+    assert {t.device for t in next_.tasks} == {"pi-1", "pi-3"}
+    assert set(begun.values()) == {1}
+    cluster.pass_time(2.0)
+    assert cluster.nodes["pi-2"].alive
+    last = cluster.check(cluster.submit(image(3)), image(3))
+    assert not last.degraded and "pi-2" in {t.device for t in last.tasks}, "it is heard again"
+    cluster.check_idle()
+
+
+def test_a_freeze_costs_no_plan_and_a_longer_one_the_device() -> None:
+    cluster = used()
+    [made] = cluster.core.catalogue.deployments.values()
+    freeze(cluster, "pi-2", limits.SILENT_MOST_S - 1.0)
+    cluster.check(cluster.submit(image(1)), image(1))
+    cluster.pass_time(limits.SILENT_MOST_S)
+    assert list(cluster.core.catalogue.deployments.values()) == [made]
+    assert "pi-2" in cluster.check(cluster.submit(image(2)), image(2)).plan
+    freeze(cluster, "pi-2", limits.SILENT_MOST_S + 2.0)
+    cluster.check(cluster.submit(image(3)), image(3))
+    cluster.pass_time(limits.SILENT_MOST_S + 1.0)
+    assert made.number not in cluster.core.catalogue.deployments
+    assert "pi-2" not in cluster.check(cluster.submit(image(4)), image(4)).plan
+
+
+def test_who_is_only_slow_answers_and_keeps_its_work() -> None:
+    """A request that takes long is no proof: whoever gives a sign of life is waited for."""
+    cluster = used()
+    cluster.slowness["pi-2"] = 2 * SILENT_AFTER_S / COMPUTE_S
+    begun = computing(cluster)
+    since = cluster.now
+    reply = cluster.check(cluster.submit(image(1)), image(1))
+    assert cluster.now - since > SILENT_AFTER_S
+    assert not reply.degraded and set(begun.values()) == {1}
+    cluster.check_idle()
+
+
+def test_a_device_cut_off_from_the_coordinator_alone_is_silent() -> None:
+    cluster = used()
+    cluster.severed.add(frozenset(("coordinator", "pi-2")))
+    cluster.severed.add(frozenset(("head", "pi-2")))
+    since = cluster.now
+    reply = cluster.check(cluster.submit(image(1)), image(1))
+    assert cluster.now - since < SILENT_AFTER_S + AT_ONCE_S
+    assert reply.attempts == 1 and "pi-2" not in {t.device for t in reply.tasks}
+
+
+def test_where_most_say_nothing_nobody_is_silent() -> None:
+    """Then it is the coordinator that hears nothing: copies would make it worse."""
+    cluster = used()
+    for name in ("pi-1", "pi-2", "pi-3"):
+        freeze(cluster, name, 1.0)
+    begun = computing(cluster)
+    reply = cluster.check(cluster.submit(image(1)), image(1))
+    assert not reply.degraded and set(begun.values()) == {1}
+    cluster.check_idle()
