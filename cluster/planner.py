@@ -328,8 +328,8 @@ def _longest(programs: Programs) -> int:
     spare: dict[str, list[m.Program]] = {}
     for each in programs.by_device.values():
         for program in each:
-            if program.spare:
-                spare.setdefault(program.devices[1], []).append(program)
+            for device in program.spares:
+                spare.setdefault(device, []).append(program)
     sets = (*programs.by_device.values(), *spare.values())
     return max((len(msgspec.msgpack.encode(each)) for each in sets), default=0)
 

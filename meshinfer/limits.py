@@ -78,6 +78,8 @@ INSTALL_ATTEMPTS: Final = 3
 """What so many devices cannot prepare in turn is the model's fault, not theirs."""
 INSTALL_S: Final = 600.0
 SPARES_AFTER_S: Final = 0.2
+SPARES_WAIT_S: Final = 2.0
+"""So long an older plan, which bears a loss, is used beside a newer one that does not yet."""
 """Once a deployment serves, before tasks are prepared a second time for the loss of a device: the
 first request comes first."""
 TIMING_GRACE_S: Final = 0.25
@@ -134,6 +136,7 @@ PACE_SAMPLES: Final = 8
 PACE_SAMPLES_LEAST: Final = 4
 PACE_DEVIATION: Final = 1.15
 PACE_GRAVE: Final = 1.5
+PACE_UPSET: Final = 3.0
 PACE_FORGOTTEN_S: Final = 30.0
 PACE_FORGOTTEN_MOST_S: Final = 600.0
 PACES_KEPT: Final = 256
@@ -250,7 +253,7 @@ assert SUSPECT_S < DEAD_AFTER_S
 assert QUARANTINE_S < STRIKES_WITHIN_S  # or each quarantine would begin the count anew
 assert HEARTBEAT_S < STALL_S < DEAD_AFTER_S
 assert PACE_SAMPLES_LEAST <= PACE_SAMPLES
-assert 1.0 < PACE_DEVIATION < PACE_GRAVE
+assert 1.0 < PACE_DEVIATION < PACE_GRAVE < PACE_UPSET
 assert 1.0 / (1.0 - SEARCH_SHARE) < PACE_DEVIATION
 assert SEARCH_SHARE < SEARCH_SHARE_GRAVE and 1.0 / (1.0 - SEARCH_SHARE_GRAVE) < PACE_GRAVE
 assert CRASHES_PER_REQUEST < ATTEMPTS_PER_REQUEST

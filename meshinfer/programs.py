@@ -33,10 +33,11 @@ class Programs:
 
 
 def make_programs(
-    graph: Graph, plan: Plan, spares: Mapping[TaskRef, DeviceId] = MappingProxyType({})
+    graph: Graph, plan: Plan, spares: Mapping[TaskRef, tuple[DeviceId, ...]] = MappingProxyType({})
 ) -> Programs:
-    """Lower every task of a valid plan. ``spares``: of some tasks with one device, another that is
-    to run them if that is lost. Raises ``InvalidInput`` for values that cannot travel."""
+    """Lower every task of a valid plan. ``spares``: of some tasks with one device, others that are
+    to run them if that is lost, the first one first. Raises ``InvalidInput`` for values that
+    cannot travel."""
     flow = derive(graph, plan)
     ends = _Ends(graph, flow, spares)
     for transfer in flow.transfers:
@@ -66,7 +67,9 @@ def make_programs(
 class _Ends:
     """The transfers by the task that they leave and by the one that they reach."""
 
-    def __init__(self, graph: Graph, flow: Flow, spares: Mapping[TaskRef, DeviceId]) -> None:
+    def __init__(
+        self, graph: Graph, flow: Flow, spares: Mapping[TaskRef, tuple[DeviceId, ...]]
+    ) -> None:
         self._graph, self._flow, self.spares = graph, flow, spares
         self._out: defaultdict[TaskRef, list[Transfer]] = defaultdict(list)
         self._into: defaultdict[tuple[TaskRef, str], list[Transfer]] = defaultdict(list)
@@ -82,7 +85,7 @@ class _Ends:
         if ref in (self._flow.source, self._flow.sink):
             return (self._flow.device(ref),)
         if ref in self.spares:
-            return (self._flow.device(ref), self.spares[ref])
+            return (self._flow.device(ref), *self.spares[ref])
         stage = self._flow.plan.stages[ref.stage]
         devices = stage.tasks[ref.task].devices
         once = len(devices) > 1 and any(map(is_random, self._graph.ops[stage.start : stage.stop]))

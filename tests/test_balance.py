@@ -178,6 +178,20 @@ def test_a_gain_that_is_not_worth_it_keeps_the_plan_and_is_not_asked_for_again()
     made.check_idle()
 
 
+def test_what_was_in_vain_does_not_hold_up_a_search_for_an_upset() -> None:
+    made = cluster(1e8)
+    made.deployed(model=MODEL)
+    stream(made, 6.0)
+    made.slowness["pi-3"] = 1.2
+    stream(made, 15.0)
+    made.pass_time(limits.REPLAN_QUIET_S + 4 * limits.HEARTBEAT_S)
+    assert made.plans_asked == 2
+    made.slowness["pi-3"] = 8.0
+    stream(made, limits.REPLAN_EVERY_S + 2.0)
+    assert made.plans_asked == 3
+    made.check_idle()
+
+
 def searching() -> Cluster:
     """It looks for a better plan, for 20 s, since one device is a little slow; nothing runs."""
     made = cluster(1e8)

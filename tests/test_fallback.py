@@ -116,6 +116,39 @@ def test_a_loss_amid_a_request_sends_no_weights_and_prepares_nothing(
     cluster.check_idle()
 
 
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_two_losses_before_there_is_another_plan_are_borne_too(moment: str) -> None:
+    """Of a model that is small beside the devices' memory, each task has two spare devices."""
+    cluster = ready()
+    cluster.plan_s = 30.0
+    begun = computing(cluster)
+
+    def strike() -> None:
+        lose(cluster, "pi-2")
+        cluster.when(kind(m.Lacks), lambda: lose(cluster, "pi-1"))
+
+    cluster.when(MOMENTS[moment], strike)
+    reply = cluster.check(cluster.submit(image(1)), image(1))
+    assert reply.attempts == 1 and set(reply.lost) == {"pi-1", "pi-2"}
+    assert sum(begun.values()) <= 3 * len(begun)
+    after = cluster.check(cluster.submit(image(2)), image(2))
+    assert after.attempts == 1 and {t.device for t in after.tasks} == {"pi-3"}
+
+
+def test_a_newer_plan_is_not_used_before_it_bears_a_loss_as_the_older_does() -> None:
+    cluster = ready()
+    cluster.kill("pi-2")
+    cluster.settle(lambda: len(cluster.core.catalogue.deployments) == 2)
+    *_, newer = cluster.core.catalogue.deployments.values()
+    cluster.settle(lambda: newer.ready_at > 0.0)
+    assert not newer.spares.prepared
+    reply = cluster.check(cluster.submit(image(1)), image(1))
+    assert reply.degraded, "by the older one, whose tasks others have taken over"
+    cluster.settle(lambda: newer.spares.prepared)
+    assert not cluster.check(cluster.submit(image(2)), image(2)).degraded
+    assert list(cluster.core.catalogue.deployments.values()) == [newer]
+
+
 def test_requests_after_a_loss_run_on_the_fallback_until_there_is_another_plan() -> None:
     cluster = ready()
     cluster.plan_s = 3.0

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import pytest
 from cores import COMPUTE_S, Cluster, image, kind
+from test_covering import lose
 from test_fallback import MOMENTS, computing, ready
 
 from meshinfer import limits
@@ -75,6 +76,22 @@ def test_a_freeze_costs_no_plan_and_a_longer_one_the_device() -> None:
     cluster.pass_time(limits.SILENT_MOST_S + 1.0)
     assert made.number not in cluster.core.catalogue.deployments
     assert "pi-2" not in cluster.check(cluster.submit(image(4)), image(4)).plan
+
+
+@pytest.mark.parametrize("lost", ["pi-1", "pi-3"])
+def test_a_loss_beside_a_silent_device_is_borne_too(lost: str) -> None:
+    """Whether the one that is lost had taken over from the silent one, or not."""
+    cluster = used()
+    cluster.plan_s = 30.0
+    freeze(cluster, "pi-2", 3.0)
+    cluster.when(kind(m.Lacks, by=lost), lambda: lose(cluster, lost))
+    since = cluster.now
+    reply = cluster.check(cluster.submit(image(1)), image(1))
+    assert cluster.now - since < SILENT_AFTER_S + AT_ONCE_S
+    assert reply.attempts == 1 and reply.lost == (lost,)
+    cluster.pass_time(4.0)
+    last = cluster.check(cluster.submit(image(2)), image(2))
+    assert {t.device for t in last.tasks} == {"pi-1", "pi-2", "pi-3"} - {lost}
 
 
 def test_who_is_only_slow_answers_and_keeps_its_work() -> None:

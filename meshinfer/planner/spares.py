@@ -1,4 +1,4 @@
-"""For the loss of any one device: which other device prepares each of its tasks, within its memory.
+"""For the loss of any one device, or two: which others prepare each task, within their memory.
 
 The boxes stay those of the plan, so that what others have made already serves on. A task goes where
 it is expected to be done first beside what that device does in the same stage anyway (Graham 1969).
@@ -23,6 +23,10 @@ from meshinfer.transfers import TaskRef, derive
 ALIKE = 1.05
 """Of devices that would be done within so much of the first one, the one that holds least."""
 
+SECOND_BYTES = 64 << 20
+"""What a device may hold at most to be the second that takes over: models that are small beside a
+device's memory live through two losses at once."""
+
 ROOM = 0.8
 """The part of a device's memory up to which it prepares tasks of others, where the plan's own may
 fill it: a model takes more while it is prepared than after, and none is worth a worker's end."""
@@ -30,10 +34,10 @@ fill it: a model takes more while it is prepared than after, and none is worth a
 
 @dataclass(frozen=True, slots=True)
 class Spares:
-    """``devices``: the one that prepares each task, should its own be lost. ``extra_bytes``: what a
-    device holds for that beside its peak. ``notes``: for people."""
+    """``devices``: those that prepare each task, should its own be lost, then the first of them.
+    ``extra_bytes``: what a device holds for that beside its peak. ``notes``: for people."""
 
-    devices: Mapping[TaskRef, DeviceId]
+    devices: Mapping[TaskRef, tuple[DeviceId, ...]]
     extra_bytes: Mapping[DeviceId, int]
     notes: tuple[str, ...]
 
@@ -48,6 +52,9 @@ def find_spares(
     """
     search = _Search(graph, plan, profiles, pins, strict)
     why = {lost: search.cover(lost) for lost in plan.devices()}
+    search.once_more()
+    for lost in plan.devices():
+        search.cover(lost)
     extra = {name: held.peak - search.first[name].peak for name, held in search.held.items()}
     extra = {name: nbytes for name, nbytes in extra.items() if nbytes}
     return Spares(search.found, extra, _notes(plan, why, extra))
@@ -87,7 +94,7 @@ class _Search:
         for t in flow.transfers:
             nbytes = graph.nbytes(t.piece.value, t.piece.box)
             self.reads[t.consumer].append((t.producer, t.sender, nbytes))
-        self.found: dict[TaskRef, DeviceId] = {}
+        self.found: dict[TaskRef, tuple[DeviceId, ...]] = {}
         self.busy: dict[tuple[int, DeviceId], float] = {}
         self.held: dict[DeviceId, _Held] = {name: _Held({}) for name in self.known}
         for ref, load in self.loads.items():
@@ -98,6 +105,11 @@ class _Search:
                 key = (ref.stage, first)
                 self.busy[key] = self.busy.get(key, 0.0) + seconds(load.work, self.known[first])
         self.first = dict(self.held)
+        self.most: dict[DeviceId, int] = {}
+
+    def once_more(self) -> None:
+        """From now on a second spare device is sought for what has one."""
+        self.most = {name: held.peak + SECOND_BYTES for name, held in self.held.items()}
 
     def _devices(self, ref: TaskRef) -> tuple[DeviceId, ...]:
         return self.plan.stages[ref.stage].tasks[ref.task].devices
@@ -105,6 +117,8 @@ class _Search:
     def cover(self, lost: DeviceId) -> str:
         """Spare devices for all tasks of one; else why it has none, and nothing is changed."""
         refs = [ref for ref in self.loads if self._devices(ref) == (lost,)]
+        if self.most and any(ref not in self.found for ref in refs):
+            return "it has no first one"
         held, busy = dict(self.held), dict(self.busy)
         taken: dict[TaskRef, DeviceId] = {}
         for ref in refs:
@@ -112,6 +126,8 @@ class _Search:
             options = [] if why else self._options(ref, lost)
             then = {p.id: held[p.id].with_(self.loads[ref]) for p in options}
             fitting = [p for p in options if self._fits(then[p.id], p)]
+            if self.most:
+                fitting = [p for p in fitting if then[p.id].peak <= self.most[p.id]]
             if not fitting:
                 return why or ("no other has room" if options else "no other may take its tasks")
             done = {p.id: self._done(p, ref, taken, busy) for p in fitting}
@@ -121,7 +137,7 @@ class _Search:
             busy[key] = busy.get(key, 0.0) + seconds(self.loads[ref].work, best)
             held[best.id], taken[ref] = then[best.id], best.id
         self.held = held
-        self.found |= taken
+        self.found |= {ref: (*self.found.get(ref, ()), name) for ref, name in taken.items()}
         return ""
 
     def _refusal(self, ref: TaskRef) -> str:
@@ -137,6 +153,7 @@ class _Search:
             for p in self.known.values()
             if p.able
             and p.id != lost
+            and p.id not in self.found.get(ref, ())
             and (allowed is None or p.id in allowed)
             and (not self.strict or own is None or p.numeric_class == own.numeric_class)
         ]

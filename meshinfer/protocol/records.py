@@ -199,7 +199,7 @@ class Program(Record, frozen=True):
 
     The source and the sink are programs too, without a model. ``devices``: all that have this
     program, where the task may go to any of them; empty where it is this device's alone. If
-    ``spare``, the first of them runs it, and the other only when that is lost.
+    ``spare``, the first of them runs it, and one of the others only when that is lost.
     """
 
     place: Place
@@ -215,6 +215,11 @@ class Program(Record, frozen=True):
     def free(self) -> bool:
         """Whether each request's task goes to whichever device is free."""
         return bool(self.devices) and not self.spare
+
+    @property
+    def spares(self) -> tuple[Name, ...]:
+        """Who may run it if its own device is lost, the first one first."""
+        return self.devices[1:] if self.spare else ()
 
     def is_own(self, device: str) -> bool:
         """Whether a device runs the task unless it is assigned otherwise."""

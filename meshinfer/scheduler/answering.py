@@ -272,7 +272,7 @@ class Answering:
                 continue
             kind = (request.model.key, request.signature)
             if kind not in serving:
-                serving[kind] = self._catalogue.serving(request.model, request.signature)
+                serving[kind] = self._catalogue.running(request.model, request.signature, now)
             made = self._catalogue.alone(request.id) if request.alone else serving[kind]
             if made is None or running[made.number] >= made.most_running:
                 continue
@@ -304,7 +304,8 @@ class Answering:
             return made.alone not in self.open
         wanted = made.signature in self.wanted_signatures(made.model)
         newest = self._catalogue.serving(made.model, made.signature) is made
-        return not (wanted and newest) or self._is_leaving(made, now)
+        runs = newest or self._catalogue.running(made.model, made.signature, now) is made
+        return not (wanted and runs) or self._is_leaving(made, now)
 
     def wanted_signatures(self, model: Model) -> list[Signature]:
         """What the model should be planned for: its last signatures, and those of open requests."""

@@ -118,8 +118,11 @@ class Balance:
         self._paces.pop(device, None)
 
 
-def pause_of(search_s: float, in_vain: int, *, grave: bool) -> float:
-    """Seconds from one plan to the next search for a better one: longer each time in vain."""
+def pause_of(search_s: float, in_vain: int, *, grave: bool, upset: bool) -> float:
+    """Seconds from one plan to the next search for a better one: longer each time in vain, but for
+    an ``upset``: what was in vain was so on other devices than they are now."""
+    if upset:
+        return limits.REPLAN_EVERY_S
     part = limits.REPLAN_SHARE_GRAVE if grave else limits.REPLAN_SHARE
     pause_s = max(limits.REPLAN_EVERY_S, search_s / part)
     return float(pause_s * 2 ** min(in_vain, limits.REPLAN_DOUBLINGS))

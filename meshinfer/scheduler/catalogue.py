@@ -114,6 +114,11 @@ class Spares:
     ready: set[str] = field(default_factory=set)
     moved: dict[m.Place, str] = field(default_factory=dict)
 
+    @property
+    def prepared(self) -> bool:
+        """Whether all that stand by are ready to."""
+        return self.ready >= self.peers.keys()
+
 
 @dataclass(slots=True)
 class Deployment:
@@ -123,9 +128,10 @@ class Deployment:
     the user. ``choices``: the devices of each task that may go to several. ``expected``: seconds of
     each task on each device that may get it. ``window``: requests in flight, as the plan says.
     ``looked``: how many samples of paces there were when it was last seen by how much its devices
-    ``drift`` apart; ``uneven``: twice in turn too much. ``in_vain``: how often another plan was
-    looked for since, and was no better. ``search_s``: of the coordinator's processor that the last
-    search for it took; ``share``: of it that the search may take. ``asked``: requests begun since.
+    ``drift`` apart; ``uneven``: twice in turn too much; ``tried_drift``: as much when a search
+    failed. ``in_vain``: how often another plan was looked for since, and was no better.
+    ``search_s``: of the coordinator's processor that the last search for it took; ``share``: of it
+    that the search may take. ``asked``: requests begun since.
     ``head``: the device that is source and sink, where the client is not.
     ``links``: how often links had changed when it was planned. ``ready_at``: since when it serves.
     ``alone``: the one request that runs under it, on one device; it is not what serves.
@@ -150,6 +156,7 @@ class Deployment:
     looked: int = 0
     drift: float = 1.0
     uneven: bool = False
+    tried_drift: float = 1.0
     in_vain: int = 0
     search_s: float = 0.0
     share: float = 1.0
@@ -175,7 +182,7 @@ class Deployment:
     def keep_members(self) -> None:
         """Of all that might have been, those of the plan and those that stand by for one."""
         programs = (p for each in self.programs.values() for p in each)
-        spares = sorted({p.devices[1] for p in programs if p.spare})
+        spares = sorted({name for p in programs for name in p.spares})
         self.spares.peers = {name: self.members[name] for name in spares}
         self.members = {name: self.members[name] for name in (*self.programs, *spares)}
 
@@ -186,7 +193,7 @@ class Deployment:
     def spare_programs(self, name: str) -> tuple[m.Program, ...]:
         """Those of others that a device prepares, should one of these be lost."""
         programs = (p for each in self.programs.values() for p in each)
-        return tuple(p for p in programs if p.spare and p.devices[1] == name)
+        return tuple(p for p in programs if name in p.spares)
 
     @property
     def kind(self) -> Hashable:
@@ -328,6 +335,14 @@ class Catalogue:
         """The newest ready deployment."""
         return self._newest(model, signature, (Phase.READY,))
 
+    def running(self, model: Model, signature: Signature, now: float) -> Deployment | None:
+        """What requests run under: a newer one not before it can bear a loss, as the older can, or
+        has tried to for long enough."""
+        found = self._all(model, signature, (Phase.READY,))
+        if len(found) < 2 or found[-1].spares.prepared:
+            return found[-1] if found else None
+        return found[-1] if now >= found[-1].ready_at + limits.SPARES_WAIT_S else found[-2]
+
     def alone(self, request: str) -> Deployment | None:
         """The plan on one device of a request that may run on no more, once it is ready."""
         made = next((d for d in self.deployments.values() if d.alone == request), None)
@@ -340,12 +355,17 @@ class Catalogue:
     def _newest(
         self, model: Model, signature: Signature, phases: tuple[Phase, ...]
     ) -> Deployment | None:
-        found = [
+        found = self._all(model, signature, phases)
+        return found[-1] if found else None
+
+    def _all(
+        self, model: Model, signature: Signature, phases: tuple[Phase, ...]
+    ) -> list[Deployment]:
+        return [
             d
             for d in self.deployments.values()
             if d.model is model and d.signature == signature and d.phase in phases and not d.alone
         ]
-        return found[-1] if found else None
 
     @property
     def searching(self) -> bool:

@@ -235,6 +235,7 @@ class Deploying:
         if serving is not None:
             serving.candidates = made.candidates  # it stays; these devices were tried
             self._look_again_later(made, now)
+            serving.tried_drift = serving.drift
             serving.in_vain += made.share < 1.0  # maybe the end of the process that plans
             return [note, *effects]
         if signature in model.signatures:
@@ -333,7 +334,8 @@ class Deploying:
         # So for a small gain it is rare, waits until nothing runs, and is rarer each time in vain;
         # and a model that nobody asks gains nothing.
         grave = self._grave(made)
-        pause_s = pause_of(made.search_s, made.in_vain, grave=grave)
+        upset = made.drift > limits.PACE_UPSET * made.tried_drift
+        pause_s = pause_of(made.search_s, made.in_vain, grave=grave, upset=upset)
         quiet = now >= self._busy_at + limits.REPLAN_QUIET_S
         asked = made.asked >= limits.REPLAN_REQUESTS
         changed = made.uneven or made.links != self._members.links_changed

@@ -32,7 +32,7 @@ class Fallback:
         """Have spare devices prepare what they may take over, once a deployment serves."""
         effects: list[Effect] = []
         for made in self._catalogue.deployments.values():
-            if not self._to_prepare(made) or now < made.ready_at + limits.SPARES_AFTER_S:
+            if not self._to_prepare(made) or now < self._prepare_at(made, now):
                 continue
             made.spares.told = set(made.spares.peers)
             for name, peer in sorted(made.spares.peers.items()):
@@ -44,6 +44,11 @@ class Fallback:
     def next_deadlines(self) -> list[float]:
         made = filter(self._to_prepare, self._catalogue.deployments.values())
         return [each.ready_at + limits.SPARES_AFTER_S for each in made]
+
+    def _prepare_at(self, made: Deployment, now: float) -> float:
+        """At once, where it is not used before."""
+        used = self._catalogue.running(made.model, made.signature, now) is made
+        return made.ready_at + limits.SPARES_AFTER_S * used
 
     def _to_prepare(self, made: Deployment) -> bool:
         if made.phase is not Phase.READY or made.spares.told or not made.spares.peers:
@@ -95,7 +100,6 @@ class Fallback:
     def lost(self, made: Deployment, name: str) -> list[Effect]:
         """A device has left a deployment, and its tasks go on: who has them from now on."""
         peer, device = made.members.pop(name), self._members.devices.get(name)
-        self._orphans(made, name)
         effects: list[Effect] = []
         if device is not None and device.peer == peer:  # it is there, but cannot be reached
             effects.append(Send(Plane.CONTROL, peer, m.Forget(deployment=made.number)))
@@ -103,29 +107,28 @@ class Fallback:
         made.candidates = ()  # whoever is here now, maybe the same again: plan anew
         programs = dict(made.programs)
         for program in programs.pop(name, ()):
-            if program.spare:
-                taker = program.devices[1]
+            taker = _first(program, made.spares.ready, (name, *self._members.health.silent))
+            taker = taker or _first(program, made.spares.ready, (name,))
+            if taker:
                 programs[taker] = (*programs.get(taker, ()), program)
                 made.spares.moved[program.place] = taker
         made.programs = programs
+        takers = self._takers(made)
         for request in self._open.values():
-            if request.deployment is made and request.runs:
-                effects += self._ask(request, request.tried[request.attempt])
+            if request.deployment is not made or not request.runs:
+                continue
+            tried = request.tried[request.attempt]
+            if any(at == name and place not in takers for place, at in tried.moved.items()):
+                request.deployment = None  # it had taken over from one that is heard again
+            else:
+                effects += self._ask(request, tried)
         return effects
-
-    def _orphans(self, made: Deployment, name: str) -> None:
-        """What a lost device had taken over from a silent one starts again."""
-        for request in self._open.values():
-            if request.deployment is made and request.runs:
-                taken = request.tried[request.attempt].moved.items()
-                if any(at == name and place not in made.spares.moved for place, at in taken):
-                    request.deployment = None
 
     def _ask(self, request: Request, tried: Try) -> list[Effect]:
         """Of this attempt's tasks without a device that is heard, which are awaited?"""
         made = tried.deployment
-        gone = {**made.spares.moved, **self.instead(made, self._members.health.silent)}
-        asked = tuple(sorted(place for place in gone if place not in tried.moved))
+        gone = self._takers(made)
+        asked = tuple(sorted(p for p in gone if not self._runs_elsewhere(tried, p)))
         tried.question = None
         if not asked:
             return []
@@ -145,9 +148,10 @@ class Fallback:
         """Who runs the tasks of these devices, of those that have prepared them and are heard."""
         if not names:
             return {}
-        here = made.spares.ready - self._members.health.silent
-        own = (p for n in sorted(names) for p in made.programs.get(n, ()) if p.is_own(n))
-        return {p.place: p.devices[1] for p in own if p.spare and p.devices[1] in here}
+        silent = self._members.health.silent
+        own = (p for n in sorted(names) for p in made.programs.get(n, ()) if n not in p.spares)
+        found = {p.place: _first(p, made.spares.ready, silent) for p in own}
+        return {place: taker for place, taker in found.items() if taker}
 
     def go_on_without_silent(self, now: float) -> list[Effect]:
         """What silent devices owe goes to those that have prepared it, where it is awaited."""
@@ -156,14 +160,24 @@ class Fallback:
             if not request.runs:
                 continue
             tried = request.tried[request.attempt]
-            known = tried.tasks.keys() | tried.moved.keys() | tried.untold
-            silent = self._members.health.silent
-            news = self.instead(tried.deployment, silent).keys() - known
+            known = tried.tasks.keys() | tried.untold
+            owed = self.instead(tried.deployment, self._members.health.silent).keys() - known
+            news = any(not self._runs_elsewhere(tried, place) for place in owed)
             question = tried.question
             if news or (question is not None and question.awaiting - self._heard_of(tried)):
                 request.hurt_at = now
                 effects += self._ask(request, tried)
         return effects
+
+    def _runs_elsewhere(self, tried: Try, place: m.Place) -> bool:
+        """Whether a task has been taken over by a device that is heard."""
+        taker = tried.moved.get(place, "")
+        ready = tried.deployment.spares.ready
+        return taker in ready and taker not in self._members.health.silent
+
+    def _takers(self, made: Deployment) -> dict[m.Place, str]:
+        """Who takes the tasks of devices that are lost, or silent."""
+        return {**self.instead(made, self._members.health.silent), **made.spares.moved}
 
     def lacks(self, peer: str, message: m.Lacks) -> list[Effect]:
         """One has answered; with the last answer, what is awaited goes to those that prepared it,
@@ -181,15 +195,21 @@ class Fallback:
             return []
         tried.question = None
         made = tried.deployment
-        takers = {p.place: p.devices[1] for each in made.programs.values() for p in each if p.spare}
-        again = _needed(made, question)
+        takers = self._takers(made)
+        needed = _needed(made, question)
+        tried.untold.difference_update(needed)
+        again = [place for place in needed if place in takers]  # the others' devices are silent
         for place in again:
             tried.moved[place] = takers[place]
-            tried.untold.discard(place)
             tried.tasks.pop(place, None)
         fields = {"request": request.id, "tasks": len(again), "of": len(question.asked)}
         note = Note("info", "computed again elsewhere", fields)
         return [note, *tell(request, tried)] if again else [note]
+
+
+def _first(program: m.Program, ready: Collection[str], but: Collection[str]) -> str:
+    """The first of a task's spare devices that has prepared it; empty where none has."""
+    return next((d for d in program.spares if d in ready and d not in but), "")
 
 
 def _needed(made: Deployment, question: Question) -> list[m.Place]:

@@ -12,9 +12,6 @@ from meshinfer.protocol import messages as m
 from meshinfer.scheduler.catalogue import Deployment, Model
 from meshinfer.scheduler.events import Signature
 
-SPARE = 1
-"""The position of a task's spare device among its devices."""
-
 
 @dataclass(slots=True)
 class Question:
@@ -74,13 +71,18 @@ class Try:
 
     def on_wire(self) -> tuple[m.Assigned, ...]:
         """The assignment as messages carry it."""
-        choices = self.deployment.choices
+        made = self.deployment
+        choices = made.choices
         chosen = tuple(
             (*place, choices[place].index(device))
             for place, devices in self.assigned.items()
             for device in devices
         )
-        return (*chosen, *((*place, SPARE) for place in self.moved))
+        if not self.moved:
+            return chosen
+        programs = {p.place: p for each in made.programs.values() for p in each}
+        to = self.moved.items()
+        return (*chosen, *((*place, programs[place].devices.index(name)) for place, name in to))
 
 
 @dataclass(slots=True)

@@ -24,6 +24,7 @@ from chaos.history import History, read
 from cluster.gate import GateProcess
 from cluster.lab import DeviceSpec, Lab, LabCluster
 from cluster.worker import Ways
+from meshinfer.plan import Plan
 
 DEVICES: Final = 4
 CORES: Final = (1.0, 0.5, 0.5, 0.5)
@@ -214,6 +215,12 @@ class Run:
         ends = [e["at"] for e in events if e["kind"] == "outcome" and e["n"] in mine and e["ok"]]
         starts = [e["at"] for e in events if e["kind"] == "submit" and e["phase"] == phase]
         return len(ends) / (max(ends) - min(starts))
+
+    def takes_part(self) -> set[str]:
+        """The devices of the plan that the last answer was had by."""
+        answers = [e for e in read(self.history.path) if e["kind"] == "outcome" and e["ok"]]
+        plan = Plan.parse(answers[-1]["plan"])
+        return {*plan.devices()}
 
     def ready(self) -> list[int]:
         states = self.states()
