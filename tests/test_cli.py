@@ -61,8 +61,8 @@ def meshinfer(state: Path, *arguments: object, timeout_s: float = LONG_S) -> Don
 
 
 def at_once(*runs: Callable[[], Done]) -> list[Done]:
-    """Run commands that do not disturb each other, at most four at a time."""
-    with ThreadPoolExecutor(max_workers=4) as pool:
+    """Run commands that do not disturb each other, two at a time."""
+    with ThreadPoolExecutor(max_workers=2) as pool:
         return [each.result() for each in [pool.submit(run) for run in runs]]
 
 
@@ -125,7 +125,7 @@ class Running:
         return meshinfer(self.state, *arguments, *to)
 
     def refuses(self, *cases: tuple[tuple[object, ...], int, tuple[str, ...]]) -> None:
-        """Each command ends with its code and its words; all are run at once."""
+        """Each command ends with its code and its words."""
         runs = [functools.partial(self, *arguments) for arguments, *_ in cases]
         for done, (_, code, words) in zip(at_once(*runs), cases, strict=True):
             refused(done, code, *words)
