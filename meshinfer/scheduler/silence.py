@@ -55,8 +55,8 @@ class Silence:
                 if device is not None and health.ask(name, now):
                     beat = m.Alive(beat_in_s=limits.BEAT_NOW_S)
                     effects.append(Send(Plane.CONTROL, device.peer, beat))
-        if late and not effects:  # silent ones may have got spare devices meanwhile
-            effects = self._fallback.go_on_without_away(now)
+        if late:  # there may be spare devices meanwhile, or less doubt
+            effects += self._fallback.go_on_without_away(now)
         return effects
 
     def _stuck(self, now: float) -> list[Effect]:
@@ -72,8 +72,10 @@ class Silence:
                 device = devices.get(name)
                 if device is None or name in health.away or request.id not in device.computing:
                     continue
-                computes_s = device.computing_s + now - device.heard
-                if computes_s > after and health.sticks(name, device.computing, len(devices)):
+                computes_s = device.computes_s(now)
+                if computes_s > max(after, limits.STUCK_S) and health.sticks(
+                    name, device.computing, len(devices)
+                ):
                     fields = {**device.ids, "computing": device.computing, "seconds": computes_s}
                     note = self._members.faults.note
                     effects.append(note("warning", "a device is stuck in a task", fields))
