@@ -14,7 +14,7 @@ from meshinfer.protocol import messages as m
 from meshinfer.scheduler.catalogue import Catalogue, Deployment, Phase
 from meshinfer.scheduler.events import Effect, Note, Plane, Send
 from meshinfer.scheduler.heads import install_spares
-from meshinfer.scheduler.membership import Membership
+from meshinfer.scheduler.membership import Device, Membership
 from meshinfer.scheduler.poison import suspect_of
 from meshinfer.scheduler.request import Question, Request, Try
 
@@ -125,6 +125,17 @@ class Fallback:
                 effects += self._ask(request, tried)
         return effects
 
+    def _suspect(self, device: Device, now: float) -> str:
+        """The request that may be why a device is away; empty where none is, or not any more."""
+        if device.name in self._members.health.silent:
+            request = suspect_of(self._open, device)
+            return "" if request is None else request.id
+        request = self._open.get(device.at)
+        tried = None if request is None else request.tried.get(request.attempt)
+        longest_s = 0.0 if tried is None else max(tried.deployment.expected.values(), default=0.0)
+        hung = device.computes_s(now) > max(limits.HUNG_S, limits.LATE_TIMES * longest_s)
+        return "" if hung else device.at
+
     def _ask(self, request: Request, tried: Try) -> list[Effect]:
         """Of this attempt's tasks without a device that is heard, which are awaited?"""
         made = tried.deployment
@@ -162,9 +173,9 @@ class Fallback:
         """What silent and stuck devices owe, where it is awaited, goes to those that have prepared
         it; not a request that may be the reason why one is."""
         effects: list[Effect] = []
-        away = (self._members.devices.get(name) for name in self._members.health.away)
-        doubted = (suspect_of(self._open, d) for d in away if d is not None and not d.hangs(now))
-        suspects = {request.id for request in doubted if request is not None}
+        health = self._members.health
+        away = (self._members.devices.get(name) for name in sorted(health.away))
+        suspects = {self._suspect(d, now) for d in away if d is not None}
         for request in self._open.values():
             if not request.runs or request.id in suspects:
                 continue

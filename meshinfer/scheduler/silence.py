@@ -2,8 +2,8 @@
 
 Of a request that takes longer than usual, those that owe it something are asked for a sign of life.
 Who gives none gets no work until it is heard again, nor does who computes one task for longer than
-whole requests take; what they owe goes to the devices that have prepared it. Where the doubt was
-wrong, tasks are computed twice, and the first result wins.
+the whole requests take that wait for it; what they owe goes to the devices that have prepared it.
+Where the doubt was wrong, tasks are computed twice, and the first result wins.
 """
 
 from __future__ import annotations
@@ -56,19 +56,20 @@ class Silence:
         return [self._members.faults.note("warning", "a device says nothing", i) for i in ids]
 
     def _stuck(self, late: Iterable[Request], now: float) -> list[Effect]:
-        """Devices that answer, but compute one task for longer than whole requests take."""
+        """Devices that answer, and have computed one task for longer than whole requests of those
+        that wait for them take."""
         effects: list[Effect] = []
         health, devices = self._members.health, self._members.devices
         for request in late:
-            made = request.tried[request.attempt].deployment
-            after = max(self._late.late_after_s(made.kind) or 0.0, limits.STUCK_S)
-            for name in sorted(made.members):
+            tried = request.tried[request.attempt]
+            after = self._late.late_after_s(tried.deployment.kind)
+            for name in () if after is None else sorted(self._owe(tried) - health.away):
                 device = devices.get(name)
-                if device is None or name in health.away or not device.is_at(request.id):
+                if device is None or device.computing_s <= (after or 0.0):
                     continue
-                seconds = device.computes_s(now)
-                if seconds > after and health.sticks(name, device.computing, len(devices)):
-                    fields = {**device.ids, "computing": device.computing, "seconds": seconds}
+                if health.sticks(name, device.computing, len(devices)):
+                    what = {"computing": device.computing, "seconds": device.computing_s}
+                    fields = {**device.ids, **what}
                     note = self._members.faults.note
                     effects.append(note("warning", "a device is stuck in a task", fields))
         return effects
