@@ -45,6 +45,7 @@ class Health:
         self._asked: dict[str, float] = {}
         self._answers: Usual[str] = Usual(limits.SILENT_TIMES, 0.5)
         self.silent: set[str] = set()
+        self.busy: set[str] = set()
         self._silent_since: dict[str, float] = {}
         self._resting: dict[str, float] = {}
 
@@ -166,7 +167,10 @@ class Health:
         return bool(self._asked or self.silent)
 
     def heard(self, device: str, now: float) -> None:
-        """Anything came from it: how long such answers take, of silent ones too."""
+        """Anything came from it: how long such answers take, of silent ones too. Who is busy with
+        one task for long only says so."""
+        if device in self.busy:
+            return
         asked = self._asked.get(device)
         if asked is not None:
             self._answers.note(device, now - asked)
@@ -188,6 +192,7 @@ class Health:
         self._asked.pop(device, None)
         self._silent_since.pop(device, None)
         self.silent.discard(device)
+        self.busy.discard(device)
 
     def _due(self, device: str) -> float:
         """When a device that was asked is silent: after a few times as long as it usually takes."""

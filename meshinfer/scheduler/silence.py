@@ -1,4 +1,5 @@
-"""Devices that are members and say nothing: frozen, or cut off from the coordinator.
+"""Devices that are members and say nothing: frozen, or cut off from the coordinator; or busy for
+far longer than with any task of the plan.
 
 Of a request that takes longer than usual, those that owe it something are asked for a sign of life.
 Who gives none gets no work until it is heard again, and what it owes goes to the devices that have
@@ -14,6 +15,7 @@ from meshinfer.protocol import messages as m
 from meshinfer.scheduler.events import Effect, Plane, Send
 from meshinfer.scheduler.fallback import Fallback
 from meshinfer.scheduler.membership import Device, Membership
+from meshinfer.scheduler.poison import suspect_of
 from meshinfer.scheduler.request import Request, Try
 from meshinfer.scheduler.usual import Usual
 
@@ -38,6 +40,11 @@ class Silence:
         overdue = [d.name for d in self._members.overdue(now) if d.name not in health.silent]
         for name in overdue:  # but borne with: the others are lost by now
             health.falls_silent(name, now)
+        for name in self._busy(now):
+            device = self._members.devices[name]
+            fields = {**device.ids, "task": device.computing}
+            text = "a device computes one task for long"
+            effects.append(self._members.faults.note("warning", text, fields))
         for name in overdue + health.unanswered(now, len(self._members.devices)):
             ids = self._members.devices[name].ids
             effects.append(self._members.faults.note("warning", "a device says nothing", ids))
@@ -75,6 +82,22 @@ class Silence:
         after = self._usual.late_after_s(tried.deployment.kind)
         late = tried.since + (limits.DOUBT_FIRST_S if after is None else after)
         return late if tried.doubted is None else tried.doubted + limits.DOUBT_AGAIN_S
+
+    def _busy(self, now: float) -> list[str]:
+        """Those that from now on count as silent: they answer, but have computed one task for so
+        long that others wait behind it. Not if that is most."""
+        devices, health = self._members.devices, self._members.health
+        long = {name for name, device in devices.items() if suspect_of(self._open, device)}
+        for name in sorted(health.busy - long):
+            health.busy.discard(name)
+            health.heard(name, now)
+        if 2 * len(health.silent | long) > len(devices):
+            return []
+        found = sorted(long - health.silent)
+        for name in found:
+            health.falls_silent(name, now)
+        health.busy |= long
+        return found
 
     def _owe(self, tried: Try) -> set[str]:
         """The devices whose tasks are not all told of."""
