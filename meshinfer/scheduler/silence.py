@@ -41,8 +41,8 @@ class Silence:
         for name in overdue:  # but borne with: the others are lost by now
             health.falls_silent(name, now)
         for name in self._busy(now):
-            device = self._members.devices[name]
-            fields = {**device.ids, "task": device.computing}
+            busy = self._members.devices[name]
+            fields = {**busy.ids, "task": busy.computing}
             text = "a device computes one task for long"
             effects.append(self._members.faults.note("warning", text, fields))
         for name in overdue + health.unanswered(now, len(self._members.devices)):
