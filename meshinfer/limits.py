@@ -132,6 +132,9 @@ DOUBT_TIMES: Final = 2.0
 DOUBT_FIRST_S: Final = 0.5
 DOUBT_AGAIN_S: Final = 0.25
 BEAT_NOW_S: Final = 0.001
+STUCK_S: Final = 1.0
+HUNG_S: Final = 5.0
+"""In one task. Until then it may be the request that is at fault, and it would end another, too."""
 SILENT_REST_S: Final = 2.0
 SILENT_TIMES: Final = 4.0
 SILENT_S: Final = 0.15

@@ -102,6 +102,7 @@ class Answering:
         request = self.open.get(message.request)
         tried = None if request is None else request.tried.get(message.attempt)
         if tried is None:
+            device.stale += len(message.tasks)
             return []
         if not self._catalogue.searching:  # which is slow itself: not the cause of the next
             self._balance.note(tried.deployment, device.name, message.tasks, now)
@@ -338,9 +339,7 @@ class Answering:
         self._attempts += 1
         request.attempt, request.deployment, request.merged = self._attempts, made, None
         own = request.client if self._heads.stands(request.client) else ""
-        resting = self._members.health.resting(now)
-        moved = {**made.spares.moved, **self.fallback.instead(made, resting)}
-        tried = Try(made, now, own, request.client, moved=moved)
+        tried = Try(made, now, own, request.client, moved=self.fallback.from_now(made, now))
         request.tried[request.attempt] = tried
         made.asked += 1
         self._covering.begin(tried, partial(self._seconds, now), now)

@@ -84,7 +84,7 @@ class Fallback:
     def stands_in(self, name: str) -> bool:
         """Whether others run all that a device has, in each deployment, while it says nothing."""
         serves = False
-        silent = self._members.health.silent | {name}
+        silent = self._members.health.away | {name}
         for made in self._catalogue.deployments.values():
             if name not in made.members or made.phase is Phase.PLANNING or made.only_spare(name):
                 continue
@@ -108,7 +108,7 @@ class Fallback:
         made.candidates = ()  # whoever is here now, maybe the same again: plan anew
         programs = dict(made.programs)
         for program in programs.pop(name, ()):
-            taker = _first(program, made.spares.ready, (name, *self._members.health.silent))
+            taker = _first(program, made.spares.ready, (name, *self._members.health.away))
             taker = taker or _first(program, made.spares.ready, (name,))
             if taker:
                 programs[taker] = (*programs.get(taker, ()), program)
@@ -139,7 +139,7 @@ class Fallback:
 
     def _heard_of(self, tried: Try) -> set[str]:
         """The peers of an attempt that can be expected to answer."""
-        silent = self._members.health.silent
+        silent = self._members.health.away
         peers = tried.peers().items()
         return {peer for name, peer in peers if name not in silent or peer == tried.head}
 
@@ -149,24 +149,28 @@ class Fallback:
         """Who runs the tasks of these devices, of those that have prepared them and are heard."""
         if not names:
             return {}
-        silent = self._members.health.silent
+        silent = self._members.health.away
         own = (p for n in sorted(names) for p in made.programs.get(n, ()) if n not in p.spares)
         found = {p.place: _first(p, made.spares.ready, silent) for p in own}
         return {place: taker for place, taker in found.items() if taker}
 
-    def go_on_without_silent(self, now: float) -> list[Effect]:
-        """What silent devices owe goes to those that have prepared it, where it is awaited; not a
-        request that may be the reason why one is."""
+    def from_now(self, made: Deployment, now: float) -> dict[m.Place, str]:
+        """Who runs tasks instead of their own devices in an attempt that begins now."""
+        return {**made.spares.moved, **self.instead(made, self._members.health.resting(now))}
+
+    def go_on_without_away(self, now: float) -> list[Effect]:
+        """What silent and stuck devices owe, where it is awaited, goes to those that have prepared
+        it; not a request that may be the reason why one is."""
         effects: list[Effect] = []
-        silent, devices = self._members.health.silent, self._members.devices
-        doubted = (suspect_of(self._open, devices[name]) for name in silent if name in devices)
+        away = (self._members.devices.get(name) for name in self._members.health.away)
+        doubted = (suspect_of(self._open, d) for d in away if d is not None and not d.hangs(now))
         suspects = {request.id for request in doubted if request is not None}
         for request in self._open.values():
             if not request.runs or request.id in suspects:
                 continue
             tried = request.tried[request.attempt]
             known = tried.tasks.keys() | tried.untold
-            owed = self.instead(tried.deployment, silent).keys() - known
+            owed = self.instead(tried.deployment, self._members.health.away).keys() - known
             news = any(not self._runs_elsewhere(tried, place) for place in owed)
             question = tried.question
             if news or (question is not None and question.awaiting - self._heard_of(tried)):
@@ -178,11 +182,11 @@ class Fallback:
         """Whether a task has been taken over by a device that is heard."""
         taker = tried.moved.get(place, "")
         ready = tried.deployment.spares.ready
-        return taker in ready and taker not in self._members.health.silent
+        return taker in ready and taker not in self._members.health.away
 
     def _takers(self, made: Deployment) -> dict[m.Place, str]:
         """Who takes the tasks of devices that are lost, or silent."""
-        return {**self.instead(made, self._members.health.silent), **made.spares.moved}
+        return {**self.instead(made, self._members.health.away), **made.spares.moved}
 
     def lacks(self, peer: str, message: m.Lacks) -> list[Effect]:
         """One has answered; with the last answer, what is awaited goes to those that prepared it,

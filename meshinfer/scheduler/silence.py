@@ -1,9 +1,9 @@
-"""Devices that are members and say nothing: frozen, or cut off from the coordinator; or busy for
-far longer than with any task of the plan.
+"""Devices that are members and say nothing: frozen, or cut off from the coordinator.
 
 Of a request that takes longer than usual, those that owe it something are asked for a sign of life.
-Who gives none gets no work until it is heard again, and what it owes goes to the devices that have
-prepared it. Where the doubt was wrong, tasks are computed twice, and the first result wins.
+Who gives none gets no work until it is heard again, nor does who computes one task for longer than
+whole requests take; what they owe goes to the devices that have prepared it. Where the doubt was
+wrong, tasks are computed twice, and the first result wins.
 """
 
 from __future__ import annotations
@@ -28,10 +28,12 @@ class Silence:
     ) -> None:
         self._open, self._members, self._fallback = open_, members, fallback
         self._usual: Usual[Hashable] = Usual(limits.DOUBT_TIMES, 0.5)
+        self._late: Usual[Hashable] = Usual(limits.LATE_TIMES, 0.95)
 
     def took(self, tried: Try, now: float) -> None:
         """An attempt has been answered."""
-        self._usual.note(tried.deployment.kind, now - tried.since)
+        for usual in (self._usual, self._late):
+            usual.note(tried.deployment.kind, now - tried.since)
 
     def doubt(self, now: float) -> list[Effect]:
         """Ask those that owe late requests, and go on without those that did not answer."""
@@ -40,16 +42,12 @@ class Silence:
         overdue = [d.name for d in self._members.overdue(now) if d.name not in health.silent]
         for name in overdue:  # but borne with: the others are lost by now
             health.falls_silent(name, now)
-        for name in self._busy(now):
-            busy = self._members.devices[name]
-            fields = {**busy.ids, "task": busy.computing}
-            text = "a device computes one task for long"
-            effects.append(self._members.faults.note("warning", text, fields))
         for name in overdue + health.unanswered(now, len(self._members.devices)):
             ids = self._members.devices[name].ids
             effects.append(self._members.faults.note("warning", "a device says nothing", ids))
+        effects += self._stuck(now)
         if effects:
-            effects += self._fallback.go_on_without_silent(now)
+            effects += self._fallback.go_on_without_away(now)
         late = [tried for tried in self._running() if now >= self._due(tried)]
         for tried in late:
             tried.doubted = now
@@ -58,8 +56,31 @@ class Silence:
                 if device is not None and health.ask(name, now):
                     beat = m.Alive(beat_in_s=limits.BEAT_NOW_S)
                     effects.append(Send(Plane.CONTROL, device.peer, beat))
-        if late and not effects:  # silent ones may have got spare devices meanwhile
-            effects = self._fallback.go_on_without_silent(now)
+        if late:  # there may be spare devices meanwhile, or less doubt
+            effects += self._fallback.go_on_without_away(now)
+        return effects
+
+    def _stuck(self, now: float) -> list[Effect]:
+        """Devices that answer, but compute one task for longer than whole requests take, or several
+        times as long as any task of its plan."""
+        effects: list[Effect] = []
+        health, devices = self._members.health, self._members.devices
+        for request in self._open.values():
+            made = request.deployment
+            after = None if made is None else self._late.late_after_s(made.kind)
+            if made is None:
+                continue
+            for name in sorted(made.members):
+                device = devices.get(name)
+                if device is None or name in health.away or request.id not in device.computing:
+                    continue
+                computes_s = device.computes_s(now)
+                late = after is not None and computes_s > max(after, limits.STUCK_S)
+                long = suspect_of(self._open, device) is not None  # of the plan's own measure
+                if (late or long) and health.sticks(name, device.computing, len(devices)):
+                    fields = {**device.ids, "computing": device.computing, "seconds": computes_s}
+                    note = self._members.faults.note
+                    effects.append(note("warning", "a device is stuck in a task", fields))
         return effects
 
     def bears(self, device: Device, now: float) -> bool:
@@ -73,7 +94,7 @@ class Silence:
 
     def tells_no_more(self, tried: Try) -> bool:
         """Whether whoever has not told of its tasks says nothing at all."""
-        return self._owe(tried) <= self._members.health.silent
+        return self._owe(tried) <= self._members.health.away
 
     # --- inside
 
@@ -82,22 +103,6 @@ class Silence:
         after = self._usual.late_after_s(tried.deployment.kind)
         late = tried.since + (limits.DOUBT_FIRST_S if after is None else after)
         return late if tried.doubted is None else tried.doubted + limits.DOUBT_AGAIN_S
-
-    def _busy(self, now: float) -> list[str]:
-        """Those that from now on count as silent: they answer, but have computed one task for so
-        long that others wait behind it. Not if that is most."""
-        devices, health = self._members.devices, self._members.health
-        long = {name for name, device in devices.items() if suspect_of(self._open, device)}
-        for name in sorted(health.busy - long):
-            health.busy.discard(name)
-            health.heard(name, now)
-        if 2 * len(health.silent | long) > len(devices):
-            return []
-        found = sorted(long - health.silent)
-        for name in found:
-            health.falls_silent(name, now)
-        health.busy |= long
-        return found
 
     def _owe(self, tried: Try) -> set[str]:
         """The devices whose tasks are not all told of."""
