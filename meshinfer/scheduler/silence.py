@@ -116,4 +116,5 @@ class Silence:
         return found
 
     def _running(self) -> list[Try]:
-        return [r.tried[r.attempt] for r in self._open.values() if r.runs]
+        begun = (r for r in self._open.values() if r.deployment is not None)  # most may wait
+        return [r.tried[r.attempt] for r in begun if r.runs]
