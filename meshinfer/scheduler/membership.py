@@ -74,6 +74,10 @@ class Device:
         answers = now - self.heard < limits.DEAD_AFTER_S
         return answers and bool(self.computing) and self.computes_s(now) > limits.HUNG_S
 
+    def is_at(self, request: str) -> bool:
+        """Whether it computed a task of a request when it was last heard."""
+        return self.computing.partition(" ")[0] == request
+
     def computes_s(self, now: float) -> float:
         return self.computing_s + now - self.heard
 
