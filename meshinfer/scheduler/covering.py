@@ -155,4 +155,5 @@ class Covering:
         return effects
 
     def _running(self) -> Iterable[tuple[Request, Try]]:
-        return [(r, r.tried[r.attempt]) for r in self._open.values() if r.runs]
+        begun = (r for r in self._open.values() if r.deployment is not None)  # most may wait
+        return [(r, r.tried[r.attempt]) for r in begun if r.runs]

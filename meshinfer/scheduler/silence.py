@@ -8,6 +8,7 @@ Where the doubt was wrong, tasks are computed twice, and the first result wins.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterable, Mapping
 
 from meshinfer import limits
@@ -15,6 +16,7 @@ from meshinfer.protocol import messages as m
 from meshinfer.scheduler.events import Effect, Plane, Send
 from meshinfer.scheduler.fallback import Fallback
 from meshinfer.scheduler.membership import Device, Membership
+from meshinfer.scheduler.poison import suspect_of
 from meshinfer.scheduler.request import Request, Try
 from meshinfer.scheduler.usual import Usual
 
@@ -57,20 +59,21 @@ class Silence:
 
     def _stuck(self, late: Iterable[Request], now: float) -> list[Effect]:
         """Devices that answer, and have computed one task for longer than whole requests of those
-        that wait for them take."""
+        that wait for them take, or several times as long as any of its plan."""
         effects: list[Effect] = []
         health, devices = self._members.health, self._members.devices
         for request in late:
             tried = request.tried[request.attempt]
-            after = self._late.late_after_s(tried.deployment.kind)
-            for name in () if after is None else sorted(self._owe(tried) - health.away):
+            after = self._late.late_after_s(tried.deployment.kind) or math.inf
+            for name in sorted(self._owe(tried) - health.away):
                 device = devices.get(name)
-                if device is None or device.computing_s <= (after or 0.0):
+                if device is None:
                     continue
-                if health.sticks(name, device.computing, len(devices)):
+                long = device.computing_s > after or suspect_of(self._open, device) is not None
+                if long and health.sticks(name, device.computing, len(devices)):
                     what = {"computing": device.computing, "seconds": device.computing_s}
-                    fields = {**device.ids, **what}
                     note = self._members.faults.note
+                    fields = {**device.ids, **what}
                     effects.append(note("warning", "a device is stuck in a task", fields))
         return effects
 
@@ -114,4 +117,5 @@ class Silence:
         return found
 
     def _running(self) -> list[Request]:
-        return [r for r in self._open.values() if r.runs]
+        begun = (r for r in self._open.values() if r.deployment is not None)  # most may wait
+        return [r for r in begun if r.runs]
