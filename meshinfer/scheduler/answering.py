@@ -332,8 +332,8 @@ class Answering:
         request.attempt, request.deployment, request.merged = self._attempts, made, None
         own = request.client if self._heads.stands(request.client) else ""
         resting = self._members.health.resting(now)
-        moved = {**made.spares.moved, **self.fallback.instead(made, resting)}
-        tried = Try(made, now, own, request.client, moved=moved)
+        moved = self.fallback.takers(made, resting)
+        tried = Try(made, now, own, request.client, moved=moved, took=set(moved.values()))
         request.tried[request.attempt] = tried
         made.asked += 1
         self._covering.begin(tried, partial(self._seconds, now), now)
@@ -346,12 +346,14 @@ class Answering:
             assigned=tried.on_wire(),
             head=own,
         )
+        first = {
+            moved.get(program.place, name)
+            for name, programs in made.programs.items()
+            for program in programs
+            if program.model is None or not program.inputs
+        }
         peers = tried.peers()
-        return [
-            _to(peers[name], start)
-            for name, programs in sorted(made.programs.items())
-            if any(p.model is None or not p.inputs for p in programs)
-        ]
+        return [_to(peers[name], start) for name in sorted(first)]
 
     def _seconds(self, now: float, made: Deployment, place: m.Place, device: str) -> float:
         expected = made.seconds(place, device)

@@ -63,20 +63,19 @@ class Silence:
         """Devices that answer, but compute one task for longer than whole requests take."""
         effects: list[Effect] = []
         health, devices = self._members.health, self._members.devices
-        for request in self._open.values():
-            made = request.deployment
-            after = None if made is None else self._late.late_after_s(made.kind)
-            if made is None or after is None:
+        for name, device in devices.items():
+            request = self._open.get(device.computing.rsplit(" ", 2)[0])
+            if request is None or not request.runs or name in health.away:
                 continue
-            for name in sorted(made.members):
-                device = devices.get(name)
-                if device is None or name in health.away or request.id not in device.computing:
-                    continue
-                computes_s = device.computing_s + now - device.heard
-                if computes_s > after and health.sticks(name, device.computing, len(devices)):
-                    fields = {**device.ids, "computing": device.computing, "seconds": computes_s}
-                    note = self._members.faults.note
-                    effects.append(note("warning", "a device is stuck in a task", fields))
+            tried, took_s = request.tried[request.attempt], device.computing_s
+            after = self._late.late_after_s(tried.deployment.kind)
+            # As it said itself: since then it may be through.
+            if after is None or took_s <= after or name not in self._owe(tried):
+                continue
+            if health.sticks(name, device.computing, len(devices)):
+                fields = {**device.ids, "computing": device.computing, "seconds": took_s}
+                note = self._members.faults.note
+                effects.append(note("warning", "a device is stuck in a task", fields))
         return effects
 
     def bears(self, device: Device, now: float) -> bool:

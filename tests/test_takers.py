@@ -1,0 +1,112 @@
+"""Devices that took over from a silent one, under an attempt or for all: they may be silent or lost
+in their turn, are asked what they await like any other, and hold nothing when the answer is there.
+"""
+
+from __future__ import annotations
+
+import pytest
+from cores import Cluster, Node, _imported, banded, conv_net, image, kind
+from test_covering import lose
+from test_fallback import Watched, pipeline, ready
+from test_silence import AT_ONCE_S, SILENT_AFTER_S, USUAL, freeze, used
+
+from meshinfer import limits
+from meshinfer.graph import Graph
+from meshinfer.protocol import messages as m
+from meshinfer.scheduler import events as e
+
+SOON_S = 2 * (SILENT_AFTER_S + AT_ONCE_S)
+FIVE = ("pi-1", "pi-2", "pi-3", "pi-4", "pi-5")
+
+
+def graph() -> Graph:
+    found: Graph = _imported(conv_net(), None, e.Signature(False, (("x", (1, 3, 12, 10)),)))
+    return found
+
+
+def made_usual(cluster: Watched) -> Watched:
+    for i in range(USUAL):
+        cluster.check(cluster.submit(image(i)), image(i))
+    return cluster
+
+
+def moved(cluster: Cluster) -> set[str]:
+    """Who has taken over, of open requests."""
+    tried = (t for r in cluster.core.requests.values() for t in r.tried.values())
+    return {name for each in tried for name in each.moved.values()}
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["by the head", "client is the head"])
+def test_who_only_stood_by_and_took_over_holds_nothing_afterwards(beside: bool) -> None:
+    plan = banded(graph(), ("pi-1", "pi-2"), "head")
+    cluster = made_usual(ready(plan=plan, beside=beside))
+    freeze(cluster, "pi-2", 1.0)
+    reply = cluster.check(cluster.submit(image(1)), image(1))
+    assert "pi-3" in {t.device for t in reply.tasks}
+    cluster.pass_time(1.0)
+    cluster.check_idle()
+
+
+def test_who_only_stood_by_and_took_over_is_asked_what_it_awaits() -> None:
+    cluster = made_usual(ready(FIVE, plan=pipeline(graph(), ("pi-1", "pi-2"))))
+    cluster.plan_s = 30.0
+    [made] = cluster.core.catalogue.deployments.values()
+    cluster.core._answering.fallback.leaves(made, "pi-1")
+    freeze(cluster, "pi-2", 1.5)
+    cluster.delay(kind(m.Deliver, to="pi-1"), 0.5)
+    request, since = cluster.submit(image(1)), cluster.now
+    while not moved(cluster):
+        cluster.pass_time(0.01)
+    assert not moved(cluster) & made.programs.keys()
+    cluster.pass_time(0.01)
+    lose(cluster, "pi-1")
+    reply = cluster.check(request, image(1))
+    assert cluster.now - since < SOON_S and reply.attempts == 1
+    cluster.check_idle()
+
+
+@pytest.mark.parametrize("first", ["lost", "silent"])
+def test_who_took_over_may_be_silent_in_its_turn(first: str) -> None:
+    """From one that was lost, or from one that is heard again and rests: nobody waits for it."""
+    cluster = used()
+    cluster.plan_s = 30.0
+    [made] = cluster.core.catalogue.deployments.values()
+    if first == "lost":
+        lose(cluster, "pi-2")
+        cluster.pass_time(0.05)
+        taker = made.spares.moved[0, 1]
+    else:
+        freeze(cluster, "pi-2", 1.5)
+        cluster.check(cluster.submit(image(1)), image(1))
+        while "pi-2" in cluster.core.members.health.away:
+            cluster.pass_time(0.05)
+        assert "pi-2" in cluster.core.members.health.resting(cluster.now)
+        taker = cluster.core._answering.fallback.takers(made, {"pi-2"})[0, 1]
+    freeze(cluster, taker, limits.SILENT_MOST_S - 1.0)
+    since = cluster.now
+    reply = cluster.check(cluster.submit(image(2)), image(2))
+    assert cluster.now - since < SOON_S and reply.attempts == 1
+    assert taker not in {t.device for t in reply.tasks}
+    cluster.pass_time(limits.SILENT_MOST_S)
+    cluster.check_idle()
+
+
+def test_who_is_done_with_a_request_is_not_stuck_in_it() -> None:
+    """The last heartbeat may be of a task that has ended since, while others are late."""
+    cluster = made_usual(ready(plan=pipeline(graph(), ("pi-1", "pi-2"))))
+    cluster.slowness["pi-2"] = 40.0
+    told: list[e.Compute] = []
+
+    def beats(node: Node, job: e.Compute) -> None:
+        if node.name == "pi-1" and not told:
+            told.append(job)
+            beat = m.Heartbeat(computing=f"{job.request} {job.place}", since_s=0.001)
+            cluster.inject(cluster.coordinator, node.id, beat)
+
+    cluster.kernel_fault = beats
+    request = cluster.submit(image(1))
+    away: set[str] = set()
+    while not cluster.nodes["ann"].resolved.get(request):
+        cluster.pass_time(0.01)
+        away |= cluster.core.members.health.away
+    assert told and away <= {"pi-2"}
