@@ -5,7 +5,7 @@ in their turn, are asked what they await like any other, and hold nothing when t
 from __future__ import annotations
 
 import pytest
-from cores import Cluster, Node, _imported, banded, conv_net, image, kind
+from cores import COMPUTE_S, Cluster, Node, _imported, banded, conv_net, image, kind
 from test_covering import lose
 from test_fallback import Watched, pipeline, ready
 from test_silence import AT_ONCE_S, SILENT_AFTER_S, USUAL, freeze, used
@@ -110,3 +110,33 @@ def test_who_is_done_with_a_request_is_not_stuck_in_it() -> None:
         cluster.pass_time(0.01)
         away |= cluster.core.members.health.away
     assert told and away <= {"pi-2"}
+
+
+def test_what_a_silent_device_awaits_is_computed_elsewhere_once_it_is_heard_again() -> None:
+    """Where nobody does its own work meanwhile, it could not say that it awaits a stuck one."""
+    names = (*FIVE, "pi-6")
+    cluster = made_usual(ready(names, plan=pipeline(graph(), ("pi-1", "pi-2", "pi-3"))))
+    [made] = cluster.core.catalogue.deployments.values()
+    of = {p.place: set(p.spares) for each in made.programs.values() for p in each}
+    assert of[1, 0] - of[2, 0]
+    for name in of[2, 0]:
+        cluster.core._answering.fallback.leaves(made, name)
+    cluster.slowness["pi-2"] = 10.0 / COMPUTE_S
+    freeze(cluster, "pi-3", 1.0)
+    since = cluster.now
+    reply = cluster.check(cluster.submit(image(1)), image(1))
+    assert cluster.now - since < 1.0 + SOON_S and reply.attempts == 1
+
+
+def test_what_a_device_says_of_before_it_joined_again_does_not_make_it_stand_by() -> None:
+    cluster = ready(FIVE, plan=pipeline(graph(), ("pi-1", "pi-2")))
+    [made] = cluster.core.catalogue.deployments.values()
+    taker = next(p.spares[0] for p in made.programs["pi-1"])
+    cluster.plan_s = 30.0
+    cluster.cut(taker)
+    cluster.settle(lambda: taker not in made.spares.ready and taker in cluster.core.members.devices)
+    prepared = m.Installed(deployment=made.number)
+    cluster.inject(cluster.coordinator, cluster.nodes[taker].id, prepared)
+    lose(cluster, "pi-1")
+    reply = cluster.check(cluster.submit(image(1)), image(1))
+    assert reply.attempts == 1 and taker not in {t.device for t in reply.tasks}

@@ -58,7 +58,7 @@ class Fallback:
     def prepared(self, name: str, message: m.Installed) -> list[Effect]:
         """A spare device has prepared what it may take over, or cannot: then it just does not."""
         made, failure = self._catalogue.deployments.get(message.deployment), message.failure
-        if made is None or name not in made.spares.told:
+        if made is None or name not in made.spares.told & made.spares.peers.keys():
             return []
         fields = {"model": made.model.name, "deployment": made.number, "device": name}
         if failure is not None:
@@ -122,10 +122,10 @@ class Fallback:
         """Of this attempt's tasks without a device that is heard, which are awaited?"""
         gone = self._takers(tried)
         asked = tuple(sorted(p for p in gone if not self._runs_elsewhere(tried, p)))
-        tried.question = None
+        tried.question, tried.unasked = None, set()
         if not asked:
             return []
-        tried.untold = set(asked)
+        tried.untold, tried.unasked = set(asked), self._members.health.away & tried.peers().keys()
         tried.question = Question(asked, self._heard_of(tried))
         return tell(request, tried)
 
@@ -157,6 +157,7 @@ class Fallback:
             known, away = tried.tasks.keys() | tried.untold, self._members.health.away
             owed = {place for place, to in self._takers(tried).items() if to not in away} - known
             news = any(not self._runs_elsewhere(tried, place) for place in owed)
+            news = news or bool(tried.untold and tried.unasked - away)  # who is heard again awaits
             question = tried.question
             if news or (question is not None and question.awaiting - self._heard_of(tried)):
                 request.hurt_at = now

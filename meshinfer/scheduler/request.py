@@ -30,7 +30,7 @@ class Try:
     answer. ``assigned``: the devices of each task that had a choice, the first one first.
     ``moved``: tasks of lost or silent devices, and where they go on; ``took``: who ever took one;
     ``untold``: those that nobody awaits, so that nobody may tell of them. ``question``: what all
-    were asked about such tasks.
+    were asked about such tasks; ``unasked``: but for these, that were away.
     ``doubted``: when those that owe it were last asked for a sign of life.
     """
 
@@ -43,6 +43,7 @@ class Try:
     moved: dict[m.Place, str] = field(default_factory=dict)
     took: set[str] = field(default_factory=set)
     untold: set[m.Place] = field(default_factory=set)
+    unasked: set[str] = field(default_factory=set)
     question: Question | None = None
     doubted: float | None = None
 

@@ -45,9 +45,9 @@ class Silence:
             ids = self._members.devices[name].ids
             effects.append(self._members.faults.note("warning", "a device says nothing", ids))
         effects += self._stuck(now)
-        if effects:
-            effects += self._fallback.go_on_without_away(now)
         late = [tried for tried in self._running() if now >= self._due(tried)]
+        if effects or late:  # silent ones may have got spare devices meanwhile
+            effects += self._fallback.go_on_without_away(now)
         for tried in late:
             tried.doubted = now
             for name in sorted(self._owe(tried)):
@@ -55,8 +55,6 @@ class Silence:
                 if device is not None and health.ask(name, now):
                     beat = m.Alive(beat_in_s=limits.BEAT_NOW_S)
                     effects.append(Send(Plane.CONTROL, device.peer, beat))
-        if late and not effects:  # silent ones may have got spare devices meanwhile
-            effects = self._fallback.go_on_without_away(now)
         return effects
 
     def _stuck(self, now: float) -> list[Effect]:
