@@ -15,6 +15,7 @@ from meshinfer.scheduler.catalogue import Catalogue, Deployment, Phase
 from meshinfer.scheduler.events import Effect, Note, Plane, Send
 from meshinfer.scheduler.heads import install_spares
 from meshinfer.scheduler.membership import Membership
+from meshinfer.scheduler.poison import suspect_of
 from meshinfer.scheduler.request import Question, Request, Try
 
 
@@ -146,15 +147,23 @@ class Fallback:
         found = {p.place: _first(p, made.spares.ready, silent) for p in own}
         return {place: taker for place, taker in found.items() if taker}
 
+    def from_now(self, made: Deployment, now: float) -> dict[m.Place, str]:
+        """Who runs tasks instead of their own devices in an attempt that begins now."""
+        return self.takers(made, self._members.health.resting(now))
+
     def go_on_without_away(self, now: float) -> list[Effect]:
         """What silent and stuck devices owe, where it is awaited, goes to those that have prepared
-        it."""
+        it; not a request that may be the reason why one is."""
         effects: list[Effect] = []
+        away, devices = self._members.health.away, self._members.devices
+        here = (devices[name] for name in away if name in devices)
+        doubted = (suspect_of(self._open, d) for d in here if not d.hangs(now))
+        suspects = {request.id for request in doubted if request is not None}
         for request in self._open.values():
-            if not request.runs:
+            if not request.runs or request.id in suspects:
                 continue
             tried = request.tried[request.attempt]
-            known, away = tried.tasks.keys() | tried.untold, self._members.health.away
+            known = tried.tasks.keys() | tried.untold
             owed = {place for place, to in self._takers(tried).items() if to not in away} - known
             news = any(not self._runs_elsewhere(tried, place) for place in owed)
             news = news or bool(tried.untold and tried.unasked - away)  # who is heard again awaits

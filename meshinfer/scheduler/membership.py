@@ -69,6 +69,19 @@ class Device:
         """Whether nothing but its welcome depends on it yet: no programs, no inputs of clients."""
         return not self.used and not self.hello.facts.head
 
+    @property
+    def request(self) -> str:
+        """Whose task it computed as it was last heard; empty, if it did nothing."""
+        return self.computing.rsplit(" ", 2)[0]  # "ID (STAGE, TASK)"
+
+    def hangs(self, now: float) -> bool:
+        """Whether it answers, and has computed one task for so long that no request explains it."""
+        answers = now - self.heard < limits.DEAD_AFTER_S
+        return answers and bool(self.computing) and self.computes_s(now) > limits.HUNG_S
+
+    def computes_s(self, now: float) -> float:
+        return self.computing_s + now - self.heard
+
     def unheard(self, now: float) -> str:
         return f"no heartbeat for {now - self.heard:.1f} s"
 
@@ -318,7 +331,7 @@ class Membership:
             links=tuple(d.links.values()),
             heard_s=now - d.heard,
             computing=d.computing,
-            computing_s=d.computing_s + now - d.heard if d.computing else 0.0,
+            computing_s=d.computes_s(now) if d.computing else 0.0,
             tasks_done=d.tasks_done,
             stale_tasks=d.wasted + d.stale,
             where=d.where,

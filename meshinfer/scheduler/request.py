@@ -64,6 +64,12 @@ class Try:
         own = {name for name in made.programs if not self.head or name != made.head}
         return sorted(own | self.took)
 
+    def first(self) -> list[str]:
+        """Those that do not wait for a piece: source and sink, and tasks of weights alone."""
+        own = ((p, name) for name, each in self.deployment.programs.items() for p in each)
+        found = {self.moved.get(p.place, n) for p, n in own if p.model is None or not p.inputs}
+        return sorted(found)
+
     @property
     def all_told(self) -> bool:
         """Whether the times of all tasks are in that are to come."""
@@ -128,7 +134,7 @@ class Request:
     @property
     def alone(self) -> bool:
         """Whether it may run only on one device, and no other request under its plan."""
-        return len(self.crashes) >= limits.CRASHES_PER_REQUEST - 1 and self.together is None
+        return len(self.crashes) >= limits.CRASHES_TOGETHER and self.together is None
 
     @property
     def causes(self) -> str:

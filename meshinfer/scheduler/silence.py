@@ -46,7 +46,7 @@ class Silence:
             effects.append(self._members.faults.note("warning", "a device says nothing", ids))
         effects += self._stuck(now)
         late = [tried for tried in self._running() if now >= self._due(tried)]
-        if effects or late:  # silent ones may have got spare devices meanwhile
+        if effects or late:  # there may be spare devices meanwhile, or less doubt
             effects += self._fallback.go_on_without_away(now)
         for tried in late:
             tried.doubted = now
@@ -62,16 +62,16 @@ class Silence:
         effects: list[Effect] = []
         health, devices = self._members.health, self._members.devices
         for name, device in devices.items():
-            request = self._open.get(device.computing.rsplit(" ", 2)[0])
+            request = self._open.get(device.request)
             if request is None or not request.runs or name in health.away:
                 continue
-            tried, took_s = request.tried[request.attempt], device.computing_s
+            tried, computes_s = request.tried[request.attempt], device.computes_s(now)
             after = self._late.late_after_s(tried.deployment.kind)
-            # As it said itself: since then it may be through.
-            if after is None or took_s <= after or name not in self._owe(tried):
+            if after is None or computes_s <= max(after, limits.STUCK_S):
                 continue
-            if health.sticks(name, device.computing, len(devices)):
-                fields = {**device.ids, "computing": device.computing, "seconds": took_s}
+            # It may be through since it said so.
+            if name in self._owe(tried) and health.sticks(name, device.computing, len(devices)):
+                fields = {**device.ids, "computing": device.computing, "seconds": computes_s}
                 note = self._members.faults.note
                 effects.append(note("warning", "a device is stuck in a task", fields))
         return effects
