@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 from cores import COMPUTE_S, Cluster, _imported, banded, conv_net, image, kind
-from test_covering import lose
+from test_covering import lose, warm
 from test_fallback import Watched, pipeline, ready
 from test_silence import AT_ONCE_S, SILENT_AFTER_S, USUAL, freeze, used
 
@@ -136,3 +136,22 @@ def test_what_a_device_says_of_before_it_joined_again_does_not_make_it_stand_by(
     lose(cluster, "pi-1")
     reply = cluster.check(cluster.submit(image(1)), image(1))
     assert reply.attempts == 1 and taker not in {t.device for t in reply.tasks}
+
+
+def test_a_second_copy_on_a_device_that_falls_silent_is_no_last_one() -> None:
+    cluster = warm()
+    request, since = cluster.submit(image(1)), cluster.now
+    for copies in (1, 2):
+        while not (names := taking(cluster, request)) or len(names) < copies:
+            cluster.pass_time(0.001)
+        freeze(cluster, names[-1], limits.SILENT_MOST_S - 1.0)
+    reply = cluster.check(request, image(1))
+    assert cluster.now - since < SOON_S and reply.attempts == 1
+
+
+def taking(cluster: Cluster, request: str) -> tuple[str, ...]:
+    """The devices that were given the one task of a request."""
+    asked = cluster.core.requests.get(request)
+    if asked is None or not asked.runs:
+        return ()
+    return asked.tried[asked.attempt].assigned[0, 0]
