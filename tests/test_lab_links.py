@@ -1,4 +1,4 @@
-"""A link that becomes slow, in the lab: real transfers notice it, and the plan leaves who is behind it."""
+"""A link that becomes slow, in the lab: transfers notice it, and the plan leaves who is behind it."""
 
 from __future__ import annotations
 

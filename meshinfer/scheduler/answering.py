@@ -339,7 +339,8 @@ class Answering:
         self._attempts += 1
         request.attempt, request.deployment, request.merged = self._attempts, made, None
         own = request.client if self._heads.stands(request.client) else ""
-        tried = Try(made, now, own, request.client, moved=self.fallback.from_now(made, now))
+        moved = self.fallback.from_now(made, now)
+        tried = Try(made, now, own, request.client, moved=moved, took=set(moved.values()))
         request.tried[request.attempt] = tried
         made.asked += 1
         self._covering.begin(tried, partial(self._seconds, now), now)
@@ -353,11 +354,7 @@ class Answering:
             head=own,
         )
         peers = tried.peers()
-        return [
-            _to(peers[name], start)
-            for name, programs in sorted(made.programs.items())
-            if any(p.model is None or not p.inputs for p in programs)
-        ]
+        return [_to(peers[name], start) for name in tried.first()]
 
     def _seconds(self, now: float, made: Deployment, place: m.Place, device: str) -> float:
         expected = made.seconds(place, device)

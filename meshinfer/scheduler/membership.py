@@ -70,9 +70,9 @@ class Device:
         return not self.used and not self.hello.facts.head
 
     @property
-    def at(self) -> str:
-        """The request of which it computed a task when it was last heard."""
-        return self.computing.partition(" ")[0]
+    def request(self) -> str:
+        """Whose task it computed as it was last heard; empty, if it did nothing."""
+        return self.computing.rsplit(" ", 2)[0]  # "ID (STAGE, TASK)"
 
     def computes_s(self, now: float) -> float:
         return self.computing_s + now - self.heard

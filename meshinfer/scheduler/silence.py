@@ -67,8 +67,8 @@ class Silence:
             after = self._late.late_after_s(tried.deployment.kind) or math.inf
             for name in sorted(self._owe(tried) - health.away):
                 device = devices.get(name)
-                if device is None:
-                    continue
+                if device is None or now - device.heard > limits.DOUBT_AGAIN_S:
+                    continue  # it may be through since it said so
                 long = device.computing_s > after or suspect_of(self._open, device) is not None
                 if long and health.sticks(name, device.computing, len(devices)):
                     what = {"computing": device.computing, "seconds": device.computing_s}
