@@ -69,15 +69,14 @@ class Device:
         """Whether nothing but its welcome depends on it yet: no programs, no inputs of clients."""
         return not self.used and not self.hello.facts.head
 
-    @property
-    def request(self) -> str:
-        """Whose task it computed as it was last heard; empty, if it did nothing."""
-        return self.computing.rsplit(" ", 2)[0]  # "ID (STAGE, TASK)"
-
     def hangs(self, now: float) -> bool:
         """Whether it answers, and has computed one task for so long that no request explains it."""
         answers = now - self.heard < limits.DEAD_AFTER_S
         return answers and bool(self.computing) and self.computes_s(now) > limits.HUNG_S
+
+    def is_at(self, request: str) -> bool:
+        """Whether it computed a task of a request when it was last heard."""
+        return self.computing.partition(" ")[0] == request
 
     def computes_s(self, now: float) -> float:
         return self.computing_s + now - self.heard
