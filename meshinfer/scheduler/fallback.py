@@ -166,14 +166,18 @@ class Fallback:
         """What silent and stuck devices owe, where it is awaited, goes to those that have prepared
         it; not a request that may be the reason why one is."""
         effects: list[Effect] = []
+        found: dict[int, dict[m.Place, str]] = {}
         away, devices = self._members.health.away, self._members.devices
         suspects = {self._suspect(devices[name], now) for name in away if name in devices}
         for request in self._open.values():
             if not request.runs or request.id in suspects:
                 continue
             tried = request.tried[request.attempt]
-            known = tried.tasks.keys() | tried.untold
-            owed = {place for place, to in self._takers(tried).items() if to not in away} - known
+            made, known = tried.deployment, tried.tasks.keys() | tried.untold
+            if made.number not in found:
+                found[made.number] = self.takers(made, away)
+            takers = self._takers(tried, found[made.number])
+            owed = {place for place, to in takers.items() if to not in away} - known
             news = any(not self._runs_elsewhere(tried, place) for place in owed)
             news = news or bool(tried.untold and tried.unasked - away)  # who is heard again awaits
             question = tried.question
@@ -191,16 +195,19 @@ class Fallback:
         """Who runs the tasks of those that are lost, and of these."""
         return {**made.spares.moved, **self.instead(made, names)}
 
-    def _takers(self, tried: Try) -> dict[m.Place, str]:
-        """Who runs an attempt's tasks of devices that are lost or silent; their own device, where
-        that is heard again, but not who had taken over."""
+    def _takers(
+        self, tried: Try, found: Mapping[m.Place, str] | None = None
+    ) -> Mapping[m.Place, str]:
+        """Who runs an attempt's tasks of devices that are lost or silent, as ``found`` for all of
+        the deployment; their own device, where that is heard again, but not who had taken over."""
         made = tried.deployment
-        found = self.takers(made, self._members.health.away)
+        if found is None:
+            found = self.takers(made, self._members.health.away)
         again = [p for p in tried.moved if p not in found and not self._runs_elsewhere(tried, p)]
-        if again:
-            own = {p.place: name for name, each in made.programs.items() for p in each}
-            found |= {place: own[place] for place in again}
-        return found
+        if not again:
+            return found
+        own = {p.place: name for name, each in made.programs.items() for p in each}
+        return {**found, **{place: own[place] for place in again}}
 
     def lacks(self, peer: str, message: m.Lacks) -> list[Effect]:
         """One has answered; with the last answer, what is awaited goes to those that prepared it,

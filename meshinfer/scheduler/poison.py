@@ -20,7 +20,7 @@ from meshinfer.scheduler.request import Request
 def suspect_of(open_: Mapping[str, Request], device: Device) -> Request | None:
     """The request whose task a device computed when it was last heard, if for several times as long
     as any of that plan takes: a kernel that takes all the memory needs its time to do so."""
-    request = open_.get(device.request)
+    request = open_.get(device.computing.partition(" ")[0])
     if request is None or request.deployment is None:
         return None
     longest_s = max(request.deployment.expected.values(), default=0.0)

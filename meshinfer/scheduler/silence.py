@@ -65,7 +65,7 @@ class Silence:
         for request in late:
             tried = request.tried[request.attempt]
             after = self._late.late_after_s(tried.deployment.kind) or math.inf
-            for name in sorted(self._owe(tried) - health.away):
+            for name in sorted(self._owe(tried) - health.away):  # others are through
                 device = devices.get(name)
                 if device is None or now - device.heard > limits.DOUBT_AGAIN_S:
                     continue  # it may be through since it said so
