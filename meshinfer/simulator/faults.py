@@ -53,10 +53,10 @@ class Faults:
         self._deploy, self._crash_client = deploy, crash_client
         self._spare = list(spare)
 
-    def strike(self, kind: str) -> None:
-        """One fault; nothing where there is no victim."""
+    def strike(self, kind: str, seconds: float | None = None) -> None:
+        """One fault, of so many seconds if it lasts; nothing where there is no victim."""
         world, rng = self._world, self._rng
-        seconds = self._seconds()
+        seconds = self._seconds() if seconds is None else seconds
         workers = [n for n in world.workers() if n.name != HEAD]
         clients = world.clients()
         worker = rng.choice(workers) if workers else None
