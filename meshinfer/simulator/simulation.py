@@ -69,8 +69,8 @@ class Simulation(Network):
         self.kernel_errors = 0.0
         """The chance of each task to fail."""
         self.kernel_failures: Counter[str] = Counter()
-        self.deaths: Counter[tuple[str, str]] = Counter()
-        """Processes that a request has ended, by the coordinator's process."""
+        self.deaths: defaultdict[tuple[str, str], Counter[int]] = defaultdict(Counter)
+        """Processes that each attempt has ended, by request and the coordinator's process."""
         self._ended: dict[str, m.Ended] = {}
         self.disk_full_until = 0.0
         self.disk_refused: set[str] = set()
@@ -218,7 +218,7 @@ class Simulation(Network):
         if not node.here:
             return
         self.tell_story(lambda: f"FAULT poison: {job.request} ends {node}")
-        self.deaths[job.request, self.coordinator.id] += 1
+        self.deaths[job.request, self.coordinator.id][job.attempt] += 1
         self.mishaps.append(Mishap("poison", self.now, self.now + _BACK_S))
         why = "ended by signal SIGSEGV"
         self._ended[node.name] = m.Ended(
