@@ -119,11 +119,12 @@ def _proven(world: Simulation) -> bool:
 
 
 def contained(world: Simulation, calm: bool) -> None:
-    """What ends workers is tried three times, the last alone (RELIABILITY), and never answered; nor
-    is what fails all kernels. A try that several devices have a part in may end all of these."""
+    """What ends workers is tried a few times, then alone (RELIABILITY), and never answered; nor is
+    what fails all kernels. All that have a part in a try may end; three may before any is heard."""
+    most = limits.CRASHES_PER_REQUEST
     for (request, _), deaths in world.deaths.items():
         tries = [count for _, count in sorted(deaths.items())]
-        if len(tries) > limits.CRASHES_PER_REQUEST or any(n > 1 for n in tries[2:]):
+        if len(tries) > most + 1 or any(n > 1 for n in tries[most:]):
             raise Broken(f"{request} has ended workers in each try: {tries}", request)
     for asked, _, reply, _ in _replies(world):
         if asked.seed in (BAD_INPUT, POISON) and reply.failure is None:
@@ -271,15 +272,15 @@ def _only_orphans(core: WorkerCore, world: Simulation) -> bool:
 
 
 def healthy(world: Simulation) -> bool:
-    """Whether everybody who is there has joined, and every device may get work."""
+    """Whether everybody who is there has joined, every device may get work, and none counts as
+    silent; and the journal is written (a full disk is looked at again after a while)."""
     now = world.coordinator.last
     states = [d.state(now) for d in world.core.members.devices.values()]
     workers = world.workers()
     here = {n.id for n in workers} == {d.peer for d in world.core.members.devices.values()}
-    heard = not world.core.members.health.silent
-    return (
-        heard and here and set(states) == {"ready"} and all(world.joined(n) for n in world.living())
-    )
+    if world.core.members.health.silent or world.core._journal.broken is not None:
+        return False
+    return here and set(states) == {"ready"} and all(world.joined(n) for n in world.living())
 
 
 ALWAYS: tuple[Checker, ...] = (bounded,)
