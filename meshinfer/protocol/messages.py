@@ -74,10 +74,12 @@ class Refused(Message, frozen=True, forbid_unknown_fields=False):
 
 
 class Heartbeat(Message, frozen=True):
-    """Every 500 ms. ``computing``: what the compute thread does, for ``since_s`` seconds."""
+    """Every 500 ms. ``computing``: what the compute thread does, for ``since_s`` seconds;
+    ``wasted``: tasks so far that nobody wanted any more when they were done."""
 
     computing: str = ""
     since_s: Seconds = 0.0
+    wasted: Count = 0
 
 
 class Alive(Message, frozen=True):

@@ -254,7 +254,8 @@ class DeviceInfo(Record, frozen=True):
 
     ``state``: ready, suspect, excluded, quarantined, draining or dead; ``cause``: why it is so, or
     how its last process ended; ``returns_s``: until it is ready again by itself. ``computing``:
-    what its compute thread does, for ``computing_s``.
+    what its compute thread does, for ``computing_s``; ``stale_tasks``: those that nobody wanted any
+    more when they were done, which were dropped.
     """
 
     device: Name
@@ -270,6 +271,7 @@ class DeviceInfo(Record, frozen=True):
     returns_s: Seconds = 0.0
     computing_s: Seconds = 0.0
     port: Annotated[int, Meta(ge=0, le=65535)] = 0
+    stale_tasks: Count = 0
 
 
 class ModelInfo(Record, frozen=True):

@@ -103,6 +103,7 @@ class Answering:
         request = self.open.get(message.request)
         tried = None if request is None else request.tried.get(message.attempt)
         if tried is None:
+            device.stale += len(message.tasks)
             return []
         if not self._catalogue.searching:  # which is slow itself: not the cause of the next
             self._balance.note(tried.deployment, device.name, message.tasks, now)

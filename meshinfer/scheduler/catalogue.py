@@ -17,6 +17,7 @@ from meshinfer import limits
 from meshinfer.protocol import messages as m
 from meshinfer.scheduler.events import Signature
 from meshinfer.scheduler.ledger import Published
+from meshinfer.scheduler.standing_by import Spares
 
 Inputs = Mapping[str, tuple[str, tuple[int | None, ...] | None]]
 Outputs = Mapping[str, tuple[str, ...]]
@@ -99,25 +100,6 @@ class Phase(Enum):
     INSTALLING = "installing"
     READY = "ready"
     RETIRED = "retired"
-
-
-@dataclass(slots=True)
-class Spares:
-    """Devices that prepare tasks of others, should one of these be lost.
-
-    ``peers``: which, as they were when it was planned; ``told``: to prepare them; ``ready``: they
-    have. ``moved``: tasks of devices that were lost since, and who takes them.
-    """
-
-    peers: dict[str, str] = field(default_factory=dict)
-    told: set[str] = field(default_factory=set)
-    ready: set[str] = field(default_factory=set)
-    moved: dict[m.Place, str] = field(default_factory=dict)
-
-    @property
-    def prepared(self) -> bool:
-        """Whether all that stand by are ready to."""
-        return self.ready >= self.peers.keys()
 
 
 @dataclass(slots=True)

@@ -29,6 +29,7 @@ class Computing:
     """Mutable: owned by a worker's or a client's core. ``deployments``: what is installed, a view.
 
     ``own``: the client that this is itself, if it is one; ``merged`` gets the answers to it.
+    ``wasted``: tasks that were done when nobody wanted them any more.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Computing:
         self.acks = AckBox()
         self.watch = LinkWatch()
         self.running: tuple[Compute, float] | None = None
+        self.wasted = 0
         self._device = device
         self._own, self._merged = own, merged
         self._deployments = deployments
@@ -286,12 +288,11 @@ class Computing:
         self.running, self._idle_since = None, now
         effects: list[Effect] = []
         request = self._requests.get(job.request)
-        if request is not None and (request.attempt, request.deployment) == (
-            job.attempt,
-            job.deployment,
-        ):
+        if request is not None and request.runs(job.attempt, job.deployment):
             effects = self._finish(event, request, since, now)
-        return effects + self._compute_next(now)  # else one wasted task
+        else:
+            self.wasted += 1
+        return effects + self._compute_next(now)
 
     def _finish(self, event: Computed, request: Held, since: float, now: float) -> list[Effect]:
         if event.error is not None:

@@ -35,7 +35,7 @@ from meshinfer.scheduler.events import (
     StopRequested,
     Ticked,
 )
-from meshinfer.scheduler.faults import Faults
+from meshinfer.scheduler.faults import Faults, of_end
 from meshinfer.scheduler.heads import Heads
 from meshinfer.scheduler.journal import Journal
 from meshinfer.scheduler.ledger import Ledger
@@ -269,7 +269,7 @@ class CoordinatorCore:
         behind = self.members.faults.behind(hello.device)
         effects += self._answering.process_ended(hello, now)
         if hello.ended is not None:
-            fields = {**_of_end(hello.ended, hello), **behind}
+            fields = {**of_end(hello.ended, hello.device), **behind}
             effects.append(Note("warning", "its last process ended", fields))
         why = self.members.health.joined(hello, now)
         if why:
@@ -387,14 +387,6 @@ class CoordinatorCore:
                 device.dismissed = True
                 effects.append(_to(device.peer, m.Dismiss()))
         return effects
-
-
-def _of_end(ended: m.Ended, hello: m.Hello) -> dict[str, object]:
-    """How a process ended, as a log says it."""
-    fields: dict[str, object] = {"device": hello.device, "why": ended.cause}
-    if ended.request:
-        fields |= {"request": ended.request, "attempt": ended.attempt, "task": str(ended.place)}
-    return fields
 
 
 def _to(peer: str, message: m.AnyMessage) -> Send:

@@ -83,7 +83,7 @@ class Fallback:
     def stands_in(self, name: str) -> bool:
         """Whether others run all that a device has, in each deployment, while it says nothing."""
         serves = False
-        silent = self._members.health.silent | {name}
+        silent = self._members.health.away | {name}
         for made in self._catalogue.deployments.values():
             if name not in made.members or made.phase is Phase.PLANNING or made.only_spare(name):
                 continue
@@ -107,7 +107,7 @@ class Fallback:
         made.candidates = ()  # whoever is here now, maybe the same again: plan anew
         programs = dict(made.programs)
         for program in programs.pop(name, ()):
-            taker = _first(program, made.spares.ready, (name, *self._members.health.silent))
+            taker = _first(program, made.spares.ready, (name, *self._members.health.away))
             taker = taker or _first(program, made.spares.ready, (name,))
             if taker:
                 programs[taker] = (*programs.get(taker, ()), program)
@@ -138,7 +138,7 @@ class Fallback:
 
     def _heard_of(self, tried: Try) -> set[str]:
         """The peers of an attempt that can be expected to answer."""
-        silent = self._members.health.silent
+        silent = self._members.health.away
         peers = tried.peers().items()
         return {peer for name, peer in peers if name not in silent or peer == tried.head}
 
@@ -148,20 +148,21 @@ class Fallback:
         """Who runs the tasks of these devices, of those that have prepared them and are heard."""
         if not names:
             return {}
-        silent = self._members.health.silent
+        silent = self._members.health.away
         own = (p for n in sorted(names) for p in made.programs.get(n, ()) if n not in p.spares)
         found = {p.place: _first(p, made.spares.ready, silent) for p in own}
         return {place: taker for place, taker in found.items() if taker}
 
-    def go_on_without_silent(self, now: float) -> list[Effect]:
-        """What silent devices owe goes to those that have prepared it, where it is awaited."""
+    def go_on_without_away(self, now: float) -> list[Effect]:
+        """What silent and stuck devices owe, where it is awaited, goes to those that have prepared
+        it."""
         effects: list[Effect] = []
         for request in self._open.values():
             if not request.runs:
                 continue
             tried = request.tried[request.attempt]
             known = tried.tasks.keys() | tried.untold
-            owed = self.instead(tried.deployment, self._members.health.silent).keys() - known
+            owed = self.instead(tried.deployment, self._members.health.away).keys() - known
             news = any(not self._runs_elsewhere(tried, place) for place in owed)
             question = tried.question
             if news or (question is not None and question.awaiting - self._heard_of(tried)):
@@ -173,11 +174,11 @@ class Fallback:
         """Whether a task has been taken over by a device that is heard."""
         taker = tried.moved.get(place, "")
         ready = tried.deployment.spares.ready
-        return taker in ready and taker not in self._members.health.silent
+        return taker in ready and taker not in self._members.health.away
 
     def _takers(self, made: Deployment) -> dict[m.Place, str]:
         """Who takes the tasks of devices that are lost, or silent."""
-        return {**self.instead(made, self._members.health.silent), **made.spares.moved}
+        return {**self.instead(made, self._members.health.away), **made.spares.moved}
 
     def lacks(self, peer: str, message: m.Lacks) -> list[Effect]:
         """One has answered; with the last answer, what is awaited goes to those that prepared it,

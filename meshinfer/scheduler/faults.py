@@ -115,3 +115,11 @@ class Faults:
         if not reply.attempts and not reply.total_s:
             return Note("debug", "request refused", fields)  # overload must not flood the log
         return Note("warning", "request failed", fields)
+
+
+def of_end(ended: m.Ended, device: str) -> dict[str, object]:
+    """How a process ended, as a log says it."""
+    fields: dict[str, object] = {"device": device, "why": ended.cause}
+    if ended.request:
+        fields |= {"request": ended.request, "attempt": ended.attempt, "task": str(ended.place)}
+    return fields

@@ -45,6 +45,7 @@ class Health:
         self._asked: dict[str, float] = {}
         self._answers: Usual[str] = Usual(limits.SILENT_TIMES, 0.5)
         self.silent: set[str] = set()
+        self._stuck: dict[str, str] = {}
         self._silent_since: dict[str, float] = {}
         self._resting: dict[str, float] = {}
 
@@ -52,7 +53,7 @@ class Health:
 
     def lost(self, hello: m.Hello, info: m.DeviceInfo, joined_at: float, now: float) -> None:
         """A device's process is gone, as far as is known; ``info.cause`` says how that was seen."""
-        self._suspects.pop(hello.device, None)
+        self.well(hello.device)
         self._unasked(hello.device)
         record = self._records.setdefault(hello.device, _Record())
         self._records.move_to_end(hello.device)
@@ -65,7 +66,7 @@ class Health:
     def left(self, device: str) -> None:
         """It was dismissed: that is no death, and all is forgotten."""
         self._records.pop(device, None)
-        self._suspects.pop(device, None)
+        self.well(device)
         self._unasked(device)
 
     def joined(self, hello: m.Hello, now: float) -> str:
@@ -145,11 +146,12 @@ class Health:
     def well(self, device: str) -> None:
         """It has done a task."""
         self._suspects.pop(device, None)
+        self._stuck.pop(device, None)
 
     def suspects(self, now: float) -> list[str]:
         """Who gets no new work now, where another can take it."""
         late = {name for name, (until, _) in self._suspects.items() if now < until}
-        return sorted(late | self.silent)
+        return sorted(late | self.away)
 
     # --- those that say nothing
 
@@ -178,7 +180,24 @@ class Health:
     def resting(self, now: float) -> set[str]:
         """Those that are silent, or were just now: others do their work while they can."""
         self._resting = {name: until for name, until in self._resting.items() if now < until}
-        return self.silent | self._resting.keys()
+        return self.away | self._resting.keys()
+
+    @property
+    def away(self) -> set[str]:
+        """Those that do no work now, though they are members."""
+        return self.silent | self._stuck.keys()
+
+    def sticks(self, device: str, task: str, devices: int) -> bool:
+        """Whether a device is stuck in a task from now on: not, if most are away, of so many."""
+        if 2 * len(self.away | {device}) > devices:
+            return False
+        self._stuck[device] = task
+        return True
+
+    def computes(self, device: str, task: str) -> None:
+        """What it does, as it says: another task means that it is stuck no more."""
+        if self._stuck.get(device, task) != task:
+            del self._stuck[device]
 
     def falls_silent(self, device: str, now: float) -> None:
         self.silent.add(device)

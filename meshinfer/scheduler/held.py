@@ -41,6 +41,10 @@ class Held:
     kept_bytes: int = 0
     not_kept: set[m.Place] = field(default_factory=set)
 
+    def runs(self, attempt: int, deployment: int) -> bool:
+        """Whether this is what it is at now."""
+        return (self.attempt, self.deployment) == (attempt, deployment)
+
     def keep(self, place: m.Place, arrays: Sequence[Array], nbytes: int) -> None:
         """Until the release, for devices that take a task which reads it later."""
         self.made[place] = arrays

@@ -23,7 +23,8 @@ class Device:
     ``links``: what its transfers to other devices came to, by their names.
     ``used``: it was told to install something. ``rival``: another process that wants its name, and
     since when. ``excluded_for``: why it gets no work until then. ``computing``: what its compute
-    thread did as it was last heard, for ``computing_s`` then.
+    thread did as it was last heard, for ``computing_s`` then. ``wasted``: tasks that it has
+    done in vain, as it says; ``stale``: those that it told of when their attempt was over.
     """
 
     hello: m.Hello
@@ -39,6 +40,8 @@ class Device:
     computing_s: float = 0.0
     joined: float = 0.0
     tasks_done: int = 0
+    wasted: int = 0
+    stale: int = 0
     links: dict[str, m.Link] = field(default_factory=dict)
 
     @property
@@ -175,6 +178,8 @@ class Membership:
         if device is None:
             return False
         device.heard, device.computing, device.computing_s = now, beat.computing, beat.since_s
+        device.wasted = beat.wasted
+        self.health.computes(device.name, beat.computing)
         return True
 
     def speaks(self, peer: str, now: float) -> None:
@@ -315,6 +320,7 @@ class Membership:
             computing=d.computing,
             computing_s=d.computing_s + now - d.heard if d.computing else 0.0,
             tasks_done=d.tasks_done,
+            stale_tasks=d.wasted + d.stale,
             where=d.where,
             port=d.bulk.port,
             cause=cause,

@@ -45,7 +45,7 @@ def _reasons(request: Request, tried: Try, members: Membership, now: float) -> t
     found = [f"{name} was lost on the way: {why}" for name, why in request.lost.items()]
     if tried.moved and not found:
         takers = ", ".join(sorted(set(tried.moved.values())))
-        found.append(f"devices of its plan are lost or silent: {takers} ran their tasks")
+        found.append(f"devices of its plan are lost, silent or stuck: {takers} ran their tasks")
     if len(request.tried) > 1 and not found:
         found.append(f"it took {len(request.tried)} attempts")
     if request.alone:

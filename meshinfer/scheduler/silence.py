@@ -1,8 +1,9 @@
 """Devices that are members and say nothing: frozen, or cut off from the coordinator.
 
 Of a request that takes longer than usual, those that owe it something are asked for a sign of life.
-Who gives none gets no work until it is heard again, and what it owes goes to the devices that have
-prepared it. Where the doubt was wrong, tasks are computed twice, and the first result wins.
+Who gives none gets no work until it is heard again, nor does who computes one task for longer than
+whole requests take; what they owe goes to the devices that have prepared it. Where the doubt was
+wrong, tasks are computed twice, and the first result wins.
 """
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ class Silence:
     ) -> None:
         self._open, self._members, self._fallback = open_, members, fallback
         self._usual: Usual[Hashable] = Usual(limits.DOUBT_TIMES, 0.5)
+        self._late: Usual[Hashable] = Usual(limits.LATE_TIMES, 0.95)
 
     def took(self, tried: Try, now: float) -> None:
         """An attempt has been answered."""
-        self._usual.note(tried.deployment.kind, now - tried.since)
+        for usual in (self._usual, self._late):
+            usual.note(tried.deployment.kind, now - tried.since)
 
     def doubt(self, now: float) -> list[Effect]:
         """Ask those that owe late requests, and go on without those that did not answer."""
@@ -41,8 +44,9 @@ class Silence:
         for name in overdue + health.unanswered(now, len(self._members.devices)):
             ids = self._members.devices[name].ids
             effects.append(self._members.faults.note("warning", "a device says nothing", ids))
+        effects += self._stuck(now)
         if effects:
-            effects += self._fallback.go_on_without_silent(now)
+            effects += self._fallback.go_on_without_away(now)
         late = [tried for tried in self._running() if now >= self._due(tried)]
         for tried in late:
             tried.doubted = now
@@ -52,7 +56,27 @@ class Silence:
                     beat = m.Alive(beat_in_s=limits.BEAT_NOW_S)
                     effects.append(Send(Plane.CONTROL, device.peer, beat))
         if late and not effects:  # silent ones may have got spare devices meanwhile
-            effects = self._fallback.go_on_without_silent(now)
+            effects = self._fallback.go_on_without_away(now)
+        return effects
+
+    def _stuck(self, now: float) -> list[Effect]:
+        """Devices that answer, but compute one task for longer than whole requests take."""
+        effects: list[Effect] = []
+        health, devices = self._members.health, self._members.devices
+        for request in self._open.values():
+            made = request.deployment
+            after = None if made is None else self._late.late_after_s(made.kind)
+            if made is None or after is None:
+                continue
+            for name in sorted(made.members):
+                device = devices.get(name)
+                if device is None or name in health.away or request.id not in device.computing:
+                    continue
+                computes_s = device.computing_s + now - device.heard
+                if computes_s > after and health.sticks(name, device.computing, len(devices)):
+                    fields = {**device.ids, "computing": device.computing, "seconds": computes_s}
+                    note = self._members.faults.note
+                    effects.append(note("warning", "a device is stuck in a task", fields))
         return effects
 
     def bears(self, device: Device, now: float) -> bool:
@@ -66,7 +90,7 @@ class Silence:
 
     def tells_no_more(self, tried: Try) -> bool:
         """Whether whoever has not told of its tasks says nothing at all."""
-        return self._owe(tried) <= self._members.health.silent
+        return self._owe(tried) <= self._members.health.away
 
     # --- inside
 

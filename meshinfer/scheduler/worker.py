@@ -239,10 +239,12 @@ class WorkerCore:
         return effects
 
     def _heartbeat(self, now: float) -> m.Heartbeat:
+        wasted = self._computing.wasted
         if self._computing.running is None:
-            return m.Heartbeat()
+            return m.Heartbeat(wasted=wasted)
         job, since = self._computing.running
-        return m.Heartbeat(computing=f"{job.request} {job.place}", since_s=now - since)
+        what = f"{job.request} {job.place}"
+        return m.Heartbeat(computing=what, since_s=now - since, wasted=wasted)
 
     def _lost(self, event: PeerLost, now: float) -> list[Effect]:
         if event.peer == COORDINATOR:

@@ -1,0 +1,26 @@
+"""Who stands by for the devices of a deployment, and what they have taken over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from meshinfer.protocol import messages as m
+
+
+@dataclass(slots=True)
+class Spares:
+    """Devices that prepare tasks of others, should one of these be lost.
+
+    ``peers``: which, as they were when it was planned; ``told``: to prepare them; ``ready``: they
+    have. ``moved``: tasks of devices that were lost since, and who takes them.
+    """
+
+    peers: dict[str, str] = field(default_factory=dict)
+    told: set[str] = field(default_factory=set)
+    ready: set[str] = field(default_factory=set)
+    moved: dict[m.Place, str] = field(default_factory=dict)
+
+    @property
+    def prepared(self) -> bool:
+        """Whether all that stand by are ready to."""
+        return self.ready >= self.peers.keys()
