@@ -58,7 +58,7 @@ class Fallback:
     def prepared(self, name: str, message: m.Installed) -> list[Effect]:
         """A spare device has prepared what it may take over, or cannot: then it just does not."""
         made, failure = self._catalogue.deployments.get(message.deployment), message.failure
-        if made is None or name not in made.spares.told:
+        if made is None or name not in made.spares.peers:  # it may have left since it was told
             return []
         fields = {"model": made.model.name, "deployment": made.number, "device": name}
         if failure is not None:

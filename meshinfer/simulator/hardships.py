@@ -45,13 +45,13 @@ class Hardships:
         world, rng = self._world, self._rng
         for kind in self.kinds:
             world.tell_story(lambda kind=kind: f"HARDSHIP {kind}")  # type: ignore[misc]
-            since, times = world.now + rng.random() * length_s, rng.randint(1, 2)
+            since = world.now + rng.random() * length_s
             match kind:
                 case "kernel error":
                     world.kernel_errors = rng.choice([0.02, 0.1])
                 case "bad input" | "poison":
-                    for i in range(times):
-                        at = since + i * rng.random()
+                    for _ in range(rng.randint(1, 2)):
+                        at = world.now + rng.random() * length_s
                         world.at(at, lambda kind=kind: self._users.submit(kind=kind))  # type: ignore[misc]
                 case "disk full":
                     seconds = rng.choice([0.05, 0.5, 2.0, 6.0])
