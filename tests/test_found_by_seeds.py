@@ -4,7 +4,7 @@ others are in ``simulator_seeds.txt``.
 
 from __future__ import annotations
 
-from cores import Cluster, conv_net, image, kind
+from cores import Cluster, conv_net, image
 from shared import graph
 from test_fallback import NAMES, Watched, pipeline
 
@@ -35,12 +35,13 @@ def test_a_request_for_a_version_that_is_kept_no_more_is_planned_anew() -> None:
     """Seed 805: its device is lost after so many newer versions that its own is forgotten."""
     cluster = Cluster(("pi-1", "pi-2"))
     cluster.deployed()
-    cluster.delay(kind(m.Feed), 5.0)
+    cluster.slowness = dict.fromkeys(("pi-1", "pi-2"), 1e4)
     asked = cluster.submit(image(1))
     for seed in range(limits.VERSIONS_PER_MODEL):
         cluster.deployed(model=conv_net(seed=seed + 1))
     for name in ("pi-1", "pi-2"):
         cluster.kill(name)
+    cluster.slowness.clear()
     cluster.pass_time(0.1)
     cluster.join("pi-1")
     cluster.check(asked, image(1))

@@ -58,8 +58,8 @@ class Fallback:
     def prepared(self, name: str, message: m.Installed) -> list[Effect]:
         """A spare device has prepared what it may take over, or cannot: then it just does not."""
         made, failure = self._catalogue.deployments.get(message.deployment), message.failure
-        if made is None or name not in made.spares.peers:  # it may have left since it was told
-            return []
+        if made is None or name not in made.spares.told & made.spares.peers.keys():
+            return []  # it may have left since it was told
         fields = {"model": made.model.name, "deployment": made.number, "device": name}
         if failure is not None:
             self.leaves(made, name)
