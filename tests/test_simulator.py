@@ -136,3 +136,19 @@ def test_damaged_payloads_are_dropped_by_the_real_codec_and_sent_again() -> None
         damaged += scenario.world.damaged
         resent += scenario.world.resent
     assert damaged > 0 and resent > 0
+
+
+def test_every_hardship_strikes_some_seed_and_is_borne() -> None:
+    """A checker that never sees its fault checks nothing."""
+    here = told = ended = failed = refused = silent = 0
+    for seed in (2, 3, 7, 19, 24, 29):
+        scenario = Scenario(seed, Symbolic(), story=False)
+        scenario.run()
+        world = scenario.world
+        here, told = here + world.granted.ran.total(), told + world.granted.counted.total()
+        ended += sum(tries.total() for tries in world.deaths.values())
+        failed += world.kernel_failures.total()
+        refused += len(world.disk_refused)
+        notes = (note.text for node in world.nodes.values() for note in node.notes)
+        silent += sum(text == "a device says nothing" for text in notes)
+    assert here >= told > 0 and ended > 0 and failed > 0 and refused > 0 and silent > 0
