@@ -10,6 +10,7 @@ import os
 import secrets
 import tempfile
 import threading
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -117,7 +118,8 @@ class Client:
         )
         coordinator = Endpoint(found[0], found[1], ring.coordinator_public)
         transport = partial(Transport, f"{name}#0", ring.member, plaintext=ring.plaintext)
-        self._loop = Loop(ClientCore(hello), transport, self._perform, coordinator)
+        self._core = ClientCore(hello)
+        self._loop = Loop(self._core, transport, self._perform, coordinator)
         self._on_device = OnDevice(self._loop.post)
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -243,9 +245,15 @@ class Client:
         torch tensors, on any device. It is copied: change it as soon as this returns.
         ``outputs``: only these (all, if None); what lies behind them in the model is not computed,
         and inputs that only that needs may be left out. ``deadline_s``: after it the request fails
-        with ``DeadlineExceeded``.
+        with ``DeadlineExceeded``. While the cluster is full the future fails at once with
+        ``QueueFull``, for as long as its ``retry_after_s`` told.
         """
         wanted = results.wanted_outputs(outputs)
+        future: Future[Result] = Future()
+        refusal = self._core.full.refusal(results.size_of(data), time.monotonic())
+        if refusal is not None:
+            future.set_exception(error_of(refusal))
+            return future
         info = None if isinstance(data, Mapping) else self._info(model, version)
         arrays, picture = results.input_arrays(data, info)
         request = secrets.token_hex(12)
@@ -259,7 +267,6 @@ class Client:
             outputs=wanted,
             body=results.digest_of(arrays),
         )
-        future: Future[Result] = Future()
         with self._lock:
             self._refuse_when_closed()
             self._results[request] = _Open(future, model, wanted)

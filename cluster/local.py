@@ -8,6 +8,7 @@ application.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import secrets
@@ -86,7 +87,6 @@ class LocalCluster:
         self._folder = Path(tempfile.mkdtemp(prefix="meshinfer-local-"))
         self._workers: list[_Worker] = []
         self._made = 0
-        self._measured: Measured | None = None
         self._coordinator: subprocess.Popen[bytes] | None = None
         self._address: Address | None = None
         self._gate: GateProcess | None = None
@@ -245,9 +245,6 @@ class LocalCluster:
         self._address = await_address(self._coordinator, self._folder / "coordinator", _START_S)
 
     def _start_worker(self, speed: float) -> str:
-        if self._measured is None:
-            # All run on this machine: measured once, since together they would disturb each other.
-            self._measured = measure(self._threads)
         name = f"worker-{self._made}"
         self._made += 1
         options = WorkerOptions(
@@ -258,7 +255,7 @@ class LocalCluster:
             coordinator=None if self._discovery else self.address,
             interfaces=(LOOPBACK,),
             threads=self._threads,
-            measured=self._measured,
+            measured=_of_this_machine(self._threads),
             speed=speed,
             speed_file=str(self._speed_file(name)),
             log_level=self._log_level,
@@ -288,6 +285,13 @@ class LocalCluster:
                         hint="use log_level='info' to see why",
                     )
                 time.sleep(_POLL_S)
+
+
+@functools.cache
+def _of_this_machine(threads: int) -> Measured:
+    """Measured once in a process: workers that measured together would disturb each other, and
+    the next cluster is on this machine too."""
+    return measure(threads)
 
 
 def _ways(gate: GateProcess, name: str) -> Ways:

@@ -130,6 +130,12 @@ def input_arrays(
     return {spec.input: _array(read_picture(data, spec).pixels, copy)}, True
 
 
+def size_of(data: object) -> int:
+    """Bytes of what a request is given, where that is known before it is read; else 0."""
+    arrays = data.values() if isinstance(data, Mapping) else [data]
+    return sum(int(getattr(array, "nbytes", 0)) for array in arrays)
+
+
 def _array(data: object, copy: bool) -> Array:
     """An array in C order and in this machine's byte order, a copy if ``copy`` says so. Raises
     ``InvalidInput`` for what numpy has no type."""

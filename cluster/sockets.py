@@ -158,7 +158,7 @@ def _options(plane: Plane, *, server: bool, plaintext: bool) -> dict[int, int]:
         options[zmq.RECONNECT_IVL] = limits.RECONNECT_MS
         options[zmq.RECONNECT_IVL_MAX] = limits.RECONNECT_MAX_MS
         # A lost SYN is tried again instead of waiting minutes for the kernel to give up.
-        options[zmq.CONNECT_TIMEOUT] = limits.RECONNECT_MAX_MS
+        options[zmq.CONNECT_TIMEOUT] = limits.CONNECT_MS
     return options
 
 

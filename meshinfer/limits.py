@@ -88,7 +88,9 @@ TCP_MAX_RETRANSMIT_MS: Final = 3000
 KEEPALIVE_IDLE_S: Final = 30
 HANDSHAKE_MS: Final = 1000
 RECONNECT_MS: Final = 100
-RECONNECT_MAX_MS: Final = 500
+RECONNECT_MAX_MS: Final = 200
+"""A coordinator that is started again is asked so soon; it takes 50 us a time to find none."""
+CONNECT_MS: Final = 500
 
 # Joining: names and key files, and how much of what mDNS says is looked at.
 CLUSTER_NAME_CHARS: Final = 32
@@ -127,6 +129,9 @@ DOUBT_TIMES: Final = 2.0
 DOUBT_FIRST_S: Final = 0.5
 DOUBT_AGAIN_S: Final = 0.25
 BEAT_NOW_S: Final = 0.001
+STUCK_S: Final = 1.0
+HUNG_S: Final = 5.0
+"""In one task. Until then it may be the request that is at fault, and it would end another, too."""
 SILENT_REST_S: Final = 2.0
 SILENT_TIMES: Final = 4.0
 SILENT_S: Final = 0.15
@@ -165,6 +170,8 @@ PLANNING_TRIES: Final = 2
 KERNEL_FAILURES_PER_REQUEST: Final = 3
 CRASHES_PER_REQUEST: Final = 3
 """Processes that a request may end, the last of them alone on one device."""
+CRASHES_TOGETHER: Final = 1
+"""After so many it runs alone: of a plan for all devices it would end them all, and the spares."""
 EVIDENCE_S: Final = 10.0
 """How long a request that ran alone waits to hear how its device's process ended."""
 POISON_S: Final = 600.0
@@ -256,12 +263,14 @@ assert PACE_SAMPLES_LEAST <= PACE_SAMPLES
 assert 1.0 < PACE_DEVIATION < PACE_GRAVE < PACE_UPSET
 assert 1.0 / (1.0 - SEARCH_SHARE) < PACE_DEVIATION
 assert SEARCH_SHARE < SEARCH_SHARE_GRAVE and 1.0 / (1.0 - SEARCH_SHARE_GRAVE) < PACE_GRAVE
+assert CRASHES_TOGETHER < CRASHES_PER_REQUEST
 assert CRASHES_PER_REQUEST < ATTEMPTS_PER_REQUEST
 assert CREDIT_BYTES <= BACKLOG_BYTES  # else a full pipe would drop what has credit
 assert ACK_BYTES * 4 <= CREDIT_BYTES  # or the sender would wait for acknowledgements
 assert RETRY_AFTER_LEAST_S < RETRY_AFTER_S < RETRY_AFTER_MOST_S
 assert RUNNING_REQUESTS <= WINDOW <= QUEUE_REQUESTS
 assert QUEUE_REQUESTS + ANSWERED_IDS_KEPT < JOURNALED_IDS
+assert (RECONNECT_MAX_MS + RECONNECT_MS) * 4 <= RESUME_WAIT_S * 1000  # libzmq adds up to the least
 assert PLAN_TEXT_BYTES <= CONTROL_FRAME_BYTES
 assert BLOB_CHUNK_BYTES < BACKLOG_BYTES
 assert BLOB_WANT_BYTES <= BLOB_CHUNK_BYTES

@@ -1,7 +1,9 @@
-"""The suite's own rules: small files first, two Hypothesis profiles, what may be skipped where.
+"""The suite's own rules: small files first, two halves, two Hypothesis profiles, what is skipped.
 
-A `root` test without root is skipped with its reason, but fails in CI (CI=true): what CI must run
-is never skipped there. A `slow` test runs only with --full.
+`scripts/test` runs both halves at once: what only computes, and what starts processes or opens
+sockets. A file is of the second half unless it is in PURE. A `root` test without root is skipped
+with its reason, but fails in CI (CI=true): what CI must run is never skipped there. A `slow` test
+runs only with --full.
 """
 
 from __future__ import annotations
@@ -57,6 +59,21 @@ ORDER = (
 )
 """File name prefixes, smallest first: pure values, then whole cores, then sockets and processes."""
 
+PURE = frozenset(
+    """
+    test_architectures test_architectures_exact test_client_core test_cluster_cores
+    test_coordinator_core test_cost test_credits test_deadlines test_detours test_draw test_exact
+    test_fuzz_import test_geometry test_halves test_health test_heads test_importers test_links
+    test_onnx_operators test_ops_conv_transpose test_ops_gather test_ops_normalise test_ops_pad
+    test_ops_pool test_ops_quant test_ops_resize test_plan test_planner test_planner_borders
+    test_planner_search test_planner_wishes test_planted test_poison test_protocol
+    test_random_schedules test_recipe test_restart_core test_silence test_simulator test_strict
+    test_style test_torch test_upscaler test_worker_core
+    """.split()
+)
+"""Files whose tests start no process of ours, open no socket and measure nothing: they may run, at
+the lowest priority, beside those that do."""
+
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=50, print_blob=True)
 settings.register_profile(
     "full",
@@ -68,9 +85,12 @@ settings.register_profile(
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add --full, the only option of the suite."""
+    """Add --full and --half, the options of the suite."""
     parser.addoption(
         "--full", action="store_true", help="also the slow suites, and many more random examples"
+    )
+    parser.addoption(
+        "--half", choices=("pure", "processes"), help="what only computes, or all the rest"
     )
 
 
@@ -90,6 +110,14 @@ def rank(path: Path) -> int:
         (i for i, prefix in enumerate(ORDER) if path.name.startswith(prefix)),
         key=lambda i: len(ORDER[i]),
     )
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out the other half."""
+    half = config.getoption("--half")
+    if half is None or not collection_path.name.startswith("test_"):
+        return None
+    return True if (collection_path.stem in PURE) != (half == "pure") else None
 
 
 @pytest.hookimpl(trylast=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import secrets
@@ -11,7 +12,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +58,12 @@ def meshinfer(state: Path, *arguments: object, timeout_s: float = LONG_S) -> Don
         text=True,
         timeout=timeout_s,
     )
+
+
+def at_once(*runs: Callable[[], Done]) -> list[Done]:
+    """Run commands that do not disturb each other, two at a time."""
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        return [each.result() for each in [pool.submit(run) for run in runs]]
 
 
 @contextlib.contextmanager
@@ -115,6 +123,12 @@ class Running:
     def __call__(self, *arguments: object) -> Done:
         to = ("--coordinator", self.address, "--cluster", self.cluster)
         return meshinfer(self.state, *arguments, *to)
+
+    def refuses(self, *cases: tuple[tuple[object, ...], int, tuple[str, ...]]) -> None:
+        """Each command ends with its code and its words."""
+        runs = [functools.partial(self, *arguments) for arguments, *_ in cases]
+        for done, (_, code, words) in zip(at_once(*runs), cases, strict=True):
+            refused(done, code, *words)
 
 
 @pytest.fixture(scope="module")
@@ -354,8 +368,11 @@ def test_without_a_coordinator_commands_end_with_69(tmp_path: Path) -> None:
 
 
 def test_without_a_keyring_commands_end_with_77(tmp_path: Path) -> None:
-    refused(meshinfer(tmp_path, "devices", "--cluster", "never"), 77, "keyring")
-    refused(meshinfer(tmp_path, "worker", "--cluster", "never"), 77, "keyring")
+    for done in at_once(
+        lambda: meshinfer(tmp_path, "devices", "--cluster", "never"),
+        lambda: meshinfer(tmp_path, "worker", "--cluster", "never"),
+    ):
+        refused(done, 77, "keyring")
 
 
 # --- a cluster ------------------------------------------------------------------------------------
@@ -429,11 +446,15 @@ def test_a_printed_plan_is_deployed(running: Running, small: Path, tmp_path: Pat
 def test_memory_and_pins_of_a_deployment_are_kept_or_refused(
     running: Running, small: Path, tmp_path: Path
 ) -> None:
-    refused(running("deploy", "fits", small, "--memory", "1kB"), 75, "would need", "of 0.0 MB")
-    refused(running("deploy", "fits", small, "--memory", "ghost=1MB"), 2, "'ghost'")
-    refused(running("deploy", "fits", small, "--memory", "much"), 2, "write --memory 384MB")
-    refused(running("deploy", "fits", small, "--pin", "c=ghost"), 2, "'ghost'")
-    refused(running("deploy", "fits", small, "--pin", "c:pi-0"), 2, "write --pin")
+    fits = ("deploy", "fits", small)
+    running.refuses(
+        ((*fits, "--memory", "1kB"), 75, ("would need", "of 0.0 MB")),
+        ((*fits, "--memory", "ghost=1MB"), 2, ("'ghost'",)),
+        ((*fits, "--memory", "much"), 2, ("write --memory 384MB",)),
+        ((*fits, "--pin", "c=ghost"), 2, ("'ghost'",)),
+        ((*fits, "--pin", "c:pi-0"), 2, ("write --pin",)),
+        (("plan", small, "--pin", "x=ghost"), 2, ("'ghost'",)),
+    )
     kept = ("--memory", "pi-0=64MB", "--pin", f"c={running.worker}")
     done = running("deploy", "fits", small, *kept, "--json")
     assert done.returncode == 0, done.stderr
@@ -441,7 +462,6 @@ def test_memory_and_pins_of_a_deployment_are_kept_or_refused(
     planned = running("plan", small, "--pin", "x=head")
     assert planned.returncode == 0, planned.stderr
     assert Plan.parse(planned.stdout).devices() == (running.worker,), "it is on the head's host"
-    refused(running("plan", small, "--pin", "x=ghost"), 2, "'ghost'")
 
 
 def test_a_plan_for_a_picture_is_used_for_pictures(running: Running, tmp_path: Path) -> None:
@@ -458,19 +478,23 @@ def test_a_plan_for_a_picture_is_used_for_pictures(running: Running, tmp_path: P
 def test_models_that_cannot_run_are_refused(running: Running, small: Path, tmp_path: Path) -> None:
     cut = tmp_path / "cut.onnx"
     cut.write_bytes(small.read_bytes()[:-40])
-    refused(running("deploy", "bad", cut), 2)
     unknown = write_model(
         tmp_path / "unknown.onnx", [helper.make_node("Frobnicate", ["x"], ["y"])], {}
     )
-    refused(running("deploy", "bad", unknown), 2, "Frobnicate")
-    refused(running("deploy", "bad", UPSCALER, "--shape", "image=1,4,8,8"), 2, "image")
-    refused(running("deploy", "bad", tmp_path / "none.onnx"), 2, "none.onnx")
+    running.refuses(
+        (("deploy", "bad", cut), 2, ()),
+        (("deploy", "bad", unknown), 2, ("Frobnicate",)),
+        (("deploy", "bad", UPSCALER, "--shape", "image=1,4,8,8"), 2, ("image",)),
+        (("deploy", "bad", tmp_path / "none.onnx"), 2, ("none.onnx",)),
+    )
 
 
 def test_an_unknown_model_is_refused(running: Running, tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", np.zeros(3, np.float32))
-    refused(running("infer", "nothing", tmp_path / "x.npy"), 2, "nothing")
-    refused(running("plan", "nothing"), 2, "nothing")
+    running.refuses(
+        (("infer", "nothing", tmp_path / "x.npy"), 2, ("nothing",)),
+        (("plan", "nothing"), 2, ("nothing",)),
+    )
 
 
 def test_a_strange_keyring_is_refused(running: Running, tmp_path: Path) -> None:
@@ -482,13 +506,17 @@ def test_a_strange_keyring_is_refused(running: Running, tmp_path: Path) -> None:
 def test_a_port_in_use_and_a_folder_in_use_are_refused(running: Running, tmp_path: Path) -> None:
     port = running.address.rpartition(":")[2]
     alone = ("--host", "127.0.0.1", "--no-mdns", "--no-compute", "--port")
-    refused(meshinfer(tmp_path, "coordinator", *alone, port), 78, port)
     again = ("coordinator", "--cluster", running.cluster, *alone, 0)
-    refused(meshinfer(running.state, *again), 78)
     to = ("--coordinator", running.address, "--cluster", running.cluster)
-    done = meshinfer(running.state, "worker", *to, "--name", running.worker)
-    assert done.returncode == 78
-    assert "--name" in done.stderr
+    taken, held, named = at_once(
+        lambda: meshinfer(tmp_path, "coordinator", *alone, port),
+        lambda: meshinfer(running.state, *again),
+        lambda: meshinfer(running.state, "worker", *to, "--name", running.worker),
+    )
+    refused(taken, 78, port)
+    refused(held, 78)
+    assert named.returncode == 78
+    assert "--name" in named.stderr
 
 
 def test_a_second_coordinator_of_a_name_is_refused_and_no_worker_is_said(tmp_path: Path) -> None:
@@ -501,27 +529,31 @@ def test_a_second_coordinator_of_a_name_is_refused_and_no_worker_is_said(tmp_pat
         address_of(first, name, process)
         here = ("--interface", "127.0.0.1", "--cluster", name)
         assert "head" in meshinfer(first, "devices", *here).stdout  # found over mDNS
-        refused(meshinfer(second, "coordinator", "--cluster", name, *alone), 78, name)
         fixed = ("--shape", "image=1,3,8,8")
-        refused(meshinfer(first, "deploy", "x", UPSCALER, *fixed, *here), 69, "no worker")
+        other, deployed = at_once(
+            lambda: meshinfer(second, "coordinator", "--cluster", name, *alone),
+            lambda: meshinfer(first, "deploy", "x", UPSCALER, *fixed, *here),
+        )
+        refused(other, 78, name)
+        refused(deployed, 69, "no worker")
 
 
 LOOSE = ("--port", 0, "--no-mdns", "--cluster", "loose")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "word"),
-    [
+def test_a_cluster_without_encryption_stays_on_loopback_unless_asked_twice(
+    tmp_path: Path,
+) -> None:
+    cases = (
         (["--insecure"], "at all addresses"),
         (["--insecure", "--host", "0.0.0.0"], "at 0.0.0.0"),
         (["--insecure", "--host", "10.0.0.7"], "at 10.0.0.7"),
         (["--insecure-anywhere"], "--insecure"),
-    ],
-)
-def test_a_cluster_without_encryption_stays_on_loopback_unless_asked_twice(
-    tmp_path: Path, arguments: list[str], word: str
-) -> None:
-    refused(meshinfer(tmp_path, "coordinator", *LOOSE, *arguments), 78, word)
+    )
+    begin = functools.partial(meshinfer, tmp_path, "coordinator", *LOOSE)
+    done = at_once(*(functools.partial(begin, *arguments) for arguments, _ in cases))
+    for each, (_, word) in zip(done, cases, strict=True):
+        refused(each, 78, word)
     assert not (tmp_path / "coordinator-loose").exists(), "nothing was begun"
 
 
@@ -550,9 +582,14 @@ def test_a_cluster_without_encryption_works_says_so_and_meets_no_encrypted_one(
             tmp_path / "coordinator-loose" / "keyring.json",
             running.state / f"coordinator-{running.cluster}" / "keyring.json",
         )
-        for address, ring in zip((running.address, to[1]), rings, strict=True):
-            crossed = ("--coordinator", address, "--keyring", ring)
-            refused(meshinfer(tmp_path, "devices", *crossed), 77, "encrypted")
+        crossed = [
+            functools.partial(
+                meshinfer, tmp_path, "devices", "--coordinator", at, "--keyring", ring
+            )
+            for at, ring in zip((running.address, to[1]), rings, strict=True)
+        ]
+        for done in at_once(*crossed):
+            refused(done, 77, "encrypted")
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=LONG_S) == 0
     (log,) = tmp_path.glob("coordinator-*.log")

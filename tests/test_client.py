@@ -25,7 +25,7 @@ from meshinfer.cost import DeviceProfile
 from meshinfer.identity import DeviceId
 from meshinfer.planner import make_plan
 from meshinfer.programs import make_programs
-from meshinfer.protocol.messages import DeviceInfo
+from meshinfer.protocol.messages import DeviceInfo, Failure, Submit
 
 MODEL, IMAGE = small_model(), image()
 SPEC = mi.ImageSpec(input="image", output="y", mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
@@ -390,6 +390,24 @@ def test_what_can_never_travel_is_refused_at_once(
     monkeypatch.setattr(limits, "TENSOR_BYTES", 1000)
     with pytest.raises(mi.InvalidInput, match="6912 bytes"):
         client.submit("small", IMAGE)
+
+
+def test_while_the_cluster_is_full_inputs_are_not_even_read(cluster: mi.LocalCluster) -> None:
+    class Large:
+        nbytes = 1 << 30
+
+        def __array__(self, *_: object, **__: object) -> np.ndarray:
+            raise AssertionError("its inputs were read")
+
+    with cluster.client() as client:
+        told = Failure(error="QueueFull", message="256 are open", retry_after_s=WITHIN_S)
+        header = Submit("id", "small", None, (), False, 1.0)
+        client._core.full.told(header, told, time.monotonic())
+        future = client.submit("small", {"image": Large()})
+        with pytest.raises(mi.QueueFull) as refused:
+            future.result(WITHIN_S)
+        assert refused.value.retry_after_s is not None
+        assert 0.0 < refused.value.retry_after_s <= WITHIN_S
 
 
 def test_two_clients_at_once_get_their_own_answers(

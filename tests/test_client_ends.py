@@ -18,6 +18,7 @@ from processes import descriptors, eventually, growing, image, pixels, small_mod
 
 import meshinfer as mi
 from cluster.security import new_keyring, write_keyring
+from meshinfer import limits
 
 MODEL, IMAGE = small_model(), image()
 SPEC = mi.ImageSpec(input="image", output="y", mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
@@ -129,14 +130,15 @@ def test_clients_that_come_and_go_leave_nothing(cluster: mi.LocalCluster) -> Non
 
 def test_a_cluster_without_workers_says_so() -> None:
     with mi.LocalCluster(0) as empty, empty.client() as mine:
+        mine.deploy("growing", growing())
+        patient = mine.submit("growing", IMAGE, deadline_s=WITHIN_S)
+        with pytest.raises(mi.DeadlineExceeded):
+            mine.infer("growing", IMAGE, deadline_s=0.5)
         with pytest.raises(mi.ClusterUnavailable, match="no worker") as caught:
             mine.deploy("small", MODEL, timeout_s=WITHIN_S)
         assert "meshinfer worker" in caught.value.hint
-        mine.deploy("growing", growing())
         with pytest.raises(mi.ClusterUnavailable, match="no worker"):
-            mine.infer("growing", IMAGE, deadline_s=WITHIN_S)
-        with pytest.raises(mi.DeadlineExceeded):
-            mine.infer("growing", IMAGE, deadline_s=0.5)
+            patient.result(WITHIN_S)
         empty.add()
         assert mine.infer("growing", IMAGE, deadline_s=WITHIN_S).outputs
 
@@ -165,13 +167,17 @@ def test_a_wrong_or_missing_keyring_is_an_auth_error(
         assert caught.value.hint
 
 
-def test_a_killed_coordinator_fails_what_is_open_within_seconds() -> None:
+def test_a_killed_coordinator_fails_what_is_open_within_seconds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Twice: what was asked before, and what is asked once it is known to be silent."""
     with mi.LocalCluster(1, speeds=[0.02]) as mine, mine.client() as client:
         client.deploy("slow", squeezenet1_1(96))
         x = {"image": np.zeros((1, 3, 96, 96), np.float32)}
         futures = [client.submit("slow", x) for _ in range(30)]
         assert mine._coordinator is not None
         mine._coordinator.kill()
+        monkeypatch.setattr(limits, "COORDINATOR_SILENT_S", 3.0)  # for the client, which is here
         started = time.monotonic()
         errors = [future.exception(timeout=15) for future in futures]
         assert time.monotonic() - started < 12.0

@@ -26,6 +26,7 @@ from cluster.coordinator import CoordinatorOptions
 from cluster.profiler import Measured
 from cluster.security import new_keyring, read_keyring, write_keyring
 from cluster.worker import WorkerOptions
+from meshinfer import limits
 from meshinfer.protocol import messages as m
 
 MODEL, IMAGE = small_model(), image()
@@ -247,7 +248,9 @@ def test_a_defect_in_planning_or_preparing_fails_the_deployment_and_no_more(
             assert alive(worker.pid)
 
 
-def test_a_coordinator_drains_at_the_first_sigterm(tmp_path: Path) -> None:
+def test_a_coordinator_drains_at_the_first_sigterm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options = coordinator_options(tmp_path / "c")
     ring = tmp_path / "c" / "keyring.json"
     with daemon("cluster.coordinator", options) as coordinator:
@@ -263,5 +266,6 @@ def test_a_coordinator_drains_at_the_first_sigterm(tmp_path: Path) -> None:
             coordinator.send_signal(signal.SIGTERM)
             assert_exact(model, x, future.result(WITHIN_S).outputs)
             assert end_of(coordinator)[0] == 0
+            monkeypatch.setattr(limits, "COORDINATOR_SILENT_S", 1.0)  # for the client
             with pytest.raises(mi.ClusterUnavailable):
                 client.infer("slow", x, deadline_s=WITHIN_S)

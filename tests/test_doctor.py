@@ -30,6 +30,8 @@ from meshinfer.doctor import Finding, Interface, Verdict, exit_code, judge_inter
 
 ROOT = Path(__file__).parent.parent
 LONG_S = 90.0
+BRIEF_S = 1.0
+"""How long a doctor waits for a coordinator that cannot answer."""
 LO = ["127.0.0.1"]
 DOCTOR = [sys.executable, "-m", "cluster.cli", "doctor", "--json"]
 
@@ -61,10 +63,10 @@ def understood(process: subprocess.Popen[str]) -> Told:
     return Told({each.check: each for each in found}, process.returncode)
 
 
-def doctor(folder: Path, *arguments: object, **environment: str) -> Told:
-    """Run it on this machine, with ``folder`` for all state."""
+def begun(folder: Path, *arguments: object, **environment: str) -> subprocess.Popen[str]:
+    """Let it begin on this machine, with ``folder`` for all state; several listen at once."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith("MESHINFER_")}
-    process = subprocess.Popen(
+    return subprocess.Popen(
         [*DOCTOR, *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -72,7 +74,20 @@ def doctor(folder: Path, *arguments: object, **environment: str) -> Told:
         env={**clean, "MESHINFER_STATE_DIR": str(folder), **environment},
         cwd=ROOT,
     )
-    return understood(process)
+
+
+def doctor(folder: Path, *arguments: object, **environment: str) -> Told:
+    """Run it on this machine to its end."""
+    return understood(begun(folder, *arguments, **environment))
+
+
+def all_told(*processes: subprocess.Popen[str]) -> list[Told]:
+    return [understood(process) for process in processes]
+
+
+def nobodys() -> str:
+    """The name of a cluster that is nowhere."""
+    return f"t{secrets.token_hex(6)}"
 
 
 def free_port() -> int:
@@ -84,28 +99,47 @@ def free_port() -> int:
 # --- a cluster that is well, and a machine with nothing on it
 
 
-def test_where_all_is_well_it_finds_nothing_and_leaves_nothing(tmp_path: Path) -> None:
-    with mi.LocalCluster(2, discovery=True) as cluster:
-        options = ("--keyring", cluster.keyring, "--cluster", cluster.cluster)
-        told = doctor(tmp_path, *options, "--interface", "127.0.0.1")
-        assert told.code == 0
-        assert {f.verdict for f in told.findings.values()} == {Verdict.OK}
-        assert "2 ready" in told["devices"].text
-        assert cluster.address in told["multicast"].text
-        assert not list(tmp_path.iterdir())
+@pytest.fixture(scope="module")
+def announced() -> Iterator[mi.LocalCluster]:
+    with mi.LocalCluster(2, discovery=True) as made:
+        yield made
+
+
+def test_where_all_is_well_it_finds_nothing_and_leaves_nothing(
+    announced: mi.LocalCluster, tmp_path: Path
+) -> None:
+    options = ("--keyring", announced.keyring, "--cluster", announced.cluster)
+    told = doctor(tmp_path, *options, "--interface", "127.0.0.1")
+    assert told.code == 0
+    assert {f.verdict for f in told.findings.values()} == {Verdict.OK}
+    assert "2 ready" in told["devices"].text
+    assert announced.address in told["multicast"].text
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_keyring_of_another_cluster_of_that_name_is_refused_and_told(
+    announced: mi.LocalCluster, tmp_path: Path
+) -> None:
+    write_keyring(tmp_path / "ring.json", new_keyring(announced.cluster)[0])
+    ring = ("--keyring", tmp_path / "ring.json", "--cluster", announced.cluster)
+    told = doctor(tmp_path, *ring, "--interface", "127.0.0.1")
+    assert told.problems == ["multicast", "join"] and told.code == 77
+    assert "another key" in told["multicast"].text and "keyring.json" in told["multicast"].hint
 
 
 def test_on_a_bare_machine_the_missing_keyring_comes_before_the_missing_coordinator(
     tmp_path: Path,
 ) -> None:
-    cluster = f"t{secrets.token_hex(6)}"
-    told = doctor(tmp_path, "--cluster", cluster, "--interface", "127.0.0.1")
-    assert told.problems == ["keyring", "multicast"] and told.code == 77
-    assert "--coordinator HOST:PORT" in told["multicast"].hint
+    cluster = nobodys()
     write_keyring(tmp_path / "ring.json", new_keyring(cluster)[0])
-    ring = ("--keyring", tmp_path / "ring.json")
-    told = doctor(tmp_path, "--cluster", cluster, "--interface", "127.0.0.1", *ring)
-    assert told.problems == ["multicast"] and told.code == 69
+    here = ("--cluster", cluster, "--interface", "127.0.0.1")
+    bare, admitted = all_told(
+        begun(tmp_path / "state", *here),
+        begun(tmp_path / "state", *here, "--keyring", tmp_path / "ring.json"),
+    )
+    assert bare.problems == ["keyring", "multicast"] and bare.code == 77
+    assert "--coordinator HOST:PORT" in bare["multicast"].hint
+    assert admitted.problems == ["multicast"] and admitted.code == 69
 
 
 def test_for_people_it_says_one_line_a_check_and_what_to_do_below(tmp_path: Path) -> None:
@@ -146,16 +180,36 @@ def broken_package(folder: Path, name: str, body: str) -> Path:
     return folder
 
 
+BROKEN = {
+    "illegal onnxruntime": ("onnxruntime", illegal_instruction()),
+    "illegal numpy": ("numpy", illegal_instruction()),
+    "libgomp.so.1": (
+        "onnxruntime",
+        "raise ImportError('libgomp.so.1: cannot open shared object file')",
+    ),
+    "SIGSEGV": ("onnxruntime", "import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)"),
+    "exit code 3": ("onnxruntime", "import os\nos._exit(3)"),
+}
+"""By what is said of it: a package, and what its import executes."""
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Told]:
+    """What is told where a package is broken; all are looked at at once."""
+    begins = {}
+    for says, (package, body) in BROKEN.items():
+        folder = tmp_path_factory.mktemp("broken")
+        path = with_packages(broken_package(folder, package, body))["PYTHONPATH"]
+        begins[says] = begun(folder / "state", "--cluster", nobodys(), PYTHONPATH=path)
+    return dict(zip(begins, all_told(*begins.values()), strict=True))
+
+
 @pytest.mark.parametrize("package", ["onnxruntime", "numpy"])
 def test_an_engine_whose_instructions_this_processor_lacks_is_found_by_its_death(
-    tmp_path: Path, package: str
+    broken: dict[str, Told], package: str
 ) -> None:
     """The package's import executes an instruction that no processor has."""
-    path = broken_package(tmp_path / "broken", package, illegal_instruction())
-    told = doctor(
-        tmp_path / "state", "--interface", "127.0.0.1",
-        PYTHONPATH=with_packages(path)["PYTHONPATH"],
-    )  # fmt: skip
+    told = broken[f"illegal {package}"]
     assert told.problems[0] == "engine" and told.code == 78
     found = told["engine"]
     assert "SIGILL" in found.text and f"importing {package}" in found.text
@@ -178,22 +232,11 @@ def test_a_worker_whose_engine_does_not_run_here_is_given_up_and_points_to_the_d
     assert "SIGILL" in last and "not started again" in last and "meshinfer doctor" in last
 
 
-@pytest.mark.parametrize(
-    ("body", "says"),
-    [
-        ("raise ImportError('libgomp.so.1: cannot open shared object file')", "libgomp.so.1"),
-        ("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)", "SIGSEGV"),
-        ("import os\nos._exit(3)", "exit code 3"),
-    ],
-)
+@pytest.mark.parametrize("says", ["libgomp.so.1", "SIGSEGV", "exit code 3"])
 def test_an_engine_that_does_not_start_is_found_with_its_own_words(
-    tmp_path: Path, body: str, says: str
+    broken: dict[str, Told], says: str
 ) -> None:
-    path = broken_package(tmp_path / "broken", "onnxruntime", body)
-    told = doctor(
-        tmp_path, "--interface", "127.0.0.1",
-        PYTHONPATH=with_packages(path)["PYTHONPATH"],
-    )  # fmt: skip
+    told = broken[says]
     assert told.problems[0] == "engine" and told.code == 78
     assert says in told["engine"].text and "pip install" in told["engine"].hint
 
@@ -216,40 +259,37 @@ def mounted(folder: Path, options: str) -> Iterator[None]:
         subprocess.run(["umount", str(folder)], check=True)
 
 
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [("size=64k", "No space left on device"), ("size=64m,ro", "Read-only file system")],
-)
-def test_a_full_and_a_read_only_disk_are_found(tmp_path: Path, options: str, says: str) -> None:
-    with mounted(tmp_path / "state", options):
-        told = doctor(tmp_path / "state", "--interface", "127.0.0.1")
+def test_a_full_a_read_only_and_a_nearly_full_disk_are_found(tmp_path: Path) -> None:
+    full, fixed, nearly = (tmp_path / name for name in ("full", "fixed", "nearly"))
+    with mounted(full, "size=64k"), mounted(fixed, "size=64m,ro"), mounted(nearly, "size=16m"):
+        begins = [begun(each, "--cluster", nobodys()) for each in (full, fixed, nearly)]
+        *problems, warned = all_told(*begins)
+    words = ("No space left on device", "Read-only file system")
+    for told, folder, says in zip(problems, (full, fixed), words, strict=True):
         assert told.problems[0] == "disk" and told.code == 78
-        assert says in told["disk"].text and str(tmp_path / "state") in told["disk"].text
-
-
-def test_a_disk_that_is_nearly_full_is_a_warning(tmp_path: Path) -> None:
-    with mounted(tmp_path / "state", "size=16m"):
-        told = doctor(tmp_path / "state", "--interface", "127.0.0.1")
-        assert told["disk"].verdict is Verdict.WARNING and "16.8 MB" in told["disk"].text
+        assert says in told["disk"].text and str(folder) in told["disk"].text
+    assert warned["disk"].verdict is Verdict.WARNING and "16.8 MB" in warned["disk"].text
 
 
 # --- the coordinator's port, release and key
 
 
 def test_a_closed_port_is_told_from_a_host_that_is_not_there(tmp_path: Path) -> None:
-    told = doctor(tmp_path, "--coordinator", f"127.0.0.1:{free_port()}")
-    assert "port" in told.problems and "nobody listens" in told["port"].text
-    told = doctor(tmp_path, "--coordinator", "no-such-host.invalid:7433")
-    assert "no host is named" in told["port"].text
+    closed, unknown = all_told(
+        begun(tmp_path, "--coordinator", f"127.0.0.1:{free_port()}"),
+        begun(tmp_path, "--coordinator", "no-such-host.invalid:7433"),
+    )
+    assert "port" in closed.problems and "nobody listens" in closed["port"].text
+    assert "no host is named" in unknown["port"].text
 
 
 def test_on_the_machine_of_a_coordinator_that_does_not_run_its_port_is_looked_at(
     tmp_path: Path,
 ) -> None:
     """1. it was killed: its address is still there; 2. it was stopped, and another has its port."""
-    cluster = f"t{secrets.token_hex(6)}"
+    cluster = nobodys()
     state = tmp_path / f"coordinator-{cluster}"
-    arguments = ("--cluster", cluster, "--interface", "127.0.0.1")
+    arguments = ("--cluster", cluster)
     with daemon("cluster.coordinator", coordinator_options(state, cluster=cluster)) as process:
         address_of(state)
         told = doctor(tmp_path, *arguments)
@@ -257,7 +297,8 @@ def test_on_the_machine_of_a_coordinator_that_does_not_run_its_port_is_looked_at
         assert told.problems == ["devices"] and told.code == 69
         process.kill()
         process.wait(10)
-    assert "nobody listens" in doctor(tmp_path, *arguments)["port"].text
+    told = doctor(tmp_path, *arguments, "--timeout", BRIEF_S)
+    assert "nobody listens" in told["port"].text
     (state / "address.json").unlink()
     with socket.socket() as other:
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -275,38 +316,30 @@ def test_a_coordinator_of_another_release_is_found_by_asking_and_by_what_it_anno
     tmp_path: Path,
 ) -> None:
     options = coordinator_options(tmp_path / "c")
+    keys, own = new_keyring(cluster := nobodys())
+    write_keyring(tmp_path / "ring.json", keys)
+    announced = ("--keyring", tmp_path / "ring.json", "--cluster", cluster)
     with daemon("cluster.coordinator", options, OTHER_PROTOCOL):
         where = f"127.0.0.1:{address_of(tmp_path / 'c')['port']}"
         ring = ("--keyring", tmp_path / "c" / "keyring.json", "--cluster", options.cluster)
-        told = doctor(tmp_path, "--coordinator", where, *ring)
-        assert told.problems == ["join"] and told.code == 76
-        assert "98 to 99" in told["join"].text and "same release" in told["join"].hint
-    ring_, own = new_keyring(cluster := f"t{secrets.token_hex(6)}")
-    port = free_port()
-    told_by = announce(cluster, port, key=own.public, protocol=(98, 99), interfaces=LO)
-    try:
-        write_keyring(tmp_path / "ring.json", ring_)
-        ring = ("--keyring", tmp_path / "ring.json", "--cluster", cluster)
-        told = doctor(tmp_path, *ring, "--interface", "127.0.0.1")
-    finally:
-        told_by.close()
-    assert "version" in told.problems and "98 to 99" in told["version"].text
-
-
-def test_a_keyring_of_another_cluster_of_that_name_is_refused_and_told(tmp_path: Path) -> None:
-    with mi.LocalCluster(1, discovery=True) as cluster:
-        write_keyring(tmp_path / "ring.json", new_keyring(cluster.cluster)[0])
-        ring = ("--keyring", tmp_path / "ring.json", "--cluster", cluster.cluster)
-        told = doctor(tmp_path, *ring, "--interface", "127.0.0.1")
-        assert told.problems == ["multicast", "join"] and told.code == 77
-        assert "another key" in told["multicast"].text and "keyring.json" in told["multicast"].hint
+        told_by = announce(cluster, free_port(), key=own.public, protocol=(98, 99), interfaces=LO)
+        try:
+            asked, heard = all_told(
+                begun(tmp_path, "--coordinator", where, *ring),
+                begun(tmp_path, *announced, "--interface", "127.0.0.1", "--timeout", BRIEF_S),
+            )
+        finally:
+            told_by.close()
+    assert asked.problems == ["join"] and asked.code == 76
+    assert "98 to 99" in asked["join"].text and "same release" in asked["join"].hint
+    assert "version" in heard.problems and "98 to 99" in heard["version"].text
 
 
 @pytest.mark.parametrize("cloned", [True, False])
 def test_two_coordinators_of_a_name_are_found_and_whether_one_was_copied(
     tmp_path: Path, cloned: bool
 ) -> None:
-    cluster = f"t{secrets.token_hex(6)}"
+    cluster = nobodys()
     keys = [new_keyring(cluster)[1].public for _ in range(2)]
     first = announce(cluster, 5001, key=keys[0], protocol=(1, 9), interfaces=LO)
     second = announce(cluster, 5002, key=keys[not cloned], protocol=(1, 9), interfaces=LO)
@@ -330,17 +363,22 @@ def lab(lab_here: None) -> Iterator[tuple[Lab, LabCluster]]:
         yield made, made.start_cluster(discovery=True)
 
 
-def on_device(lab: Lab, cluster: LabCluster, i: int, *arguments: object, **more: Any) -> Told:
-    """Run it there, knowing the keyring and the name of the cluster only."""
+def begun_on(
+    lab: Lab, cluster: LabCluster, i: int, *arguments: object, **more: Any
+) -> subprocess.Popen[str]:
+    """Let it begin there, knowing the keyring and the name of the cluster only."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith("MESHINFER_")}
     state = more.pop("state", cluster.state / "nothing")
     options = ("--keyring", cluster.keyring, "--cluster", cluster.name, *arguments)
-    process = lab.spawn(
+    return lab.spawn(
         i, [*DOCTOR, *map(str, options)], limits=False, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT,
         env={**clean, "MESHINFER_STATE_DIR": str(state)},
     )  # fmt: skip
-    return understood(process)
+
+
+def on_device(lab: Lab, cluster: LabCluster, i: int, *arguments: object, **more: Any) -> Told:
+    return understood(begun_on(lab, cluster, i, *arguments, **more))
 
 
 def bridge(lab: Lab, *command: str) -> None:
@@ -361,12 +399,14 @@ def test_multicast_that_the_network_filters_is_told_from_a_coordinator_that_is_s
     for port in ("d0", "d1"):
         bridge(made, "dev", port, "mcast_flood", "off")
     try:
-        known = on_device(made, cluster, 1, "--coordinator", cluster.coordinator)
+        known, unknown = all_told(
+            begun_on(made, cluster, 1, "--coordinator", cluster.coordinator),
+            begun_on(made, cluster, 1),
+        )
         assert known["multicast"].verdict is Verdict.WARNING
         assert "multicast is filtered" in known["multicast"].text
         assert cluster.coordinator in known["multicast"].hint
         assert known["join"].verdict is Verdict.OK and known.code == 0, "all else works"
-        unknown = on_device(made, cluster, 1)
         assert unknown.problems == ["multicast"] and unknown.code == 69
     finally:
         for port in ("d0", "d1"):
@@ -382,18 +422,20 @@ def test_the_wrong_interface_is_found_and_the_right_one_named(
     for end in ("usb0", "usb1"):
         ip(made, 1, "link", "set", end, "up")
     try:
+        known = ("--coordinator", cluster.coordinator)
         told = on_device(made, cluster, 1, "--interface", "10.99.0.1")
         assert told.problems == ["multicast"] and told.code == 78
         assert "it is the wrong one" in told["multicast"].text
         assert told["join"].verdict is Verdict.OK
-        known = ("--coordinator", cluster.coordinator)
-        told = on_device(made, cluster, 1, "--interface", "10.99.0.1", *known)
+        told, missing = all_told(
+            begun_on(made, cluster, 1, "--interface", "10.99.0.1", *known),
+            begun_on(made, cluster, 1, "--interface", "10.98.0.1", *known),
+        )
         assert told["interface"].verdict is Verdict.WARNING
         assert f"eth0 {made.address(1)}" in told["interface"].text
         assert f"--interface {made.address(1)}" in told["interface"].hint
-        told = on_device(made, cluster, 1, "--interface", "10.98.0.1", *known)
-        assert told.problems[0] == "interface" and told.code == 78
-        assert "usb0 10.99.0.1" in told["interface"].text
+        assert missing.problems[0] == "interface" and missing.code == 78
+        assert "usb0 10.99.0.1" in missing["interface"].text
         ip(made, 1, "link", "set", "usb0", "down")
         told = on_device(made, cluster, 1, "--interface", "10.99.0.1", *known)
         assert told.problems[0] == "interface" and "usb0 is down" in told["interface"].text
@@ -405,7 +447,7 @@ def test_a_device_without_a_network_and_one_that_is_cut_off_are_told_apart(
     lab: tuple[Lab, LabCluster],
 ) -> None:
     made, cluster = lab
-    known = ("--coordinator", cluster.coordinator)
+    known = ("--coordinator", cluster.coordinator, "--timeout", BRIEF_S)
     made.cut(1)
     try:
         told = on_device(made, cluster, 1, *known)
@@ -441,13 +483,16 @@ def test_a_copied_card_is_found_on_either_machine_by_the_name_that_both_have(
     clone = made.spawn(1, command, text=True, stderr=subprocess.PIPE, cwd=ROOT)
     _, said = clone.communicate(timeout=LONG_S)
     assert clone.returncode == 78 and "a device named 'a' is alive" in said
-    told = on_device(made, cluster, 1, "--name", "a", state=tmp_path)
-    assert told.problems == ["identity"] and told.code == 78
-    assert made.address(0) in told["identity"].text
-    assert "host name" in told["identity"].hint
-    assert on_device(made, cluster, 0, "--name", "a", state=tmp_path).code == 0, "the true one"
-    told = on_device(made, cluster, 1, "--name", "a")
-    assert told["identity"].verdict is Verdict.WARNING, "no worker has been here"
+    copied, true, elsewhere = all_told(
+        begun_on(made, cluster, 1, "--name", "a", state=tmp_path),
+        begun_on(made, cluster, 0, "--name", "a", state=tmp_path),
+        begun_on(made, cluster, 1, "--name", "a"),
+    )
+    assert copied.problems == ["identity"] and copied.code == 78
+    assert made.address(0) in copied["identity"].text
+    assert "host name" in copied["identity"].hint
+    assert true.code == 0, "the true one"
+    assert elsewhere["identity"].verdict is Verdict.WARNING, "no worker has been here"
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from functools import cache
 import numpy as np
 import pytest
 from architectures import ALL, Builder
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import meshinfer as mi
@@ -122,6 +122,7 @@ def plan_of_three() -> Plan:
     return plan_of(graph("sppf"), 3)
 
 
+@settings(max_examples=settings().max_examples // 3)  # of eighty that there are
 @given(st.integers(1, 40), st.booleans())
 def test_any_number_of_devices_fits(count: int, spread: bool) -> None:
     g = graph("sppf")

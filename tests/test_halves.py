@@ -343,30 +343,3 @@ def test_a_deployment_that_asks_for_both_is_refused_before_its_bytes_are_fetched
     failure = settled.failure or settled.answer.failure  # type: ignore[union-attr]
     assert failure is not None and failure.error == "InvalidInput" and failure.hint
     assert not cluster.sent["Want"]
-
-
-# --- processes ------------------------------------------------------------------------------------
-
-
-def test_a_cluster_sends_half_the_bytes_and_tells_the_loss() -> None:
-    model = unet()
-    exact = mi.load(model)
-    half = exact.with_half_transfers()
-    with mi.LocalCluster(2) as cluster, cluster.client() as client:
-        plan: Plan = banded(exact, cluster.names(), "head")
-        plain = client.deploy("plain", model, plan=plan)
-        made = client.deploy("half", model, plan=plan, half_transfers=True)
-        with pytest.raises(InvalidInput, match="every bit"):
-            client.deploy("both", model, strict=True, half_transfers=True)
-        x = noise(exact)
-        before, after = client.infer("plain", x), client.infer("half", x)
-    assert plain.report is not None and plain.report.rounding is None
-    assert made.report is not None and made.report.rounding is not None
-    told = made.report.rounding.loss
-    assert told is not None and "half transfers" in str(made.report)
-    assert_exact(model, x, before.outputs)
-    assert (before.rounded, after.rounded) == (False, True)
-    assert same_bits(after.outputs, mi.run_plan(half, plan, x))
-    assert 0 < worst(after.outputs, reference(model, x)) < 10 * told
-    sent, fewer = (sum(r.timing.sent_bytes.values()) for r in (before, after))
-    assert sent - fewer == made.report.rounding.float32_bytes // 2

@@ -8,6 +8,7 @@ from cores import Cluster, conv_net, image
 
 from meshinfer import limits
 from meshinfer.protocol import messages as m
+from meshinfer.scheduler import events as e
 
 NBYTES = 1 * 3 * 12 * 10 * 4
 """Of ``image()``."""
@@ -84,3 +85,100 @@ def test_before_anything_was_answered_the_wait_is_a_guess(monkeypatch: pytest.Mo
     cluster.deployed()
     cluster.submit()
     assert cluster.failure(cluster.submit()).retry_after_s == limits.RETRY_AFTER_S
+
+
+def test_what_would_be_refused_again_is_not_sent_until_the_told_time_is_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """1. others fill the queue; 2. until then: refused where it is submitted, not sent; 3. sent."""
+    monkeypatch.setattr(limits, "QUEUE_REQUESTS", 2)
+    cluster = Cluster(clients=("ann", "bob"))
+    cluster.deployed()
+    cluster.slowness = {"pi-1": 100.0, "pi-2": 100.0}
+    for _ in range(2):
+        cluster.submit(client="bob")
+    cluster.pass_time(0.1)
+    told = cluster.failure(cluster.submit()).retry_after_s
+    sent = cluster.sent["Submit"]
+    cluster.pass_time(0.4 * limits.RETRY_AFTER_S)
+    failure = cluster.failure(cluster.submit())
+    assert failure.error == "QueueFull" and cluster.sent["Submit"] == sent
+    assert told == limits.RETRY_AFTER_S
+    assert failure.retry_after_s == pytest.approx(0.6 * told, abs=0.01)
+    cluster.pass_time(0.6 * limits.RETRY_AFTER_S)
+    cluster.failure(cluster.submit())
+    assert cluster.sent["Submit"] == sent + 1
+
+
+def test_as_many_as_were_open_when_the_queue_was_full_go_on_being_sent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(limits, "QUEUE_REQUESTS", 3)
+    cluster = Cluster()
+    cluster.deployed()
+    first, *others = [cluster.submit(image(i)) for i in range(3)]
+    assert cluster.failure(cluster.submit()).error == "QueueFull"
+    sent = cluster.sent["Submit"]
+    assert cluster.failure(cluster.submit()).error == "QueueFull"
+    assert cluster.sent["Submit"] == sent
+    cluster.check(first, image(0))
+    cluster.check(cluster.submit())
+    for i, request in enumerate(others):
+        cluster.check(request, image(i + 1))
+    assert cluster.sent["Submit"] == sent + 1
+    cluster.check_idle()
+
+
+def test_smaller_requests_than_the_one_that_was_refused_are_tried(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(limits, "QUEUE_BYTES", 2 * NBYTES)
+    cluster = Cluster()
+    cluster.deployed(model=conv_net(None))
+    small, large = image(size=(4, 4)), image(size=(24, 20))
+    first = cluster.submit()
+    assert cluster.failure(cluster.submit(large)).error == "QueueFull"
+    cluster.check(cluster.submit(small), small, model=conv_net(None))
+    cluster.check(first, model=conv_net(None))
+
+
+def test_a_coordinator_to_which_one_comes_back_is_asked_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(limits, "QUEUE_REQUESTS", 1)
+    cluster = Cluster(clients=("ann", "bob"))
+    cluster.deployed()
+    first = cluster.submit(client="bob")
+    assert cluster.failure(cluster.submit()).error == "QueueFull"
+    cluster.check(first, client="bob")
+    assert cluster.failure(cluster.submit()).error == "QueueFull"
+    cluster.cut("ann")
+    cluster.pass_time(0.2)
+    cluster.check(cluster.submit())
+
+
+def test_what_finds_no_room_moves_no_rule_of_the_coordinator(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With the queue full at the rules' last look, ten refusals are no reason for the next."""
+    monkeypatch.setattr(limits, "QUEUE_REQUESTS", 1)
+    cluster = Cluster(clients=("ann", "bob"))
+    cluster.deployed()
+    cluster.slowness = {"pi-1": 100.0, "pi-2": 100.0}
+    cluster.submit(client="bob")
+    cluster.pass_time(0.1)
+    ruled = cluster.core._ruled
+    for i in range(10):
+        header = m.Submit(
+            request=f"refused-{i}",
+            model="net",
+            version=None,
+            inputs=(),
+            picture=False,
+            deadline_s=1.0,
+        )
+        event = e.Arrived("ann#1", header, memoryview(b""))
+        effects = cluster.core.handle(event, ruled + 0.01)
+        replies = [each.message for each in effects if isinstance(each, e.Send)]
+        assert any(isinstance(reply, m.Reply) and reply.failure for reply in replies)
+    assert cluster.core._ruled == ruled

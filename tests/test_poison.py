@@ -227,3 +227,56 @@ def test_a_request_that_lost_three_devices_to_others_goes_on_as_soon_as_that_is_
     reply = deadly.outcome(request)
     deadly.cluster.check(request)
     assert len(reply.lost) == 3 and reply.total_s < limits.EVIDENCE_S
+
+
+def test_who_computed_for_long_on_a_device_that_is_lost_waits_to_hear_why_at_once() -> None:
+    """1. a kernel fills the memory, which takes a while; 2. its process dies; 3. others go on; 4.
+    the next process says of what it died: only then the request is computed elsewhere."""
+    cluster = Cluster(FOUR)
+    begun: list[tuple[str, e.Compute]] = []
+    cluster.kernel_fault = lambda node, job: begun.append((node.name, job))  # type: ignore[func-returns-value]
+    cluster.planner = lambda graph, names: whole(graph, names[:1], 1)
+    cluster.deployed()
+    cluster.slowness = dict.fromkeys(FOUR, 240.0)
+    poison = cluster.submit(image(7), deadline_s=60.0)
+    cluster.pass_time(0.1)
+    other = cluster.submit(image(1), deadline_s=60.0)
+    cluster.pass_time(0.9)
+    ((device, job),) = begun
+    cluster.slowness.clear()
+    cluster.kill(device)
+    cluster.check(other, image(1))
+    cluster.pass_time(2.0)
+    assert [each.request for _, each in begun] == [poison, other]
+    cluster.join(device, ended=crash(job))
+    reply = cluster.check(poison, image(7))
+    assert begun[-1][1].request == poison and reply.degraded
+    cluster.check_idle()
+
+
+def test_what_a_device_computed_for_long_before_it_fell_silent_goes_to_no_other() -> None:
+    """A kernel that takes all the memory makes its device as slow as if it were frozen. 1. what
+    waits behind it goes to the spare; 2. it does not, or that one would be lost as well."""
+    cluster = Cluster(FOUR)
+    begun: list[tuple[str, e.Compute]] = []
+    cluster.kernel_fault = lambda node, job: begun.append((node.name, job))  # type: ignore[func-returns-value]
+    cluster.planner = lambda graph, names: whole(graph, names[:1], 1)
+    cluster.deployed()
+    cluster.pass_time(2.0)
+    for i in range(limits.PACE_SAMPLES):
+        cluster.check(cluster.submit(image(i)), image(i))
+    begun.clear()
+    cluster.slowness = dict.fromkeys(FOUR, 600.0)
+    poison = cluster.submit(image(7), deadline_s=60.0)
+    cluster.pass_time(0.8)
+    ((device, _),) = begun
+    cluster.slowness.clear()
+    cluster.nodes[device].frozen_until = cluster.now + 1.0
+    other = cluster.submit(image(1), deadline_s=60.0)
+    cluster.check(other, image(1))
+    assert [(each.request, name == device) for name, each in begun] == [
+        (poison, True),
+        (other, False),
+    ]
+    cluster.check(poison, image(7))
+    assert len(begun) == 2

@@ -37,6 +37,13 @@ def cluster() -> Iterator[mi.LocalCluster]:
         yield made
 
 
+@pytest.fixture(scope="module")
+def shared() -> Iterator[mi.LocalCluster]:
+    """For tests that leave it well; each has model names of its own."""
+    with mi.LocalCluster(2, speeds=[0.3, 0.3]) as made:
+        yield made
+
+
 def state(cluster: mi.LocalCluster) -> Path:
     return cluster._folder / "coordinator"
 
@@ -81,22 +88,22 @@ def test_each_request_gets_one_right_answer_while_the_coordinator_is_killed(
 
 
 def test_a_client_that_comes_after_the_restart_finds_what_was_deployed(
-    cluster: mi.LocalCluster,
+    shared: mi.LocalCluster,
 ) -> None:
     spec = mi.ImageSpec(input="image", scale=1 / 255)
-    with cluster.client() as client:
-        client.deploy("net", MODEL, spread=True)
-        client.deploy("small", small_model(), image=spec)
-        client.deploy("small", small_model(seed=1), image=spec)
+    with shared.client() as client:
+        client.deploy("first", MODEL, spread=True)
+        client.deploy("second", small_model(), image=spec)
+        client.deploy("second", small_model(seed=1), image=spec)
         before = [(x.name, x.version, x.digest, x.image, x.current) for x in client.models()]
-    cluster.restart_coordinator()
-    with cluster.client() as client:
+    shared.restart_coordinator()
+    with shared.client() as client:
         after = [(x.name, x.version, x.digest, x.image, x.current) for x in client.models()]
         assert after == before
-        assert_exact(MODEL, IMAGES[0], client.infer("net", IMAGES[0]).outputs)
-        old = client.infer("small", image(), version=1)
+        assert_exact(MODEL, IMAGES[0], client.infer("first", IMAGES[0]).outputs)
+        old = client.infer("second", image(), version=1)
         assert_exact(small_model(), image(), old.outputs)
-        assert client.deploy("small", small_model(seed=2)).version == 3
+        assert client.deploy("second", small_model(seed=2)).version == 3
 
 
 def heavy(seed: int = 0) -> ModelProto:
@@ -144,22 +151,22 @@ def test_a_model_whose_load_is_killed_at_each_tenth_is_whole_in_the_end(
             assert_exact(model, image(), result.outputs)
 
 
-def test_a_damaged_model_file_is_not_served_after_a_restart(cluster: mi.LocalCluster) -> None:
-    with cluster.client() as client:
-        client.deploy("net", small_model())
-        client.deploy("good", small_model(seed=1))
-        (digest,) = [x.digest for x in client.models() if x.name == "net"]
-        path = state(cluster) / "blobs" / digest
+def test_a_damaged_model_file_is_not_served_after_a_restart(shared: mi.LocalCluster) -> None:
+    with shared.client() as client:
+        client.deploy("damaged", small_model(seed=8))
+        client.deploy("good", small_model(seed=9))
+        (digest,) = [x.digest for x in client.models() if x.name == "damaged"]
+        path = state(shared) / "blobs" / digest
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 1
         path.write_bytes(data)
-        cluster.restart_coordinator()
+        shared.restart_coordinator()
         with pytest.raises(mi.ModelNotFound, match="damaged") as caught:
-            client.infer("net", image(), deadline_s=WITHIN_S)
+            client.infer("damaged", image(), deadline_s=WITHIN_S)
         assert "again" in caught.value.hint
-        assert_exact(small_model(seed=1), image(), client.infer("good", image()).outputs)
-        assert client.deploy("net", small_model()).version == 2
-        assert_exact(small_model(), image(), client.infer("net", image()).outputs)
+        assert_exact(small_model(seed=9), image(), client.infer("good", image()).outputs)
+        assert client.deploy("damaged", small_model(seed=8)).version == 2
+        assert_exact(small_model(seed=8), image(), client.infer("damaged", image()).outputs)
 
 
 def test_a_blob_that_was_damaged_since_is_not_given_to_anybody(tmp_path: Path) -> None:
@@ -181,12 +188,12 @@ def test_a_blob_that_was_damaged_since_is_not_given_to_anybody(tmp_path: Path) -
 
 @pytest.mark.timeout(120)
 def test_a_coordinator_whose_disk_is_full_refuses_in_words_and_goes_on_when_there_is_room(
-    cluster: mi.LocalCluster,
+    shared: mi.LocalCluster,
 ) -> None:
     """By the limit of its process on the size of files, which may be changed as it runs."""
-    assert cluster._coordinator is not None
-    process = psutil.Process(cluster._coordinator.pid)
-    with cluster.client() as client:
+    assert shared._coordinator is not None
+    process = psutil.Process(shared._coordinator.pid)
+    with shared.client() as client:
         client.deploy("net", MODEL, spread=True)
         client.infer("net", IMAGES[0])
         soft, hard = process.rlimit(psutil.RLIMIT_FSIZE)
@@ -208,21 +215,21 @@ def test_a_coordinator_whose_disk_is_full_refuses_in_words_and_goes_on_when_ther
             return True
 
         assert refused == 5 and eventually(answers, 20.0)
-        assert cluster._coordinator.poll() is None
+        assert shared._coordinator.poll() is None
 
 
 @pytest.mark.timeout(120)
 def test_a_model_that_the_coordinator_s_disk_does_not_take_fails_in_words(
-    cluster: mi.LocalCluster,
+    shared: mi.LocalCluster,
 ) -> None:
-    assert cluster._coordinator is not None
-    process = psutil.Process(cluster._coordinator.pid)
-    with cluster.client() as client:
+    assert shared._coordinator is not None
+    process = psutil.Process(shared._coordinator.pid)
+    with shared.client() as client:
         soft, hard = process.rlimit(psutil.RLIMIT_FSIZE)
         process.rlimit(psutil.RLIMIT_FSIZE, (500_000, hard))
         with pytest.raises(mi.ClusterUnavailable, match="disk") as caught:
-            client.deploy("heavy", heavy(), timeout_s=WITHIN_S)
+            client.deploy("too-heavy", heavy(), timeout_s=WITHIN_S)
         assert "room" in caught.value.hint
         process.rlimit(psutil.RLIMIT_FSIZE, (soft, hard))
-        assert client.deploy("heavy", heavy(), timeout_s=WITHIN_S).version == 1
-        assert_exact(heavy(), image(), client.infer("heavy", image()).outputs)
+        assert client.deploy("too-heavy", heavy(), timeout_s=WITHIN_S).version == 1
+        assert_exact(heavy(), image(), client.infer("too-heavy", image()).outputs)

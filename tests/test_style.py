@@ -5,10 +5,11 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
+from conftest import PURE
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("meshinfer", "cluster")
@@ -264,3 +265,24 @@ def test_importing_a_module_leaves_the_heavy_ones_alone(module: str, heavy: str)
 
 def test_a_heavy_import_would_be_noticed() -> None:
     assert heavy_imports("onnx", "torch,onnx") == "onnx"
+
+
+STARTS = ("LocalCluster(", "Lab(", "daemon(", "Clusters(")
+
+
+def starters(names: Iterable[str]) -> list[str]:
+    """Those of the test files that start a cluster, or are not there."""
+    paths = {name: ROOT / "tests" / f"{name}.py" for name in names}
+    return [
+        name
+        for name, path in sorted(paths.items())
+        if not path.exists() or any(word in path.read_text() for word in STARTS)
+    ]
+
+
+def test_what_runs_beside_the_rest_starts_no_cluster() -> None:
+    assert starters(PURE - {"test_style"}) == []  # which names them
+
+
+def test_a_cluster_or_a_stale_name_among_it_would_be_noticed() -> None:
+    assert starters(["test_kills", "test_gone", "test_plan"]) == ["test_gone", "test_kills"]

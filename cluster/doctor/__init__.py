@@ -1,13 +1,15 @@
 """Probes this machine, its network and its cluster for ``meshinfer.doctor``, which judges.
 
 Checks run in the order of causes. None raises, none changes anything, each has a bound in time.
-The engine comes first, in a process of its own: numpy alone may die of what is wrong with it.
+The engine comes first, in a process of its own: numpy alone may die of what is wrong with it. What
+takes its time on the network is asked meanwhile.
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,19 +102,21 @@ class _Examination:
         )
 
     def all(self) -> Iterator[Finding]:
-        engine = judge_engine(run_engine(self._options.threads))
-        yield engine
-        yield judge_room(self._rooms())
         ring, about_ring = self._keyring()
-        yield about_ring
         cluster = ring.cluster if ring is not None else self._options.cluster
         target = self._target()
-        here = network.interfaces()
         host = target.host if target is not None else ""
-        through = network.way_to(host) if host else None
-        yield judge_interfaces(here, self._options.interfaces, host, through)
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            listening = pool.submit(network.listen, cluster, self._options.interfaces, host)
+            engine = judge_engine(run_engine(self._options.threads))
+            yield engine
+            yield judge_room(self._rooms())
+            yield about_ring
+            here = network.interfaces()
+            through = network.way_to(host) if host else None
+            yield judge_interfaces(here, self._options.interfaces, host, through)
+            seen = listening.result()
         key = None if ring is None else fingerprint(ring.coordinator_public)
-        seen = network.listen(cluster, self._options.interfaces, host)
         yield judge_multicast(seen, key, "" if target is None else str(target))
         if target is None:
             target = _announced((*seen.heard, *seen.elsewhere), key)

@@ -92,20 +92,26 @@ def is_taken(host: str, port: int) -> bool:
 
 
 def listen(cluster: str, asked: Sequence[str] | None, known: str) -> Multicast:
-    """What mDNS tells of a cluster. ``known``: a host to ask by itself, if nothing is heard."""
-    found = browse(cluster, timeout_s=_LISTEN_S, interfaces=asked or None, until=1)
-    if found:  # there may be more than one
-        found = browse(cluster, timeout_s=_SECOND_S, interfaces=asked or None) or found
-    elsewhere: list[Found] = []
-    if not found and asked:
-        elsewhere = browse(cluster, timeout_s=_LISTEN_S, until=1)
-    return Multicast(
-        cluster=cluster,
-        opened=works_at(list(asked) if asked else interface_addresses()),
-        heard=tuple(map(_heard, found)),
-        elsewhere=tuple(map(_heard, elsewhere)),
-        direct=asked_directly(known, cluster) if known and not found else None,
-    )
+    """What mDNS tells of a cluster. ``known``: a host to ask by itself, if nothing is heard.
+
+    It is asked meanwhile. Other interfaces than those ``asked`` come after them: a socket hears
+    what comes in at any interface on which some socket of this machine listens.
+    """
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        direct = pool.submit(asked_directly, known, cluster) if known else None
+        found = browse(cluster, timeout_s=_LISTEN_S, interfaces=asked or None, until=1)
+        if found:  # there may be more than one
+            found = browse(cluster, timeout_s=_SECOND_S, interfaces=asked or None) or found
+        elsewhere: list[Found] = []
+        if not found and asked:
+            elsewhere = browse(cluster, timeout_s=_LISTEN_S, until=1)
+        return Multicast(
+            cluster=cluster,
+            opened=works_at(list(asked) if asked else interface_addresses()),
+            heard=tuple(map(_heard, found)),
+            elsewhere=tuple(map(_heard, elsewhere)),
+            direct=direct.result() if direct and not found else None,
+        )
 
 
 def _heard(found: Found) -> Heard:

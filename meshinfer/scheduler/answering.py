@@ -24,7 +24,7 @@ from meshinfer.scheduler.fallback import Fallback
 from meshinfer.scheduler.heads import Heads
 from meshinfer.scheduler.journal import Journal
 from meshinfer.scheduler.load import Load, nbytes_of
-from meshinfer.scheduler.membership import Membership
+from meshinfer.scheduler.membership import Device, Membership
 from meshinfer.scheduler.poison import Poison
 from meshinfer.scheduler.request import Answered, Request, Try
 from meshinfer.scheduler.silence import Silence
@@ -78,11 +78,10 @@ class Answering:
         model = self._catalogue.find(message.model, message.version)
         assert model is not None
         deadline = now + min(message.deadline_s, limits.REQUEST_DEADLINE_S)
-        signature = signature_of(model, message)
+        signature = model.asked_for(signature_of(model, message))
         self.open[name] = Request(
             message, peer, model, signature, now, deadline, message.turn, nbytes_of(message)
         )
-        model.asked_for(signature)
         self._journal.accepted(message)
         return []
 
@@ -113,9 +112,12 @@ class Answering:
             tried.tasks.setdefault(done.place, took)
         return []
 
-    def goes_on(self, message: m.TasksDone) -> bool:
-        """Whether tasks that are done let nothing end, and no other device take anything."""
+    def goes_on(self, message: m.TasksDone | m.Submit) -> bool:
+        """Whether tasks that are done let nothing end, and no other device take anything; or a
+        request finds no room."""
         request = self.open.get(message.request)
+        if isinstance(message, m.Submit):
+            return request is None and self._load.many() is not None
         tried = None if request is None else request.tried.get(message.attempt)
         return tried is not None and not tried.assigned and not (request and request.merged)
 
@@ -177,8 +179,8 @@ class Answering:
         request, failure = self._poison.heard(self.open, hello, now)
         return [] if request is None or failure is None else self._fail(request, failure, now)
 
-    def device_lost(self, name: str, why: str, now: float) -> None:
-        self._poison.lost(self.open, name, why, now)
+    def device_lost(self, device: Device, why: str, now: float) -> None:
+        self._poison.lost(self.open, device, why, now)
 
     def survives(self, made: Deployment, name: str, now: float) -> list[Effect] | None:
         """Go on without a device, all of whose tasks others may take; None where they may not."""
@@ -267,15 +269,19 @@ class Answering:
     def start_waiting(self, now: float) -> list[Effect]:
         effects: list[Effect] = []
         running = Counter(r.deployment.number for r in self.open.values() if r.deployment)
-        serving: dict[tuple[int, Signature], Deployment | None] = {}
+        serving: dict[tuple[int, int], Deployment | None] = {}
+        full: set[tuple[int, int]] = set()  # under overload nearly all wait behind others
         for request in [r for r in self.open.values() if r.waiting and now >= r.held_until]:
+            kind = (request.model.key, id(request.signature))
+            if kind in full and not request.crashes:
+                continue
             if request.client in self._members.absent and self._heads.stands(request.client):
                 continue
-            kind = (request.model.key, request.signature)
             if kind not in serving:
                 serving[kind] = self._catalogue.running(request.model, request.signature, now)
             made = self._catalogue.alone(request.id) if request.alone else serving[kind]
             if made is None or running[made.number] >= made.most_running:
+                full |= set() if request.alone else {kind}
                 continue
             if self._is_leaving(made, now):
                 continue
@@ -317,16 +323,18 @@ class Answering:
         """What the model should be planned for: its last signatures, and those of open requests."""
         current = self._catalogue.find(model.name, model.version) is model
         recent = model.signatures if current or not model.version else ()
-        asked = (r.signature for r in self.open.values() if r.model is model)
-        return list(dict.fromkeys((*recent, *asked)))
+        asked = {id(r.signature): r.signature for r in self.open.values() if r.model is model}
+        return list(dict.fromkeys((*recent, *asked.values())))
 
     def next_deadlines(self) -> list[float]:
         times = self._covering.next_deadlines() + self.silence.next_deadlines()
+        times += [request.deadline for request in self.open.values()]
         for request in self.open.values():
-            times += [request.deadline, request.held_until]
+            if request.held_until:
+                times.append(request.held_until)
             if request.merged is not None:
                 times.append(request.merged[0] + limits.TIMING_GRACE_S)
-            if request.waiting and self._members.idle_since is not None:
+            if self._members.idle_since is not None and request.waiting:
                 times.append(self._members.patience_ends(request.submitted))
         return times
 
@@ -336,9 +344,7 @@ class Answering:
         self._attempts += 1
         request.attempt, request.deployment, request.merged = self._attempts, made, None
         own = request.client if self._heads.stands(request.client) else ""
-        resting = self._members.health.resting(now)
-        moved = {**made.spares.moved, **self.fallback.instead(made, resting)}
-        tried = Try(made, now, own, request.client, moved=moved)
+        tried = Try(made, now, own, request.client, moved=self.fallback.from_now(made, now))
         request.tried[request.attempt] = tried
         made.asked += 1
         self._covering.begin(tried, partial(self._seconds, now), now)

@@ -69,10 +69,11 @@ class Model:
     signatures: list[Signature] = field(default_factory=list)
     unprepared: dict[Signature, tuple[str, ...]] = field(default_factory=dict)
 
-    def asked_for(self, signature: Signature) -> None:
-        """Remember it as the latest. Exits do not push out what answers with all outputs."""
+    def asked_for(self, signature: Signature) -> Signature:
+        """Remember it as the latest, and return the one object for it, so that rules need not
+        compare shapes. Exits do not push out what answers with all outputs."""
         if signature in self.signatures:
-            self.signatures.remove(signature)
+            signature = self.signatures.pop(self.signatures.index(signature))
         self.signatures.append(signature)
         self.unprepared = {s: n for s, n in self.unprepared.items() if s in self.signatures}
         whole = [s for s in self.signatures if s.outputs is None]
@@ -81,6 +82,7 @@ class Model:
             *whole[-limits.SHAPES_PER_MODEL :],
             *exits[-limits.EXITS_PER_MODEL :],
         ]
+        return signature
 
     def default_signature(self) -> Signature | None:
         """The signature of the fixed shapes; None while an input is dynamic."""

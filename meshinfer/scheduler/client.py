@@ -40,8 +40,10 @@ from meshinfer.scheduler.events import (
     Ticked,
 )
 from meshinfer.scheduler.installing import Installing
+from meshinfer.scheduler.load import nbytes_of
 from meshinfer.scheduler.on_device import OnDevice
 from meshinfer.scheduler.outbox import Outbox
+from meshinfer.scheduler.refusing import Full, overdue, silence
 from meshinfer.scheduler.telling import COORDINATOR, told
 
 NOBODY = ""
@@ -70,7 +72,8 @@ class _Question:
 
 
 class ClientCore:
-    """``handle`` is the only gate; ``next_deadline`` says when to tick."""
+    """``handle`` is the only gate; ``next_deadline`` says when to tick; ``full``: what need not
+    even be submitted."""
 
     def __init__(self, hello: m.Hello) -> None:
         self.hello = hello
@@ -86,6 +89,7 @@ class ClientCore:
         self._ever_welcome = False
         self._connected: set[str] = set()
         self._on_device = OnDevice()
+        self.full = Full(self._requests)
 
     def _act_as(self, name: str) -> None:
         """Begin with nothing, as the device of this name in plans."""
@@ -103,6 +107,9 @@ class ClientCore:
             case Submitted(request, message, arrays):
                 assert isinstance(message, m.Submit)
                 assert request not in self._requests, f"two requests of the id {request}"
+                refusal = self.full.refusal(nbytes_of(message), now)
+                if refusal is not None:
+                    return [Resolve(request, m.Reply(request=request, failure=refusal), {})]
                 deadline = now + message.deadline_s
                 self._begin_to_wait(now)
                 self._requests[request] = _Request(message, arrays, deadline)
@@ -184,7 +191,9 @@ class ClientCore:
                 if request is None:
                     return []
                 request.reply = message
-                return self._try_resolve(message.request, request)
+                resolved = self._try_resolve(message.request, request)
+                self.full.told(request.header, message.failure, now)
+                return resolved
             case m.Deployed() | m.Devices() | m.Models():
                 if self._questions.pop(message.call, None) is None:
                     return []
@@ -239,6 +248,7 @@ class ClientCore:
         self._connected = set(peers)
         self._welcome = message
         self._ever_welcome = True
+        self.full.over()
         self._beat_due = now
         return [
             *apart,
@@ -340,20 +350,16 @@ class ClientCore:
             effects += self._give_up(name)
         for call in [c for c, q in self._questions.items() if q.deadline <= now]:
             del self._questions[call]
-            effects.append(Settle(call, None, self._silence()))
+            effects.append(Settle(call, None, silence()))
         return effects
 
     def _give_up(self, name: str) -> list[Effect]:
         request = self._requests.pop(name)
         self._forget_feeds(name, request.turn)
         if self._welcome is None:
-            failure = self._silence()
+            failure = silence()
         else:
-            failure = m.Failure(
-                error="DeadlineExceeded",
-                message=f"no answer within {request.header.deadline_s:.3g} s",
-                hint="give a longer deadline_s, or look at meshinfer devices",
-            )
+            failure = overdue(request.header.deadline_s)
         return [
             told(m.Cancel(request=name, turn=request.turn)),
             Resolve(name, m.Reply(request=name, failure=failure), {}),
@@ -375,7 +381,7 @@ class ClientCore:
         return []
 
     def _fail_all(self, why: str, failure: m.Failure | None = None) -> list[Effect]:
-        failure = failure or self._silence(why)
+        failure = failure or silence(why)
         effects: list[Effect] = [
             Resolve(name, m.Reply(request=name, failure=failure), {}) for name in self._requests
         ]
@@ -390,11 +396,3 @@ class ClientCore:
         self._outbox.forget(lambda message: message.request == request)
         if self._acts_as:
             self._computing.let_go(request, turn)
-
-    def _silence(self, why: str = "no coordinator answers") -> m.Failure:
-        return m.Failure(
-            error="ClusterUnavailable",
-            message=why,
-            hint="start one with meshinfer coordinator, or give its address",
-            retry_after_s=5.0,
-        )

@@ -91,10 +91,10 @@ class CoordinatorCore:
                 # look at but the time: every so often is enough.
                 if now < self._ruled + limits.HEARTBEAT_S:
                     return effects
-            case Arrived(_, m.TasksDone() as done) if self._answering.goes_on(done):
+            case Arrived(_, m.TasksDone() | m.Submit() as said) if self._answering.goes_on(said):
                 effects = self._arrived(event, now)  # nor does this, which comes the most otherwise
                 if now < self._ruled + limits.HEARTBEAT_S:
-                    return effects
+                    return effects + self.members.faults.told(effects, self.requests)
             case Arrived():
                 effects = self._arrived(event, now)
             case Ticked():
@@ -264,17 +264,16 @@ class CoordinatorCore:
     def _joined(self, hello: m.Hello, now: float) -> list[Effect]:
         """A device's process is new: how the one before ended is known only now."""
         ids = {"device": hello.device, "incarnation": hello.incarnation}
-        fields: dict[str, object] = {**ids, "engine": hello.facts.engine}
-        effects: list[Effect] = [Note("info", "device joined", fields)]
+        engine = hello.facts.engine
+        effects: list[Effect] = [Note("info", "device joined", {**ids, "engine": engine})]
         behind = self.members.faults.behind(hello.device)
         effects += self._answering.process_ended(hello, now)
         if hello.ended is not None:
-            fields = {**of_end(hello.ended, hello.device), **behind}
-            effects.append(Note("warning", "its last process ended", fields))
+            told = {**of_end(hello.ended, hello.device), **behind}
+            effects.append(Note("warning", "its last process ended", told))
         why = self.members.health.joined(hello, now)
         if why:
-            fields = {**ids, "why": why, **behind}
-            effects.append(Note("warning", "device quarantined", fields))
+            effects.append(Note("warning", "device quarantined", {**ids, "why": why, **behind}))
         return effects
 
     def _stalled(self, peer: str, message: m.Stalled) -> list[Effect]:
@@ -321,7 +320,7 @@ class CoordinatorCore:
     def _device_lost(self, device: Device, why: str, now: float) -> list[Effect]:
         head = self.members.head
         self.members.remove(device, why, now)
-        self._answering.device_lost(device.name, why, now)
+        self._answering.device_lost(device, why, now)
         self._balance.forget(device.name)
         effects: list[Effect] = [
             self.members.faults.note("warning", "device lost", {**device.ids, "why": why})

@@ -317,7 +317,7 @@ class Deploying:
         wanted = [
             r
             for r in self._answering.open.values()
-            if r.alone and r.waiting and now >= r.held_until and r.id not in known
+            if r.crashes and r.alone and r.waiting and now >= r.held_until and r.id not in known
         ]
         room = max(0, limits.PLANS_AT_ONCE - len(known))
         return [self._plan(r.model, r.signature, now, alone=r) for r in wanted[:room]]

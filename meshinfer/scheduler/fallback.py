@@ -15,6 +15,7 @@ from meshinfer.scheduler.catalogue import Catalogue, Deployment, Phase
 from meshinfer.scheduler.events import Effect, Note, Plane, Send
 from meshinfer.scheduler.heads import install_spares
 from meshinfer.scheduler.membership import Membership
+from meshinfer.scheduler.poison import suspect_of
 from meshinfer.scheduler.request import Question, Request, Try
 
 
@@ -153,12 +154,19 @@ class Fallback:
         found = {p.place: _first(p, made.spares.ready, silent) for p in own}
         return {place: taker for place, taker in found.items() if taker}
 
+    def from_now(self, made: Deployment, now: float) -> dict[m.Place, str]:
+        """Who runs tasks instead of their own devices in an attempt that begins now."""
+        return {**made.spares.moved, **self.instead(made, self._members.health.resting(now))}
+
     def go_on_without_away(self, now: float) -> list[Effect]:
         """What silent and stuck devices owe, where it is awaited, goes to those that have prepared
-        it."""
+        it; not a request that may be the reason why one is."""
         effects: list[Effect] = []
+        away = (self._members.devices.get(name) for name in self._members.health.away)
+        doubted = (suspect_of(self._open, d) for d in away if d is not None and not d.hangs(now))
+        suspects = {request.id for request in doubted if request is not None}
         for request in self._open.values():
-            if not request.runs:
+            if not request.runs or request.id in suspects:
                 continue
             tried = request.tried[request.attempt]
             known = tried.tasks.keys() | tried.untold

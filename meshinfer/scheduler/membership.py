@@ -69,6 +69,18 @@ class Device:
         """Whether nothing but its welcome depends on it yet: no programs, no inputs of clients."""
         return not self.used and not self.hello.facts.head
 
+    def hangs(self, now: float) -> bool:
+        """Whether it answers, and has computed one task for so long that no request explains it."""
+        answers = now - self.heard < limits.DEAD_AFTER_S
+        return answers and bool(self.computing) and self.computes_s(now) > limits.HUNG_S
+
+    def is_at(self, request: str) -> bool:
+        """Whether it computed a task of a request when it was last heard."""
+        return self.computing.partition(" ")[0] == request
+
+    def computes_s(self, now: float) -> float:
+        return self.computing_s + now - self.heard
+
     def unheard(self, now: float) -> str:
         return f"no heartbeat for {now - self.heard:.1f} s"
 
@@ -318,7 +330,7 @@ class Membership:
             links=tuple(d.links.values()),
             heard_s=now - d.heard,
             computing=d.computing,
-            computing_s=d.computing_s + now - d.heard if d.computing else 0.0,
+            computing_s=d.computes_s(now) if d.computing else 0.0,
             tasks_done=d.tasks_done,
             stale_tasks=d.wasted + d.stale,
             where=d.where,

@@ -1,7 +1,8 @@
 """Requests that end the processes that compute them: who is to blame, and bodies that are refused.
 
 A process counts only if it died, by no other's doing, while it computed that request's task. After
-two such processes the request runs alone on one device, and only a death there is proof.
+one such process the request runs alone on one device, so that it ends no more than one at a time,
+and only a third death is proof.
 """
 
 from __future__ import annotations
@@ -12,7 +13,19 @@ from collections.abc import Mapping
 from meshinfer import limits
 from meshinfer.protocol import messages as m
 from meshinfer.scheduler.admission import body_of
+from meshinfer.scheduler.membership import Device
 from meshinfer.scheduler.request import Request
+
+
+def suspect_of(open_: Mapping[str, Request], device: Device) -> Request | None:
+    """The request whose task a device computed when it was last heard, if for several times as long
+    as any of that plan takes: a kernel that takes all the memory needs its time to do so."""
+    request = open_.get(device.computing.partition(" ")[0])
+    if request is None or request.deployment is None:
+        return None
+    longest_s = max(request.deployment.expected.values(), default=0.0)
+    late = device.computing_s > max(limits.SUSPECT_S, limits.LATE_TIMES * longest_s)
+    return request if late else None
 
 
 class Poison:
@@ -29,11 +42,12 @@ class Poison:
         until, causes = self._bodies.get(body_of(message), (0.0, ""))
         return None if now >= until else _lost(causes, until - now)
 
-    def lost(self, open_: Mapping[str, Request], name: str, why: str, now: float) -> None:
+    def lost(self, open_: Mapping[str, Request], device: Device, why: str, now: float) -> None:
         """A device is gone, maybe by a request's doing; its next process will say.
 
-        Who may have ended so many waits for that, before it ends another.
+        Who may have ended so many waits for that, before it ends another; who is suspect, at once.
         """
+        name, suspect = device.name, suspect_of(open_, device)
         for request in open_.values():
             made = request.deployment
             if (
@@ -44,11 +58,14 @@ class Poison:
             ):
                 continue
             request.lost.setdefault(name, why)
-            request.hurt_at, request.losses = now, request.losses + 1
+            request.hurt_at = now
+            if suspect not in (None, request):
+                continue
+            request.losses += 1
             request.unheard.add(name)
             # A plan of one task leaves little doubt; of several, some devices die by chance.
             most = limits.CRASHES_PER_REQUEST - (made.tasks == 1)
-            if made.alone or request.losses >= most:
+            if made.alone or request.losses >= most or request is suspect:
                 request.held_until, request.deployment = now + limits.EVIDENCE_S, None
 
     def heard(

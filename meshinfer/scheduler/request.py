@@ -123,7 +123,7 @@ class Request:
     @property
     def alone(self) -> bool:
         """Whether it may run only on one device, and no other request under its plan."""
-        return len(self.crashes) >= limits.CRASHES_PER_REQUEST - 1 and self.together is None
+        return len(self.crashes) >= limits.CRASHES_TOGETHER and self.together is None
 
     @property
     def causes(self) -> str:

@@ -8,7 +8,7 @@ wrong, tasks are computed twice, and the first result wins.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 
 from meshinfer import limits
 from meshinfer.protocol import messages as m
@@ -35,49 +35,50 @@ class Silence:
             usual.note(tried.deployment.kind, now - tried.since)
 
     def doubt(self, now: float) -> list[Effect]:
-        """Ask those that owe late requests, and go on without those that did not answer."""
-        effects: list[Effect] = []
+        """Ask those that owe late requests, and go on without those that are away."""
+        late = [r for r in self._running() if now >= self._due(r.tried[r.attempt])]
+        effects = [*self._silent(now), *self._stuck(late, now)]
+        if effects or late:  # there may be spare devices meanwhile, or less doubt
+            effects += self._fallback.go_on_without_away(now)
+        for request in late:
+            request.tried[request.attempt].doubted = now
+            effects += self._ask(request.tried[request.attempt], now)
+        return effects
+
+    def _silent(self, now: float) -> list[Effect]:
+        """Devices that have not answered, or sent no heartbeat for so long."""
         health = self._members.health
         overdue = [d.name for d in self._members.overdue(now) if d.name not in health.silent]
         for name in overdue:  # but borne with: the others are lost by now
             health.falls_silent(name, now)
-        for name in overdue + health.unanswered(now, len(self._members.devices)):
-            ids = self._members.devices[name].ids
-            effects.append(self._members.faults.note("warning", "a device says nothing", ids))
-        effects += self._stuck(now)
-        if effects:
-            effects += self._fallback.go_on_without_away(now)
-        late = [tried for tried in self._running() if now >= self._due(tried)]
-        for tried in late:
-            tried.doubted = now
-            for name in sorted(self._owe(tried)):
-                device = self._members.devices.get(name)
-                if device is not None and health.ask(name, now):
-                    beat = m.Alive(beat_in_s=limits.BEAT_NOW_S)
-                    effects.append(Send(Plane.CONTROL, device.peer, beat))
-        if late and not effects:  # silent ones may have got spare devices meanwhile
-            effects = self._fallback.go_on_without_away(now)
-        return effects
+        names = overdue + health.unanswered(now, len(self._members.devices))
+        ids = (self._members.devices[name].ids for name in names)
+        return [self._members.faults.note("warning", "a device says nothing", i) for i in ids]
 
-    def _stuck(self, now: float) -> list[Effect]:
+    def _stuck(self, late: Iterable[Request], now: float) -> list[Effect]:
         """Devices that answer, but compute one task for longer than whole requests take."""
         effects: list[Effect] = []
         health, devices = self._members.health, self._members.devices
-        for request in self._open.values():
-            made = request.deployment
-            after = None if made is None else self._late.late_after_s(made.kind)
-            if made is None or after is None:
-                continue
+        for request in late:
+            made = request.tried[request.attempt].deployment
+            after = max(self._late.late_after_s(made.kind) or 0.0, limits.STUCK_S)
             for name in sorted(made.members):
                 device = devices.get(name)
-                if device is None or name in health.away or request.id not in device.computing:
+                if device is None or name in health.away or not device.is_at(request.id):
                     continue
-                computes_s = device.computing_s + now - device.heard
-                if computes_s > after and health.sticks(name, device.computing, len(devices)):
-                    fields = {**device.ids, "computing": device.computing, "seconds": computes_s}
+                seconds = device.computes_s(now)
+                if seconds > after and health.sticks(name, device.computing, len(devices)):
+                    fields = {**device.ids, "computing": device.computing, "seconds": seconds}
                     note = self._members.faults.note
                     effects.append(note("warning", "a device is stuck in a task", fields))
         return effects
+
+    def _ask(self, tried: Try, now: float) -> list[Effect]:
+        """For a sign of life, of those that owe an attempt."""
+        devices = (self._members.devices.get(name) for name in sorted(self._owe(tried)))
+        asked = [d for d in devices if d is not None and self._members.health.ask(d.name, now)]
+        beat = m.Alive(beat_in_s=limits.BEAT_NOW_S)
+        return [Send(Plane.CONTROL, device.peer, beat) for device in asked]
 
     def bears(self, device: Device, now: float) -> bool:
         """Whether a device without a heartbeat stays a member: others do its work meanwhile."""
@@ -85,7 +86,7 @@ class Silence:
         return soon and self._fallback.stands_in(device.name)
 
     def next_deadlines(self) -> list[float]:
-        times = [self._due(tried) for tried in self._running()]
+        times = [self._due(r.tried[r.attempt]) for r in self._running()]
         return [*times, *self._members.health.answers_due()]
 
     def tells_no_more(self, tried: Try) -> bool:
@@ -111,5 +112,5 @@ class Silence:
             found |= set() if place in told else set(names)
         return found
 
-    def _running(self) -> list[Try]:
-        return [r.tried[r.attempt] for r in self._open.values() if r.runs]
+    def _running(self) -> list[Request]:
+        return [r for r in self._open.values() if r.runs]

@@ -1,0 +1,61 @@
+"""Why a client fails a request by itself: nobody answers, its time is over, or as much was refused.
+
+What a full queue will refuse once more is neither copied nor sent: the one who lacks time would
+have to read it. How long, only the coordinator says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sized
+
+from msgspec import structs
+
+from meshinfer.protocol import messages as m
+from meshinfer.scheduler.load import nbytes_of
+
+
+class Full:
+    """What the coordinator said last of its queue: as many requests of this client as were open
+    then are all that it takes for a while. ``open_`` is a view of those that are. The rest is one
+    value, replaced and never changed, so that any thread may ask."""
+
+    def __init__(self, open_: Sized) -> None:
+        self._open = open_
+        self._last: tuple[float, int, int, m.Failure] | None = None
+
+    def told(self, header: m.Submit, failure: m.Failure | None, now: float) -> None:
+        """Of a request whose reply is here, and which is no longer open."""
+        if failure is not None and failure.error == "QueueFull" and failure.retry_after_s:
+            until = now + failure.retry_after_s
+            self._last = (until, len(self._open), nbytes_of(header), failure)
+
+    def over(self) -> None:
+        """It is another coordinator, maybe, whose queue is empty."""
+        self._last = None
+
+    def refusal(self, nbytes: int, now: float) -> m.Failure | None:
+        """Why a request with so many bytes of inputs would be refused now; None if it may not be.
+        Smaller ones than the one that was are tried."""
+        if self._last is None:
+            return None
+        until, most, least, failure = self._last
+        if now >= until or len(self._open) < most or nbytes < least:
+            return None
+        return structs.replace(failure, retry_after_s=until - now)
+
+
+def silence(why: str = "no coordinator answers") -> m.Failure:
+    return m.Failure(
+        error="ClusterUnavailable",
+        message=why,
+        hint="start one with meshinfer coordinator, or give its address",
+        retry_after_s=5.0,
+    )
+
+
+def overdue(deadline_s: float) -> m.Failure:
+    return m.Failure(
+        error="DeadlineExceeded",
+        message=f"no answer within {deadline_s:.3g} s",
+        hint="give a longer deadline_s, or look at meshinfer devices",
+    )
