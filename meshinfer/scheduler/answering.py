@@ -314,11 +314,6 @@ class Answering:
         runs = newest or self._catalogue.running(made.model, made.signature, now) is made
         return not (wanted and runs) or self._is_leaving(made, now)
 
-    def wanted_models(self) -> list[Model]:
-        """All versions that are kept, and older ones while requests for them are open."""
-        older = (r.model for r in self.open.values())
-        return list({m.key: m for m in (*self._catalogue.all_models(), *older)}.values())
-
     def wanted_signatures(self, model: Model) -> list[Signature]:
         """What the model should be planned for: its last signatures, and those of open requests."""
         current = self._catalogue.find(model.name, model.version) is model
