@@ -39,7 +39,7 @@ def draw_kinds(rng: Random) -> tuple[str, ...]:
 
 
 class Faults:
-    """Strikes by its own stream. ``deploy`` and ``crash_client`` are the users'."""
+    """Strikes by a stream of its own. ``deploy`` and ``crash_client`` are the users'."""
 
     def __init__(
         self,
@@ -47,9 +47,10 @@ class Faults:
         deploy: Callable[[], object],
         crash_client: Callable[[str], None],
         spare: tuple[str, ...],
+        stream: str = "faults",
     ) -> None:
         self._world = world
-        self._rng = world.streams["faults"]
+        self._rng = world.streams[stream]
         self._deploy, self._crash_client = deploy, crash_client
         self._spare = list(spare)
 

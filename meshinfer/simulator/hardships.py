@@ -2,8 +2,8 @@
 own stream, so that what other faults a seed has does not change.
 
 Requests that fail their kernels, that end their workers, a disk that is full, partitions that
-outlast a connection, tasks that hang on a device which is well otherwise, and clients on a device's
-host, which may compute requests themselves.
+outlast a connection, tasks that hang on a device which is well otherwise, a device that is lost or
+silent while another is, and clients on a device's host, which may compute requests themselves.
 """
 
 from __future__ import annotations
@@ -13,32 +13,37 @@ from meshinfer.simulator.faults import Faults
 from meshinfer.simulator.simulation import HEAD, Mishap, Simulation
 from meshinfer.simulator.users import Users
 
-KINDS = ("kernel error", "bad input", "poison", "disk full", "long partition", "hang")
+KINDS = (
+    "kernel error", "bad input", "poison", "disk full", "long partition", "hang", "two at once",
+)  # fmt: skip
 CHANCE = 0.12
 _BESIDE_CHANCE = 0.2
+_BESIDE_A_FREEZE = ("freeze", "crash", "power", "partition", "cut")
 _LONG = ("partition", "partition", "one way", "partition of workers", "client away")
 
 
 class Hardships:
     """What a seed has of them. ``hosts``: workers on whose machines clients may be."""
 
-    def __init__(
-        self, world: Simulation, users: Users, faults: Faults, hosts: list[str], *, calm: bool
-    ) -> None:
-        self._world, self._users, self._faults = world, users, faults
+    def __init__(self, world: Simulation, users: Users, hosts: list[str], *, calm: bool) -> None:
+        self._world, self._users = world, users
+        own = "hardships strike"
+        self._faults = Faults(world, users.deploy, users.crash, (), own)
         self._hosts = hosts
         rng = self._rng = world.streams["hardships"]
         draws = [(kind, rng.random()) for kind in KINDS]
         self.kinds = () if calm else tuple(kind for kind, draw in draws if draw < CHANCE)
-        self._beside = rng.random() < _BESIDE_CHANCE
-        if self._beside and rng.random() < 0.7:
-            world.styles = ("one", rng.choice(world.styles))
+        beside = self._where = world.streams["beside devices"]
+        self._beside = beside.random() < _BESIDE_CHANCE
+        if self._beside and beside.random() < 0.7:
+            world.styles = ("one", beside.choice(world.styles))
 
     def host(self) -> str:
         """Of the next client: a device's machine, or none."""
-        if not self._beside or self._rng.random() < 0.3:
+        rng = self._where
+        if not self._beside or rng.random() < 0.3:
             return ""
-        return self._hosts[-1] if self._rng.random() < 0.7 else self._rng.choice(self._hosts)
+        return self._hosts[-1] if rng.random() < 0.7 else rng.choice(self._hosts)
 
     def begin(self, length_s: float) -> None:
         """Trouble lasts so long."""
@@ -62,6 +67,11 @@ class Hardships:
                 case "hang":
                     name, seconds = rng.choice(self._hosts), rng.choice([1.0, 5.0, 12.0])
                     world.at(since, lambda n=name, s=seconds: self._hang(n, s))  # type: ignore[misc]
+
+                case "two at once":
+                    for what in ("freeze", rng.choice(_BESIDE_A_FREEZE)):
+                        at, seconds = since + rng.random() * 0.3, rng.uniform(1.0, 5.0)
+                        world.at(at, lambda w=what, s=seconds: self._faults.strike(w, s))  # type: ignore[misc]
 
     def _fill_disk(self, seconds: float) -> None:
         world = self._world

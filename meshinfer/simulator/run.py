@@ -86,7 +86,7 @@ class Scenario:
         self.users = Users(world, rng.randrange(2), calm=self.calm)
         self.faults = Faults(world, self.users.deploy, self.users.crash, ("pi-8", "pi-9"))
         hosts = list(self._workers)
-        self.hardships = Hardships(world, self.users, self.faults, hosts, calm=self.calm)
+        self.hardships = Hardships(world, self.users, hosts, calm=self.calm)
 
     def run(self) -> Result:
         self._set_up()

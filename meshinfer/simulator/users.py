@@ -53,7 +53,8 @@ class Users:
     def submit(self, *, patient: bool = False, kind: str = "") -> Asked | None:
         """A request of a random input; now and then somebody is in a hurry, or gives it up.
         ``kind``: a ``bad input`` or ``poison``."""
-        world, rng = self._world, self._rng
+        world = self._world
+        rng = world.streams["hard users"] if kind else self._rng
         clients = world.clients()
         if not clients:
             return None
