@@ -70,7 +70,8 @@ class Hardships:
 
                 case "two at once":
                     for what in ("freeze", rng.choice(_BESIDE_A_FREEZE)):
-                        at, seconds = since + rng.random() * 0.3, rng.uniform(1.0, 5.0)
+                        at = max(world.now, since - rng.random() * 0.3)
+                        seconds = rng.uniform(1.0, 5.0)
                         world.at(at, lambda w=what, s=seconds: self._faults.strike(w, s))  # type: ignore[misc]
 
     def _fill_disk(self, seconds: float) -> None:
