@@ -46,3 +46,23 @@ def test_a_request_for_a_version_that_is_kept_no_more_is_planned_anew() -> None:
     cluster.join("pi-1")
     cluster.check(asked, image(1))
     cluster.check_idle()
+
+
+def test_what_the_head_was_fed_before_a_client_stood_in_for_it_is_released() -> None:
+    """Seed 351: the device on its host joins later than the client, and then it says hello again
+    before its request has begun."""
+    cluster = Cluster(("pi-1",))
+    cluster.connect("bob", where="pi-2 h")
+    cluster.deployed()
+    cluster.kill("pi-1")
+    cluster.pass_time(0.1)
+    asked = cluster.submit(image(1), client="bob")
+    head = cluster.nodes["head"].core
+    cluster.settle(lambda: asked in head._computing._requests)  # type: ignore[union-attr]
+    cluster.join("pi-2")
+    cluster.settle(lambda: cluster.joined(cluster.nodes["pi-2"]))
+    cluster.cut("bob")
+    cluster.check(asked, image(1), client="bob")
+    cluster.pass_time(1.0)
+    assert asked not in head._computing._requests  # type: ignore[union-attr]
+    cluster.check_idle()
