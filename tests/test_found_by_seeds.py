@@ -50,7 +50,7 @@ def test_a_request_for_a_version_that_is_kept_no_more_is_planned_anew() -> None:
 
 def test_what_the_head_was_fed_before_a_client_stood_in_for_it_is_released() -> None:
     """Seed 351: the device on its host joins later than the client, and then it says hello again
-    before its request has begun."""
+    before its request has begun: an orphan for 10 minutes."""
     cluster = Cluster(("pi-1",))
     cluster.connect("bob", where="pi-2 h")
     cluster.deployed()

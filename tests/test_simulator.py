@@ -107,7 +107,11 @@ def test_a_kernel_that_is_given_another_requests_input_answers_garbage() -> None
     assert kernels.wrong and all((array == -1.0).all() for array in outputs)
 
 
-@pytest.mark.parametrize("mutant", ["Release forgotten", "lost device kept", "answered twice"])
+@pytest.mark.parametrize(
+    "mutant",
+    ["Release forgotten", "lost device kept", "answered twice", "silent for ever",
+     "poison never proven", "unwritten ids kept"],
+)  # fmt: skip
 def test_planted_bugs_are_found(mutant: str) -> None:
     """Those that few seeds find; ``scripts/simulate --mutants`` looks for all of them."""
     with planted(mutant):
