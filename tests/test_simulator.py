@@ -107,7 +107,11 @@ def test_a_kernel_that_is_given_another_requests_input_answers_garbage() -> None
     assert kernels.wrong and all((array == -1.0).all() for array in outputs)
 
 
-@pytest.mark.parametrize("mutant", ["Release forgotten", "lost device kept", "answered twice"])
+@pytest.mark.parametrize(
+    "mutant",
+    ["Release forgotten", "lost device kept", "answered twice", "silent for ever",
+     "poison never proven", "unwritten ids kept"],
+)  # fmt: skip
 def test_planted_bugs_are_found(mutant: str) -> None:
     """Those that few seeds find; ``scripts/simulate --mutants`` looks for all of them."""
     with planted(mutant):
@@ -136,3 +140,19 @@ def test_damaged_payloads_are_dropped_by_the_real_codec_and_sent_again() -> None
         damaged += scenario.world.damaged
         resent += scenario.world.resent
     assert damaged > 0 and resent > 0
+
+
+def test_every_hardship_strikes_some_seed_and_is_borne() -> None:
+    """A checker that never sees its fault checks nothing."""
+    here = told = ended = failed = refused = silent = 0
+    for seed in (2, 3, 7, 19, 24, 29):
+        scenario = Scenario(seed, Symbolic(), story=False)
+        scenario.run()
+        world = scenario.world
+        here, told = here + world.granted.ran.total(), told + world.granted.counted.total()
+        ended += sum(tries.total() for tries in world.deaths.values())
+        failed += world.kernel_failures.total()
+        refused += len(world.disk_refused)
+        notes = (note.text for node in world.nodes.values() for note in node.notes)
+        silent += sum(text == "a device says nothing" for text in notes)
+    assert here >= told > 0 and ended > 0 and failed > 0 and refused > 0 and silent > 0

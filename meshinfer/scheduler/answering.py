@@ -382,7 +382,8 @@ class Answering:
     ) -> list[Effect]:
         """To those that took part, and to the head, which may hold the inputs."""
         release = m.Release(request=request, attempt=self._attempts, client=client, turn=turn)
-        head = None if self._heads.stands(client) else self._members.head
+        fed = turn > 1 or not self._heads.stands(client)  # maybe in the turn before it stood
+        head = self._members.head if fed else None
         at = {*names, *(() if head is None else (head.name,))}
         devices = self._members.devices
         return [_to(devices[name].peer, release) for name in sorted(at) if name in devices]

@@ -298,8 +298,10 @@ class Catalogue:
             return versions[-1] if versions else None
         return next((v for v in versions if v.version == version), None)
 
-    def all_models(self) -> list[Model]:
-        return [*self.opening.values(), *(v for vs in self.models.values() for v in vs)]
+    def all_models(self, *asked: Model) -> list[Model]:
+        """Those on their way, all versions that are kept, and older ones that are ``asked`` yet."""
+        kept = (v for versions in self.models.values() for v in versions)
+        return list({each.key: each for each in (*self.opening.values(), *kept, *asked)}.values())
 
     def new_deployment(
         self,

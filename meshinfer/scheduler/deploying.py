@@ -287,7 +287,8 @@ class Deploying:
         ]
         room = limits.PLANS_AT_ONCE - planning.count(1.0)
         effects: list[Effect] = []
-        for model in self._catalogue.all_models() if room > 0 else ():
+        asked = [request.model for request in self._answering.open.values()]
+        for model in self._catalogue.all_models(*asked) if room > 0 else ():
             for signature in self._answering.wanted_signatures(model):
                 if self._remembered.awaits(model, signature, now):
                     event = self._remembered.take_up(self._catalogue, model, signature, now)

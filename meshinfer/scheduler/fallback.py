@@ -60,7 +60,7 @@ class Fallback:
         """A spare device has prepared what it may take over, or cannot: then it just does not."""
         made, failure = self._catalogue.deployments.get(message.deployment), message.failure
         if made is None or name not in made.spares.told & made.spares.peers.keys():
-            return []
+            return []  # it may have left since it was told
         fields = {"model": made.model.name, "deployment": made.number, "device": name}
         if failure is not None:
             self.leaves(made, name)

@@ -10,7 +10,7 @@ from meshinfer.protocol.codec import Array
 from meshinfer.scheduler import events as e
 from meshinfer.scheduler.client import LATE_S, ClientCore
 from meshinfer.scheduler.worker import WorkerCore
-from meshinfer.simulator.simulation import Asked, Simulation
+from meshinfer.simulator.simulation import BAD_INPUT, POISON, Asked, Simulation
 
 RECOVERY_S = 20.0
 """How long after a fault something may still be late because of it (a blob is asked for again
@@ -25,7 +25,7 @@ CANCEL_S = 0.5
 
 AWAY = {
     "crash", "power", "partition", "partition of workers", "one way", "client away", "freeze",
-    "freeze coordinator", "stop", "restart coordinator",
+    "freeze coordinator", "stop", "restart coordinator", "poison",
 }  # fmt: skip
 """Faults that can leave no worker, or no coordinator, for so long that it is said."""
 
@@ -96,13 +96,60 @@ def errors_explained(world: Simulation, calm: bool) -> None:
         match reply.failure.error:
             case "DeadlineExceeded":
                 explained = bool(causes) or asked.deadline_s <= HURRY_S
+            case "ClusterUnavailable" if "its journal" in reply.failure.message:
+                explained = "disk full" in causes
             case "ClusterUnavailable":
                 explained = bool(causes & AWAY)
+            case "InvalidInput":
+                failed = world.kernel_failures[asked.request]
+                explained = failed >= limits.KERNEL_FAILURES_PER_REQUEST
+            case "WorkerLost":
+                explained = asked.seed == POISON and _proven(world)
             case _:
                 explained = False
         if calm or not explained:
             why = f"{asked.request} ends by {reply.failure}, faults were {sorted(causes)}"
             raise Broken(why, asked.request)
+
+
+def _proven(world: Simulation) -> bool:
+    """Whether any request has ended as many processes as it takes to blame it."""
+    ended = (each.total() for each in world.deaths.values())
+    return max(ended, default=0) >= limits.CRASHES_PER_REQUEST
+
+
+def contained(world: Simulation, calm: bool) -> None:
+    """What ends workers is tried a few times, then alone (RELIABILITY), and never answered; nor is
+    what fails all kernels. All that have a part in a try may end; three may before any is heard."""
+    most = limits.CRASHES_PER_REQUEST
+    for (request, _), deaths in world.deaths.items():
+        tries = [count for _, count in sorted(deaths.items())]
+        if len(tries) > most + 1 or any(n > 1 for n in tries[most:]):
+            raise Broken(f"{request} has ended workers in each try: {tries}", request)
+    for asked, _, reply, _ in _replies(world):
+        if asked.seed in (BAD_INPUT, POISON) and reply.failure is None:
+            raise Broken(f"{asked.request} is answered", asked.request)
+
+
+def written(world: Simulation, calm: bool) -> None:
+    """What was answered is on disk; where it cannot be, the log says so."""
+    if world.unwritten:
+        raise Broken("was answered, and is not on disk", world.unwritten[0])
+    core = world.coordinator
+    loud = any(note.level == "error" and "journal" in note.text for note in core.notes)
+    if core.id in world.disk_refused and not loud:
+        raise Broken("the journal is not written, and the log does not say so")
+
+
+def counted_once(world: Simulation, calm: bool) -> None:
+    """What clients compute themselves counts once, and needs nobody else."""
+    for process, count in world.granted.counted.items():
+        if count > world.granted.ran[process]:
+            raise Broken(f"{process} counts {count} of {world.granted.ran[process]} requests")
+    for asked in world.asked:
+        others = any(a.request == asked.request and not a.here for a in world.asked)
+        if asked.here and not others and asked.request in world.computed:
+            raise Broken("is computed here and there", asked.request)
 
 
 def deadlines(world: Simulation, calm: bool) -> None:
@@ -225,18 +272,21 @@ def _only_orphans(core: WorkerCore, world: Simulation) -> bool:
 
 
 def healthy(world: Simulation) -> bool:
-    """Whether everybody who is there has joined, and every device may get work."""
+    """Whether everybody who is there has joined, every device may get work, and none counts as
+    silent; and the journal is written (a full disk is looked at again after a while)."""
     now = world.coordinator.last
     states = [d.state(now) for d in world.core.members.devices.values()]
     workers = world.workers()
     here = {n.id for n in workers} == {d.peer for d in world.core.members.devices.values()}
+    if world.core.members.health.silent or world.core._journal.broken is not None:
+        return False
     return here and set(states) == {"ready"} and all(world.joined(n) for n in world.living())
 
 
 ALWAYS: tuple[Checker, ...] = (bounded,)
 AT_THE_END: tuple[Checker, ...] = (
     one_outcome, no_mixing, right_or_typed, errors_explained, deadlines, few_attempts,
-    calm_never_resends, cancelled_stop,
+    calm_never_resends, cancelled_stop, contained, written, counted_once,
 )  # fmt: skip
 
 

@@ -39,7 +39,7 @@ def draw_kinds(rng: Random) -> tuple[str, ...]:
 
 
 class Faults:
-    """Strikes by its own stream. ``deploy`` and ``crash_client`` are the users'."""
+    """Strikes by a stream of its own. ``deploy`` and ``crash_client`` are the users'."""
 
     def __init__(
         self,
@@ -47,16 +47,17 @@ class Faults:
         deploy: Callable[[], object],
         crash_client: Callable[[str], None],
         spare: tuple[str, ...],
+        stream: str = "faults",
     ) -> None:
         self._world = world
-        self._rng = world.streams["faults"]
+        self._rng = world.streams[stream]
         self._deploy, self._crash_client = deploy, crash_client
         self._spare = list(spare)
 
-    def strike(self, kind: str) -> None:
-        """One fault; nothing where there is no victim."""
+    def strike(self, kind: str, seconds: float | None = None) -> None:
+        """One fault, of so many seconds if it lasts; nothing where there is no victim."""
         world, rng = self._world, self._rng
-        seconds = self._seconds()
+        seconds = self._seconds() if seconds is None else seconds
         workers = [n for n in world.workers() if n.name != HEAD]
         clients = world.clients()
         worker = rng.choice(workers) if workers else None

@@ -18,11 +18,16 @@ from meshinfer.scheduler.answering import Answering
 from meshinfer.scheduler.client import ClientCore
 from meshinfer.scheduler.computing import Computing
 from meshinfer.scheduler.deploying import Deploying
+from meshinfer.scheduler.fallback import Fallback
+from meshinfer.scheduler.health import Health
 from meshinfer.scheduler.held import Held
 from meshinfer.scheduler.installing import Installing
+from meshinfer.scheduler.journal import Journal
 from meshinfer.scheduler.membership import Membership
+from meshinfer.scheduler.on_device import OnDevice
 from meshinfer.scheduler.outbox import Outbox
-from meshinfer.scheduler.request import Answered
+from meshinfer.scheduler.poison import Poison
+from meshinfer.scheduler.request import Answered, Try
 
 _Method = Callable[..., Any]
 
@@ -192,6 +197,72 @@ def _lost_device_kept(out_of_service: _Method) -> _Method:
     return lambda self, name, now: []
 
 
+def _silently_moved(lacks: _Method) -> _Method:
+    """What a silent device owes goes to another on paper, and nobody is told."""
+
+    def mutant(self: Fallback, peer: str, message: m.Lacks) -> Any:
+        effects = lacks(self, peer, message)
+        silent = self._members.health.silent
+        return [x for x in effects if not silent or not isinstance(x, e.Send)]
+
+    return mutant
+
+
+def _silent_for_ever(heard: _Method) -> _Method:
+    """A device that was silent once gets no work any more, whatever it says."""
+
+    def mutant(self: Health, device: str, now: float) -> None:
+        silent = device in self.silent
+        heard(self, device, now)
+        if silent:
+            self.silent.add(device)
+
+    return mutant
+
+
+def _first_spare_told(on_wire: _Method) -> _Method:
+    """Where the second spare device takes a task, all are told the number of the first."""
+
+    def mutant(self: Try) -> Any:
+        moved = dict(self.moved)
+        programs = {p.place: p for each in self.deployment.programs.values() for p in each}
+        try:
+            for place, name in moved.items():
+                spares = programs[place].spares
+                self.moved[place] = spares[0] if name in spares else name
+            return on_wire(self)
+        finally:
+            self.moved.update(moved)
+
+    return mutant
+
+
+def _never_proven(blame: _Method) -> _Method:
+    """A request that ends workers is never blamed for it."""
+    return lambda self, *rest: None
+
+
+def _kept_unwritten(failed: _Method) -> _Method:
+    """Ids that could not be written count as accepted."""
+
+    def mutant(self: Journal, event: e.RecordFailed, now: float) -> Any:
+        known = dict(self._known)
+        effects, _ = failed(self, event, now)
+        self._known.update(known)
+        return effects, []
+
+    return mutant
+
+
+def _revoke_ignored(told: _Method) -> _Method:
+    """A client computes by what was taken back."""
+
+    def mutant(self: OnDevice, message: Any, *rest: Any) -> Any:
+        return [] if isinstance(message, m.Revoke) else told(self, message, *rest)
+
+    return mutant
+
+
 MUTANTS: Mapping[str, tuple[type, str, Callable[[_Method], _Method]]] = {
     "no dedup of Deliver": (Computing, "_place", _no_dedup),
     "ack before handled": (Computing, "feed", _ack_before_handled),
@@ -210,6 +281,12 @@ MUTANTS: Mapping[str, tuple[type, str, Callable[[_Method], _Method]]] = {
     "request not asked again": (ClientCore, "_rejoin", _not_asked_again),
     "answer of a dead client": (Answered, "reaches", _answer_of_the_dead),
     "lost device kept": (Deploying, "out_of_service", _lost_device_kept),
+    "silent device's tasks untold": (Fallback, "lacks", _silently_moved),
+    "silent for ever": (Health, "heard", _silent_for_ever),
+    "first spare told for the second": (Try, "on_wire", _first_spare_told),
+    "poison never proven": (Poison, "_blame", _never_proven),
+    "unwritten ids kept": (Journal, "failed", _kept_unwritten),
+    "Revoke ignored": (OnDevice, "told", _revoke_ignored),
 }
 """Name -> class, method, and what makes the mutant of it."""
 

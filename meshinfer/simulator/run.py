@@ -10,6 +10,7 @@ from meshinfer.protocol import messages as m
 from meshinfer.simulator import checkers
 from meshinfer.simulator.checkers import Broken
 from meshinfer.simulator.faults import NOISES, Faults, draw_kinds, draw_noise
+from meshinfer.simulator.hardships import Hardships
 from meshinfer.simulator.kernels import Kernels
 from meshinfer.simulator.models import STYLES
 from meshinfer.simulator.network import Noise
@@ -84,6 +85,8 @@ class Scenario:
         self._workers = [f"pi-{i + 1}" for i in range(rng.randint(1, 4))]
         self.users = Users(world, rng.randrange(2), calm=self.calm)
         self.faults = Faults(world, self.users.deploy, self.users.crash, ("pi-8", "pi-9"))
+        hosts = list(self._workers)
+        self.hardships = Hardships(world, self.users, hosts, calm=self.calm)
 
     def run(self) -> Result:
         self._set_up()
@@ -109,7 +112,7 @@ class Scenario:
         for name in self._workers:
             world.join(name)
         for name in ("ann", "bob")[: rng.randint(1, 2)]:
-            self.users.connect(name, beside=rng.random() < 0.4)
+            self.users.connect(name, beside=rng.random() < 0.4, host=self.hardships.host())
         self._until(lambda: all(world.joined(n) for n in world.living()), 10.0, "joining")
         call = self.users.deploy()
         self._until(lambda: any(call in n.settled for n in world.clients()), 10.0, "deploying")
@@ -128,6 +131,7 @@ class Scenario:
                 world.at(world.now + rng.random() * length_s, partial(self.faults.strike, kind))
         if self.calm and rng.random() < 0.5:
             world.at(world.now + rng.random() * length_s, self.users.deploy)
+        self.hardships.begin(length_s)
         self._pass(length_s)
         for what in NOISES:
             if getattr(self._noise, what):
@@ -138,6 +142,7 @@ class Scenario:
         world = self.world
         world.heal()
         world.slow.clear()
+        self.hardships.end()
         begun = world.now
         self.faults.coordinator_back()
         self._supervised = True

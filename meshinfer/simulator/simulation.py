@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from meshinfer import limits
 from meshinfer.engine import EngineError
 from meshinfer.protocol import messages as m
 from meshinfer.protocol.codec import describe, digest_of
 from meshinfer.scheduler import events as e
 from meshinfer.scheduler.worker import COORDINATOR
+from meshinfer.simulator.granted import Granted
 from meshinfer.simulator.kernels import Array, Kernels
 from meshinfer.simulator.models import STYLES, Made, graph_of, made
 from meshinfer.simulator.network import Network, Noise
@@ -20,6 +22,9 @@ from meshinfer.simulator.streams import Streams
 
 HEAD = "head"
 MODEL = "net"
+BAD_INPUT, POISON = 6, 7
+"""Inputs that fail every kernel, and that end every process whose kernel is given them."""
+_BACK_S = 0.7
 
 
 @dataclass(slots=True)
@@ -35,6 +40,8 @@ class Asked:
     datas: tuple[bytes, ...]
     """The models that may answer: the one that served, and those that were being deployed."""
     cancelled: bool = False
+    here: bool = False
+    """Its client computes it itself."""
     outcomes: list[tuple[float, e.Resolve]] = field(default_factory=list)
 
 
@@ -57,6 +64,20 @@ class Simulation(Network):
         self.asked: list[Asked] = []
         self.mishaps: list[Mishap] = []
         self.slow: dict[str, float] = {}
+        self.hung: dict[str, float] = {}
+        """Until when nothing that a machine begins to compute is done."""
+        self.kernel_errors = 0.0
+        """The chance of each task to fail."""
+        self.kernel_failures: Counter[str] = Counter()
+        self.deaths: defaultdict[tuple[str, str], Counter[int]] = defaultdict(Counter)
+        """Processes that each attempt has ended, by request and the coordinator's process."""
+        self._ended: dict[str, m.Ended] = {}
+        self.disk_full_until = 0.0
+        self.disk_refused: set[str] = set()
+        """Coordinators that were told that their disk is full."""
+        self.unwritten: list[str] = []
+        """Ids that were answered, and were not on disk."""
+        self.granted = Granted(self)
         self.styles: tuple[str, ...] = STYLES
         self.spares = True
         """Whether devices prepare tasks of others, for the loss of one."""
@@ -71,6 +92,8 @@ class Simulation(Network):
         """Models in the order in which they were deployed."""
         self.serving: list[bytes] = []
         """Of those, which may serve a request that is submitted now."""
+        self.served_until: dict[bytes, float] = {}
+        """When it was told that the others do not serve any more."""
         self._clocks: dict[str, Clock] = {}
         self._clock_rates = clocks
         self._made: dict[int, tuple[bytes, Made]] = {}
@@ -135,8 +158,13 @@ class Simulation(Network):
         asked = Asked(request, client, node.id, seed, self.now, deadline_s, datas)
         self.asked.append(asked)
         self.tell_story(lambda: f"SUBMIT {request} by {node}, {deadline_s:.2f} s")
-        self._handle(node, e.Submitted(request, header, arrays))
+        if seed == POISON or not self.granted.runs(node, asked, header, arrays):
+            self._handle(node, e.Submitted(request, header, arrays))
         return asked
+
+    def served_within(self, seconds: float) -> list[bytes]:
+        """Models that served so shortly ago."""
+        return [d for d, until in self.served_until.items() if self.now - until <= seconds]
 
     def cancel(self, asked: Asked) -> None:
         asked.cancelled = True
@@ -159,6 +187,14 @@ class Simulation(Network):
                 for asked in self.asked:
                     if (asked.request, asked.life) == (request, node.id):
                         asked.outcomes.append((self.now, effect))
+                reply = effect.reply
+                assert isinstance(reply, m.Reply)
+                if reply.failure is None and request not in self.ledger.requests:
+                    self.unwritten.append(request)
+            case e.Lease():
+                self.granted.told(node)
+            case e.Send(_, _, m.Ran() as ran):
+                self.granted.counted[node.id] += ran.count
             case e.Note(_, "joined" | "coordinator lost"):  # it has forgotten what it had begun
                 self._begun = {key for key in self._begun if key[0] != node.id}
             case e.Settle(_, m.Deployed() as answer) if answer.failure is None:
@@ -172,10 +208,43 @@ class Simulation(Network):
 
     def _seconds(self, node: Node, job: e.Compute) -> float:
         spread = 0.5 + self.streams["kernels"].random()
-        return self.timing.compute_s * spread * self.slow.get(node.name, 1.0)
+        took = self.timing.compute_s * spread * self.slow.get(node.name, 1.0)
+        if self._by_seed[job.request] == POISON:
+            self.at(self.now + took / 2, lambda: self._die_of(node, job))
+        return took + max(0.0, self.hung.get(node.name, 0.0) - self.now)
+
+    def _die_of(self, node: Node, job: e.Compute) -> None:
+        """A request ends the process that computes it; its supervisor starts the next."""
+        if not node.here:
+            return
+        self.tell_story(lambda: f"FAULT poison: {job.request} ends {node}")
+        self.deaths[job.request, self.coordinator.id][job.attempt] += 1
+        self.mishaps.append(Mishap("poison", self.now, self.now + _BACK_S))
+        why = "ended by signal SIGSEGV"
+        self._ended[node.name] = m.Ended(
+            cause=why, request=job.request, attempt=job.attempt, place=job.place
+        )
+        self.kill(node.name)
+        self.at(self.now + _BACK_S, lambda: self.nodes[node.name].here or self.join(node.name))
+
+    def join(self, name: str, facts: m.Facts | None = None, **changes: object) -> Node:
+        """As in a world; its hello tells how the process before ended."""
+        ended = self._ended.pop(name, None)
+        return super().join(name, facts, **({} if ended is None else {"ended": ended}), **changes)
+
+    def _disk(self, record: e.Record) -> m.Failure | None:
+        if self.now >= self.disk_full_until:
+            return None
+        self.disk_refused.add(self.coordinator.id)
+        return m.Failure(
+            error="ClusterUnavailable",
+            message="the coordinator cannot write its journal: database or disk is full",
+            hint="make room on the disk",
+            retry_after_s=limits.JOURNAL_RETRY_S,
+        )
 
     def _prepare(self, node: Node, effect: e.Prepare) -> e.Prepared:
-        data, plan = self._plan_of(effect)
+        data, plan = self.plan_by_number(effect.deployment, *effect.programs)
         found = {}
         for program in effect.programs:
             assert program.model is not None
@@ -184,15 +253,15 @@ class Simulation(Network):
         node.prepared[effect.deployment] = found
         return e.Prepared(effect.deployment)
 
-    def _plan_of(self, effect: e.Prepare) -> tuple[bytes, Made]:
+    def plan_by_number(self, number: int, *programs: m.Program) -> tuple[bytes, Made]:
         """Where a coordinator has taken it up from its journal, it has another number."""
-        if effect.deployment not in self._made:
-            models = {program.model for program in effect.programs}
+        if number not in self._made:
+            models = {program.model for program in programs}
             found = (x for x in self._made.values() if models <= set(x[1].blobs))
-            made = self.core.catalogue.deployments.get(effect.deployment)
+            made = self.core.catalogue.deployments.get(number)
             exact = (x for x in self._made.values() if made and x[1].text == made.plan)
-            self._made[effect.deployment] = next(exact, None) or next(found)
-        return self._made[effect.deployment]
+            self._made[number] = next(exact, None) or next(found)
+        return self._made[number]
 
     def _compute(self, node: Node, job: e.Compute, took: float) -> e.Computed:
         prepared = node.prepared[job.deployment][job.place]
@@ -204,6 +273,10 @@ class Simulation(Network):
             self.wrong.append((why, job.request))
             self.tell_story(lambda: f"    ONCE MORE {why}")
         self._begun.add(key)
+        if self.fails(seed):
+            self.kernel_failures[job.request] += 1
+            self.mishaps.append(Mishap("kernel error", self.now, self.now))
+            return e.Computed(job.request, job.attempt, job.place, (), 0.0, "a kernel failed")
         before = len(self.kernels.wrong)
         try:
             outputs = self.kernels.run(prepared, job.inputs, seed)
@@ -214,6 +287,13 @@ class Simulation(Network):
             self.wrong.append((why, job.request))
             self.tell_story(lambda: f"    WRONG INPUT {why}")
         return e.Computed(job.request, job.attempt, job.place, outputs, took)
+
+    def fails(self, seed: int) -> bool:
+        """Whether a kernel raises, given this input."""
+        by_chance = self.kernel_errors > 0.0
+        return seed == BAD_INPUT or (
+            by_chance and self.streams["errors"].random() < self.kernel_errors
+        )
 
     def _open(self, node: Node, effect: e.OpenModel) -> e.ModelOpened:
         graph = graph_of(node.blobs[effect.digest])

@@ -1,0 +1,94 @@
+"""Faults that belong to a whole seed, or to a request: each turned on by a seed on its own, by its
+own stream, so that what other faults a seed has does not change.
+
+Requests that fail their kernels, that end their workers, a disk that is full, partitions that
+outlast a connection, tasks that hang on a device which is well otherwise, a device that is lost or
+silent while another is, and clients on a device's host, which may compute requests themselves.
+"""
+
+from __future__ import annotations
+
+from meshinfer.scheduler.worker import COORDINATOR
+from meshinfer.simulator.faults import Faults
+from meshinfer.simulator.simulation import HEAD, Mishap, Simulation
+from meshinfer.simulator.users import Users
+
+KINDS = (
+    "kernel error", "bad input", "poison", "disk full", "long partition", "hang", "two at once",
+)  # fmt: skip
+CHANCE = 0.12
+_BESIDE_CHANCE = 0.2
+_BESIDE_A_FREEZE = ("freeze", "crash", "power", "partition", "cut")
+_LONG = ("partition", "partition", "one way", "partition of workers", "client away")
+
+
+class Hardships:
+    """What a seed has of them. ``hosts``: workers on whose machines clients may be."""
+
+    def __init__(self, world: Simulation, users: Users, hosts: list[str], *, calm: bool) -> None:
+        self._world, self._users = world, users
+        own = "hardships strike"
+        self._faults = Faults(world, users.deploy, users.crash, (), own)
+        self._hosts = hosts
+        rng = self._rng = world.streams["hardships"]
+        draws = [(kind, rng.random()) for kind in KINDS]
+        self.kinds = () if calm else tuple(kind for kind, draw in draws if draw < CHANCE)
+        beside = self._where = world.streams["beside devices"]
+        self._beside = beside.random() < _BESIDE_CHANCE
+        if self._beside and beside.random() < 0.7:
+            world.styles = ("one", beside.choice(world.styles))
+
+    def host(self) -> str:
+        """Of the next client: a device's machine, or none."""
+        rng = self._where
+        if not self._beside or rng.random() < 0.3:
+            return ""
+        return self._hosts[-1] if rng.random() < 0.7 else rng.choice(self._hosts)
+
+    def begin(self, length_s: float) -> None:
+        """Trouble lasts so long."""
+        world, rng = self._world, self._rng
+        for kind in self.kinds:
+            world.tell_story(lambda kind=kind: f"HARDSHIP {kind}")  # type: ignore[misc]
+            since = world.now + rng.random() * length_s
+            match kind:
+                case "kernel error":
+                    world.kernel_errors = rng.choice([0.02, 0.1])
+                case "bad input" | "poison":
+                    for _ in range(rng.randint(1, 2)):
+                        at = world.now + rng.random() * length_s
+                        world.at(at, lambda kind=kind: self._users.submit(kind=kind))  # type: ignore[misc]
+                case "disk full":
+                    seconds = rng.choice([0.05, 0.5, 2.0, 6.0])
+                    world.at(since, lambda seconds=seconds: self._fill_disk(seconds))  # type: ignore[misc]
+                case "long partition":
+                    what, seconds = rng.choice(_LONG), rng.uniform(6.0, 15.0)
+                    world.at(since, lambda w=what, s=seconds: self._faults.strike(w, s))  # type: ignore[misc]
+                case "hang":
+                    name, seconds = rng.choice(self._hosts), rng.choice([1.0, 5.0, 12.0])
+                    world.at(since, lambda n=name, s=seconds: self._hang(n, s))  # type: ignore[misc]
+
+                case "two at once":
+                    for what in ("freeze", rng.choice(_BESIDE_A_FREEZE)):
+                        at = max(world.now, since - rng.random() * 0.3)
+                        seconds = rng.uniform(1.0, 5.0)
+                        world.at(at, lambda w=what, s=seconds: self._faults.strike(w, s))  # type: ignore[misc]
+
+    def _fill_disk(self, seconds: float) -> None:
+        world = self._world
+        world.disk_full_until = world.now + seconds
+        world.tell_story(lambda: f"FAULT {COORDINATOR}'s disk is full for {seconds:.2f} s")
+        world.mishaps.append(Mishap("disk full", world.now, world.disk_full_until))
+
+    def _hang(self, name: str, seconds: float) -> None:
+        """What this machine begins to compute is not done before."""
+        world = self._world
+        assert name != HEAD
+        world.hung[name] = world.now + seconds
+        world.tell_story(lambda: f"FAULT {name}'s kernels hang for {seconds:.2f} s")
+        world.mishaps.append(Mishap("hang", world.now, world.now + seconds))
+
+    def end(self) -> None:
+        """The trouble is over. What hangs still ends at its time; poison stays poison."""
+        self._world.kernel_errors = self._world.disk_full_until = 0.0
+        self._world.hung.clear()
