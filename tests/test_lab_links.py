@@ -1,4 +1,4 @@
-"""A link that becomes slow, in the lab: transfers notice it, and the plan leaves who is behind it."""
+"""A link that becomes slow, in the lab: transfers notice it, and its device gets nothing more."""
 
 from __future__ import annotations
 
