@@ -9,6 +9,7 @@ from collections import Counter
 import pytest
 from architectures import squeezenet1_1
 from cores import COMPUTE_S, Cluster, Node, image, kind
+from msgspec import structs
 from oracle import assert_exact
 from processes import eventually
 from processes import image as picture
@@ -147,6 +148,23 @@ def test_a_newer_plan_is_not_used_before_it_bears_a_loss_as_the_older_does() -> 
     cluster.settle(lambda: newer.spares.prepared)
     assert not cluster.check(cluster.submit(image(2)), image(2)).degraded
     assert list(cluster.core.catalogue.deployments.values()) == [newer]
+
+
+def test_a_newer_plan_whose_spares_have_no_room_beside_the_older_is_used_at_once() -> None:
+    cluster = ready()
+    [older] = cluster.core.catalogue.deployments.values()
+    for name in ("pi-1", "pi-3"):
+        device = cluster.core.members.devices[name]
+        room = int(1.5 * sum(older.held(name)))  # for one plan and its spare tasks, not for two
+        facts = structs.replace(device.hello.facts, memory_bytes=room)
+        device.hello = structs.replace(device.hello, facts=facts)
+    cluster.kill("pi-2")
+    cluster.settle(lambda: len(cluster.core.catalogue.deployments) == 2)
+    *_, newer = cluster.core.catalogue.deployments.values()
+    cluster.settle(lambda: newer.ready_at > 0.0)
+    assert not newer.spares.prepared
+    assert not cluster.check(cluster.submit(image(1)), image(1)).degraded
+    cluster.settle(lambda: newer.spares.prepared and bool(newer.spares.peers))
 
 
 def test_requests_after_a_loss_run_on_the_fallback_until_there_is_another_plan() -> None:

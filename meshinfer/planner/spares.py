@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from meshinfer import limits
 from meshinfer.cost import DeviceProfile
 from meshinfer.cost.model import seconds
 from meshinfer.cost.spans import Boxes, Load, load_of
@@ -26,10 +27,6 @@ ALIKE = 1.05
 SECOND_BYTES = 64 << 20
 """What a device may hold at most to be the second that takes over: models that are small beside a
 device's memory live through two losses at once."""
-
-ROOM = 0.8
-"""The part of a device's memory up to which it prepares tasks of others, where the plan's own may
-fill it: a model takes more while it is prepared than after, and none is worth a worker's end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +162,7 @@ class _Search:
         ]
 
     def _fits(self, held: _Held, p: DeviceProfile) -> bool:
-        return not p.memory_bytes or held.peak <= ROOM * p.memory_bytes
+        return not p.memory_bytes or held.peak <= limits.SPARES_ROOM * p.memory_bytes
 
     def _done(
         self,

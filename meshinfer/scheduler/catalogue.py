@@ -325,7 +325,7 @@ class Catalogue:
         """What requests run under: a newer one not before it can bear a loss, as the older can, or
         has tried to for long enough."""
         found = self._all(model, signature, (Phase.READY,))
-        if len(found) < 2 or found[-1].spares.prepared:
+        if len(found) < 2 or found[-1].spares.prepared or not found[-1].spares.beside:
             return found[-1] if found else None
         return found[-1] if now >= found[-1].ready_at + limits.SPARES_WAIT_S else found[-2]
 

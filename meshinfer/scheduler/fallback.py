@@ -47,9 +47,20 @@ class Fallback:
         return [each.ready_at + limits.SPARES_AFTER_S for each in made]
 
     def _prepare_at(self, made: Deployment, now: float) -> float:
-        """At once, where it is not used before."""
+        """At once, where it is not used before; that is so if devices hold both plans meanwhile."""
+        made.spares.beside = made.spares.beside and self._fits_beside(made)
         used = self._catalogue.running(made.model, made.signature, now) is made
         return made.ready_at + limits.SPARES_AFTER_S * used
+
+    def _fits_beside(self, made: Deployment) -> bool:
+        """Whether those that stand by for a plan can hold it, their part of that, and all else."""
+        for name in made.spares.peers:
+            everything = self._catalogue.deployments.values()
+            held = sum(sum(each.held(name)) for each in everything if name in each.members)
+            room = made.room(name, self._members.devices[name].hello.facts.memory_bytes)
+            if room and held > limits.SPARES_ROOM * room:
+                return False
+        return True
 
     def _to_prepare(self, made: Deployment) -> bool:
         if made.phase is not Phase.READY or made.spares.told or not made.spares.peers:

@@ -12,13 +12,15 @@ class Spares:
     """Devices that prepare tasks of others, should one of these be lost.
 
     ``peers``: which, as they were when it was planned; ``told``: to prepare them; ``ready``: they
-    have. ``moved``: tasks of devices that were lost since, and who takes them.
+    have. ``moved``: tasks of devices that were lost since, and who takes them. ``beside``: they
+    have room for that beside an older plan, which can serve until then.
     """
 
     peers: dict[str, str] = field(default_factory=dict)
     told: set[str] = field(default_factory=set)
     ready: set[str] = field(default_factory=set)
     moved: dict[m.Place, str] = field(default_factory=dict)
+    beside: bool = True
 
     @property
     def prepared(self) -> bool:
