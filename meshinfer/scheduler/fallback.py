@@ -130,11 +130,12 @@ class Fallback:
         made = tried.deployment
         gone = self._takers(made)
         asked = tuple(sorted(p for p in gone if not self._runs_elsewhere(tried, p)))
-        tried.question = None
+        tried.question, tried.unasked = None, set()
         if not asked:
             return []
-        tried.untold = set(asked)
-        tried.question = Question(asked, self._heard_of(tried))
+        heard = self._heard_of(tried)
+        tried.untold, tried.unasked = set(asked), set(tried.peers().values()) - heard
+        tried.question = Question(asked, heard)
         return tell(request, tried)
 
     def _heard_of(self, tried: Try) -> set[str]:
@@ -172,8 +173,9 @@ class Fallback:
             known = tried.tasks.keys() | tried.untold
             owed = self.instead(tried.deployment, self._members.health.away).keys() - known
             news = any(not self._runs_elsewhere(tried, place) for place in owed)
-            question = tried.question
-            if news or (question is not None and question.awaiting - self._heard_of(tried)):
+            question, heard = tried.question, self._heard_of(tried)
+            news = news or bool(tried.unasked & heard)  # it may await what no other does
+            if news or (question is not None and question.awaiting - heard):
                 request.hurt_at = now
                 effects += self._ask(request, tried)
         return effects

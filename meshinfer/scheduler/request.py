@@ -29,8 +29,9 @@ class Try:
     ``head``: the client, where it is itself source and sink; else empty. ``client``: who gets the
     answer. ``assigned``: the devices of each task that had a choice, the first one first.
     ``moved``: tasks of lost or silent devices, and where they go on; ``untold``: those that nobody
-    awaits, so that nobody may tell of them. ``question``: what all were asked about such tasks.
-    ``doubted``: when those that owe it were last asked for a sign of life.
+    awaits, so that nobody may tell of them. ``question``: what all were asked about such tasks;
+    ``unasked``: but for these peers, which were silent then. ``doubted``: when those that owe it
+    were last asked for a sign of life.
     """
 
     deployment: Deployment
@@ -42,6 +43,7 @@ class Try:
     moved: dict[m.Place, str] = field(default_factory=dict)
     untold: set[m.Place] = field(default_factory=set)
     question: Question | None = None
+    unasked: set[str] = field(default_factory=set)
     doubted: float | None = None
 
     def merges_at(self, peer: str, head: str, client: str) -> bool:
