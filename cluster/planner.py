@@ -289,12 +289,15 @@ def _profiles(effect: MakePlan) -> list[DeviceProfile]:
 def _with_spares(
     graph: Graph, plan: Plan, profiles: list[DeviceProfile], effect: MakePlan, made: Report
 ) -> tuple[Programs, Report]:
-    """Programs, with spare devices for the loss of each device if their messages are not too
-    long."""
+    """Programs, with two spare devices or one for the loss of each device if their messages are not
+    too long."""
     pins = pins_of(graph, plan, profiles, _pins(effect))
-    spares = find_spares(graph, plan, profiles, pins, strict=effect.strict)
-    programs = make_programs(graph, plan, spares.devices)
-    longest = _longest(programs)
+    for twice in (True, False):
+        spares = find_spares(graph, plan, profiles, pins, strict=effect.strict, twice=twice)
+        programs = make_programs(graph, plan, spares.devices)
+        longest = _longest(programs)
+        if longest <= limits.INSTALL_BYTES:
+            break
     if spares.devices and longest > limits.INSTALL_BYTES:
         spares = Spares({}, {}, ("the loss of a device takes a new plan: too many tasks",))
         programs = make_programs(graph, plan)

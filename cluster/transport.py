@@ -105,9 +105,10 @@ class Transport:
         except zmq.ZMQError as error:
             bound.close()
             raise sockets.bind_error(error, host, port) from error
-        monitor = None
+        events = zmq.EVENT_ACCEPTED
         if plane is Plane.CONTROL:  # a cut on bulk is repaired by resending, and is no death
-            monitor = bound.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+            events |= zmq.EVENT_DISCONNECTED
+        monitor = bound.get_monitor_socket(events)
         self._ports[plane] = sockets.Port(plane, bound, monitor)
         self._register(self._ports[plane])
         return int(bound.get_string(zmq.LAST_ENDPOINT).rpartition(":")[2])

@@ -239,11 +239,10 @@ def test_who_computed_for_long_on_a_device_that_is_lost_waits_to_hear_why_at_onc
     cluster.deployed()
     cluster.slowness = dict.fromkeys(FOUR, 240.0)
     poison = cluster.submit(image(7), deadline_s=60.0)
-    cluster.pass_time(0.1)
-    other = cluster.submit(image(1), deadline_s=60.0)
-    cluster.pass_time(0.9)
+    cluster.pass_time(1.0)
     ((device, job),) = begun
     cluster.slowness.clear()
+    other = cluster.submit(image(1), deadline_s=60.0)
     cluster.kill(device)
     cluster.check(other, image(1))
     cluster.pass_time(2.0)
@@ -280,3 +279,27 @@ def test_what_a_device_computed_for_long_before_it_fell_silent_goes_to_no_other(
     ]
     cluster.check(poison, image(7))
     assert len(begun) == 2
+
+
+def test_what_waits_behind_a_task_that_takes_far_too_long_goes_to_the_spare() -> None:
+    """The device answers all the while, and only says what it computes."""
+    cluster = Cluster(FOUR)
+    begun: list[tuple[str, e.Compute]] = []
+    cluster.kernel_fault = lambda node, job: begun.append((node.name, job))  # type: ignore[func-returns-value]
+    cluster.planner = lambda graph, names: whole(graph, names[:1], 1)
+    cluster.deployed()
+    cluster.pass_time(2.0)
+    for i in range(limits.PACE_SAMPLES):
+        cluster.check(cluster.submit(image(i)), image(i))
+    begun.clear()
+    cluster.slowness = dict.fromkeys(FOUR, 800.0)
+    long_ = cluster.submit(image(7), deadline_s=60.0)
+    cluster.pass_time(0.1)
+    cluster.slowness.clear()
+    start = cluster.now
+    other = cluster.submit(image(1), deadline_s=60.0)
+    cluster.check(other, image(1))
+    assert cluster.now - start < 2 * limits.HEARTBEAT_S
+    cluster.check(long_, image(7))
+    assert [each.request for _, each in begun] == [long_, other]
+    assert begun[0][0] != begun[1][0]

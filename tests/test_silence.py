@@ -123,7 +123,7 @@ def test_a_task_that_hangs_is_done_elsewhere_while_its_device_answers() -> None:
     first = cluster.submit(image(9))
     for i in range(5):
         cluster.check(cluster.submit(image(i)), image(i))
-    assert cluster.now - since < limits.STUCK_S + 0.5, "what waits behind it does not wait for long"
+    assert cluster.now - since < 0.5, "what waits behind it does not wait for long"
     reply = cluster.check(first, image(9))
     assert reply.degraded and reply.attempts == 1
     assert cluster.now - since < limits.HUNG_S + limits.HEARTBEAT_S + 0.5

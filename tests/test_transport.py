@@ -183,6 +183,25 @@ def test_both_planes_carry_messages_both_ways(net: Net) -> None:
             assert received(heard) == [(plane, "hub", [text, b"", b"end"])]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="an option of Linux")
+def test_both_ends_of_a_connection_resend_lost_packets_without_doubling_the_wait(net: Net) -> None:
+    hub, endpoints = net.server()
+    client = net.client("pi-1#1", endpoints)
+    greet(hub, client)
+    for _ in range(20):  # until what the monitors tell is read
+        hub.receive(0.02)
+        client.receive(0.02)
+    ports = {endpoint.port for endpoint in endpoints.values()}
+    found: dict[tuple[int, bool], int] = {}
+    for name in os.listdir("/proc/self/fd"):
+        # a socket of Unix has an address without a port
+        with suppress(OSError, IndexError), socket.socket(fileno=os.dup(int(name))) as each:
+            here, there = each.getsockname()[1], each.getpeername()[1]
+            for port in ports & {here, there}:
+                found[port, here == port] = each.getsockopt(socket.IPPROTO_TCP, 16)
+    assert found == {(port, accepted): 1 for port in ports for accepted in (False, True)}
+
+
 def test_eight_mib_travel_in_frames_of_one_mib_and_arrive_read_only(net: Net) -> None:
     hub, endpoints = net.server()
     client = net.client("pi-1#1", endpoints)

@@ -43,17 +43,23 @@ class Spares:
 
 
 def find_spares(
-    graph: Graph, plan: Plan, profiles: Sequence[DeviceProfile], pins: Pins, *, strict: bool = False
+    graph: Graph,
+    plan: Plan,
+    profiles: Sequence[DeviceProfile],
+    pins: Pins,
+    *,
+    strict: bool = False,
+    twice: bool = True,
 ) -> Spares:
     """Spare devices for a valid plan: for all tasks of a device, or for none of them.
 
-    ``strict``: only devices of the same numeric class. Tasks that several devices may take anyway
-    need none.
+    ``strict``: only devices of the same numeric class; ``twice``: two, for what is small. Tasks
+    that several devices may take anyway need none.
     """
     search = _Search(graph, plan, profiles, pins, strict)
     why = {lost: search.cover(lost) for lost in plan.devices()}
     search.once_more()
-    for lost in plan.devices():
+    for lost in plan.devices() if twice else ():
         search.cover(lost)
     extra = {name: held.peak - search.first[name].peak for name, held in search.held.items()}
     extra = {name: nbytes for name, nbytes in extra.items() if nbytes}

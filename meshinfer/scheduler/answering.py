@@ -6,7 +6,7 @@ that an older attempt has merged is as good, since tasks are pure.
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Iterable
 from functools import partial
 
@@ -268,7 +268,7 @@ class Answering:
 
     def start_waiting(self, now: float) -> list[Effect]:
         effects: list[Effect] = []
-        running = Counter(r.deployment.number for r in self.open.values() if r.deployment)
+        running = self._load.running()
         serving: dict[tuple[int, int], Deployment | None] = {}
         full: set[tuple[int, int]] = set()  # under overload nearly all wait behind others
         for request in [r for r in self.open.values() if r.waiting and now >= r.held_until]:
@@ -339,7 +339,8 @@ class Answering:
         self._attempts += 1
         request.attempt, request.deployment, request.merged = self._attempts, made, None
         own = request.client if self._heads.stands(request.client) else ""
-        tried = Try(made, now, own, request.client, moved=self.fallback.from_now(made, now))
+        moved = self.fallback.from_now(made, now)
+        tried = Try(made, now, own, request.client, moved=moved, took=set(moved.values()))
         request.tried[request.attempt] = tried
         made.asked += 1
         self._covering.begin(tried, partial(self._seconds, now), now)
@@ -353,11 +354,7 @@ class Answering:
             head=own,
         )
         peers = tried.peers()
-        return [
-            _to(peers[name], start)
-            for name, programs in sorted(made.programs.items())
-            if any(p.model is None or not p.inputs for p in programs)
-        ]
+        return [_to(peers[name], start) for name in tried.first()]
 
     def _seconds(self, now: float, made: Deployment, place: m.Place, device: str) -> float:
         expected = made.seconds(place, device)

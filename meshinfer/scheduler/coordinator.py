@@ -81,15 +81,14 @@ class CoordinatorCore:
         if self._now and now - self._now > limits.STALL_S:  # it asks to be woken more often
             self.members.forgive(now - self._now, now)
         self._now = now
-        if isinstance(event, Arrived):
-            self.members.speaks(event.peer, now)
+        asked = isinstance(event, Arrived) and self.members.speaks(event.peer, now)
         effects: list[Effect]
         match event:
             case Arrived(peer, m.Heartbeat() as beat) if self.members.heard(peer, beat, now):
                 effects = self._in_step(peer, now)
                 # Most of what comes in when nothing happens, and it changes nothing that the rules
                 # look at but the time: every so often is enough.
-                if now < self._ruled + limits.HEARTBEAT_S:
+                if now < self._ruled + limits.HEARTBEAT_S and not asked:
                     return effects
             case Arrived(_, m.TasksDone() | m.Submit() as said) if self._answering.goes_on(said):
                 effects = self._arrived(event, now)  # nor does this, which comes the most otherwise

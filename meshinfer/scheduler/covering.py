@@ -107,16 +107,16 @@ class Covering:
         return [Note("info", "second copies of late tasks", fields), *tell(request, tried)]
 
     def _due(self, tried: Try) -> list[tuple[m.Place, float]]:
-        """Tasks of one copy that are not done, and when each is late; none before enough is
-        known."""
+        """Tasks that are not done, of one copy or on silent devices alone, and when each is late;
+        none of the former before enough is known."""
         found = []
         for place, devices in tried.assigned.items():
-            if place in tried.tasks or len(devices) >= limits.COPIES:
+            if place in tried.tasks:
                 continue
             after = self._usual.late_after_s((tried.deployment.number, place))
             if self._health.silent.issuperset(devices):
                 found.append((place, tried.since))
-            elif after is not None:
+            elif after is not None and len(devices) < limits.COPIES:
                 found.append((place, tried.since + after))
         return found
 
@@ -155,4 +155,5 @@ class Covering:
         return effects
 
     def _running(self) -> Iterable[tuple[Request, Try]]:
-        return [(r, r.tried[r.attempt]) for r in self._open.values() if r.runs]
+        begun = (r for r in self._open.values() if r.deployment is not None)  # most may wait
+        return [(r, r.tried[r.attempt]) for r in begun if r.runs]

@@ -14,7 +14,7 @@ from meshinfer.protocol import messages as m
 from meshinfer.scheduler.catalogue import Catalogue, Deployment, Phase
 from meshinfer.scheduler.events import Effect, Note, Plane, Send
 from meshinfer.scheduler.heads import install_spares
-from meshinfer.scheduler.membership import Membership
+from meshinfer.scheduler.membership import Device, Membership
 from meshinfer.scheduler.poison import suspect_of
 from meshinfer.scheduler.request import Question, Request, Try
 
@@ -114,28 +114,31 @@ class Fallback:
                 programs[taker] = (*programs.get(taker, ()), program)
                 made.spares.moved[program.place] = taker
         made.programs = programs
-        takers = self._takers(made)
         for request in self._open.values():
-            if request.deployment is not made or not request.runs:
-                continue
-            tried = request.tried[request.attempt]
-            if any(at == name and place not in takers for place, at in tried.moved.items()):
-                request.deployment = None  # it had taken over from one that is heard again
-            else:
-                effects += self._ask(request, tried)
+            if request.deployment is made and request.runs:
+                effects += self._ask(request, request.tried[request.attempt])
         return effects
+
+    def _suspect(self, device: Device, now: float) -> str:
+        """The request that may be why a device is away; empty where none is, or not any more."""
+        if device.name in self._members.health.silent:
+            request = suspect_of(self._open, device)
+            return "" if request is None else request.id
+        request = self._open.get(device.request)
+        tried = None if request is None else request.tried.get(request.attempt)
+        longest_s = 0.0 if tried is None else max(tried.deployment.expected.values(), default=0.0)
+        hung = device.computes_s(now) > max(limits.HUNG_S, limits.LATE_TIMES * longest_s)
+        return "" if hung else device.request
 
     def _ask(self, request: Request, tried: Try) -> list[Effect]:
         """Of this attempt's tasks without a device that is heard, which are awaited?"""
-        made = tried.deployment
-        gone = self._takers(made)
+        gone = self._takers(tried)
         asked = tuple(sorted(p for p in gone if not self._runs_elsewhere(tried, p)))
         tried.question, tried.unasked = None, set()
         if not asked:
             return []
-        heard = self._heard_of(tried)
-        tried.untold, tried.unasked = set(asked), set(tried.peers().values()) - heard
-        tried.question = Question(asked, heard)
+        tried.untold, tried.unasked = set(asked), self._members.health.away & tried.peers().keys()
+        tried.question = Question(asked, self._heard_of(tried))
         return tell(request, tried)
 
     def _heard_of(self, tried: Try) -> set[str]:
@@ -151,31 +154,34 @@ class Fallback:
         if not names:
             return {}
         silent = self._members.health.away
-        own = (p for n in sorted(names) for p in made.programs.get(n, ()) if n not in p.spares)
+        own = (p for name in sorted(names) for p in made.programs.get(name, ()))
         found = {p.place: _first(p, made.spares.ready, silent) for p in own}
         return {place: taker for place, taker in found.items() if taker}
 
     def from_now(self, made: Deployment, now: float) -> dict[m.Place, str]:
         """Who runs tasks instead of their own devices in an attempt that begins now."""
-        return {**made.spares.moved, **self.instead(made, self._members.health.resting(now))}
+        return self.takers(made, self._members.health.resting(now))
 
     def go_on_without_away(self, now: float) -> list[Effect]:
         """What silent and stuck devices owe, where it is awaited, goes to those that have prepared
         it; not a request that may be the reason why one is."""
         effects: list[Effect] = []
-        away = (self._members.devices.get(name) for name in self._members.health.away)
-        doubted = (suspect_of(self._open, d) for d in away if d is not None and not d.hangs(now))
-        suspects = {request.id for request in doubted if request is not None}
+        found: dict[int, dict[m.Place, str]] = {}
+        away, devices = self._members.health.away, self._members.devices
+        suspects = {self._suspect(devices[name], now) for name in away if name in devices}
         for request in self._open.values():
             if not request.runs or request.id in suspects:
                 continue
             tried = request.tried[request.attempt]
-            known = tried.tasks.keys() | tried.untold
-            owed = self.instead(tried.deployment, self._members.health.away).keys() - known
+            made, known = tried.deployment, tried.tasks.keys() | tried.untold
+            if made.number not in found:
+                found[made.number] = self.takers(made, away)
+            takers = self._takers(tried, found[made.number])
+            owed = {place for place, to in takers.items() if to not in away} - known
             news = any(not self._runs_elsewhere(tried, place) for place in owed)
-            question, heard = tried.question, self._heard_of(tried)
-            news = news or bool(tried.unasked & heard)  # it may await what no other does
-            if news or (question is not None and question.awaiting - heard):
+            news = news or bool(tried.untold and tried.unasked - away)  # who is heard again awaits
+            question = tried.question
+            if news or (question is not None and question.awaiting - self._heard_of(tried)):
                 request.hurt_at = now
                 effects += self._ask(request, tried)
         return effects
@@ -183,12 +189,25 @@ class Fallback:
     def _runs_elsewhere(self, tried: Try, place: m.Place) -> bool:
         """Whether a task has been taken over by a device that is heard."""
         taker = tried.moved.get(place, "")
-        ready = tried.deployment.spares.ready
-        return taker in ready and taker not in self._members.health.away
+        return taker in tried.deployment.members and taker not in self._members.health.away
 
-    def _takers(self, made: Deployment) -> dict[m.Place, str]:
-        """Who takes the tasks of devices that are lost, or silent."""
-        return {**self.instead(made, self._members.health.away), **made.spares.moved}
+    def takers(self, made: Deployment, names: Collection[str]) -> dict[m.Place, str]:
+        """Who runs the tasks of those that are lost, and of these."""
+        return {**made.spares.moved, **self.instead(made, names)}
+
+    def _takers(
+        self, tried: Try, found: Mapping[m.Place, str] | None = None
+    ) -> Mapping[m.Place, str]:
+        """Who runs an attempt's tasks of devices that are lost or silent, as ``found`` for all of
+        the deployment; their own device, where that is heard again, but not who had taken over."""
+        made = tried.deployment
+        if found is None:
+            found = self.takers(made, self._members.health.away)
+        again = [p for p in tried.moved if p not in found and not self._runs_elsewhere(tried, p)]
+        if not again:
+            return found
+        own = {p.place: name for name, each in made.programs.items() for p in each}
+        return {**found, **{place: own[place] for place in again}}
 
     def lacks(self, peer: str, message: m.Lacks) -> list[Effect]:
         """One has answered; with the last answer, what is awaited goes to those that prepared it,
@@ -206,12 +225,13 @@ class Fallback:
             return []
         tried.question = None
         made = tried.deployment
-        takers = self._takers(made)
+        takers = self._takers(tried)
         needed = _needed(made, question)
         tried.untold.difference_update(needed)
         again = [place for place in needed if place in takers]  # the others' devices are silent
         for place in again:
             tried.moved[place] = takers[place]
+            tried.took.add(takers[place])
             tried.tasks.pop(place, None)
         fields = {"request": request.id, "tasks": len(again), "of": len(question.asked)}
         note = Note("info", "computed again elsewhere", fields)

@@ -167,8 +167,9 @@ class Health:
         """Whether any is asked, or silent."""
         return bool(self._asked or self.silent)
 
-    def heard(self, device: str, now: float) -> None:
-        """Anything came from it: how long such answers take, of silent ones too."""
+    def heard(self, device: str, now: float) -> bool:
+        """Anything came from it: how long such answers take, of silent ones too. Whether it had
+        been asked."""
         asked = self._asked.get(device)
         if asked is not None:
             self._answers.note(device, now - asked)
@@ -176,6 +177,7 @@ class Health:
             silent_s = now - self._silent_since.pop(device, now)
             self._resting[device] = now + min(silent_s / 2, limits.SILENT_REST_S)
         self._unasked(device)
+        return asked is not None
 
     def resting(self, now: float) -> set[str]:
         """Those that are silent, or were just now: others do their work while they can."""

@@ -69,14 +69,10 @@ class Device:
         """Whether nothing but its welcome depends on it yet: no programs, no inputs of clients."""
         return not self.used and not self.hello.facts.head
 
-    def hangs(self, now: float) -> bool:
-        """Whether it answers, and has computed one task for so long that no request explains it."""
-        answers = now - self.heard < limits.DEAD_AFTER_S
-        return answers and bool(self.computing) and self.computes_s(now) > limits.HUNG_S
-
-    def is_at(self, request: str) -> bool:
-        """Whether it computed a task of a request when it was last heard."""
-        return self.computing.partition(" ")[0] == request
+    @property
+    def request(self) -> str:
+        """Whose task it computed as it was last heard; empty, if it did nothing."""
+        return self.computing.rsplit(" ", 2)[0]  # "ID (STAGE, TASK)"
 
     def computes_s(self, now: float) -> float:
         return self.computing_s + now - self.heard
@@ -194,11 +190,10 @@ class Membership:
         self.health.computes(device.name, beat.computing)
         return True
 
-    def speaks(self, peer: str, now: float) -> None:
-        """Anything has come from a peer."""
+    def speaks(self, peer: str, now: float) -> bool:
+        """Anything has come from a peer: whether a device that was asked gives a sign of life."""
         device = self.by_peer(peer) if self.health.doubts else None
-        if device is not None:
-            self.health.heard(device.name, now)
+        return device is not None and self.health.heard(device.name, now)
 
     def by_peer(self, peer: str) -> Device | None:
         return next((d for d in self.devices.values() if d.peer == peer), None)

@@ -28,10 +28,10 @@ class Try:
 
     ``head``: the client, where it is itself source and sink; else empty. ``client``: who gets the
     answer. ``assigned``: the devices of each task that had a choice, the first one first.
-    ``moved``: tasks of lost or silent devices, and where they go on; ``untold``: those that nobody
-    awaits, so that nobody may tell of them. ``question``: what all were asked about such tasks;
-    ``unasked``: but for these peers, which were silent then. ``doubted``: when those that owe it
-    were last asked for a sign of life.
+    ``moved``: tasks of lost or silent devices, and where they go on; ``took``: who ever took one;
+    ``untold``: those that nobody awaits, so that nobody may tell of them. ``question``: what all
+    were asked about such tasks; ``unasked``: but for these, that were away.
+    ``doubted``: when those that owe it were last asked for a sign of life.
     """
 
     deployment: Deployment
@@ -41,6 +41,7 @@ class Try:
     assigned: dict[m.Place, tuple[str, ...]] = field(default_factory=dict)
     tasks: dict[m.Place, m.TaskTime] = field(default_factory=dict)
     moved: dict[m.Place, str] = field(default_factory=dict)
+    took: set[str] = field(default_factory=set)
     untold: set[m.Place] = field(default_factory=set)
     question: Question | None = None
     unasked: set[str] = field(default_factory=set)
@@ -53,13 +54,21 @@ class Try:
     def peers(self) -> dict[str, str]:
         """Who is to hear of it, by the names in the plan."""
         made = self.deployment
-        peers = {name: made.members[name] for name in made.programs}
+        took = self.took & made.members.keys()
+        peers = {name: made.members[name] for name in (*made.programs, *took)}
         return {**peers, made.head: self.head} if self.head else peers
 
     def devices(self) -> list[str]:
-        """Those of the plan but for a head whose place the client took."""
+        """Those of the plan, but for a head whose place the client took, and who took over."""
         made = self.deployment
-        return [name for name in made.programs if not self.head or name != made.head]
+        own = {name for name in made.programs if not self.head or name != made.head}
+        return sorted(own | self.took)
+
+    def first(self) -> list[str]:
+        """Those that do not wait for a piece: source and sink, and tasks of weights alone."""
+        own = ((p, name) for name, each in self.deployment.programs.items() for p in each)
+        found = {self.moved.get(p.place, n) for p, n in own if p.model is None or not p.inputs}
+        return sorted(found)
 
     @property
     def all_told(self) -> bool:

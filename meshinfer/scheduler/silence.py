@@ -2,12 +2,13 @@
 
 Of a request that takes longer than usual, those that owe it something are asked for a sign of life.
 Who gives none gets no work until it is heard again, nor does who computes one task for longer than
-whole requests take; what they owe goes to the devices that have prepared it. Where the doubt was
-wrong, tasks are computed twice, and the first result wins.
+the whole requests take that wait for it; what they owe goes to the devices that have prepared it.
+Where the doubt was wrong, tasks are computed twice, and the first result wins.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterable, Mapping
 
 from meshinfer import limits
@@ -15,6 +16,7 @@ from meshinfer.protocol import messages as m
 from meshinfer.scheduler.events import Effect, Plane, Send
 from meshinfer.scheduler.fallback import Fallback
 from meshinfer.scheduler.membership import Device, Membership
+from meshinfer.scheduler.poison import suspect_of
 from meshinfer.scheduler.request import Request, Try
 from meshinfer.scheduler.usual import Usual
 
@@ -56,20 +58,22 @@ class Silence:
         return [self._members.faults.note("warning", "a device says nothing", i) for i in ids]
 
     def _stuck(self, late: Iterable[Request], now: float) -> list[Effect]:
-        """Devices that answer, but compute one task for longer than whole requests take."""
+        """Devices that answer, and have computed one task for longer than whole requests of those
+        that wait for them take, or several times as long as any of its plan."""
         effects: list[Effect] = []
         health, devices = self._members.health, self._members.devices
         for request in late:
-            made = request.tried[request.attempt].deployment
-            after = max(self._late.late_after_s(made.kind) or 0.0, limits.STUCK_S)
-            for name in sorted(made.members):
+            tried = request.tried[request.attempt]
+            after = self._late.late_after_s(tried.deployment.kind) or math.inf
+            for name in sorted(self._owe(tried) - health.away):  # others are through
                 device = devices.get(name)
-                if device is None or name in health.away or not device.is_at(request.id):
-                    continue
-                seconds = device.computes_s(now)
-                if seconds > after and health.sticks(name, device.computing, len(devices)):
-                    fields = {**device.ids, "computing": device.computing, "seconds": seconds}
+                if device is None or now - device.heard > limits.DOUBT_AGAIN_S:
+                    continue  # it may be through since it said so
+                long = device.computing_s > after or suspect_of(self._open, device) is not None
+                if long and health.sticks(name, device.computing, len(devices)):
+                    what = {"computing": device.computing, "seconds": device.computing_s}
                     note = self._members.faults.note
+                    fields = {**device.ids, **what}
                     effects.append(note("warning", "a device is stuck in a task", fields))
         return effects
 
@@ -113,4 +117,5 @@ class Silence:
         return found
 
     def _running(self) -> list[Request]:
-        return [r for r in self._open.values() if r.runs]
+        begun = (r for r in self._open.values() if r.deployment is not None)  # most may wait
+        return [r for r in begun if r.runs]

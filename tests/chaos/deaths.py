@@ -8,6 +8,8 @@ from chaos import poison
 from chaos.arena import SIZE, Run
 
 RATE = 5.0
+SLOWER = 2.2
+"""Requests a second where so many faults as the table asks for have to fit in beside them."""
 LEFT = 2
 """So many workers at least are ready whenever one is killed: C12 is the case of none."""
 
@@ -16,9 +18,9 @@ def kills(run: Run) -> None:
     """C1: a random worker's process, or a random device's power, while requests come steadily."""
     requests = run.count(100, 1000)
     run.deploy()
-    run.calm(requests, rate=RATE)
+    run.calm(run.count(100, 300), rate=RATE)
     killed = 0
-    with run.load("faults", requests, rate=RATE) as load:
+    with run.load("faults", requests, rate=SLOWER if run.full else RATE) as load:
         while not load.over and killed < requests // 5:
             ready = run.ready()
             if len(ready) > LEFT:
@@ -36,9 +38,9 @@ def freezes(run: Run) -> None:
     """C2: a random worker is stopped for 0.2 to 5 s, one after another."""
     requests = run.count(100, 800)
     run.deploy()
-    run.calm(requests, rate=RATE)
+    run.calm(run.count(100, 300), rate=RATE)
     most = run.count(8, 100)
-    with run.load("faults", requests, rate=RATE) as load:
+    with run.load("faults", requests, rate=SLOWER if run.full else RATE) as load:
         stopped = 0
         while not load.over and stopped < most:
             victim = run.rng.choice(run.ready() or [0])
