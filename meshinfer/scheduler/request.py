@@ -43,8 +43,8 @@ class Try:
     moved: dict[m.Place, str] = field(default_factory=dict)
     took: set[str] = field(default_factory=set)
     untold: set[m.Place] = field(default_factory=set)
-    question: Question | None = None
     unasked: set[str] = field(default_factory=set)
+    question: Question | None = None
     doubted: float | None = None
 
     def merges_at(self, peer: str, head: str, client: str) -> bool:
