@@ -4,9 +4,11 @@ others are in ``simulator_seeds.txt``.
 
 from __future__ import annotations
 
-from cores import Cluster, conv_net, image
+from cores import Cluster, conv_net, image, kind
 from shared import graph
-from test_fallback import NAMES, Watched, pipeline
+from test_covering import lose
+from test_fallback import NAMES, Watched, pipeline, ready
+from test_silence import USUAL, freeze
 
 from meshinfer import limits
 from meshinfer.protocol import messages as m
@@ -65,4 +67,22 @@ def test_what_the_head_was_fed_before_a_client_stood_in_for_it_is_released() -> 
     cluster.check(asked, image(1), client="bob")
     cluster.pass_time(1.0)
     assert asked not in head._computing._requests  # type: ignore[union-attr]
+    cluster.check_idle()
+
+
+def test_who_was_silent_as_all_were_asked_is_asked_when_it_is_heard_again() -> None:
+    """Seed 793: of two devices one is lost, and the other, which alone awaits what was lost, is
+    silent for a moment."""
+    cluster = ready(("pi-1", "pi-2"), plan=pipeline(graph(), ("pi-1", "pi-2", "pi-1")))
+    for i in range(USUAL):
+        cluster.check(cluster.submit(image(i)), image(i))
+
+    def strike() -> None:
+        lose(cluster, "pi-2")
+        freeze(cluster, "pi-1", 0.6)
+
+    cluster.when(kind(m.Deliver, by="pi-1", to="pi-2"), strike)
+    since = cluster.now
+    reply = cluster.check(cluster.submit(image(1)), image(1))
+    assert cluster.now - since < 1.5 and reply.lost == ("pi-2",)
     cluster.check_idle()
