@@ -58,7 +58,6 @@ CASES = {
             "SEGV, out of memory, an exit, an exception in a kernel",
             "0 lost, the right cause named",
             deaths.causes,
-            ci=False,
         ),
         Case(
             "C5",
