@@ -145,3 +145,23 @@ def test_where_most_say_nothing_nobody_is_silent() -> None:
     reply = cluster.check(cluster.submit(image(1)), image(1))
     assert not reply.degraded and set(begun.values()) == {1}
     cluster.check_idle()
+
+
+def test_who_was_silent_has_its_link_measured() -> None:
+    """It may have been the link: what the planner knows of it would be wrong."""
+    cluster = used()
+    freeze(cluster, "pi-2", 1.0)
+    cluster.check(cluster.submit(image(1)), image(1))
+    before = cluster.sent["MeasureLink"]
+    cluster.pass_time(2.0)
+    assert cluster.sent["MeasureLink"] > before
+
+
+def test_where_messages_come_late_and_nobody_computes_the_links_are_measured() -> None:
+    cluster = used(beside=True)
+    cluster.delay(kind(m.Deliver, to="pi-2"), 1.0)
+    before = cluster.sent["MeasureLink"]
+    reply = cluster.check(cluster.submit(image(1)), image(1))
+    assert not reply.degraded, "it answers, and is waited for"
+    cluster.pass_time(0.5)
+    assert cluster.sent["MeasureLink"] > before

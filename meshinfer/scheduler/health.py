@@ -46,6 +46,7 @@ class Health:
         self._answers: Usual[str] = Usual(limits.SILENT_TIMES, 0.5)
         self.silent: set[str] = set()
         self._stuck: dict[str, str] = {}
+        self.starved: set[str] = set()
         self._silent_since: dict[str, float] = {}
         self._resting: dict[str, float] = {}
 
@@ -175,6 +176,7 @@ class Health:
             self._answers.note(device, now - asked)
         if device in self.silent:  # its other connections may come back as much later
             silent_s = now - self._silent_since.pop(device, now)
+            self.starved.add(device)
             self._resting[device] = now + min(silent_s / 2, limits.SILENT_REST_S)
         self._unasked(device)
         return asked is not None

@@ -75,6 +75,7 @@ class LinkRounds:
             elif there:  # unknown it stays, rather than being asked for ever
                 members.devices[name].links[peer] = m.Link(peer=peer)
             self.asked = None
+        self._starved(members, now)
         pair = self._doubtful(members, now) if self._doubted else None
         if pair is None and (busy or now < self._look_at):
             return []
@@ -101,6 +102,15 @@ class LinkRounds:
             if now - since > limits.LINK_AGE_S and device.state(now) == "ready":
                 return device, head
         return None
+
+    def _starved(self, members: Membership, now: float) -> None:
+        """Devices to which messages come late: their links with the head are in doubt. What a
+        client beside it sends is not watched as transfers between devices are."""
+        names, head = members.health.starved, members.head
+        members.health.starved = set()
+        for name in sorted(names) if head is not None else ():
+            if head is not None and name != head.name and name in members.devices:
+                self._doubted.setdefault((name, head.name), _Doubt(now)).open = True
 
     def _doubtful(self, members: Membership, now: float) -> tuple[Device, Device] | None:
         """A pair whose transfers disagree with what is known of it, and whose turn has come."""

@@ -74,6 +74,10 @@ class Device:
         """Whose task it computed as it was last heard; empty, if it did nothing."""
         return self.computing.rsplit(" ", 2)[0]  # "ID (STAGE, TASK)"
 
+    def idle(self, now: float) -> bool:
+        """Whether it has just said that it computes nothing."""
+        return not self.computing and now - self.heard <= limits.DOUBT_AGAIN_S
+
     def computes_s(self, now: float) -> float:
         return self.computing_s + now - self.heard
 

@@ -40,6 +40,7 @@ class Silence:
         """Ask those that owe late requests, and go on without those that are away."""
         late = [r for r in self._running() if now >= self._due(r.tried[r.attempt])]
         effects = [*self._silent(now), *self._stuck(late, now)]
+        self._starve(late, now)
         if effects or late:  # there may be spare devices meanwhile, or less doubt
             effects += self._fallback.go_on_without_away(now)
         for request in late:
@@ -76,6 +77,19 @@ class Silence:
                     fields = {**device.ids, **what}
                     effects.append(note("warning", "a device is stuck in a task", fields))
         return effects
+
+    def _starve(self, late: Iterable[Request], now: float) -> None:
+        """Where all that owe a late request answer and compute nothing, they await messages: what
+        is known of their links may be wrong."""
+        for request in late:
+            tried = request.tried[request.attempt]
+            after = self._late.late_after_s(tried.deployment.kind)
+            if after is None or now - tried.since <= after:
+                continue
+            here = [self._members.devices.get(name) for name in self._owe(tried)]
+            idle = {d.name for d in here if d is not None and d.idle(now)}
+            if len(idle) == len(here):
+                self._members.health.starved |= idle
 
     def _ask(self, tried: Try, now: float) -> list[Effect]:
         """For a sign of life, of those that owe an attempt."""
