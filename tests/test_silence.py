@@ -150,6 +150,7 @@ def test_where_most_say_nothing_nobody_is_silent() -> None:
 def test_who_was_silent_has_its_link_measured() -> None:
     """It may have been the link: what the planner knows of it would be wrong."""
     cluster = used()
+    cluster.pass_time(20.0)  # all others are measured
     freeze(cluster, "pi-2", 1.0)
     cluster.check(cluster.submit(image(1)), image(1))
     before = cluster.sent["MeasureLink"]
@@ -159,6 +160,7 @@ def test_who_was_silent_has_its_link_measured() -> None:
 
 def test_where_messages_come_late_and_nobody_computes_the_links_are_measured() -> None:
     cluster = used(beside=True)
+    cluster.pass_time(20.0)
     cluster.delay(kind(m.Deliver, to="pi-2"), 1.0)
     before = cluster.sent["MeasureLink"]
     reply = cluster.check(cluster.submit(image(1)), image(1))
