@@ -119,9 +119,6 @@ CAUSES_KEPT: Final = 2 * QUEUE_REQUESTS
 MAP_AHEAD: Final = 4
 ATTEMPTS_PER_REQUEST: Final = 20
 RUNNING_REQUESTS: Final = 4
-LATE_REQUESTS: Final = 8
-"""So many that are late may run beside those: they wait for devices or packets, not for kernels. At
-10 % packet loss a small model's request takes 0.8 s instead of 0.1."""
 WINDOW: Final = 128
 COPIES: Final = 2
 COPIES_SHARE: Final = 0.10

@@ -21,7 +21,6 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from oracle import assert_exact
 
-from meshinfer import limits
 from meshinfer.cost import DeviceProfile, timeline
 from meshinfer.cost.expected import expected_seconds, is_better
 from meshinfer.engine import EngineError
@@ -487,7 +486,7 @@ class Cluster(World):
         running = [r for r in core.requests.values() if r.deployment is not None]
         counts = Counter(r.deployment.number for r in running)
         for made in core.catalogue.deployments.values():
-            assert counts[made.number] <= made.most_running + 1 + limits.LATE_REQUESTS
+            assert counts[made.number] <= made.most_running + 1
         for request in running:
             assert request.deployment.number in core.catalogue.deployments, "runs on a retired one"
         for made in core.catalogue.deployments.values():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from cores import Cluster, conv_net, image, kind
+from cores import Cluster, conv_net, image
 
 from meshinfer import limits
 from meshinfer.protocol import messages as m
@@ -182,20 +182,3 @@ def test_what_finds_no_room_moves_no_rule_of_the_coordinator(
         replies = [each.message for each in effects if isinstance(each, e.Send)]
         assert any(isinstance(reply, m.Reply) and reply.failure for reply in replies)
     assert cluster.core._ruled == ruled
-
-
-def test_a_request_that_is_late_for_a_lost_piece_holds_up_no_other(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(limits, "RUNNING_REQUESTS", 1)
-    cluster = Cluster()
-    cluster.deployed()
-    for i in range(limits.PACE_SAMPLES):
-        cluster.check(cluster.submit(image(i)), image(i))
-    cluster.drop(kind(m.Deliver))
-    first, second = cluster.submit(image(1)), cluster.submit(image(2))
-    start = cluster.now
-    cluster.check(second, image(2))
-    assert cluster.now - start < limits.ACK_TIMEOUT_S / 2 and first in cluster.core.requests
-    cluster.check(first, image(1))
-    cluster.check_idle()

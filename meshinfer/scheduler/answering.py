@@ -6,7 +6,7 @@ that an older attempt has merged is as good, since tasks are pure.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from functools import partial
 
@@ -268,7 +268,7 @@ class Answering:
 
     def start_waiting(self, now: float) -> list[Effect]:
         effects: list[Effect] = []
-        running = self._load.running()
+        running = Counter(r.deployment.number for r in self.open.values() if r.deployment)
         serving: dict[tuple[int, int], Deployment | None] = {}
         full: set[tuple[int, int]] = set()  # under overload nearly all wait behind others
         for request in [r for r in self.open.values() if r.waiting and now >= r.held_until]:

@@ -6,7 +6,7 @@ holds. The pace of answers, as measured, says how long a refused client should w
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Mapping
 from math import prod
 
@@ -30,19 +30,6 @@ class Load:
     def answered(self, now: float) -> None:
         """A request was answered."""
         self._answers.append(now)
-
-    def running(self) -> Counter[int]:
-        """How many requests occupy each deployment. One that is late waits for a device that says
-        nothing, or for packets that were lost: others may use the devices meanwhile."""
-        running: Counter[int] = Counter()
-        late: Counter[int] = Counter()
-        for request in self._open.values():
-            if request.deployment is not None:
-                doubted = request.tried[request.attempt].doubted is not None
-                (late if doubted else running)[request.deployment.number] += 1
-        for number, count in late.items():
-            running[number] += max(0, count - limits.LATE_REQUESTS)
-        return running
 
     def many(self) -> m.Failure | None:
         """Why nothing at all is accepted now."""

@@ -216,7 +216,7 @@ def bounded(world: Simulation, calm: bool) -> None:
         running[made.number] = running.get(made.number, 0) + 1
         if core.catalogue.deployments.get(made.number) is not made:
             raise Broken(f"{request.id} runs under a deployment that is retired", request.id)
-        if running[made.number] > made.most_running + 1 + limits.LATE_REQUESTS:
+        if running[made.number] > made.most_running + 1:
             raise Broken(f"{running[made.number]} requests run under {made.number}")
     for made in core.catalogue.deployments.values():
         for name, peer in made.members.items():
