@@ -209,13 +209,17 @@ def test_a_log_that_was_torn_anywhere_opens_with_what_is_before_the_tear(
     assert sizes == sorted(sizes) and sizes[-1] > 0
 
 
-def test_a_torn_tail_is_said_aloud(
-    killed: tuple[Path, int], capsys: pytest.CaptureFixture[str]
-) -> None:
-    path, _ = killed
-    log = path.with_name(f"{FILE}-wal")
-    log.write_bytes(log.read_bytes()[:-300])
-    Journal(path).close()
+def test_a_torn_tail_is_said_aloud(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As it lies on the disk while it is open, and before the log begins anew in the same file."""
+    path, torn = tmp_path / FILE, tmp_path / "torn"
+    journal = Journal(path)
+    for i in range(5):
+        journal.commit([Accepted(f"r{i}", BODY)])
+    torn.write_bytes(path.read_bytes())
+    log = path.with_name(f"{FILE}-wal").read_bytes()
+    torn.with_name("torn-wal").write_bytes(log[:-300])
+    journal.close()
+    Journal(torn).close()
     out = capsys.readouterr()
     assert "last write was not finished" in out.out + out.err
 
