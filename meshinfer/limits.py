@@ -78,13 +78,13 @@ INSTALL_ATTEMPTS: Final = 3
 """What so many devices cannot prepare in turn is the model's fault, not theirs."""
 INSTALL_S: Final = 600.0
 SPARES_AFTER_S: Final = 0.2
+"""Once a deployment serves, before tasks are prepared a second time for the loss of a device: the
+first request comes first."""
 SPARES_ROOM: Final = 0.8
 """The part of a device's memory up to which it prepares tasks of others, where the plan's own may
 fill it: a model takes more while it is prepared than after, and none is worth a worker's end."""
 SPARES_WAIT_S: Final = 2.0
 """So long an older plan, which bears a loss, is used beside a newer one that does not yet."""
-"""Once a deployment serves, before tasks are prepared a second time for the loss of a device: the
-first request comes first."""
 TIMING_GRACE_S: Final = 0.25
 DRAIN_S: Final = 10.0
 TCP_MAX_RETRANSMIT_MS: Final = 3000

@@ -55,9 +55,10 @@ def find_spares(
     """
     search = _Search(graph, plan, profiles, pins, strict)
     why = {lost: search.cover(lost) for lost in plan.devices()}
-    search.once_more()
-    for lost in plan.devices() if twice else ():
-        search.cover(lost)
+    if twice:
+        search.once_more()
+        for lost in plan.devices():
+            search.cover(lost)
     extra = {name: held.peak - search.first[name].peak for name, held in search.held.items()}
     extra = {name: nbytes for name, nbytes in extra.items() if nbytes}
     return Spares(search.found, extra, _notes(plan, why, extra))

@@ -180,6 +180,11 @@ class Deployment:
         return tuple(p for p in programs if name in p.spares)
 
     @property
+    def longest_s(self) -> float:
+        """What its longest task is expected to take, anywhere."""
+        return max(self.expected.values(), default=0.0)
+
+    @property
     def kind(self) -> Hashable:
         """What its tasks' times are compared within: one model for one signature."""
         return (self.model.key, self.signature)

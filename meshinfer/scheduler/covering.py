@@ -17,7 +17,7 @@ from meshinfer.scheduler.catalogue import Deployment
 from meshinfer.scheduler.events import Effect, Note
 from meshinfer.scheduler.fallback import tell
 from meshinfer.scheduler.health import Health
-from meshinfer.scheduler.request import Request, Try
+from meshinfer.scheduler.request import Request, Try, running
 from meshinfer.scheduler.usual import Usual
 
 
@@ -155,5 +155,4 @@ class Covering:
         return effects
 
     def _running(self) -> Iterable[tuple[Request, Try]]:
-        begun = (r for r in self._open.values() if r.deployment is not None)  # most may wait
-        return [(r, r.tried[r.attempt]) for r in begun if r.runs]
+        return [(r, r.tried[r.attempt]) for r in running(self._open)]

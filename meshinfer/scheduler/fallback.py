@@ -95,11 +95,11 @@ class Fallback:
     def stands_in(self, name: str) -> bool:
         """Whether others run all that a device has, in each deployment, while it says nothing."""
         serves = False
-        silent = self._members.health.away | {name}
+        away = self._members.health.away | {name}
         for made in self._catalogue.deployments.values():
             if name not in made.members or made.phase is Phase.PLANNING or made.only_spare(name):
                 continue
-            if made.phase is not Phase.READY or not self.covers(made, name, silent):
+            if made.phase is not Phase.READY or not self.covers(made, name, away):
                 return False
             serves = True
         return serves
@@ -137,7 +137,7 @@ class Fallback:
             return "" if request is None else request.id
         request = self._open.get(device.request)
         tried = None if request is None else request.tried.get(request.attempt)
-        longest_s = 0.0 if tried is None else max(tried.deployment.expected.values(), default=0.0)
+        longest_s = 0.0 if tried is None else tried.deployment.longest_s
         hung = device.computes_s(now) > max(limits.HUNG_S, limits.LATE_TIMES * longest_s)
         return "" if hung else device.request
 
@@ -154,9 +154,9 @@ class Fallback:
 
     def _heard_of(self, tried: Try) -> set[str]:
         """The peers of an attempt that can be expected to answer."""
-        silent = self._members.health.away
+        away = self._members.health.away
         peers = tried.peers().items()
-        return {peer for name, peer in peers if name not in silent or peer == tried.head}
+        return {peer for name, peer in peers if name not in away or peer == tried.head}
 
     # --- silence
 
@@ -164,9 +164,9 @@ class Fallback:
         """Who runs the tasks of these devices, of those that have prepared them and are heard."""
         if not names:
             return {}
-        silent = self._members.health.away
+        away = self._members.health.away
         own = (p for name in sorted(names) for p in made.programs.get(name, ()))
-        found = {p.place: _first(p, made.spares.ready, silent) for p in own}
+        found = {p.place: _first(p, made.spares.ready, away) for p in own}
         return {place: taker for place, taker in found.items() if taker}
 
     def from_now(self, made: Deployment, now: float) -> dict[m.Place, str]:

@@ -1,4 +1,5 @@
-"""How well each device's processes did of late, by its name: deaths, their causes, quarantine.
+"""How well each device's processes did of late, by its name: deaths, their causes, quarantine,
+and who says or does nothing now.
 
 A process is judged when the next of its device says hello, since only that one knows its end.
 RELIABILITY: quarantined after 3 crashes in compute or deaths within 5 s of joining, in 60 s; not

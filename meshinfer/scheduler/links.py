@@ -108,8 +108,10 @@ class LinkRounds:
         client beside it sends is not watched as transfers between devices are."""
         names, head = members.health.starved, members.head
         members.health.starved = set()
-        for name in sorted(names) if head is not None else ():
-            if head is not None and name != head.name and name in members.devices:
+        if head is None:
+            return
+        for name in sorted(names & members.devices.keys()):
+            if name != head.name:
                 self._doubted.setdefault((name, head.name), _Doubt(now)).open = True
 
     def _doubtful(self, members: Membership, now: float) -> tuple[Device, Device] | None:

@@ -23,7 +23,7 @@ def suspect_of(open_: Mapping[str, Request], device: Device) -> Request | None:
     request = open_.get(device.computing.partition(" ")[0])
     if request is None or request.deployment is None:
         return None
-    longest_s = max(request.deployment.expected.values(), default=0.0)
+    longest_s = request.deployment.longest_s
     late = device.computing_s > max(limits.SUSPECT_S, limits.LATE_TIMES * longest_s)
     return request if late else None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
@@ -151,6 +152,11 @@ class Request:
     @property
     def runs(self) -> bool:
         return self.deployment is not None and self.merged is None
+
+
+def running(open_: Mapping[str, Request]) -> list[Request]:
+    """Those that have begun and are not merged; most may wait."""
+    return [r for r in open_.values() if r.deployment is not None and r.merged is None]
 
 
 @lru_cache(maxsize=16)

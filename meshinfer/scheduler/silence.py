@@ -17,7 +17,7 @@ from meshinfer.scheduler.events import Effect, Plane, Send
 from meshinfer.scheduler.fallback import Fallback
 from meshinfer.scheduler.membership import Device, Membership
 from meshinfer.scheduler.poison import suspect_of
-from meshinfer.scheduler.request import Request, Try
+from meshinfer.scheduler.request import Request, Try, running
 from meshinfer.scheduler.usual import Usual
 
 
@@ -38,7 +38,7 @@ class Silence:
 
     def doubt(self, now: float) -> list[Effect]:
         """Ask those that owe late requests, and go on without those that are away."""
-        late = [r for r in self._running() if now >= self._due(r.tried[r.attempt])]
+        late = [r for r in running(self._open) if now >= self._due(r.tried[r.attempt])]
         effects = [*self._silent(now), *self._stuck(late, now)]
         self._starve(late, now)
         if effects or late:  # there may be spare devices meanwhile, or less doubt
@@ -104,7 +104,7 @@ class Silence:
         return soon and self._fallback.stands_in(device.name)
 
     def next_deadlines(self) -> list[float]:
-        times = [self._due(r.tried[r.attempt]) for r in self._running()]
+        times = [self._due(r.tried[r.attempt]) for r in running(self._open)]
         return [*times, *self._members.health.answers_due()]
 
     def tells_no_more(self, tried: Try) -> bool:
@@ -129,7 +129,3 @@ class Silence:
         for place, names in tried.assigned.items():
             found |= set() if place in told else set(names)
         return found
-
-    def _running(self) -> list[Request]:
-        begun = (r for r in self._open.values() if r.deployment is not None)  # most may wait
-        return [r for r in begun if r.runs]
