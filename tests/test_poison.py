@@ -229,14 +229,26 @@ def test_a_request_that_lost_three_devices_to_others_goes_on_as_soon_as_that_is_
     assert len(reply.lost) == 3 and reply.total_s < limits.EVIDENCE_S
 
 
-def test_who_computed_for_long_on_a_device_that_is_lost_waits_to_hear_why_at_once() -> None:
-    """1. a kernel fills the memory, which takes a while; 2. its process dies; 3. others go on; 4.
-    the next process says of what it died: only then the request is computed elsewhere."""
+def on_one_device(*, used: bool = False) -> tuple[Cluster, list[tuple[str, e.Compute]]]:
+    """A plan of one task, and what devices begin to compute from now on. ``used``: it has spares,
+    and is known to take its usual time."""
     cluster = Cluster(FOUR)
     begun: list[tuple[str, e.Compute]] = []
     cluster.kernel_fault = lambda node, job: begun.append((node.name, job))  # type: ignore[func-returns-value]
     cluster.planner = lambda graph, names: whole(graph, names[:1], 1)
     cluster.deployed()
+    if used:
+        cluster.pass_time(2.0)
+        for i in range(limits.PACE_SAMPLES):
+            cluster.check(cluster.submit(image(i)), image(i))
+        begun.clear()
+    return cluster, begun
+
+
+def test_who_computed_for_long_on_a_device_that_is_lost_waits_to_hear_why_at_once() -> None:
+    """1. a kernel fills the memory, which takes a while; 2. its process dies; 3. others go on; 4.
+    the next process says of what it died: only then the request is computed elsewhere."""
+    cluster, begun = on_one_device()
     cluster.slowness = dict.fromkeys(FOUR, 240.0)
     poison = cluster.submit(image(7), deadline_s=60.0)
     cluster.pass_time(1.0)
@@ -256,15 +268,7 @@ def test_who_computed_for_long_on_a_device_that_is_lost_waits_to_hear_why_at_onc
 def test_what_a_device_computed_for_long_before_it_fell_silent_goes_to_no_other() -> None:
     """A kernel that takes all the memory makes its device as slow as if it were frozen. 1. what
     waits behind it goes to the spare; 2. it does not, or that one would be lost as well."""
-    cluster = Cluster(FOUR)
-    begun: list[tuple[str, e.Compute]] = []
-    cluster.kernel_fault = lambda node, job: begun.append((node.name, job))  # type: ignore[func-returns-value]
-    cluster.planner = lambda graph, names: whole(graph, names[:1], 1)
-    cluster.deployed()
-    cluster.pass_time(2.0)
-    for i in range(limits.PACE_SAMPLES):
-        cluster.check(cluster.submit(image(i)), image(i))
-    begun.clear()
+    cluster, begun = on_one_device(used=True)
     cluster.slowness = dict.fromkeys(FOUR, 600.0)
     poison = cluster.submit(image(7), deadline_s=60.0)
     cluster.pass_time(0.8)
@@ -283,15 +287,7 @@ def test_what_a_device_computed_for_long_before_it_fell_silent_goes_to_no_other(
 
 def test_what_waits_behind_a_task_that_takes_far_too_long_goes_to_the_spare() -> None:
     """The device answers all the while, and only says what it computes."""
-    cluster = Cluster(FOUR)
-    begun: list[tuple[str, e.Compute]] = []
-    cluster.kernel_fault = lambda node, job: begun.append((node.name, job))  # type: ignore[func-returns-value]
-    cluster.planner = lambda graph, names: whole(graph, names[:1], 1)
-    cluster.deployed()
-    cluster.pass_time(2.0)
-    for i in range(limits.PACE_SAMPLES):
-        cluster.check(cluster.submit(image(i)), image(i))
-    begun.clear()
+    cluster, begun = on_one_device(used=True)
     cluster.slowness = dict.fromkeys(FOUR, 800.0)
     long_ = cluster.submit(image(7), deadline_s=60.0)
     cluster.pass_time(0.1)
