@@ -98,6 +98,14 @@ CONNECT_MS: Final = 500
 # Joining: names and key files, and how much of what mDNS says is looked at.
 CLUSTER_NAME_CHARS: Final = 32
 KEY_FILE_BYTES: Final = 4096
+ADMITTED_KEYS: Final = 1024
+WAITING_KEYS: Final = 64
+TOKENS: Final = 256
+TOKEN_CHARS: Final = 1024
+TOKEN_S: Final = 15 * 60.0
+JOIN_AGAIN_S: Final = 2.0
+"""How often one that waits for approval asks again."""
+
 DISCOVERED: Final = 64
 DISCOVERY_TXT_BYTES: Final = 512
 DISK_LOW_BYTES: Final = 512 * MIB

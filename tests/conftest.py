@@ -31,6 +31,7 @@ ORDER = (
     "test_importers",
     "test_cost",
     "test_protocol",
+    "test_token",
     "test_scheduler",
     "test_draw",
     "test_planner",
@@ -68,7 +69,7 @@ PURE = frozenset(
     test_ops_pool test_ops_quant test_ops_resize test_plan test_planner test_planner_borders
     test_planner_search test_planner_wishes test_planted test_poison test_protocol
     test_random_schedules test_recipe test_restart_core test_silence test_simulator test_strict
-    test_style test_torch test_upscaler test_worker_core
+    test_style test_token test_torch test_upscaler test_worker_core
     """.split()
 )
 """Files whose tests start no process of ours, open no socket and measure nothing: they may run, at

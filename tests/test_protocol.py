@@ -50,10 +50,14 @@ def made(kind: typing.Any) -> st.SearchStrategy[typing.Any]:
             return st.floats(0, 1e9 if meta.le is None else min(meta.le, 1e9))
         if inner is str and meta.min_length == 40:
             return st.just("k" * 40)
+        if inner is bytes:
+            return st.binary(max_size=8)
         if inner is str:
             return st.text(st.characters(codec="utf-8"), min_size=meta.min_length or 0, max_size=8)
         return made(inner)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        return st.sampled_from(arguments)
     if origin is tuple and len(arguments) == 2 and arguments[1] is Ellipsis:
         return st.lists(made(arguments[0]), max_size=3).map(tuple)
     if origin is tuple:

@@ -1,6 +1,7 @@
 """Every message of the protocol, on one screen each way. Unknown fields and types are refused.
 
-Only ``Hello`` and ``Refused``, by which two releases find out, may carry fields of a later one.
+Only ``Hello``, ``Join`` and ``Refused``, by which two releases find out, may carry fields of a
+later one.
 Messages carry no pickle and no code. Times are seconds that remain, never a wall clock's.
 ``device#incarnation`` is a peer; ids of requests are chosen by clients.
 """
@@ -14,6 +15,11 @@ from msgspec import Meta
 from meshinfer import limits
 
 # isort: off
+from meshinfer.protocol.joining import (
+    AddToken as AddToken, Admission as Admission, Admitted as Admitted, AdmittedNow as AdmittedNow,
+    Approve as Approve, Expel as Expel, Join as Join, Joined as Joined,
+    ListAdmitted as ListAdmitted, Wait as Wait, Waiting as Waiting,
+)  # fmt: skip
 from meshinfer.protocol.questions import (
     Devices as Devices, ListDevices as ListDevices, ListModels as ListModels, Models as Models,
 )  # fmt: skip
@@ -429,4 +435,5 @@ AnyMessage = (
     | Stalled | Detour | Relay
     | Deliver | Feed | Answer | Ack | ListDevices | Devices | ListModels | Models
     | Lacks
+    | Join | Joined | Wait | Admitted | AddToken | Approve | Expel | ListAdmitted | AdmittedNow
 )  # fmt: skip

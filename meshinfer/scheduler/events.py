@@ -14,9 +14,11 @@ import numpy as np
 
 from meshinfer.protocol.codec import Buffer
 from meshinfer.protocol.messages import (
+    Admission,
     AnyMessage,
     Facts,
     Failure,
+    Join,
     Link,
     Peer,
     Place,
@@ -34,6 +36,7 @@ class Plane(StrEnum):
 
     CONTROL = "control"
     BULK = "bulk"
+    JOIN = "join"
 
 
 # --- Events -------------------------------------------------------------------------------------
@@ -46,6 +49,15 @@ class Arrived:
     peer: str
     message: AnyMessage
     payload: memoryview = field(default_factory=lambda: memoryview(b""))
+
+
+@dataclass(frozen=True, slots=True)
+class Knocked:
+    """A stranger, whose connection to the join socket has this key, asks to be admitted."""
+
+    peer: str
+    key: str
+    message: Join
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +207,7 @@ class RanHere:
 
 Event = (
     Arrived | PeerLost | Ticked | StopRequested | BlobsFound | BlobWritten | Prepared | Computed
-    | ModelOpened | PlanReady | Recorded | RecordFailed | Submitted | Asked | Cancelled
+    | Knocked | ModelOpened | PlanReady | Recorded | RecordFailed | Submitted | Asked | Cancelled
     | RanHere
 )  # fmt: skip
 
@@ -223,6 +235,14 @@ class Connect:
 @dataclass(frozen=True, slots=True)
 class Disconnect:
     peer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Admit:
+    """From now on these keys may connect, each only under its name; all others are refused, and
+    their connections end."""
+
+    members: tuple[Admission, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -397,6 +417,6 @@ class Stop:
 
 
 Effect = (
-    Send | Connect | Disconnect | FindBlobs | WriteBlob | ServeBlob | Prepare | Discard | Compute
-    | OpenModel | MakePlan | Record | Resolve | Settle | Granted | Lease | Note | Stop
+    Send | Connect | Disconnect | Admit | FindBlobs | WriteBlob | ServeBlob | Prepare | Discard
+    | Compute | OpenModel | MakePlan | Record | Resolve | Settle | Granted | Lease | Note | Stop
 )  # fmt: skip
