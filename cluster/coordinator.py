@@ -26,7 +26,7 @@ import meshinfer
 from cluster import processes, profiler, telemetry
 from cluster.blobs import BlobStore
 from cluster.config import ADDRESS_FILE
-from cluster.discovery import announce, browse, fingerprint
+from cluster.discovery import announce, browse
 from cluster.journal import FILE, Journal, JournalThread
 from cluster.locate import DEFAULT_PORT
 from cluster.loop import Loop, Post, start_thread
@@ -218,7 +218,7 @@ def _refuse_second(options: CoordinatorOptions, keyring: Keyring) -> None:
         return
     others = browse(options.cluster, timeout_s=_LOOK_S, interfaces=options.interfaces, until=1)
     for other in others:
-        mine = other.fingerprint == fingerprint(keyring.coordinator_public)
+        mine = other.key == keyring.coordinator_public
         raise ConfigurationError(
             f"cluster {options.cluster!r} has a coordinator at {other.host}:{other.port} already"
             + (" (with this very key)" if mine else ""),

@@ -6,7 +6,7 @@ import os
 import socket
 from collections.abc import Sequence
 
-from cluster.discovery import browse, fingerprint
+from cluster.discovery import browse
 from meshinfer.errors import ConfigurationError, InvalidInput
 from meshinfer.protocol.records import BESIDE_COORDINATOR
 
@@ -40,12 +40,8 @@ def find_coordinator(
     address = address or os.environ.get(VARIABLE)
     if address:
         return parse_address(address)
-    wanted = None if key is None else fingerprint(key)
-    found = browse(cluster, timeout_s=timeout_s, interfaces=interfaces, until=1)
-    for each in found:
-        if wanted is None or each.fingerprint == wanted:
-            return each.host, each.port
-    return None
+    found = browse(cluster, timeout_s=timeout_s, interfaces=interfaces, until=1, key=key)
+    return (found[0].host, found[0].port) if found else None
 
 
 def local_address(towards: str) -> str:
