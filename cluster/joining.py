@@ -1,0 +1,343 @@
+"""How a holder's own key becomes admitted: it asks at the coordinator's join socket, then keeps a
+keyring.
+
+With a token it is admitted at once; without, a worker waits until an admin approves its id. Whom it
+asks is proven by the key in the token; without one, the key is believed at the first time (and
+pinned by ``coordinator_id``).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import structlog
+
+import meshinfer
+from cluster.config import default_keyring, user_state
+from cluster.discovery import browse
+from cluster.identity import own_identity
+from cluster.keyring import KEYRING_FILE, Keyring, read_keyring, write_keyring
+from cluster.keys import KeyPair
+from cluster.locate import VARIABLE, parse_address
+from cluster.sockets import CANNOT_CONNECT, LOST, NO_ROUTE, Endpoint, Lost, Plane
+from cluster.tokens import forget_token, left_token
+from cluster.transport import Transport
+from meshinfer import limits
+from meshinfer.errors import AuthError, ClusterUnavailable, InvalidInput
+from meshinfer.protocol import messages as m
+from meshinfer.protocol.codec import ProtocolError, decode, encode, error_of
+from meshinfer.protocol.token import Role, Token, client_name, device_id, parse_token, short_id
+from meshinfer.scheduler.telling import COORDINATOR
+
+TOKEN_VARIABLE: Final = "MESHINFER_TOKEN"
+_LOOK_S: Final = 3.0
+_PLACE_S: Final = 3.0  # for one of several addresses to answer
+_AWAY: Final = (CANNOT_CONNECT, LOST, NO_ROUTE)
+_PLACE_FILE: Final = "coordinator"
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What is asked, and of whom. ``coordinator``: its public key; empty where the cluster does
+    without encryption, None: not known yet. ``places``: HOST:PORT of join sockets; mDNS comes after
+    them. ``patience_s``: None is for ever; ``proxy``: as of ``Transport``."""
+
+    cluster: str
+    role: Role
+    name: str
+    coordinator: str | None
+    secret: bytes = b""
+    places: tuple[str, ...] = ()
+    coordinator_id: str = ""
+    interfaces: Sequence[str] | None = None
+    patience_s: float | None = None
+    proxy: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    host: str
+    port: int
+    key: str
+
+    def __str__(self) -> str:
+        return f"{self.host}:{self.port}"
+
+
+def enrol(key: KeyPair, wish: Wish) -> tuple[Keyring, str]:
+    """Ask until admitted: the keyring, and HOST:PORT of the coordinator.
+
+    Raises ``AuthError`` when refused, ``ProtocolMismatch``, ``ClusterUnavailable`` when nobody
+    answered within ``patience_s``.
+    """
+    deadline = None if wish.patience_s is None else time.monotonic() + wish.patience_s
+    for place in _places(wish, deadline):
+        joined = _Asking(key, wish, place).until_answered(deadline)
+        if joined is not None:
+            name = joined.name if joined.role == "worker" else client_name(key.public)
+            plaintext = wish.coordinator == ""
+            ring = Keyring(wish.cluster, place.key, key, joined.role, name, plaintext)
+            return ring, f"{place.host}:{joined.port}"
+    raise ClusterUnavailable(
+        f"no coordinator of cluster {wish.cluster!r} answers to be joined",
+        hint="is it running, and on this network? Say where: --coordinator HOST:PORT",
+    )
+
+
+def _places(wish: Wish, deadline: float | None) -> Iterator[_Place]:
+    """Where to ask, again and again: the places given, then what mDNS tells."""
+    pinned = False
+    while deadline is None or time.monotonic() < deadline:
+        if wish.coordinator is not None:
+            for text in wish.places:
+                yield _Place(*parse_address(text), wish.coordinator or _NO_KEY)
+        if wish.interfaces == ():
+            time.sleep(limits.RECONNECT_MS / 1000)
+            continue
+        left_s = _LOOK_S if deadline is None else max(0.1, deadline - time.monotonic())
+        for found in browse(
+            wish.cluster,
+            timeout_s=min(_LOOK_S, left_s),
+            interfaces=wish.interfaces,
+            until=1,
+            key=wish.coordinator or None,
+        ):
+            if not pinned and wish.coordinator is None:
+                _check_pinned(found.key, f"{found.host}:{found.port}", wish)
+                pinned = True
+            yield _Place(found.host, found.join_port, found.key)
+
+
+_NO_KEY: Final = "0" * 40
+"""Stands for the coordinator's key where a cluster has none."""
+
+
+def _check_pinned(key: str, where: str, wish: Wish) -> None:
+    found = device_id(key)
+    if not found.startswith(wish.coordinator_id.lower()):
+        raise AuthError(
+            f"the coordinator at {where} is {short_id(key)}, not {wish.coordinator_id}",
+            hint="check --coordinator-id: the coordinator prints it as it starts",
+        )
+    log = structlog.get_logger()
+    if not wish.coordinator_id:
+        log.warning(
+            "without a token, the coordinator that was found first is trusted",
+            where=where,
+            id=short_id(key),
+            hint="compare it with what the coordinator printed, or give --coordinator-id",
+        )
+
+
+class _Asking:
+    """One connection to a join socket."""
+
+    def __init__(self, key: KeyPair, wish: Wish, place: _Place) -> None:
+        self._key, self._wish, self._place = key, wish, place
+        self._told = False
+
+    def until_answered(self, deadline: float | None) -> m.Joined | None:
+        """None: nobody answers there (now)."""
+        plaintext = self._wish.coordinator == ""
+        transport = Transport("join#0", self._key, plaintext=plaintext, proxy=self._wish.proxy)
+        try:
+            endpoint = Endpoint(self._place.host, self._place.port, self._place.key)
+            transport.connect(Plane.JOIN, COORDINATOR, endpoint)
+            return self._ask(transport, deadline)
+        finally:
+            transport.close()
+
+    def _ask(self, transport: Transport, deadline: float | None) -> m.Joined | None:
+        ask_at, silent_at = time.monotonic(), time.monotonic() + _PLACE_S
+        while True:
+            now = time.monotonic()
+            if now >= ask_at:
+                transport.send(Plane.JOIN, COORDINATOR, encode(self._message()))
+                ask_at = now + limits.JOIN_AGAIN_S
+            if now >= silent_at or (deadline is not None and now >= deadline):
+                return None
+            until = min(ask_at, silent_at if deadline is None else min(silent_at, deadline))
+            for incoming in transport.receive(max(0.0, until - now)):
+                if isinstance(incoming, Lost):
+                    if incoming.reason in _AWAY:
+                        return None
+                    raise AuthError(
+                        f"the coordinator at {self._place} cannot be joined: {incoming.reason}",
+                        hint="make a new token there: meshinfer token",
+                    )
+                with suppress(ProtocolError):
+                    answer, _ = decode(incoming.frames)
+                    match answer:
+                        case m.Joined():
+                            return answer
+                        case m.Refused(failure):
+                            raise error_of(failure)
+                        case m.Wait(id=own, again_s=again_s):
+                            self._waits(own)
+                            ask_at = time.monotonic() + again_s
+                            silent_at = ask_at + _PLACE_S
+
+    def _message(self) -> m.Join:
+        wish = self._wish
+        return m.Join(
+            cluster=wish.cluster,
+            name=wish.name,
+            role=wish.role,
+            protocol=m.PROTOCOL,
+            version=meshinfer.__version__,
+            secret=wish.secret,
+        )
+
+    def _waits(self, own: str) -> None:
+        if self._told:
+            return
+        self._told = True
+        structlog.get_logger().warning(
+            "waits to be admitted: on the coordinator's machine, run this",
+            command=f"meshinfer devices approve {own}",
+            id=own,
+            coordinator=str(self._place),
+        )
+
+
+# --- workers
+
+
+def worker_keyring(
+    state: Path,
+    name: str,
+    cluster: str,
+    *,
+    coordinator: str | None = None,
+    coordinator_id: str = "",
+    interfaces: Sequence[str] | None = None,
+    proxy: str = "",
+) -> Keyring:
+    """The keyring of a worker with this state folder: the one that it has, or what it gets by
+    joining, for which it waits as long as it takes."""
+    key = own_identity(state)
+    token, ring = left_token(state), _kept(state / KEYRING_FILE, key)
+    if ring is not None and ring.cluster == cluster and token is None:
+        return ring
+    if token is not None and token.role != "worker":
+        raise AuthError(
+            f"the token is for a {token.role}, not for a worker",
+            hint="make one with meshinfer token",
+        )
+    address = coordinator or os.environ.get(VARIABLE)
+    wish = Wish(
+        cluster=cluster if token is None else token.cluster,
+        role="worker",
+        name=name,
+        coordinator=None if token is None else token.coordinator,
+        secret=b"" if token is None else token.secret,
+        places=_beside(address) if token is None else (*token.places, *_beside(address)),
+        coordinator_id=coordinator_id,
+        interfaces=interfaces,
+        proxy=proxy,
+    )
+    ring, where = enrol(key, wish)
+    write_keyring(state / KEYRING_FILE, ring)
+    (state / _PLACE_FILE).write_text(where)
+    forget_token(state)
+    structlog.get_logger().info(
+        "admitted; from now on it needs no token", cluster=ring.cluster, coordinator=where
+    )
+    return ring
+
+
+def remembered_place(state: Path) -> str | None:
+    """Where the coordinator was when this device joined, if it did: for where mDNS is silent."""
+    with suppress(OSError, UnicodeDecodeError):
+        return (state / _PLACE_FILE).read_text()
+    return None
+
+
+def _kept(path: Path, key: KeyPair) -> Keyring | None:
+    """The keyring there, if it is of this key: one that came with a copied folder is not."""
+    if not path.exists():
+        return None
+    ring = read_keyring(path)
+    return ring if ring.key == key else None
+
+
+def _beside(address: str | None) -> tuple[str, ...]:
+    """A join socket is at the port after the coordinator's, unless it was given another."""
+    if not address:
+        return ()
+    host, port = parse_address(address)
+    return (f"{host}:{port + 1}",) if port < 65535 else ()
+
+
+# --- clients and admins elsewhere
+
+
+def join_as_user(
+    token: Token,
+    path: Path | None,
+    *,
+    address: str | None = None,
+    interfaces: Sequence[str] | None = None,
+    timeout_s: float,
+) -> tuple[Keyring, Path]:
+    """Have this user's own key admitted, and write the keyring; both."""
+    if token.role == "worker":
+        raise AuthError(
+            "the token is for a worker",
+            hint="use it with meshinfer worker --token; for this, meshinfer token --role client",
+        )
+    folder = user_state(token.cluster)
+    key = own_identity(folder)
+    path = path or folder / KEYRING_FILE
+    if path.exists() and _kept(path, key) is None:
+        raise InvalidInput(
+            f"{path} is another's keyring: it is not written over",
+            hint="give --keyring another path, or move that one away",
+        )
+    address = address or os.environ.get(VARIABLE)
+    wish = Wish(
+        cluster=token.cluster,
+        role=token.role,
+        name=client_name(key.public),
+        coordinator=token.coordinator,
+        secret=token.secret,
+        places=(*token.places, *_beside(address)),
+        interfaces=interfaces,
+        patience_s=timeout_s,
+    )
+    ring, _ = enrol(key, wish)
+    write_keyring(path, ring)
+    return ring, path
+
+
+def client_keyring(
+    keyring: Path | None,
+    cluster: str,
+    token: str | None,
+    *,
+    address: str | None,
+    interfaces: Sequence[str] | None,
+    timeout_s: float,
+) -> Keyring:
+    """A client's: of the token, which it joins with unless it has; else the file given, else this
+    user's, or the one of this machine's coordinator."""
+    if token is None and (keyring is not None or default_keyring(cluster).exists()):
+        return read_keyring(keyring or default_keyring(cluster))
+    token = token or os.environ.get(TOKEN_VARIABLE)
+    if token is None:
+        return read_keyring(default_keyring(cluster))  # which says what is missing
+    parsed = parse_token(token)
+    folder = user_state(parsed.cluster)
+    kept = _kept(keyring or folder / KEYRING_FILE, own_identity(folder))
+    if kept is not None and parsed.coordinator in ("", kept.coordinator_public):
+        if kept.role == parsed.role:
+            return kept
+    return join_as_user(
+        parsed, keyring, address=address, interfaces=interfaces, timeout_s=timeout_s
+    )[0]
