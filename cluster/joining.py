@@ -20,7 +20,7 @@ import structlog
 
 import meshinfer
 from cluster.config import default_keyring, user_state
-from cluster.discovery import browse
+from cluster.discovery import Found, browse
 from cluster.identity import own_identity
 from cluster.keyring import KEYRING_FILE, Keyring, read_keyring, write_keyring
 from cluster.keys import KeyPair
@@ -92,46 +92,57 @@ def enrol(key: KeyPair, wish: Wish) -> tuple[Keyring, str]:
 
 def _places(wish: Wish, deadline: float | None) -> Iterator[_Place]:
     """Where to ask, again and again: the places given, then what mDNS tells."""
-    pinned = False
+    key = wish.coordinator or None
+    if wish.coordinator is None and wish.interfaces == ():
+        raise AuthError(
+            "without a token, the coordinator is to be found over mDNS, which is not used",
+            hint="make a token on its machine: meshinfer token",
+        )
     while deadline is None or time.monotonic() < deadline:
         if wish.coordinator is not None:
             for text in wish.places:
-                yield _Place(*parse_address(text), wish.coordinator or _NO_KEY)
+                yield _Place(*parse_address(text), key or _NO_KEY)
         if wish.interfaces == ():
             time.sleep(limits.RECONNECT_MS / 1000)
             continue
         left_s = _LOOK_S if deadline is None else max(0.1, deadline - time.monotonic())
-        for found in browse(
-            wish.cluster,
-            timeout_s=min(_LOOK_S, left_s),
-            interfaces=wish.interfaces,
-            until=1,
-            key=wish.coordinator or None,
-        ):
-            if not pinned and wish.coordinator is None:
-                _check_pinned(found.key, f"{found.host}:{found.port}", wish)
-                pinned = True
-            yield _Place(found.host, found.join_port, found.key)
+        found = _heard(wish, key, min(_LOOK_S, left_s))
+        if found is None:
+            structlog.get_logger().info("no coordinator yet", cluster=wish.cluster)
+            continue
+        if wish.coordinator is None and key is None:
+            _say_whom_it_trusts(found, wish.coordinator_id)
+            key = found.key
+        yield _Place(found.host, found.join_port, found.key)
 
 
 _NO_KEY: Final = "0" * 40
 """Stands for the coordinator's key where a cluster has none."""
 
 
-def _check_pinned(key: str, where: str, wish: Wish) -> None:
-    found = device_id(key)
-    if not found.startswith(wish.coordinator_id.lower()):
-        raise AuthError(
-            f"the coordinator at {where} is {short_id(key)}, not {wish.coordinator_id}",
-            hint="check --coordinator-id: the coordinator prints it as it starts",
-        )
-    log = structlog.get_logger()
-    if not wish.coordinator_id:
-        log.warning(
-            "without a token, the coordinator that was found first is trusted",
-            where=where,
-            id=short_id(key),
-            hint="compare it with what the coordinator printed, or give --coordinator-id",
+def _heard(wish: Wish, key: str | None, timeout_s: float) -> Found | None:
+    """A coordinator with this key; without one, with the id that was given, if any was."""
+    several = key is None and wish.coordinator_id
+    for found in browse(
+        wish.cluster,
+        timeout_s=timeout_s,
+        interfaces=wish.interfaces,
+        until=None if several else 1,
+        key=key,
+    ):
+        if not several or device_id(found.key).startswith(wish.coordinator_id.lower()):
+            return found
+    return None
+
+
+def _say_whom_it_trusts(found: Found, coordinator_id: str) -> None:
+    if not coordinator_id:
+        structlog.get_logger().warning(
+            "without a token, the coordinator that is found first is trusted",
+            where=f"{found.host}:{found.port}",
+            id=short_id(found.key),
+            hint="compare this id with what the coordinator says as it starts, or give it with "
+            "--coordinator-id",
         )
 
 
@@ -218,13 +229,12 @@ def worker_keyring(
     coordinator_id: str = "",
     interfaces: Sequence[str] | None = None,
     proxy: str = "",
-) -> Keyring:
-    """The keyring of a worker with this state folder: the one that it has, or what it gets by
-    joining, for which it waits as long as it takes."""
-    key = own_identity(state)
-    token, ring = left_token(state), _kept(state / KEYRING_FILE, key)
-    if ring is not None and ring.cluster == cluster and token is None:
-        return ring
+) -> tuple[Keyring, str | None]:
+    """The keyring of a worker with this state folder, and where the coordinator is if that is
+    known: what it has, or what it gets by joining, for which it waits as long as it takes."""
+    token, ring = left_token(state), kept_keyring(state)
+    if token is None and ring is not None and (ring.cluster, ring.name) == (cluster, name):
+        return ring, None
     if token is not None and token.role != "worker":
         raise AuthError(
             f"the token is for a {token.role}, not for a worker",
@@ -242,14 +252,19 @@ def worker_keyring(
         interfaces=interfaces,
         proxy=proxy,
     )
-    ring, where = enrol(key, wish)
+    ring, where = enrol(own_identity(state), wish)
     write_keyring(state / KEYRING_FILE, ring)
     (state / _PLACE_FILE).write_text(where)
     forget_token(state)
     structlog.get_logger().info(
         "admitted; from now on it needs no token", cluster=ring.cluster, coordinator=where
     )
-    return ring
+    return ring, where
+
+
+def kept_keyring(state: Path) -> Keyring | None:
+    """What a worker with this state folder has joined, if it has."""
+    return _kept(state / KEYRING_FILE, own_identity(state))
 
 
 def remembered_place(state: Path) -> str | None:
@@ -335,9 +350,9 @@ def client_keyring(
     parsed = parse_token(token)
     folder = user_state(parsed.cluster)
     kept = _kept(keyring or folder / KEYRING_FILE, own_identity(folder))
-    if kept is not None and parsed.coordinator in ("", kept.coordinator_public):
-        if kept.role == parsed.role:
-            return kept
+    same = kept is not None and parsed.coordinator in ("", kept.coordinator_public)
+    if kept is not None and same and kept.role == parsed.role:
+        return kept
     return join_as_user(
         parsed, keyring, address=address, interfaces=interfaces, timeout_s=timeout_s
     )[0]

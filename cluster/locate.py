@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
 
 from cluster.discovery import browse
 from meshinfer.errors import ConfigurationError, InvalidInput
@@ -12,6 +13,7 @@ from meshinfer.protocol.records import BESIDE_COORDINATOR
 
 DEFAULT_PORT = 7433
 VARIABLE = "MESHINFER_COORDINATOR"
+_CONNECT_S = 1.0
 
 
 def parse_address(text: str) -> tuple[str, int]:
@@ -42,6 +44,16 @@ def find_coordinator(
         return parse_address(address)
     found = browse(cluster, timeout_s=timeout_s, interfaces=interfaces, until=1, key=key)
     return (found[0].host, found[0].port) if found else None
+
+
+def answering(address: str | None) -> tuple[str, int] | None:
+    """This address, if somebody listens there."""
+    if address is None:
+        return None
+    host, port = parse_address(address)
+    with suppress(OSError), socket.create_connection((host, port), timeout=_CONNECT_S):
+        return host, port
+    return None
 
 
 def local_address(towards: str) -> str:

@@ -33,15 +33,22 @@ class GivenToken(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     reusable: bool = False
 
 
-def new_token(ring: Keyring, role: Role, places: tuple[str, ...]) -> Token:
-    """A token that means nothing until the coordinator knows its hash."""
-    coordinator = "" if ring.plaintext else ring.coordinator_public
-    return Token(ring.cluster, role, coordinator, secrets.token_bytes(SECRET_BYTES), places)
+def new_secret() -> bytes:
+    """Of a token, that means nothing until the coordinator knows its hash."""
+    return secrets.token_bytes(SECRET_BYTES)
 
 
-def given(token: Token, *, ttl_s: float = limits.TOKEN_S, reusable: bool = False) -> GivenToken:
+def given(
+    secret: bytes, role: Role, *, ttl_s: float = limits.TOKEN_S, reusable: bool = False
+) -> GivenToken:
     """What the coordinator has to know of a token."""
-    return GivenToken(hash_of(token.secret), token.role, ttl_s, reusable)
+    return GivenToken(hash_of(secret), role, ttl_s, reusable)
+
+
+def token_for(ring: Keyring, role: Role, secret: bytes, places: tuple[str, ...]) -> Token:
+    """Of the cluster of this keyring."""
+    coordinator = "" if ring.plaintext else ring.coordinator_public
+    return Token(ring.cluster, role, coordinator, secret, places)
 
 
 def places_of(host: str, join_port: int) -> tuple[str, ...]:

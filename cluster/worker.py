@@ -23,9 +23,10 @@ import meshinfer
 from cluster import processes, profiler, telemetry
 from cluster.blobs import BlobStore
 from cluster.doing import Doing
-from cluster.locate import find_coordinator, local_address
+from cluster.joining import remembered_place, worker_keyring
+from cluster.keyring import Keyring
+from cluster.locate import answering, find_coordinator, local_address
 from cluster.loop import Loop, Post, start_thread
-from cluster.security import generate_keypair, read_keyring
 from cluster.sockets import Endpoint, Plane
 from cluster.storing import StoreThread
 from cluster.transport import Transport
@@ -57,7 +58,9 @@ class Ways(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class WorkerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Settings of one worker, as ``meshinfer worker`` and LocalCluster hand them over.
+    """Settings of one worker, as ``meshinfer worker`` and LocalCluster hand them over. It joins
+    with the token in its state folder, if there is one. ``coordinator_id``: whom it may trust
+    without one.
 
     ``speed`` below 1 emulates a slower device: after each task the compute thread sleeps in
     proportion to the CPU time it took. ``speed_file``, once it is there, holds the speed from now
@@ -72,8 +75,8 @@ class WorkerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     name: str
     cluster: str = "default"
     state_dir: str
-    keyring: str
     coordinator: str | None = None
+    coordinator_id: str = ""
     interfaces: tuple[str, ...] | None = None
     threads: int = 1
     measured: profiler.Measured | None = None
@@ -135,18 +138,30 @@ def run_worker(options: WorkerOptions) -> m.Failure | None:
     _wait_for_stop_signals()
     state = Path(options.state_dir)
     processes.hold_folder(state)
-    keyring = read_keyring(options.keyring)
+    keyring, where = worker_keyring(
+        state,
+        options.name,
+        options.cluster,
+        coordinator=options.coordinator,
+        coordinator_id=options.coordinator_id,
+        interfaces=options.interfaces,
+        proxy=_proxy(options, (options.interfaces or ("",))[0]),
+    )
     if keyring.plaintext:
         telemetry.warn_of_plaintext()
-    host, port = _locate(options, keyring.coordinator_public)
-    server = generate_keypair()
+    host, port = _locate(options, keyring, where)
     incarnation = secrets.token_hex(4)
     identity = f"{options.name}#{incarnation}"
     telemetry.identify(device=options.name, incarnation=incarnation)
     address = BESIDE_COORDINATOR if options.beside else local_address(host)
     gate = options.gate
-    proxy = "" if gate is None else f"{address}:{gate.outbound}"
-    transport = Transport(identity, keyring.member, server, keyring.plaintext, proxy)
+    transport = Transport(
+        identity,
+        keyring.key,
+        plaintext=keyring.plaintext,
+        proxy=_proxy(options, address),
+        unknown_is_temporary=True,  # until the coordinator has told who may connect
+    )
     # All addresses, if beside the coordinator.
     bulk_port = transport.bind(Plane.BULK, address, 0 if gate is None else gate.behind)
     bulk_port = bulk_port if gate is None else gate.front
@@ -162,7 +177,7 @@ def run_worker(options: WorkerOptions) -> m.Failure | None:
         measured=measured.slowed(options.speed),
         memory_bytes=options.memory_bytes,
     )
-    core = WorkerCore(_hello(options, identity, address, bulk_port, server.public, facts))
+    core = WorkerCore(_hello(options, identity, address, bulk_port, keyring.key.public, facts))
 
     def perform(effect: Effect) -> None:
         if isinstance(effect, Compute):
@@ -213,20 +228,26 @@ def _speed(options: WorkerOptions) -> float:
     return options.speed
 
 
-def _locate(options: WorkerOptions, key: str) -> tuple[str, int]:
-    """The coordinator's address: as given, else over mDNS, asking until one answers."""
+def _proxy(options: WorkerOptions, address: str) -> str:
+    return "" if options.gate is None else f"{address}:{options.gate.outbound}"
+
+
+def _locate(options: WorkerOptions, ring: Keyring, where: str | None) -> tuple[str, int]:
+    """The coordinator's address: as given, or where it just was joined, else over mDNS, else where
+    it was when this device joined; asking until one answers."""
     log = structlog.get_logger()
     while True:
         found = find_coordinator(
-            options.coordinator,
-            options.cluster,
+            options.coordinator or where,
+            ring.cluster,
             timeout_s=LOOK_S,
-            key=key,
+            key=None if ring.plaintext else ring.coordinator_public,
             interfaces=options.interfaces,
         )
+        found = found or answering(remembered_place(Path(options.state_dir)))
         if found is not None:
             return found
-        log.info("no coordinator yet", cluster=options.cluster)
+        log.info("no coordinator yet", cluster=ring.cluster)
 
 
 def _wait_for_stop_signals() -> None:
