@@ -32,7 +32,7 @@ from zeroconf import (
 )
 from zeroconf import Error as ZeroconfError
 
-from cluster.security import check_cluster_name
+from cluster.keyring import check_cluster_name
 from meshinfer import limits
 
 log = structlog.get_logger(__name__)

@@ -23,9 +23,9 @@ import meshinfer
 from cluster import processes, profiler, telemetry
 from cluster.blobs import BlobStore
 from cluster.doing import Doing
+from cluster.keyring import read_keyring
 from cluster.locate import find_coordinator, local_address
 from cluster.loop import Loop, Post, start_thread
-from cluster.security import generate_keypair, read_keyring
 from cluster.sockets import Endpoint, Plane
 from cluster.storing import StoreThread
 from cluster.transport import Transport
@@ -34,6 +34,7 @@ from meshinfer.engine.ort import OrtEngine
 from meshinfer.errors import MeshInferError
 from meshinfer.protocol import messages as m
 from meshinfer.protocol.codec import error_of, failure_of
+from meshinfer.protocol.joining import Admission
 from meshinfer.protocol.records import BESIDE_COORDINATOR
 from meshinfer.scheduler.events import (
     Compute,
@@ -139,14 +140,17 @@ def run_worker(options: WorkerOptions) -> m.Failure | None:
     if keyring.plaintext:
         telemetry.warn_of_plaintext()
     host, port = _locate(options, keyring.coordinator_public)
-    server = generate_keypair()
+    key = keyring.key
     incarnation = secrets.token_hex(4)
     identity = f"{options.name}#{incarnation}"
     telemetry.identify(device=options.name, incarnation=incarnation)
     address = BESIDE_COORDINATOR if options.beside else local_address(host)
     gate = options.gate
     proxy = "" if gate is None else f"{address}:{gate.outbound}"
-    transport = Transport(identity, keyring.member, server, keyring.plaintext, proxy)
+    coordinators = Admission(keyring.coordinator_public, "head", "worker")
+    transport = Transport(
+        identity, key, [coordinators], keyring.plaintext, proxy, unknown_is_temporary=True
+    )
     # All addresses, if beside the coordinator.
     bulk_port = transport.bind(Plane.BULK, address, 0 if gate is None else gate.behind)
     bulk_port = bulk_port if gate is None else gate.front
@@ -162,7 +166,7 @@ def run_worker(options: WorkerOptions) -> m.Failure | None:
         measured=measured.slowed(options.speed),
         memory_bytes=options.memory_bytes,
     )
-    core = WorkerCore(_hello(options, identity, address, bulk_port, server.public, facts))
+    core = WorkerCore(_hello(options, identity, address, bulk_port, key.public, facts))
 
     def perform(effect: Effect) -> None:
         if isinstance(effect, Compute):
