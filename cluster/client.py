@@ -23,12 +23,12 @@ import meshinfer
 from cluster import results
 from cluster.blobs import BlobStore
 from cluster.config import default_keyring
+from cluster.keyring import read_keyring
 from cluster.locate import find_coordinator, own_place
 from cluster.loop import Loop
 from cluster.offers import Offers
 from cluster.on_device import OnDevice
 from cluster.results import Deployment, Result, closed_error
-from cluster.security import read_keyring
 from cluster.sockets import Endpoint
 from cluster.storing import serve
 from cluster.transport import Transport
@@ -37,6 +37,7 @@ from meshinfer.image import ImageSpec
 from meshinfer.plan import Plan
 from meshinfer.protocol import messages as m
 from meshinfer.protocol.codec import Array, error_of
+from meshinfer.protocol.token import client_name
 from meshinfer.scheduler.client import ClientCore
 from meshinfer.scheduler.events import (
     Asked,
@@ -106,7 +107,7 @@ class Client:
         self._closed = False
         self._folder = tempfile.TemporaryDirectory(prefix="meshinfer-client-")
         self._offers = Offers(BlobStore(Path(self._folder.name)))
-        name = f"client-{secrets.token_hex(6)}"
+        name = f"{client_name(ring.key.public)}-{secrets.token_hex(6)}"
         hello = m.Hello(
             role="client",
             device=name,
@@ -117,7 +118,7 @@ class Client:
             where=own_place(found[0]),
         )
         coordinator = Endpoint(found[0], found[1], ring.coordinator_public)
-        transport = partial(Transport, f"{name}#0", ring.member, plaintext=ring.plaintext)
+        transport = partial(Transport, f"{name}#0", ring.key, plaintext=ring.plaintext)
         self._core = ClientCore(hello)
         self._loop = Loop(self._core, transport, self._perform, coordinator)
         self._on_device = OnDevice(self._loop.post)

@@ -28,16 +28,18 @@ from cluster.blobs import BlobStore
 from cluster.config import ADDRESS_FILE
 from cluster.discovery import announce, browse
 from cluster.journal import FILE, Journal, JournalThread
+from cluster.keyring import Keyring, load_or_create_coordinator
+from cluster.keys import KeyPair
 from cluster.locate import DEFAULT_PORT
 from cluster.loop import Loop, Post, start_thread
 from cluster.planning import PlanningThread
-from cluster.security import KeyPair, Keyring, generate_keypair, load_or_create_coordinator
 from cluster.sockets import Endpoint, Plane
 from cluster.storing import StoreThread
 from cluster.transport import Transport
 from meshinfer.errors import ClusterUnavailable, ConfigurationError, MeshInferError
 from meshinfer.protocol import messages as m
 from meshinfer.protocol.codec import error_of, failure_of
+from meshinfer.protocol.joining import Admission
 from meshinfer.protocol.records import BESIDE_COORDINATOR
 from meshinfer.scheduler.coordinator import CoordinatorCore
 from meshinfer.scheduler.events import Effect, Record, Stop, StopRequested
@@ -99,7 +101,11 @@ def run_coordinator(
     shown = options.host or BESIDE_COORDINATOR
     incarnation = secrets.token_hex(4)
     identity = f"{COORDINATOR}#{incarnation}"
-    transport = Transport(identity, keyring.member, own, plaintext=keyring.plaintext)
+    always = [
+        Admission(own.public, HEAD, "worker"),
+        Admission(keyring.key.public, keyring.name, "admin"),
+    ]
+    transport = Transport(identity, own, always, plaintext=keyring.plaintext)
     try:
         port = transport.bind(Plane.CONTROL, listen, options.port)
         bulk_port = transport.bind(Plane.BULK, listen)
@@ -124,7 +130,7 @@ def run_coordinator(
     loop = Loop(core, lambda: transport, perform)
     writing = JournalThread(journal, loop.post)
     planning = PlanningThread(store, loop.post, options.log_level, options.log_form)
-    head = Head(keyring, options.cluster, here, options.host, port, store, loop.post)
+    head = Head(keyring, own, options.cluster, here, options.host, port, store, loop.post)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: loop.post(StopRequested()))
     listening = Address(host=here, port=port, pid=os.getpid())
@@ -232,6 +238,7 @@ class Head:
     def __init__(
         self,
         keyring: Keyring,
+        own: KeyPair,
         cluster: str,
         host: str,
         shared_host: str,
@@ -239,6 +246,7 @@ class Head:
         store: BlobStore,
         post: Post,
     ) -> None:
+        self._own = own
         self._keyring, self._cluster, self._host, self._shared = keyring, cluster, host, shared_host
         self._control_port = control_port
         self._store, self._post = store, post
@@ -258,10 +266,11 @@ class Head:
             self._thread.join(timeout=_JOIN_S)
 
     def _run(self) -> None:
-        server: KeyPair = generate_keypair()
         incarnation = secrets.token_hex(4)
         ring, identity = self._keyring, f"{HEAD}#{incarnation}"
-        transport = Transport(identity, ring.member, server, plaintext=ring.plaintext)
+        transport = Transport(
+            identity, self._own, plaintext=ring.plaintext, unknown_is_temporary=True
+        )
         port = transport.bind(Plane.BULK, self._shared or EVERYWHERE)
         control = Endpoint(self._host, self._control_port, self._keyring.coordinator_public)
         facts = profiler.facts(threads=0, engine="none", measured=None)
@@ -277,7 +286,7 @@ class Head:
                 incarnation=incarnation,
                 host=self._shared or BESIDE_COORDINATOR,
                 port=port,
-                key=server.public,
+                key=self._own.public,
             ),
             facts=msgspec.structs.replace(facts, head=True),
         )

@@ -31,7 +31,8 @@ from zeroconf import (
 )
 from zeroconf import Error as ZeroconfError
 
-from cluster.security import check_cluster_name, is_key
+from cluster.keyring import check_cluster_name
+from cluster.keys import is_key
 from meshinfer import limits
 
 log = structlog.get_logger(__name__)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from cluster.security import generate_keypair
+from cluster.keys import generate_keypair
 from cluster.sockets import Endpoint, Plane, Received
 from cluster.transport import Transport
 from meshinfer.errors import ConfigurationError

@@ -19,7 +19,8 @@ from typing import Final
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from cluster.security import Gatekeeper, KeyPair, is_key
+from cluster.gatekeeper import JOIN_DOMAIN, WORK_DOMAIN
+from cluster.keys import KeyPair, is_key
 from meshinfer import limits
 from meshinfer.errors import AuthError, ConfigurationError
 
@@ -28,11 +29,18 @@ Socket = zmq.Socket[bytes]
 
 LOST: Final = "the connection was lost"
 NO_ROUTE: Final = "no connection to this peer"
+REVOKED: Final = "its key is admitted no more"
 REFUSED: Final = "refused: key not admitted"
-NOT_OURS: Final = (
-    "the other side is not a MeshInfer socket, has another coordinator's key, is encrypted where "
-    "we are not or the other way, or admits nobody now"
+BUSY: Final = "the other side has too many strangers to serve now"
+WRONG_KEY: Final = (
+    "the other side does not hold the key that we were told of it, or its gate admits nobody now"
 )
+NOT_YET: Final = "the other side does not know our key yet, or does not hold its own"
+PLAINTEXT: Final = "the other side is without encryption, and we are not"
+ENCRYPTED: Final = "the other side is encrypted, and we are not"
+NOT_OURS: Final = "what answers at this address is no MeshInfer socket"
+FINAL: Final = frozenset({REFUSED, WRONG_KEY, PLAINTEXT, ENCRYPTED, NOT_OURS})
+"""Of a control or join socket: trying again is of no use until somebody mends something."""
 CANNOT_CONNECT: Final = "nobody answers at this address"
 
 # Plain integers: each operation on zmq's flags makes a new enum member, 1 us, many times a message.
@@ -47,10 +55,11 @@ UNKNOWN: Final = -1
 
 
 class Plane(StrEnum):
-    """Which of the two kinds of socket."""
+    """Which kind of socket."""
 
     CONTROL = "control"
     BULK = "bulk"
+    JOIN = "join"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +76,15 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """One whole message. ``peer`` is the sender's routing id; the frames are read-only views."""
+    """One whole message; the frames are read-only views. ``key``: that of the connection, which
+    may call itself ``peer``; a stranger's peer is its key. ``inbound``: by a socket that we bound.
+    """
 
     plane: Plane
     peer: str
     frames: list[memoryview]
+    key: str = ""
+    inbound: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +116,8 @@ def this_thread() -> tuple[int, int]:
 
 
 def frame_limit(plane: Plane) -> int:
+    if plane is Plane.JOIN:
+        return limits.JOIN_FRAME_BYTES
     return limits.FRAME_BYTES if plane is Plane.BULK else limits.CONTROL_FRAME_BYTES
 
 
@@ -146,6 +161,9 @@ def _options(plane: Plane, *, server: bool, plaintext: bool) -> dict[int, int]:
         options[zmq.HEARTBEAT_TTL] = int(limits.SILENT_MOST_S * 1000)
         # And here, where there is one, the input never stands: a coordinator's words are bounded.
         options[zmq.RCVHWM] = 0
+    if server and plane is Plane.JOIN:  # of strangers, who have no reason to send more
+        options[zmq.RCVHWM] = 1
+        options[zmq.SNDHWM] = 4
     if server:
         # An unknown peer is an error that we see, not a silent drop.
         options[zmq.ROUTER_MANDATORY] = 1
@@ -170,7 +188,7 @@ def configure(
     plane: Plane,
     *,
     server: KeyPair | None = None,
-    member: KeyPair | None = None,
+    client: KeyPair | None = None,
     server_key: str = "",
     plaintext: bool = False,
     proxy: str = "",
@@ -190,10 +208,10 @@ def configure(
     if server is not None:
         new.curve_server = 1
         new.curve_secretkey = server.secret.encode()
-        new.zap_domain = Gatekeeper.DOMAIN.encode()
-    if member is not None:
-        new.curve_publickey = member.public.encode()
-        new.curve_secretkey = member.secret.encode()
+        new.zap_domain = (JOIN_DOMAIN if plane is Plane.JOIN else WORK_DOMAIN).encode()
+    if client is not None:
+        new.curve_publickey = client.public.encode()
+        new.curve_secretkey = client.secret.encode()
         new.curve_serverkey = server_key.encode()
 
 
@@ -334,19 +352,13 @@ class Ends:
 
 
 @dataclass(slots=True, eq=False)
-class Port(Ends):
-    """A bound ROUTER. ``connection_of``: by which TCP connection each peer last spoke."""
-
-    connection_of: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass(slots=True, eq=False)
 class Link(Ends):
     """A DEALER to one peer. ``said`` is the last reason reported: one Lost for each outage.
     ``greeted``: a hello waits for it to be up."""
 
     peer: str
     endpoint: Endpoint
+    plaintext: bool = False
     up: bool = False
     refused: bool = False  # libzmq gave up on it: only a new socket can try again
     said: str = ""
@@ -367,14 +379,18 @@ def heard_of(link: Link, event: int, value: int) -> str:
     if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
         link.up, link.said, link.greeted = True, "", False
     elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
-        # ZAP: 300 try again, 400 refused, 500 the gatekeeper has a bug.
-        reason = REFUSED if value == 400 else f"{REFUSED} (ZAP status {value})"
+        # ZAP: 400 refused, 500 busy (300, try again, closes without a word).
+        reason = BUSY if value == 500 else REFUSED
         link.refused = True
     elif event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
         reason = NOT_OURS
+        if value == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
+            reason = ENCRYPTED if link.plaintext else PLAINTEXT
         link.refused = True
     elif event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
-        reason = NOT_OURS
+        # A server that cannot read our first packet closes, and so does a gate that is to be tried
+        # again: only workers have one.
+        reason = NOT_YET if link.plane is Plane.BULK else WRONG_KEY
     elif event == zmq.EVENT_DISCONNECTED and link.up:
         link.up = False
         reason = LOST

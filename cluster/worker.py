@@ -35,6 +35,7 @@ from meshinfer.engine.ort import OrtEngine
 from meshinfer.errors import MeshInferError
 from meshinfer.protocol import messages as m
 from meshinfer.protocol.codec import error_of, failure_of
+from meshinfer.protocol.joining import Admission
 from meshinfer.protocol.records import BESIDE_COORDINATOR
 from meshinfer.scheduler.events import (
     Compute,
@@ -158,6 +159,7 @@ def run_worker(options: WorkerOptions) -> m.Failure | None:
     transport = Transport(
         identity,
         keyring.key,
+        [Admission(keyring.coordinator_public, "head", "worker")],
         plaintext=keyring.plaintext,
         proxy=_proxy(options, address),
         unknown_is_temporary=True,  # until the coordinator has told who may connect

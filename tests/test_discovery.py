@@ -20,7 +20,7 @@ from zeroconf import ServiceBrowser, ServiceInfo, ServiceStateChange, Zeroconf
 
 from cluster import discovery
 from cluster.discovery import SERVICE, Announcement, Found, announce, browse
-from cluster.security import generate_keypair
+from cluster.keys import generate_keypair
 from meshinfer import limits
 from meshinfer.errors import ConfigurationError
 

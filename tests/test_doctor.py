@@ -24,7 +24,7 @@ from cluster import config
 from cluster.discovery import announce, browse
 from cluster.lab import DeviceSpec, Lab, LabCluster
 from cluster.profiler import Measured
-from cluster.security import new_keyring, write_keyring
+from cluster.keyring import new_keyring, write_keyring
 from cluster.worker import WorkerOptions
 from meshinfer.doctor import Finding, Interface, Verdict, exit_code, judge_interfaces
 

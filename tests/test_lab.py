@@ -36,7 +36,7 @@ from cluster.lab import (
 )
 from cluster.lab.cgroups import CgroupsV1, CgroupsV2, find_cgroups, quota_us
 from cluster.lab.lab import available
-from cluster.security import read_keyring
+from cluster.keyring import read_keyring
 from meshinfer.errors import ConfigurationError, InvalidInput
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -75,7 +75,7 @@ def coordinator(
     from cluster import telemetry
     from cluster.config import coordinator_state
     from cluster.coordinator import CoordinatorOptions, run_coordinator
-    from cluster.security import check_cluster_name
+    from cluster.keyring import check_cluster_name
     from meshinfer.protocol.codec import error_of
 
     telemetry.configure(log_level, log_form, name="coordinator")
@@ -135,8 +135,8 @@ def worker(
     import msgspec
 
     from cluster.config import default_keyring
+    from cluster.keyring import read_keyring
     from cluster.locate import parse_address
-    from cluster.security import read_keyring
 
     ring = keyring or default_keyring(cluster)
     named = read_keyring(ring).cluster

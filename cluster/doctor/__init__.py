@@ -21,8 +21,8 @@ from cluster.config import ADDRESS_FILE, coordinator_state, default_keyring, sta
 from cluster.doctor import network
 from cluster.doctor.engine import run_engine
 from cluster.doctor.storage import room
+from cluster.keyring import Keyring, read_keyring
 from cluster.locate import DEFAULT_PORT, parse_address
-from cluster.security import Keyring, read_keyring
 from meshinfer.doctor import (
     Finding,
     Heard,
