@@ -21,9 +21,9 @@ from typing import Any
 
 import meshinfer
 from cluster import results
+from cluster.admitting import Admitting
 from cluster.blobs import BlobStore
-from cluster.config import default_keyring
-from cluster.keyring import read_keyring
+from cluster.joining import client_keyring
 from cluster.locate import find_coordinator, own_place
 from cluster.loop import Loop
 from cluster.offers import Offers
@@ -37,7 +37,6 @@ from meshinfer.image import ImageSpec
 from meshinfer.plan import Plan
 from meshinfer.protocol import messages as m
 from meshinfer.protocol.codec import Array, error_of
-from meshinfer.protocol.token import client_name
 from meshinfer.scheduler.client import ClientCore
 from meshinfer.scheduler.events import (
     Asked,
@@ -75,7 +74,9 @@ class Client:
     """A connection to a coordinator.
 
     ``address``: HOST:PORT; else $MESHINFER_COORDINATOR; else mDNS for ``cluster``. ``keyring``:
-    the file that the coordinator wrote; else $MESHINFER_KEYRING; else that of this machine's.
+    of an admin or a client; else $MESHINFER_KEYRING; else that of this machine's coordinator, or
+    what ``meshinfer join`` has written. ``token``: joins with it, once, and keeps its keyring;
+    else, where there is no keyring, $MESHINFER_TOKEN.
     Raises ``ClusterUnavailable`` when none answers within ``timeout_s``, ``AuthError``.
     """
 
@@ -85,15 +86,23 @@ class Client:
         *,
         keyring: str | os.PathLike[str] | None = None,
         cluster: str = "default",
+        token: str | None = None,
         timeout_s: float = 10.0,
         interfaces: Sequence[str] | None = None,
     ) -> None:
-        ring = read_keyring(Path(keyring or default_keyring(cluster)))
+        ring = client_keyring(
+            None if keyring is None else Path(keyring),
+            cluster,
+            token,
+            address=address,
+            interfaces=interfaces,
+            timeout_s=timeout_s,
+        )
         found = find_coordinator(
             address,
             ring.cluster,
             timeout_s=timeout_s,
-            key=ring.coordinator_public,
+            key=None if ring.plaintext else ring.coordinator_public,
             interfaces=interfaces,
         )
         if found is None:
@@ -101,13 +110,15 @@ class Client:
                 f"no coordinator of cluster {ring.cluster!r} was found over mDNS",
                 hint="start meshinfer coordinator, or give its address",
             )
+        self.role = ring.role
+        self.admitting = Admitting(ring, found[0], partial(self._ask, timeout_s=CALL_S))
         self._lock = threading.Lock()
         self._results: dict[str, _Open] = {}
         self._calls: dict[str, Future[m.AnyMessage]] = {}
         self._closed = False
         self._folder = tempfile.TemporaryDirectory(prefix="meshinfer-client-")
         self._offers = Offers(BlobStore(Path(self._folder.name)))
-        name = f"{client_name(ring.key.public)}-{secrets.token_hex(6)}"
+        name = f"{ring.name}-{secrets.token_hex(6)}"
         hello = m.Hello(
             role="client",
             device=name,

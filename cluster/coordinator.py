@@ -21,6 +21,7 @@ from typing import Any
 
 import msgspec
 import structlog
+from meshinfer.scheduler.enrolment import Door
 
 import meshinfer
 from cluster import processes, profiler, telemetry
@@ -35,14 +36,17 @@ from cluster.loop import Loop, Post, start_thread
 from cluster.planning import PlanningThread
 from cluster.sockets import Endpoint, Plane
 from cluster.storing import StoreThread
+from cluster.tokens import GivenToken
 from cluster.transport import Transport
 from meshinfer.errors import ClusterUnavailable, ConfigurationError, MeshInferError
 from meshinfer.protocol import messages as m
 from meshinfer.protocol.codec import error_of, failure_of
 from meshinfer.protocol.joining import Admission
 from meshinfer.protocol.records import BESIDE_COORDINATOR
+from meshinfer.protocol.token import short_id
 from meshinfer.scheduler.coordinator import CoordinatorCore
 from meshinfer.scheduler.events import Effect, Record, Stop, StopRequested
+from meshinfer.scheduler.ledger import TokenMade
 from meshinfer.scheduler.worker import COORDINATOR, WorkerCore
 
 HEAD = "head"
@@ -54,19 +58,24 @@ _POLL_S = 0.02
 _REFRESH_S = 30.0
 _WARN_S = 60.0
 _JOIN_S = 5.0
+_LAST_PORT = 65535
 
 
 class CoordinatorOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Settings of a coordinator. ``host``: address to listen at; empty: all of this machine's.
 
     ``interfaces``: addresses for mDNS; None chooses, empty does without. ``plaintext``: the cluster
-    does without encryption, as its keyring then says. ``parent``: the process to end with.
+    does without encryption, as its keyring then says. ``join_port``: where strangers knock; 0: the
+    one after ``port``, or any free one if that is 0. ``tokens``: good from the start. ``parent``:
+    the process to end with.
     """
 
     cluster: str = "default"
     state_dir: str
     host: str = ""
     port: int = DEFAULT_PORT
+    join_port: int = 0
+    tokens: tuple[GivenToken, ...] = ()
     interfaces: tuple[str, ...] | None = None
     plaintext: bool = False
     log_level: str = "info"
@@ -79,6 +88,7 @@ class Address(msgspec.Struct, frozen=True, kw_only=True):
 
     host: str
     port: int
+    join_port: int
     pid: int
 
 
@@ -108,6 +118,7 @@ def run_coordinator(
     transport = Transport(identity, own, always, plaintext=keyring.plaintext)
     try:
         port = transport.bind(Plane.CONTROL, listen, options.port)
+        join_port = _bind_join(transport, listen, options)
         bulk_port = transport.bind(Plane.BULK, listen)
     except MeshInferError:
         transport.close()
@@ -117,7 +128,8 @@ def run_coordinator(
         device=COORDINATOR, incarnation=incarnation, host=shown, port=bulk_port, key=own.public
     )
     store = BlobStore(state / "blobs", durable=True)
-    core = CoordinatorCore(options.cluster, meshinfer.__version__, bulk, journal.ledger)
+    door = Door(port, tuple(always), tuple(_made(each) for each in options.tokens))
+    core = CoordinatorCore(options.cluster, meshinfer.__version__, bulk, journal.ledger, door)
     planning: PlanningThread
     writing: JournalThread
 
@@ -133,14 +145,16 @@ def run_coordinator(
     head = Head(keyring, own, options.cluster, here, options.host, port, store, loop.post)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: loop.post(StopRequested()))
-    listening = Address(host=here, port=port, pid=os.getpid())
+    listening = Address(host=here, port=port, join_port=join_port, pid=os.getpid())
     _write_address(address, listening)
     log = structlog.get_logger()
-    log.info("listening", host=listen, port=port, cluster=options.cluster)
-    log.info("share with the devices", keyring=str(state / "keyring.json"))
+    log.info(
+        "listening", host=listen, port=port, join_port=join_port, cluster=options.cluster,
+        id=short_id(own.public),
+    )  # fmt: skip
     head.start()
     try:
-        with _announced(options, port, own.public, loop), _warning(keyring, loop.post):
+        with _announced(options, listening, own.public, loop), _warning(keyring, loop.post):
             if on_listening is not None:
                 on_listening(listening)
             return loop.run()
@@ -151,14 +165,33 @@ def run_coordinator(
         writing.close()
 
 
+def _bind_join(transport: Transport, host: str, options: CoordinatorOptions) -> int:
+    after = options.port + 1 if 0 < options.port < _LAST_PORT else 0
+    try:
+        return transport.bind(Plane.JOIN, host, options.join_port or after)
+    except ConfigurationError as error:
+        raise ConfigurationError(
+            error.message, hint="there strangers are to knock: choose another with --join-port"
+        ) from error
+
+
+def _made(token: GivenToken) -> TokenMade:
+    return TokenMade(token.hash, token.role, token.ttl_s, token.reusable)
+
+
 @contextmanager
-def _announced(options: CoordinatorOptions, port: int, key: str, loop: Loop) -> Iterator[None]:
+def _announced(options: CoordinatorOptions, where: Address, key: str, loop: Loop) -> Iterator[None]:
     """Be found over mDNS meanwhile, at the addresses that the machine has from time to time."""
     if options.interfaces == ():
         yield
         return
     announcement = announce(
-        options.cluster, port, key=key, protocol=m.PROTOCOL, interfaces=options.interfaces
+        options.cluster,
+        where.port,
+        key=key,
+        join_port=where.join_port,
+        protocol=m.PROTOCOL,
+        interfaces=options.interfaces,
     )
     try:
         with _each("announcing", _REFRESH_S, announcement.refresh, loop.post):
@@ -269,7 +302,11 @@ class Head:
         incarnation = secrets.token_hex(4)
         ring, identity = self._keyring, f"{HEAD}#{incarnation}"
         transport = Transport(
-            identity, self._own, plaintext=ring.plaintext, unknown_is_temporary=True
+            identity,
+            self._own,
+            [Admission(self._own.public, HEAD, "worker")],
+            plaintext=ring.plaintext,
+            unknown_is_temporary=True,
         )
         port = transport.bind(Plane.BULK, self._shared or EVERYWHERE)
         control = Endpoint(self._host, self._control_port, self._keyring.coordinator_public)

@@ -25,7 +25,7 @@ from cluster.identity import own_identity
 from cluster.keyring import KEYRING_FILE, Keyring, read_keyring, write_keyring
 from cluster.keys import KeyPair
 from cluster.locate import VARIABLE, parse_address
-from cluster.sockets import CANNOT_CONNECT, LOST, NO_ROUTE, Endpoint, Lost, Plane
+from cluster.sockets import CANNOT_CONNECT, FINAL, NO_ROUTE, WRONG_KEY, Endpoint, Lost, Plane
 from cluster.tokens import forget_token, left_token
 from cluster.transport import Transport
 from meshinfer import limits
@@ -38,7 +38,8 @@ from meshinfer.scheduler.telling import COORDINATOR
 TOKEN_VARIABLE: Final = "MESHINFER_TOKEN"
 _LOOK_S: Final = 3.0
 _PLACE_S: Final = 3.0  # for one of several addresses to answer
-_AWAY: Final = (CANNOT_CONNECT, LOST, NO_ROUTE)
+_BUSY_S: Final = 0.3
+_NOBODY: Final = (CANNOT_CONNECT, NO_ROUTE)
 _PLACE_FILE: Final = "coordinator"
 
 
@@ -65,6 +66,7 @@ class _Place:
     host: str
     port: int
     key: str
+    given: bool = False
 
     def __str__(self) -> str:
         return f"{self.host}:{self.port}"
@@ -77,21 +79,32 @@ def enrol(key: KeyPair, wish: Wish) -> tuple[Keyring, str]:
     answered within ``patience_s``.
     """
     deadline = None if wish.patience_s is None else time.monotonic() + wish.patience_s
+    told: AuthError | None = None
     for place in _places(wish, deadline):
+        if place is None:  # all were asked, and mDNS as well
+            if told is not None:
+                raise told
+            continue
         joined = _Asking(key, wish, place).until_answered(deadline)
-        if joined is not None:
+        if isinstance(joined, m.Joined):
             name = joined.name if joined.role == "worker" else client_name(key.public)
+            proven = joined.key if wish.coordinator == "" else place.key
             plaintext = wish.coordinator == ""
-            ring = Keyring(wish.cluster, place.key, key, joined.role, name, plaintext)
+            ring = Keyring(wish.cluster, proven, key, joined.role, name, plaintext)
             return ring, f"{place.host}:{joined.port}"
-    raise ClusterUnavailable(
+        if joined is not None and place.given:
+            told = joined
+        elif joined is not None:  # whoever announced that may be a liar
+            structlog.get_logger().warning("passed over", where=str(place), why=joined.message)
+    raise told or ClusterUnavailable(
         f"no coordinator of cluster {wish.cluster!r} answers to be joined",
         hint="is it running, and on this network? Say where: --coordinator HOST:PORT",
     )
 
 
-def _places(wish: Wish, deadline: float | None) -> Iterator[_Place]:
-    """Where to ask, again and again: the places given, then what mDNS tells."""
+def _places(wish: Wish, deadline: float | None) -> Iterator[_Place | None]:
+    """Where to ask, again and again: the places given, then what mDNS tells; None after each
+    round."""
     key = wish.coordinator or None
     if wish.coordinator is None and wish.interfaces == ():
         raise AuthError(
@@ -101,19 +114,21 @@ def _places(wish: Wish, deadline: float | None) -> Iterator[_Place]:
     while deadline is None or time.monotonic() < deadline:
         if wish.coordinator is not None:
             for text in wish.places:
-                yield _Place(*parse_address(text), key or _NO_KEY)
+                yield _Place(*parse_address(text), key or _NO_KEY, given=True)
         if wish.interfaces == ():
             time.sleep(limits.RECONNECT_MS / 1000)
+            yield None
             continue
         left_s = _LOOK_S if deadline is None else max(0.1, deadline - time.monotonic())
         found = _heard(wish, key, min(_LOOK_S, left_s))
         if found is None:
             structlog.get_logger().info("no coordinator yet", cluster=wish.cluster)
-            continue
-        if wish.coordinator is None and key is None:
-            _say_whom_it_trusts(found, wish.coordinator_id)
-            key = found.key
-        yield _Place(found.host, found.join_port, found.key)
+        else:
+            if wish.coordinator is None and key is None:
+                _say_whom_it_trusts(found, wish.coordinator_id)
+                key = found.key
+            yield _Place(found.host, found.join_port, found.key)
+        yield None
 
 
 _NO_KEY: Final = "0" * 40
@@ -153,22 +168,24 @@ class _Asking:
         self._key, self._wish, self._place = key, wish, place
         self._told = False
 
-    def until_answered(self, deadline: float | None) -> m.Joined | None:
-        """None: nobody answers there (now)."""
+    def until_answered(self, deadline: float | None) -> m.Joined | AuthError | None:
+        """None: nobody answers there (now); an error: somebody does who is not the coordinator.
+        Raises what the coordinator refuses with."""
         plaintext = self._wish.coordinator == ""
         transport = Transport("join#0", self._key, plaintext=plaintext, proxy=self._wish.proxy)
         try:
-            endpoint = Endpoint(self._place.host, self._place.port, self._place.key)
-            transport.connect(Plane.JOIN, COORDINATOR, endpoint)
             return self._ask(transport, deadline)
         finally:
             transport.close()
 
-    def _ask(self, transport: Transport, deadline: float | None) -> m.Joined | None:
+    def _ask(self, transport: Transport, deadline: float | None) -> m.Joined | AuthError | None:
+        endpoint = Endpoint(self._place.host, self._place.port, self._place.key)
+        transport.connect(Plane.JOIN, COORDINATOR, endpoint)
         ask_at, silent_at = time.monotonic(), time.monotonic() + _PLACE_S
         while True:
             now = time.monotonic()
             if now >= ask_at:
+                transport.connect(Plane.JOIN, COORDINATOR, endpoint)  # anew, if it was too busy
                 transport.send(Plane.JOIN, COORDINATOR, encode(self._message()))
                 ask_at = now + limits.JOIN_AGAIN_S
             if now >= silent_at or (deadline is not None and now >= deadline):
@@ -176,23 +193,29 @@ class _Asking:
             until = min(ask_at, silent_at if deadline is None else min(silent_at, deadline))
             for incoming in transport.receive(max(0.0, until - now)):
                 if isinstance(incoming, Lost):
-                    if incoming.reason in _AWAY:
+                    if incoming.reason in FINAL:
+                        return self._not_ours(incoming.reason)
+                    if incoming.reason in _NOBODY:
                         return None
-                    raise AuthError(
-                        f"the coordinator at {self._place} cannot be joined: {incoming.reason}",
-                        hint="make a new token there: meshinfer token",
-                    )
+                    ask_at = time.monotonic() + _BUSY_S
+                    continue
                 with suppress(ProtocolError):
-                    answer, _ = decode(incoming.frames)
-                    match answer:
-                        case m.Joined():
-                            return answer
-                        case m.Refused(failure):
+                    match decode(incoming.frames)[0]:
+                        case m.Joined() as joined:
+                            return joined
+                        case m.Refused(failure=failure):
                             raise error_of(failure)
                         case m.Wait(id=own, again_s=again_s):
                             self._waits(own)
                             ask_at = time.monotonic() + again_s
                             silent_at = ask_at + _PLACE_S
+
+    def _not_ours(self, reason: str) -> AuthError:
+        what = {
+            WRONG_KEY: f"the coordinator at {self._place} does not hold the key that the token "
+            "names",
+        }.get(reason, f"cannot join at {self._place}: {reason}")
+        return AuthError(what, hint="make a new token on the coordinator: meshinfer token")
 
     def _message(self) -> m.Join:
         wish = self._wish

@@ -22,6 +22,7 @@ from meshinfer.protocol.token import SECRET_BYTES, Role, Token, hash_of, parse_t
 TOKEN_FILE: Final = "token"
 _HINT: Final = "remove it, and give the token again"
 _PLACES: Final = 4
+FOR_EVER_S: Final = 1e9
 
 
 class GivenToken(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -180,11 +180,15 @@ def qr_code(text: str) -> str:
     return buffer.getvalue()
 
 
-def show_line(made: Token, log_form: str, log: Any, *, qr: bool) -> None:
+def show_line(made: Token, log_form: str, *, qr: bool) -> None:
     """How to add a device, on stderr: among the log's lines, but so that it is seen."""
     line, minutes = command_of(made), limits.TOKEN_S / 60
     if log_form == "json":
-        log.info("to add a device, run this there", command=line, within_s=limits.TOKEN_S)
+        import structlog
+
+        structlog.get_logger().info(
+            "to add a device, run this there", command=line, within_s=limits.TOKEN_S
+        )
     else:
         typer.echo(
             f"\nTo add a device, run this there (once, within {minutes:.0f} minutes; "
