@@ -162,8 +162,8 @@ def _options(plane: Plane, *, server: bool, plaintext: bool) -> dict[int, int]:
         # And here, where there is one, the input never stands: a coordinator's words are bounded.
         options[zmq.RCVHWM] = 0
     if server and plane is Plane.JOIN:  # of strangers, who have no reason to send more
-        options[zmq.RCVHWM] = 1
-        options[zmq.SNDHWM] = 4
+        # (1 would be taken by the routing id: then nothing ever comes)
+        options[zmq.RCVHWM] = options[zmq.SNDHWM] = 4
     if server:
         # An unknown peer is an error that we see, not a silent drop.
         options[zmq.ROUTER_MANDATORY] = 1
