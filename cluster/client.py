@@ -23,9 +23,9 @@ import meshinfer
 from cluster import results
 from cluster.admitting import Admitting
 from cluster.blobs import BlobStore
-from cluster.joining import client_keyring
-from cluster.locate import find_coordinator, own_place
+from cluster.locate import own_place
 from cluster.loop import Loop
+from cluster.membership import find_as_client
 from cluster.offers import Offers
 from cluster.on_device import OnDevice
 from cluster.results import Deployment, Result, closed_error
@@ -90,7 +90,7 @@ class Client:
         timeout_s: float = 10.0,
         interfaces: Sequence[str] | None = None,
     ) -> None:
-        ring = client_keyring(
+        ring, found = find_as_client(
             None if keyring is None else Path(keyring),
             cluster,
             token,
@@ -98,18 +98,6 @@ class Client:
             interfaces=interfaces,
             timeout_s=timeout_s,
         )
-        found = find_coordinator(
-            address,
-            ring.cluster,
-            timeout_s=timeout_s,
-            key=None if ring.plaintext else ring.coordinator_public,
-            interfaces=interfaces,
-        )
-        if found is None:
-            raise ClusterUnavailable(
-                f"no coordinator of cluster {ring.cluster!r} was found over mDNS",
-                hint="start meshinfer coordinator, or give its address",
-            )
         self.role = ring.role
         self.admitting = Admitting(ring, found[0], partial(self._ask, timeout_s=CALL_S))
         self._lock = threading.Lock()

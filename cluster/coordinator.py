@@ -117,9 +117,7 @@ def run_coordinator(
     ]
     transport = Transport(identity, own, always, plaintext=keyring.plaintext)
     try:
-        port = transport.bind(Plane.CONTROL, listen, options.port)
-        join_port = _bind_join(transport, listen, options)
-        bulk_port = transport.bind(Plane.BULK, listen)
+        port, join_port, bulk_port = _bind(transport, options)
     except MeshInferError:
         transport.close()
         journal.close()
@@ -165,14 +163,18 @@ def run_coordinator(
         writing.close()
 
 
-def _bind_join(transport: Transport, host: str, options: CoordinatorOptions) -> int:
+def _bind(transport: Transport, options: CoordinatorOptions) -> tuple[int, int, int]:
+    """The ports of control, join and bulk."""
+    host = options.host or EVERYWHERE
+    control = transport.bind(Plane.CONTROL, host, options.port)
     after = options.port + 1 if 0 < options.port < _LAST_PORT else 0
     try:
-        return transport.bind(Plane.JOIN, host, options.join_port or after)
+        join = transport.bind(Plane.JOIN, host, options.join_port or after)
     except ConfigurationError as error:
         raise ConfigurationError(
             error.message, hint="there strangers are to knock: choose another with --join-port"
         ) from error
+    return control, join, transport.bind(Plane.BULK, host)
 
 
 def _made(token: GivenToken) -> TokenMade:

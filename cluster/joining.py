@@ -1,5 +1,4 @@
-"""How a holder's own key becomes admitted: it asks at the coordinator's join socket, then keeps a
-keyring.
+"""How a holder's own key becomes admitted: it asks at the coordinator's join socket.
 
 With a token it is admitted at once; without, a worker waits until an admin approves its id. Whom it
 asks is proven by the key in the token; without one, the key is believed at the first time (and
@@ -8,39 +7,32 @@ pinned by ``coordinator_id``).
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 import structlog
 
 import meshinfer
-from cluster.config import default_keyring, user_state
 from cluster.discovery import Found, browse
-from cluster.identity import own_identity
-from cluster.keyring import KEYRING_FILE, Keyring, read_keyring, write_keyring
+from cluster.keyring import Keyring
 from cluster.keys import KeyPair
-from cluster.locate import VARIABLE, parse_address
+from cluster.locate import Where, parse_address
 from cluster.sockets import CANNOT_CONNECT, FINAL, NO_ROUTE, WRONG_KEY, Endpoint, Lost, Plane
-from cluster.tokens import forget_token, left_token
 from cluster.transport import Transport
 from meshinfer import limits
-from meshinfer.errors import AuthError, ClusterUnavailable, InvalidInput
+from meshinfer.errors import AuthError, ClusterUnavailable
 from meshinfer.protocol import messages as m
 from meshinfer.protocol.codec import ProtocolError, decode, encode, error_of
-from meshinfer.protocol.token import Role, Token, client_name, device_id, parse_token, short_id
+from meshinfer.protocol.token import Role, client_name, device_id, short_id
 from meshinfer.scheduler.telling import COORDINATOR
 
-TOKEN_VARIABLE: Final = "MESHINFER_TOKEN"
 _LOOK_S: Final = 3.0
 _PLACE_S: Final = 3.0  # for one of several addresses to answer
 _BUSY_S: Final = 0.3
 _NOBODY: Final = (CANNOT_CONNECT, NO_ROUTE)
-_PLACE_FILE: Final = "coordinator"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +64,8 @@ class _Place:
         return f"{self.host}:{self.port}"
 
 
-def enrol(key: KeyPair, wish: Wish) -> tuple[Keyring, str]:
-    """Ask until admitted: the keyring, and HOST:PORT of the coordinator.
+def enrol(key: KeyPair, wish: Wish) -> tuple[Keyring, Where]:
+    """Ask until admitted: the keyring, and where the coordinator is.
 
     Raises ``AuthError`` when refused, ``ProtocolMismatch``, ``ClusterUnavailable`` when nobody
     answered within ``patience_s``.
@@ -91,7 +83,7 @@ def enrol(key: KeyPair, wish: Wish) -> tuple[Keyring, str]:
             proven = joined.key if wish.coordinator == "" else place.key
             plaintext = wish.coordinator == ""
             ring = Keyring(wish.cluster, proven, key, joined.role, name, plaintext)
-            return ring, f"{place.host}:{joined.port}"
+            return ring, Where(place.host, joined.port, place.port)
         if joined is not None and place.given:
             told = joined
         elif joined is not None:  # whoever announced that may be a liar
@@ -238,144 +230,3 @@ class _Asking:
             id=own,
             coordinator=str(self._place),
         )
-
-
-# --- workers
-
-
-def worker_keyring(
-    state: Path,
-    name: str,
-    cluster: str,
-    *,
-    coordinator: str | None = None,
-    coordinator_id: str = "",
-    interfaces: Sequence[str] | None = None,
-    proxy: str = "",
-) -> tuple[Keyring, str | None]:
-    """The keyring of a worker with this state folder, and where the coordinator is if that is
-    known: what it has, or what it gets by joining, for which it waits as long as it takes."""
-    token, ring = left_token(state), kept_keyring(state)
-    if token is None and ring is not None and (ring.cluster, ring.name) == (cluster, name):
-        return ring, None
-    if token is not None and token.role != "worker":
-        raise AuthError(
-            f"the token is for a {token.role}, not for a worker",
-            hint="make one with meshinfer token",
-        )
-    address = coordinator or os.environ.get(VARIABLE)
-    wish = Wish(
-        cluster=cluster if token is None else token.cluster,
-        role="worker",
-        name=name,
-        coordinator=None if token is None else token.coordinator,
-        secret=b"" if token is None else token.secret,
-        places=_beside(address) if token is None else (*token.places, *_beside(address)),
-        coordinator_id=coordinator_id,
-        interfaces=interfaces,
-        proxy=proxy,
-    )
-    ring, where = enrol(own_identity(state), wish)
-    write_keyring(state / KEYRING_FILE, ring)
-    (state / _PLACE_FILE).write_text(where)
-    forget_token(state)
-    structlog.get_logger().info(
-        "admitted; from now on it needs no token", cluster=ring.cluster, coordinator=where
-    )
-    return ring, where
-
-
-def kept_keyring(state: Path) -> Keyring | None:
-    """What a worker with this state folder has joined, if it has."""
-    return _kept(state / KEYRING_FILE, own_identity(state))
-
-
-def remembered_place(state: Path) -> str | None:
-    """Where the coordinator was when this device joined, if it did: for where mDNS is silent."""
-    with suppress(OSError, UnicodeDecodeError):
-        return (state / _PLACE_FILE).read_text()
-    return None
-
-
-def _kept(path: Path, key: KeyPair) -> Keyring | None:
-    """The keyring there, if it is of this key: one that came with a copied folder is not."""
-    if not path.exists():
-        return None
-    ring = read_keyring(path)
-    return ring if ring.key == key else None
-
-
-def _beside(address: str | None) -> tuple[str, ...]:
-    """A join socket is at the port after the coordinator's, unless it was given another."""
-    if not address:
-        return ()
-    host, port = parse_address(address)
-    return (f"{host}:{port + 1}",) if port < 65535 else ()
-
-
-# --- clients and admins elsewhere
-
-
-def join_as_user(
-    token: Token,
-    path: Path | None,
-    *,
-    address: str | None = None,
-    interfaces: Sequence[str] | None = None,
-    timeout_s: float,
-) -> tuple[Keyring, Path]:
-    """Have this user's own key admitted, and write the keyring; both."""
-    if token.role == "worker":
-        raise AuthError(
-            "the token is for a worker",
-            hint="use it with meshinfer worker --token; for this, meshinfer token --role client",
-        )
-    folder = user_state(token.cluster)
-    key = own_identity(folder)
-    path = path or folder / KEYRING_FILE
-    if path.exists() and _kept(path, key) is None:
-        raise InvalidInput(
-            f"{path} is another's keyring: it is not written over",
-            hint="give --keyring another path, or move that one away",
-        )
-    address = address or os.environ.get(VARIABLE)
-    wish = Wish(
-        cluster=token.cluster,
-        role=token.role,
-        name=client_name(key.public),
-        coordinator=token.coordinator,
-        secret=token.secret,
-        places=(*token.places, *_beside(address)),
-        interfaces=interfaces,
-        patience_s=timeout_s,
-    )
-    ring, _ = enrol(key, wish)
-    write_keyring(path, ring)
-    return ring, path
-
-
-def client_keyring(
-    keyring: Path | None,
-    cluster: str,
-    token: str | None,
-    *,
-    address: str | None,
-    interfaces: Sequence[str] | None,
-    timeout_s: float,
-) -> Keyring:
-    """A client's: of the token, which it joins with unless it has; else the file given, else this
-    user's, or the one of this machine's coordinator."""
-    if token is None and (keyring is not None or default_keyring(cluster).exists()):
-        return read_keyring(keyring or default_keyring(cluster))
-    token = token or os.environ.get(TOKEN_VARIABLE)
-    if token is None:
-        return read_keyring(default_keyring(cluster))  # which says what is missing
-    parsed = parse_token(token)
-    folder = user_state(parsed.cluster)
-    kept = _kept(keyring or folder / KEYRING_FILE, own_identity(folder))
-    same = kept is not None and parsed.coordinator in ("", kept.coordinator_public)
-    if kept is not None and same and kept.role == parsed.role:
-        return kept
-    return join_as_user(
-        parsed, keyring, address=address, interfaces=interfaces, timeout_s=timeout_s
-    )[0]

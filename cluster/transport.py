@@ -155,6 +155,11 @@ class Transport:
         self._links[plane, peer] = made
         self._register(made)
 
+    def is_up(self, plane: Plane, peer: str) -> bool:
+        """Whether what we connected to has proven its key, and is still there, as far as known."""
+        link = self._links.get((plane, peer))
+        return link is not None and link.up
+
     def may_greet(self, peer: str) -> bool:
         """Whether to send a hello: while there is no connection one waits, and more that came
         after it would have the peer begin anew with each."""

@@ -23,10 +23,10 @@ import meshinfer
 from cluster import processes, profiler, telemetry
 from cluster.blobs import BlobStore
 from cluster.doing import Doing
-from cluster.joining import remembered_place, worker_keyring
 from cluster.keyring import Keyring
-from cluster.locate import answering, find_coordinator, local_address
+from cluster.locate import Where, find_coordinator, local_address
 from cluster.loop import Loop, Post, start_thread
+from cluster.membership import worker_keyring
 from cluster.sockets import Endpoint, Plane
 from cluster.storing import StoreThread
 from cluster.transport import Transport
@@ -139,7 +139,7 @@ def run_worker(options: WorkerOptions) -> m.Failure | None:
     _wait_for_stop_signals()
     state = Path(options.state_dir)
     processes.hold_folder(state)
-    keyring, where = worker_keyring(
+    keyring, last = worker_keyring(
         state,
         options.name,
         options.cluster,
@@ -150,7 +150,7 @@ def run_worker(options: WorkerOptions) -> m.Failure | None:
     )
     if keyring.plaintext:
         telemetry.warn_of_plaintext()
-    host, port = _locate(options, keyring, where)
+    host, port = _locate(options, keyring, last)
     incarnation = secrets.token_hex(4)
     identity = f"{options.name}#{incarnation}"
     telemetry.identify(device=options.name, incarnation=incarnation)
@@ -234,19 +234,19 @@ def _proxy(options: WorkerOptions, address: str) -> str:
     return "" if options.gate is None else f"{address}:{options.gate.outbound}"
 
 
-def _locate(options: WorkerOptions, ring: Keyring, where: str | None) -> tuple[str, int]:
-    """The coordinator's address: as given, or where it just was joined, else over mDNS, else where
-    it was when this device joined; asking until one answers."""
+def _locate(options: WorkerOptions, ring: Keyring, last: Where | None) -> tuple[str, int]:
+    """The coordinator's address: as given, else where it was last, else over mDNS, asking until
+    one answers."""
     log = structlog.get_logger()
     while True:
         found = find_coordinator(
-            options.coordinator or where,
+            options.coordinator,
             ring.cluster,
             timeout_s=LOOK_S,
             key=None if ring.plaintext else ring.coordinator_public,
             interfaces=options.interfaces,
+            last=last,
         )
-        found = found or answering(remembered_place(Path(options.state_dir)))
         if found is not None:
             return found
         log.info("no coordinator yet", cluster=ring.cluster)

@@ -165,8 +165,8 @@ def worker(
     import msgspec
 
     from cluster import telemetry
-    from cluster.joining import kept_keyring
     from cluster.locate import parse_address
+    from cluster.membership import kept_keyring
     from cluster.tokens import leave_token
 
     telemetry.configure(log_level, log_form, name="worker")
@@ -248,7 +248,7 @@ class _Beside:
         """Start it; the coordinator listens at this address, and has this keyring."""
         import msgspec
 
-        from cluster.joining import kept_keyring
+        from cluster.membership import kept_keyring
         from cluster.tokens import leave_token, places_of, token_for
 
         state = Path(self._options.state_dir)

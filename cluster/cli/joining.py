@@ -105,7 +105,7 @@ def join(
 ) -> None:
     """Let this user's commands and programs use a cluster elsewhere: writes a keyring."""
     from cluster import telemetry
-    from cluster.joining import join_as_user
+    from cluster.membership import join_as_user
 
     telemetry.configure(log_level)
     given = given_token(token, token_file)
