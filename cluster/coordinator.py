@@ -111,7 +111,7 @@ def run_coordinator(
         device=COORDINATOR, incarnation=incarnation, host=shown, port=bulk_port, key=own.public
     )
     store = BlobStore(state / "blobs", durable=True)
-    core = CoordinatorCore(options.cluster, meshinfer.__version__, bulk, journal.ledger)
+    core = CoordinatorCore(options.cluster, meshinfer.__version__, bulk, None, journal.ledger)
     planning: PlanningThread
     writing: JournalThread
 

@@ -105,6 +105,13 @@ TOKEN_CHARS: Final = 1024
 TOKEN_S: Final = 15 * 60.0
 JOIN_AGAIN_S: Final = 2.0
 """How often one that waits for approval asks again."""
+WAITS_S: Final = 5 * JOIN_AGAIN_S
+"""Who has not asked again for so long waits no more."""
+ID_CHARS_LEAST: Final = 4
+"""Of an id, to say whom one means."""
+DEVICE_NAME_CHARS: Final = 64
+ADMIN_CALLS_KEPT: Final = 64
+"""Answers to admins that are told again, should their connections have broken."""
 
 DISCOVERED: Final = 64
 DISCOVERY_TXT_BYTES: Final = 512

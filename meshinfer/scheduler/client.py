@@ -194,10 +194,10 @@ class ClientCore:
                 resolved = self._try_resolve(message.request, request)
                 self.full.told(request.header, message.failure, now)
                 return resolved
-            case m.Deployed() | m.Devices() | m.Models():
+            case m.Deployed() | m.Devices() | m.Models() | m.AdmittedNow():
                 if self._questions.pop(message.call, None) is None:
                     return []
-                failure = message.failure if isinstance(message, m.Deployed) else None
+                failure = None if isinstance(message, m.Devices | m.Models) else message.failure
                 return [Settle(message.call, message, failure)]
             case m.Refused():
                 return [*self._fail_all("", message.failure), Stop(message.failure)]

@@ -11,6 +11,7 @@ from meshinfer.protocol import messages as m
 from meshinfer.scheduler.computing import SOURCE, Computing
 from meshinfer.scheduler.detours import Detours
 from meshinfer.scheduler.events import (
+    Admit,
     Arrived,
     BlobsFound,
     BlobWritten,
@@ -156,6 +157,8 @@ class WorkerCore:
             case m.Forget():
                 self._computing.holding.forget(message.deployment)
                 return self._installing.forget(message.deployment)
+            case m.Admitted():
+                return [Admit(message.members)]
             case m.Welcome():
                 return self._welcome(message, now)
             case m.Detour():
