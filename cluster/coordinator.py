@@ -21,7 +21,6 @@ from typing import Any
 
 import msgspec
 import structlog
-from meshinfer.scheduler.enrolment import Door
 
 import meshinfer
 from cluster import processes, profiler, telemetry
@@ -36,7 +35,6 @@ from cluster.loop import Loop, Post, start_thread
 from cluster.planning import PlanningThread
 from cluster.sockets import Endpoint, Plane
 from cluster.storing import StoreThread
-from cluster.tokens import GivenToken
 from cluster.transport import Transport
 from meshinfer.errors import ClusterUnavailable, ConfigurationError, MeshInferError
 from meshinfer.protocol import messages as m
@@ -45,6 +43,7 @@ from meshinfer.protocol.joining import Admission
 from meshinfer.protocol.records import BESIDE_COORDINATOR
 from meshinfer.protocol.token import short_id
 from meshinfer.scheduler.coordinator import CoordinatorCore
+from meshinfer.scheduler.enrolment import Door
 from meshinfer.scheduler.events import Effect, Record, Stop, StopRequested
 from meshinfer.scheduler.ledger import TokenMade
 from meshinfer.scheduler.worker import COORDINATOR, WorkerCore
@@ -75,7 +74,7 @@ class CoordinatorOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True
     host: str = ""
     port: int = DEFAULT_PORT
     join_port: int = 0
-    tokens: tuple[GivenToken, ...] = ()
+    tokens: tuple[TokenMade, ...] = ()
     interfaces: tuple[str, ...] | None = None
     plaintext: bool = False
     log_level: str = "info"
@@ -116,6 +115,8 @@ def run_coordinator(
         Admission(keyring.key.public, keyring.name, "admin"),
     ]
     transport = Transport(identity, own, always, plaintext=keyring.plaintext)
+    # Before anybody can connect: a device that comes back is not to be turned away.
+    transport.admit(each.admission for each in journal.ledger.enrolled.values())
     try:
         port, join_port, bulk_port = _bind(transport, options)
     except MeshInferError:
@@ -126,8 +127,8 @@ def run_coordinator(
         device=COORDINATOR, incarnation=incarnation, host=shown, port=bulk_port, key=own.public
     )
     store = BlobStore(state / "blobs", durable=True)
-    door = Door(port, tuple(always), tuple(_made(each) for each in options.tokens))
-    core = CoordinatorCore(options.cluster, meshinfer.__version__, bulk, journal.ledger, door)
+    door = Door(port, tuple(always), options.tokens, join_port, own.public)
+    core = CoordinatorCore(options.cluster, meshinfer.__version__, bulk, door, journal.ledger)
     planning: PlanningThread
     writing: JournalThread
 
@@ -175,10 +176,6 @@ def _bind(transport: Transport, options: CoordinatorOptions) -> tuple[int, int, 
             error.message, hint="there strangers are to knock: choose another with --join-port"
         ) from error
     return control, join, transport.bind(Plane.BULK, host)
-
-
-def _made(token: GivenToken) -> TokenMade:
-    return TokenMade(token.hash, token.role, token.ttl_s, token.reusable)
 
 
 @contextmanager

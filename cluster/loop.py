@@ -15,7 +15,7 @@ from typing import Protocol
 
 import structlog
 
-from cluster.sockets import FINAL, Endpoint, Lost, Received
+from cluster.sockets import FINAL, REFUSED, Endpoint, Lost, Received
 from cluster.sockets import Plane as Wire
 from cluster.transport import Transport
 from meshinfer.errors import MeshInferError
@@ -118,9 +118,9 @@ class Loop:
                 self._handle(item)
         for incoming in arrived:
             if isinstance(incoming, Lost):
-                refused = incoming.reason in FINAL
-                plane = Plane(incoming.plane.value)
-                self._handle(PeerLost(incoming.peer, incoming.reason, refused, plane))
+                reason, plane = incoming.reason, Plane(incoming.plane.value)
+                final, ours = reason in FINAL, reason == REFUSED
+                self._handle(PeerLost(incoming.peer, reason, final, ours, plane))
                 continue
             event = self._event_of(incoming)
             if event is not None:

@@ -10,28 +10,18 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-import msgspec
-
 from cluster.discovery import interface_addresses
 from cluster.keyring import Keyring
 from cluster.keys import check_fields, read_private, write_private
 from meshinfer import limits
 from meshinfer.errors import AuthError
 from meshinfer.protocol.token import SECRET_BYTES, Role, Token, hash_of, parse_token
+from meshinfer.scheduler.ledger import TokenMade
 
 TOKEN_FILE: Final = "token"
 _HINT: Final = "remove it, and give the token again"
 _PLACES: Final = 4
 FOR_EVER_S: Final = 1e9
-
-
-class GivenToken(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A token as a coordinator is given it at its start: all but the secret."""
-
-    hash: str
-    role: Role
-    ttl_s: float = limits.TOKEN_S
-    reusable: bool = False
 
 
 def new_secret() -> bytes:
@@ -41,9 +31,9 @@ def new_secret() -> bytes:
 
 def given(
     secret: bytes, role: Role, *, ttl_s: float = limits.TOKEN_S, reusable: bool = False
-) -> GivenToken:
+) -> TokenMade:
     """What the coordinator has to know of a token."""
-    return GivenToken(hash_of(secret), role, ttl_s, reusable)
+    return TokenMade(hash_of(secret), role, ttl_s, reusable)
 
 
 def token_for(ring: Keyring, role: Role, secret: bytes, places: tuple[str, ...]) -> Token:

@@ -119,6 +119,13 @@ HANDSHAKES_AT_ONCE: Final = 256
 """Connections to one work socket that have not said who they are; one more, the oldest ends."""
 ROUTES_KEPT: Final = 4096
 RETIRED_KEPT: Final = 8
+WAITS_S: Final = 5 * JOIN_AGAIN_S
+"""Who has not asked again for so long waits no more."""
+ID_CHARS_LEAST: Final = 4
+"""Of an id, to say whom one means."""
+DEVICE_NAME_CHARS: Final = 64
+ADMIN_CALLS_KEPT: Final = 64
+"""Answers to admins that are told again, should their connections have broken."""
 
 DISCOVERED: Final = 64
 DISCOVERY_TXT_BYTES: Final = 512

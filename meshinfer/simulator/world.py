@@ -22,6 +22,7 @@ from meshinfer.protocol.records import BESIDE_COORDINATOR
 from meshinfer.scheduler import events as e
 from meshinfer.scheduler.client import ClientCore
 from meshinfer.scheduler.coordinator import CoordinatorCore
+from meshinfer.scheduler.enrolment import Door
 from meshinfer.scheduler.ledger import Ledger
 from meshinfer.scheduler.on_device import OwnTask
 from meshinfer.scheduler.worker import COORDINATOR, WorkerCore
@@ -34,10 +35,19 @@ _COPIED = 64 << 10
 
 class World(Shells):
     """A coordinator, its own device, workers and clients, and the time. Subclasses say what
-    kernels and plans come to, and may get in the way of messages (``_carry``)."""
+    kernels and plans come to, and may get in the way of messages (``_carry``). ``door``: as the
+    coordinator's; None: nobody has a key."""
 
-    def __init__(self, timing: Timing, delay: Callable[[], float], *, now: float) -> None:
+    def __init__(
+        self,
+        timing: Timing,
+        delay: Callable[[], float],
+        *,
+        now: float,
+        door: Door | None = None,
+    ) -> None:
         self.now = now
+        self.door = door
         self.timing = timing
         self.nodes: dict[str, Node] = {}
         self.sent: Counter[str] = Counter()
@@ -69,7 +79,9 @@ class World(Shells):
         """It begins with what was written to its disk."""
         self.ledger.starts += 1
         ledger = deepcopy(self.ledger)
-        return self._add(COORDINATOR, bulk.id, CoordinatorCore("home", "0", bulk, ledger))
+        return self._add(
+            COORDINATOR, bulk.id, CoordinatorCore("home", "0", bulk, self.door, ledger)
+        )
 
     def _add(self, name: str, peer: str, core: AnyCore) -> Node:
         before = self.nodes.get(name)
