@@ -17,7 +17,7 @@ def refusal(who: str, lost: PeerLost) -> m.Failure:
     """Why a connection to the coordinator is given up."""
     if lost.unadmitted:
         message = (
-            f"the coordinator does not admit {who}: its key is not known there, or was revoked"
+            f"the coordinator does not admit {who}: its key is unknown there or was revoked"
         )
         hint = "join with a token: `meshinfer token`, on the coordinator's machine, makes one"
     else:
