@@ -118,7 +118,7 @@ class Loop:
                 self._handle(item)
         for incoming in arrived:
             if isinstance(incoming, Lost):
-                refused = incoming.reason in FINAL
+                refused = incoming.reason in FINAL and incoming.plane is not Wire.BULK
                 plane = Plane(incoming.plane.value)
                 self._handle(PeerLost(incoming.peer, incoming.reason, refused, plane))
                 continue
