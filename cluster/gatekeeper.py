@@ -9,7 +9,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -109,8 +109,9 @@ class Gatekeeper:
         self, context: zmq.Context[Any], admitted: GateList, *, unknown_is_temporary: bool = False
     ) -> None:
         self._admitted = admitted
-        self._unknown = _TEMPORARY if unknown_is_temporary else _REFUSED
+        self.unknown_is_temporary = unknown_is_temporary
         self._strangers = Rate(limits.JOIN_HANDSHAKES_PER_S, limits.JOIN_HANDSHAKES)
+        self._too_early: deque[str] = deque(maxlen=limits.WAITING_KEYS)
         self.answered: Counter[str] = Counter()
         # libzmq asks as a REQ would; ROUTER, unlike REP, stays usable after a bad request.
         self._socket = context.socket(zmq.ROUTER)
@@ -131,6 +132,13 @@ class Gatekeeper:
         self._stop_send.close()
         self._thread.join(timeout=5.0)
         self._stop_receive.close()
+
+    def turned_away_too_early(self) -> bool:
+        """Whether one who was to try again is on the list by now; asked anew, only those since."""
+        early = [self._too_early.popleft() for _ in range(len(self._too_early))]
+        still = [key for key in early if key not in self._admitted]
+        self._too_early.extend(still)
+        return len(still) < len(early)
 
     def _run(self) -> None:
         poller = zmq.Poller()
@@ -179,7 +187,10 @@ class Gatekeeper:
             return _REFUSED, ""
         if public in self._admitted:
             return _ADMITTED, public
-        return (_REFUSED if self._admitted.was_here(public) else self._unknown), public
+        if not self.unknown_is_temporary or self._admitted.was_here(public):
+            return _REFUSED, public
+        self._too_early.append(public)
+        return _TEMPORARY, public
 
 
 class Rate:

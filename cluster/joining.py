@@ -195,6 +195,9 @@ class _Asking:
                     match decode(incoming.frames)[0]:
                         case m.Joined() as joined:
                             return joined
+                        case m.Refused(failure=failure) if failure.error == "QueueFull":
+                            ask_at = time.monotonic() + limits.WAITS_S
+                            silent_at = ask_at + _PLACE_S
                         case m.Refused(failure=failure):
                             raise error_of(failure)
                         case m.Wait(id=own, again_s=again_s):

@@ -119,8 +119,9 @@ class Loop:
         for incoming in arrived:
             if isinstance(incoming, Lost):
                 reason, plane = incoming.reason, Plane(incoming.plane.value)
-                final, ours = reason in FINAL, reason == REFUSED
-                self._handle(PeerLost(incoming.peer, reason, final, ours, plane))
+                final = reason in FINAL and incoming.plane is not Wire.BULK
+                gate = final and reason == REFUSED
+                self._handle(PeerLost(incoming.peer, reason, final, gate, plane))
                 continue
             event = self._event_of(incoming)
             if event is not None:

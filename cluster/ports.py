@@ -6,7 +6,6 @@ that it drew for one link and that nobody else can guess, so that nobody can tak
 
 from __future__ import annotations
 
-import os
 import re
 import secrets
 import socket
@@ -230,22 +229,28 @@ class Port(sockets.Ends):
         # A cut on bulk is repaired by resending, and is no death; a stranger's is nobody's loss.
         return lost if self.plane is Plane.CONTROL else []
 
-    def expel(self, keys: frozenset[str]) -> list[tuple[str, str]]:
-        """End the connections of these keys; of those that never spoke, whose key is not known,
-        all: an honest one comes back."""
-        if not keys or not self._is_work:
-            return []
+    def review(self, removed: frozenset[str], *, late: bool) -> list[tuple[str, str]]:
+        """The list is another: (peer, why) of those that are lost. ``removed``: these keys'
+        connections end, and so do all that never spoke, for whose they are is not known: an honest
+        one comes back. ``late``: who was turned away for now is on it: libzmq closes such a
+        connection only when the time of its handshake is over, and then they come back."""
         lost = self.watch()
+        if not self._is_work:
+            return lost
         kept = set()
         for route in list(self._routes.values()):
-            if route.key in keys:
+            if route.key in removed:
                 lost.append((route.peer, REVOKED))
                 self._forget(route)
                 self._end(route.connection)
             elif not route.gone:
                 kept.add(route.connection)
-        for connection in self._connections - kept:
-            self._end(connection)
+        if removed:
+            for connection in self._connections - kept:
+                self._end(connection)
+        elif late:
+            for connection in self._strangers:
+                self._end(connection)
         return lost
 
     def _end(self, connection: int) -> None:
@@ -253,12 +258,14 @@ class Port(sockets.Ends):
         first: the number may be another's by now."""
         if connection == UNKNOWN:
             return
-        with suppress(OSError), socket.socket(fileno=os.dup(connection)) as each:
-            if each.family == socket.AF_INET and each.getsockname()[1] == self.number:
+        with sockets.connection_at(connection) as each, suppress(OSError):
+            ours = each is not None and each.family == socket.AF_INET
+            if each is not None and ours and each.getsockname()[1] == self.number:
                 each.shutdown(socket.SHUT_RDWR)
 
 
 def _host_of(connection: int) -> str:
-    with suppress(OSError, IndexError), socket.socket(fileno=os.dup(connection)) as each:
-        return str(each.getpeername()[0])
+    with sockets.connection_at(connection) as each, suppress(OSError):
+        if each is not None and each.family == socket.AF_INET:
+            return str(each.getpeername()[0])
     return ""

@@ -10,9 +10,8 @@ import errno
 import os
 import socket
 import threading
-from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
@@ -215,17 +214,6 @@ def configure(
         new.curve_serverkey = server_key.encode()
 
 
-DEALER_EVENTS: Final = (
-    zmq.EVENT_CONNECTED
-    | zmq.EVENT_HANDSHAKE_SUCCEEDED
-    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
-    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
-    | zmq.EVENT_DISCONNECTED
-    | zmq.EVENT_CLOSED
-)
-
-
 def frame_size(frame: bytes | memoryview) -> int:
     return frame.nbytes if isinstance(frame, memoryview) else len(frame)
 
@@ -300,12 +288,31 @@ def monitor_events(monitor: Socket | None) -> list[tuple[int, int]]:
     return found
 
 
+@contextlib.contextmanager
+def connection_at(descriptor: int) -> Iterator[socket.socket | None]:
+    """The TCP connection that libzmq has under this number, by a descriptor of ours; None if it
+    has closed it, and the number is nobody's or something else's by now."""
+    found: socket.socket | None = None
+    with contextlib.suppress(OSError):
+        own = os.dup(descriptor)
+        try:
+            found = socket.socket(fileno=own)
+        except OSError:
+            os.close(own)
+    try:
+        yield found
+    finally:
+        if found is not None:
+            found.close()
+
+
 def _resend_soon(descriptor: int) -> None:
     """Where a connection has only few packets under way, as with most of our messages, one that is
     lost time and again is resent every 200 ms, not after 200, 400, 800 ms (Linux; RFC 6298 doubles,
     see Documentation/networking/tcp-thin.txt). All that comes behind it waits for it."""
-    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as connection:
-        connection.setsockopt(socket.IPPROTO_TCP, _TCP_THIN_LINEAR_TIMEOUTS, 1)
+    with connection_at(descriptor) as connection, contextlib.suppress(OSError):
+        if connection is not None:
+            connection.setsockopt(socket.IPPROTO_TCP, _TCP_THIN_LINEAR_TIMEOUTS, 1)
 
 
 def close_socket(data: Socket, monitor: Socket | None, linger_ms: int = 0) -> None:
@@ -331,7 +338,21 @@ def check_endpoint(peer: str, endpoint: Endpoint) -> None:
         raise address_error(endpoint.host, endpoint.port)
 
 
-def bind_error(error: zmq.ZMQError, host: str, port: int) -> ConfigurationError:
+def listen(bound: Socket, host: str, port: int) -> None:
+    """Bind it, or close it and raise ``ConfigurationError``."""
+    try:
+        if not 0 <= port < 65536:
+            raise address_error(host, port)
+        bound.bind(f"tcp://{host}:{port if port else '*'}")
+    except zmq.ZMQError as error:
+        bound.close()
+        raise _bind_error(error, host, port) from error
+    except ConfigurationError:
+        bound.close()
+        raise
+
+
+def _bind_error(error: zmq.ZMQError, host: str, port: int) -> ConfigurationError:
     if error.errno == errno.EADDRINUSE:
         return ConfigurationError(
             f"port {port} on {host} is in use",
@@ -349,54 +370,3 @@ class Ends:
     plane: Plane
     socket: Socket
     monitor: Socket | None
-
-
-@dataclass(slots=True, eq=False)
-class Link(Ends):
-    """A DEALER to one peer. ``said`` is the last reason reported: one Lost for each outage.
-    ``greeted``: a hello waits for it to be up."""
-
-    peer: str
-    endpoint: Endpoint
-    plaintext: bool = False
-    up: bool = False
-    refused: bool = False  # libzmq gave up on it: only a new socket can try again
-    said: str = ""
-    greeted: bool = False
-
-
-@dataclass(slots=True, eq=False)
-class Backlog:
-    """What a full pipe to one peer could not take yet, oldest first."""
-
-    messages: deque[tuple[Frames, int]] = field(default_factory=deque)
-    size: int = 0
-
-
-def heard_of(link: Link, event: int, value: int) -> str:
-    """Note what a link's monitor says. The reason to call it lost, if it is one that is new."""
-    reason = ""
-    if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-        link.up, link.said, link.greeted = True, "", False
-    elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
-        # ZAP: 400 refused, 500 busy (300, try again, closes without a word).
-        reason = BUSY if value == 500 else REFUSED
-        link.refused = True
-    elif event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
-        reason = NOT_OURS
-        if value == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
-            reason = ENCRYPTED if link.plaintext else PLAINTEXT
-        link.refused = True
-    elif event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
-        # A server that cannot read our first packet closes, and so does a gate that is to be tried
-        # again: only workers have one.
-        reason = NOT_YET if link.plane is Plane.BULK else WRONG_KEY
-    elif event == zmq.EVENT_DISCONNECTED and link.up:
-        link.up = False
-        reason = LOST
-    elif event == zmq.EVENT_CLOSED:
-        reason = CANNOT_CONNECT
-    if not reason or reason == link.said:
-        return ""
-    link.said = reason
-    return reason

@@ -25,8 +25,20 @@ import zmq
 from cluster import sockets
 from cluster.gatekeeper import Gatekeeper, GateList
 from cluster.keys import KeyPair
+from cluster.links import DEALER_EVENTS, Backlog, Enquiries, Link, heard_of
 from cluster.ports import IDENTITY_BYTES, Port, draw_wire_id
-from cluster.sockets import NO_ROUTE, REVOKED, Endpoint, Frames, Incoming, Lost, Plane, Received
+from cluster.sockets import (
+    NO_ROUTE,
+    REVOKED,
+    WRONG_KEY,
+    Endpoint,
+    Frames,
+    Incoming,
+    Lost,
+    Plane,
+    Received,
+)
+from cluster.strangers import try_as_stranger
 from meshinfer import limits
 from meshinfer.protocol.joining import Admission
 
@@ -67,11 +79,13 @@ class Transport:
         self._context.max_sockets = 4 * limits.DEVICES + 64
         self._gatekeeper: Gatekeeper | None = None
         self._ports: dict[Plane, Port] = {}
-        self._links: dict[tuple[Plane, str], sockets.Link] = {}
-        self._backlogs: dict[tuple[Plane, str], sockets.Backlog] = {}
+        self._links: dict[tuple[Plane, str], Link] = {}
+        self._backlogs: dict[tuple[Plane, str], Backlog] = {}
+        self._proxy = proxy
+        self._enquiries = Enquiries(self.wake)
         self._lost: dict[tuple[Plane, str], str] = {}
         self._poller = zmq.Poller()
-        self._data: dict[sockets.Socket, Port | sockets.Link] = {}
+        self._data: dict[sockets.Socket, Port | Link] = {}
         self._monitors: set[sockets.Socket] = set()
         self._retry_s = _RETRY_S
         self._turn = 0
@@ -98,25 +112,22 @@ class Transport:
     # --- connections ----------------------------------------------------------------------
 
     def bind(self, plane: Plane, host: str, port: int = 0) -> int:
-        """Listen at an IPv4 address and return the port (0: any free one)."""
+        """Listen at an IPv4 address and return the port (0: any free one). Raises
+        ``AuthError`` if it lets strangers in (``cluster.strangers``)."""
         self._check_thread()
         assert plane not in self._ports, f"{plane} is bound already"
-        if not 0 <= port < 65536:
-            raise sockets.address_error(host, port)
         if self._gatekeeper is None and not self._plaintext:
-            self._gatekeeper = Gatekeeper(
-                self._context, self._admitted, unknown_is_temporary=self._unknown_is_temporary
-            )
+            self._gatekeeper = Gatekeeper(self._context, self._admitted)
         bound = self._context.socket(zmq.ROUTER)
         self._configure(bound, plane, server=self._key)
-        try:
-            bound.bind(f"tcp://{host}:{port if port else '*'}")
-        except zmq.ZMQError as error:
-            bound.close()
-            raise sockets.bind_error(error, host, port) from error
+        sockets.listen(bound, host, port)
         made = Port(plane, bound, self._admitted, self.counters, plaintext=self._plaintext)
         self._ports[plane] = made
         self._register(made)
+        if self._gatekeeper is not None:
+            self._gatekeeper.unknown_is_temporary = False  # libzmq takes HANDSHAKE_MS over that
+            try_as_stranger(self._context, plane, host, made.number, self._key.public)
+            self._gatekeeper.unknown_is_temporary = self._unknown_is_temporary
         return made.number
 
     def admit(self, members: Iterable[Admission]) -> None:
@@ -124,9 +135,11 @@ class Transport:
         connections of all others end."""
         self._check_thread()
         removed = self._admitted.replace(members)
+        late = self._gatekeeper is not None and self._gatekeeper.turned_away_too_early()
         for port in self._ports.values():
-            for peer, why in port.expel(removed):
-                self._backlogs.pop((port.plane, peer), None)
+            for peer, why in port.review(removed, late=late):
+                if why == REVOKED:
+                    self._backlogs.pop((port.plane, peer), None)
                 self._lost.setdefault((port.plane, peer), why)
         for link in list(self._links.values()):
             if link.endpoint.key in removed:
@@ -145,13 +158,13 @@ class Transport:
         dealer = self._context.socket(zmq.DEALER)
         self._configure(dealer, plane, client=self._key, server_key=endpoint.key)
         dealer.routing_id = draw_wire_id(self.identity, self._key.public if self._plaintext else "")
-        monitor = dealer.get_monitor_socket(sockets.DEALER_EVENTS)
+        monitor = dealer.get_monitor_socket(DEALER_EVENTS)
         try:
             dealer.connect(str(endpoint))
         except zmq.ZMQError as error:
             sockets.close_socket(dealer, monitor)
             raise sockets.address_error(endpoint.host, endpoint.port) from error
-        made = sockets.Link(plane, dealer, monitor, peer, endpoint, self._plaintext)
+        made = Link(plane, dealer, monitor, peer, endpoint, self._plaintext)
         self._links[plane, peer] = made
         self._register(made)
 
@@ -273,17 +286,12 @@ class Transport:
         return False
 
     def _put_aside(self, key: tuple[Plane, str], frames: Frames) -> bool:
-        backlog = self._backlogs.setdefault(key, sockets.Backlog())
-        size = sum(map(sockets.frame_size, frames)) + 64 * len(
-            frames
-        )  # empty frames take memory as well
-        if backlog.size + size > limits.BACKLOG_BYTES:
+        backlog = self._backlogs.setdefault(key, Backlog())
+        if not backlog.put(frames):
             if not backlog.messages:
                 del self._backlogs[key]
             self.counters["backlog full"] += 1
             return False
-        backlog.messages.append((frames, size))
-        backlog.size += size
         self._poll_for_room(key)
         return True
 
@@ -307,7 +315,7 @@ class Transport:
                     self.counters["dropped with its peer"] += len(backlog.messages)
                     backlog.messages.clear()
                     break
-                backlog.size -= backlog.messages.popleft()[1]
+                backlog.pop()
             if not backlog.messages:
                 del self._backlogs[key]
                 self._poll_for_room(key)
@@ -315,7 +323,7 @@ class Transport:
 
     # --- receiving ------------------------------------------------------------------------
 
-    def _drain(self, sources: list[Port | sockets.Link], incoming: list[Incoming]) -> None:
+    def _drain(self, sources: list[Port | Link], incoming: list[Incoming]) -> None:
         """One message from each of these sockets in turn, until all are empty or enough is read."""
         self._turn += 1  # whoever was cut off by the bound is not always the same
         first = self._turn % len(sources) if sources else 0
@@ -335,7 +343,7 @@ class Transport:
                     size += sum(view.nbytes for view in message.frames)
                     incoming.append(message)
 
-    def _accept(self, source: Port | sockets.Link, frames: list[zmq.Frame]) -> Received | None:
+    def _accept(self, source: Port | Link, frames: list[zmq.Frame]) -> Received | None:
         """Check a message's shape and sender; None: dropped and counted."""
         if isinstance(source, Port):
             return source.accept(frames)
@@ -347,6 +355,9 @@ class Transport:
 
     def _watch(self, ready: dict[Any, int]) -> None:
         """Turn the sockets' own events into losses."""
+        for link in self._enquiries.answers():
+            if self._links.get((link.plane, link.peer)) is link:
+                self._lost.setdefault((link.plane, link.peer), link.said)
         if ready.keys().isdisjoint(self._monitors):
             return
         for port in self._ports.values():
@@ -356,20 +367,22 @@ class Transport:
         for link in self._links.values():
             if link.monitor in ready:
                 for event, value in sockets.monitor_events(link.monitor):
-                    reason = sockets.heard_of(link, event, value)
-                    if reason:
+                    reason = heard_of(link, event, value)
+                    if reason == WRONG_KEY and not self._proxy:  # or something else: it is asked
+                        self._enquiries.ask(link)
+                    elif reason:
                         self._lost.setdefault((link.plane, link.peer), reason)
 
     # --- sockets --------------------------------------------------------------------------
 
-    def _register(self, ends: Port | sockets.Link) -> None:
+    def _register(self, ends: Port | Link) -> None:
         self._data[ends.socket] = ends
         self._poller.register(ends.socket, zmq.POLLIN)
         if ends.monitor is not None:
             self._monitors.add(ends.monitor)
             self._poller.register(ends.monitor, zmq.POLLIN)
 
-    def _drop(self, link: sockets.Link) -> None:
+    def _drop(self, link: Link) -> None:
         self._poller.unregister(link.socket)
         self._poller.unregister(link.monitor)
         del self._data[link.socket]

@@ -117,6 +117,9 @@ JOIN_MESSAGES_PER_S: Final = 64.0
 """Of all strangers together."""
 HANDSHAKES_AT_ONCE: Final = 256
 """Connections to one work socket that have not said who they are; one more, the oldest ends."""
+GATE_TRIED_S: Final = 2.0
+"""How long a port may take to turn a stranger away, as it starts."""
+GREETING_S: Final = 1.0
 ROUTES_KEPT: Final = 4096
 RETIRED_KEPT: Final = 8
 WAITS_S: Final = 5 * JOIN_AGAIN_S
