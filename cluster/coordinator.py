@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import msgspec
 import structlog
 
 import meshinfer
-from cluster import processes, profiler, telemetry
+from cluster import notify, processes, profiler, telemetry
 from cluster.blobs import BlobStore
 from cluster.config import ADDRESS_FILE
 from cluster.discovery import announce, browse
@@ -100,6 +101,10 @@ def run_coordinator(
     """
     state = Path(options.state_dir)
     processes.hold_folder(state)
+    if options.parent:
+        notify.disable()
+    else:
+        notify.enable(("loop", "head"))
     address = state / ADDRESS_FILE
     address.unlink(missing_ok=True)  # of one that was killed
     keyring, own = load_or_create_coordinator(state, options.cluster, plaintext=options.plaintext)
@@ -138,12 +143,13 @@ def run_coordinator(
         else:
             planning.put(effect)
 
-    loop = Loop(core, lambda: transport, perform)
+    told = f"listening at {listen}:{port}"
+    loop = Loop(core, lambda: transport, perform, None, lambda: notify.alive(told, ready=True))
     writing = JournalThread(journal, loop.post)
     planning = PlanningThread(store, loop.post, options.log_level, options.log_form)
     head = Head(keyring, own, options.cluster, here, options.host, port, store, loop.post)
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: loop.post(StopRequested()))
+        signal.signal(number, lambda *_: _drain(loop))
     listening = Address(host=here, port=port, join_port=join_port, pid=os.getpid())
     _write_address(address, listening)
     log = structlog.get_logger()
@@ -162,6 +168,11 @@ def run_coordinator(
         head.close()
         planning.close()
         writing.close()
+
+
+def _drain(loop: Loop) -> None:
+    notify.stopping()
+    loop.post(StopRequested())
 
 
 def _bind(transport: Transport, options: CoordinatorOptions) -> tuple[int, int, int]:
@@ -328,7 +339,8 @@ class Head:
         )
         storing: StoreThread
         core = WorkerCore(hello)
-        loop = Loop(core, lambda: transport, lambda effect: storing.put(effect), control)
+        beat = partial(notify.alive, part=HEAD)
+        loop = Loop(core, lambda: transport, lambda effect: storing.put(effect), control, beat)
         storing = StoreThread(self._store, None, loop.post)
         self._loop = loop
         if self._closed:  # before there was a loop to tell

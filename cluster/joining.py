@@ -16,6 +16,7 @@ from typing import Final
 import structlog
 
 import meshinfer
+from cluster import notify
 from cluster.discovery import Found, browse
 from cluster.keyring import Keyring
 from cluster.keys import KeyPair
@@ -108,10 +109,12 @@ def _places(wish: Wish, deadline: float | None) -> Iterator[_Place | None]:
             for text in wish.places:
                 yield _Place(*parse_address(text), key or _NO_KEY, given=True)
         if wish.interfaces == ():
+            notify.alive(f"asks to join at {', '.join(wish.places) or 'no place'}")
             time.sleep(limits.RECONNECT_MS / 1000)
             yield None
             continue
         left_s = _LOOK_S if deadline is None else max(0.1, deadline - time.monotonic())
+        notify.alive("looks for the coordinator over mDNS, to join")
         found = _heard(wish, key, min(_LOOK_S, left_s))
         if found is None:
             structlog.get_logger().info("no coordinator yet", cluster=wish.cluster)
@@ -176,6 +179,7 @@ class _Asking:
         ask_at, silent_at = time.monotonic(), time.monotonic() + _PLACE_S
         while True:
             now = time.monotonic()
+            notify.alive()
             if now >= ask_at:
                 transport.connect(Plane.JOIN, COORDINATOR, endpoint)  # anew, if it was too busy
                 transport.send(Plane.JOIN, COORDINATOR, encode(self._message()))
@@ -227,6 +231,7 @@ class _Asking:
         if self._told:
             return
         self._told = True
+        notify.alive(f"waits to be admitted: meshinfer devices approve {own}")
         structlog.get_logger().warning(
             "waits to be admitted: on the coordinator's machine, run this",
             command=f"meshinfer devices approve {own}",

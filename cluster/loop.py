@@ -59,6 +59,7 @@ class Core(Protocol):
 class Loop:
     """``make_transport`` runs in the loop's thread; ``perform`` gets the effects that are not I/O
     of sockets, and must not block. ``coordinator``: where workers and clients say hello.
+    ``each_step`` is called at least once a second, as long as the loop lives.
     """
 
     def __init__(
@@ -67,8 +68,10 @@ class Loop:
         make_transport: Callable[[], Transport],
         perform: Callable[[Effect], None],
         coordinator: Endpoint | None = None,
+        each_step: Callable[[], None] | None = None,
     ) -> None:
         self._core = core
+        self._each_step = each_step
         self._make_transport = make_transport
         self._perform = perform
         self._coordinator = coordinator
@@ -95,6 +98,8 @@ class Loop:
             self._handle(Ticked())
             while not self.stopped.is_set():
                 self._step(transport)
+                if self._each_step is not None:
+                    self._each_step()
         except Exception as error:
             self.failure = report(error)
         finally:

@@ -14,6 +14,7 @@ import sys
 import time
 from typing import Any
 
+from cluster import notify
 from cluster.doing import Doing, new_page
 from cluster.processes import cause_of, oom_kills, was_killed, watch_parent
 
@@ -35,13 +36,17 @@ def supervise(options: dict[str, Any]) -> int:
     def forward(number: int, _: object) -> None:
         nonlocal stopping
         stopping = True
+        notify.stopping()
         if child is not None and child.poll() is None:
             child.send_signal(number)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, forward)
     if options.get("parent"):
+        notify.disable()
         watch_parent(options["parent"], lambda: os._exit(0))  # the worker sees it and follows
+    else:
+        notify.enable()
     page = new_page()
     doing, wait = Doing(page), _FIRST_WAIT_S
     ended: dict[str, Any] | None = None
@@ -68,6 +73,7 @@ def supervise(options: dict[str, Any]) -> int:
         _say(options, child.pid, ended, wait)
         until = time.monotonic() + wait
         while not stopping and time.monotonic() < until:  # a signal does not end a sleep
+            notify.alive(f"its worker process died: {last_exit}")
             time.sleep(_LOOK_S)
         wait = min(_LONGEST_WAIT_S, wait * 2)
     return 0

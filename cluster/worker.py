@@ -20,7 +20,7 @@ import msgspec
 import structlog
 
 import meshinfer
-from cluster import processes, profiler, telemetry
+from cluster import notify, processes, profiler, telemetry
 from cluster.blobs import BlobStore
 from cluster.doing import Doing
 from cluster.keyring import Keyring
@@ -187,7 +187,7 @@ def run_worker(options: WorkerOptions) -> m.Failure | None:
         else:
             storing.put(effect)
 
-    loop = Loop(core, lambda: transport, perform, coordinator)
+    loop = Loop(core, lambda: transport, perform, coordinator, lambda: _tell(core, coordinator))
     storing = StoreThread(store, lambda: engine, loop.post)
     doing = Doing(options.doing)
     compute = ComputeThread(storing, loop.post, partial(_speed, options), doing)
@@ -222,6 +222,15 @@ def _hello(
     )
 
 
+def _tell(core: WorkerCore, coordinator: Endpoint) -> None:
+    """Let the service manager know that the loop lives, and whether it has joined."""
+    where = f"the coordinator at {coordinator.host}:{coordinator.port}"
+    if core.joined:
+        notify.alive(f"joined {where}", ready=True)
+    else:
+        notify.alive(f"waits for {where}")
+
+
 def _speed(options: WorkerOptions) -> float:
     """How fast this device is to be now."""
     if options.speed_file:
@@ -239,6 +248,7 @@ def _locate(options: WorkerOptions, ring: Keyring, last: Where | None) -> tuple[
     one answers."""
     log = structlog.get_logger()
     while True:
+        notify.alive("looks for the coordinator over mDNS")
         found = find_coordinator(
             options.coordinator,
             ring.cluster,
@@ -265,6 +275,7 @@ def main(arguments: list[str]) -> int:
     log = structlog.get_logger()
     if options.parent:
         processes.watch_parent(options.parent, lambda: os._exit(0))
+    notify.enable()  # unless its supervisor has hidden the service manager
     try:
         failure = run_worker(options)
     except MeshInferError as error:
