@@ -65,8 +65,7 @@ class Transport:
         proxy: str = "",
         unknown_is_temporary: bool = False,
     ) -> None:
-        assert 0 < len(identity.encode()) <= IDENTITY_BYTES, "not a ZeroMQ routing id"
-        assert identity[0] not in "\0~", "not a ZeroMQ routing id"
+        assert 0 < len(identity.encode()) <= IDENTITY_BYTES and identity[0] not in "\0~"
         self.identity = identity
         self.counters: Counter[str] = Counter()  # what was dropped, and why
         self._key = key
@@ -77,6 +76,8 @@ class Transport:
         self._context: zmq.Context[sockets.Socket] = zmq.Context(io_threads=1)
         # A link is a DEALER and its monitor, on each plane.
         self._context.max_sockets = 4 * limits.DEVICES + 64
+        # Of monitors: one that stands at the mark stops the I/O thread, for ever once it is closed.
+        self._context.rcvhwm = 0
         self._gatekeeper: Gatekeeper | None = None
         self._ports: dict[Plane, Port] = {}
         self._links: dict[tuple[Plane, str], Link] = {}
