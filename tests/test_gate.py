@@ -474,7 +474,7 @@ def _was_closed(each: socket.socket) -> bool:
 
 def test_strangers_that_come_and_go_do_not_stop_a_server_that_is_busy(net: Net) -> None:
     """libzmq tells of each connection by a socket; it waited for ever when that was full."""
-    hub, endpoints = net.server()
+    _hub, endpoints = net.server()
     for _ in range(1500):
         with socket.create_connection((HOST, endpoints[Plane.CONTROL].port), 2.0):
             pass
