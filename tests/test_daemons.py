@@ -238,7 +238,9 @@ def test_a_defect_in_a_worker_is_loud_and_ends_it(
         "compute": "import cluster.worker as c\nc.ComputeThread._run = lambda self: 1 / 0",
     }
     port = int(cluster.address.rpartition(":")[2])
-    options = worker_options(tmp_path / "w", cluster.keyring, port, cluster.cluster)
+    options = msgspec.structs.replace(
+        worker_options(tmp_path / "w", cluster.keyring, port, cluster.cluster), name=where
+    )
     with daemon("cluster.worker", options, patches[where]) as worker:
         code, words = end_of(worker)
     assert code == 70
