@@ -170,15 +170,7 @@ def run_worker(options: WorkerOptions) -> m.Failure | None:
     coordinator = Endpoint(host, port, keyring.coordinator_public)
     store = BlobStore(state / "blobs")
     engine = OrtEngine(store.folder, options.threads)
-    measured = options.measured or profiler.measured_once(
-        state, engine.name, options.threads, plaintext=keyring.plaintext
-    )
-    facts = profiler.facts(
-        threads=options.threads,
-        engine=engine.name,
-        measured=measured.slowed(options.speed),
-        memory_bytes=options.memory_bytes,
-    )
+    facts = _facts(options, engine, plaintext=keyring.plaintext)
     core = WorkerCore(_hello(options, identity, address, bulk_port, keyring.key.public, facts))
 
     def perform(effect: Effect) -> None:
@@ -199,6 +191,19 @@ def run_worker(options: WorkerOptions) -> m.Failure | None:
         compute.close()
         storing.close()
         doing.end()  # whatever still computes, this end is not its doing
+
+
+def _facts(options: WorkerOptions, engine: OrtEngine, *, plaintext: bool) -> m.Facts:
+    """What this device can do, as measured."""
+    measured = options.measured or profiler.measured_once(
+        Path(options.state_dir), engine.name, options.threads, plaintext=plaintext
+    )
+    return profiler.facts(
+        threads=options.threads,
+        engine=engine.name,
+        measured=measured.slowed(options.speed),
+        memory_bytes=options.memory_bytes,
+    )
 
 
 def _hello(
