@@ -101,10 +101,7 @@ def run_coordinator(
     """
     state = Path(options.state_dir)
     processes.hold_folder(state)
-    if options.parent:
-        notify.disable()
-    else:
-        notify.enable(("loop", "head"))
+    notify.enable(("loop", HEAD), of_another=bool(options.parent))
     address = state / ADDRESS_FILE
     address.unlink(missing_ok=True)  # of one that was killed
     keyring, own = load_or_create_coordinator(state, options.cluster, plaintext=options.plaintext)
@@ -142,8 +139,8 @@ def run_coordinator(
         else:
             planning.put(effect)
 
-    told = f"listening at {listen}:{port}"
-    loop = Loop(core, lambda: transport, perform, None, lambda: notify.alive(told, ready=True))
+    beat = partial(notify.alive, f"listens at port {port}", ready=True)
+    loop = Loop(core, lambda: transport, perform, None, beat)
     writing = JournalThread(journal, loop.post)
     planning = PlanningThread(store, loop.post, options.log_level, options.log_form)
     head = Head(keyring, own, options.cluster, here, options.host, port, store, loop.post)

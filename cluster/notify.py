@@ -1,4 +1,4 @@
-"""Tells systemd that this daemon is ready, alive, and what it does: sd_notify(3), without libsystemd.
+"""Tells systemd that a daemon is ready, alive, and what it does: sd_notify(3), without a library.
 
 A daemon says ``enable``; in any other process, and without a service manager, the rest does
 nothing. Until it is ready it asks for more time to start, time and again; from then on it feeds the
@@ -42,7 +42,7 @@ class Manager:
             lines.append("READY=1")
         living = all(now - beat <= self._every_s for beat in self._beats.values())
         if now >= self._due and (living or not self._ready):
-            self._due = now + self._every_s / 2  # so that beats and their sum cannot miss each other
+            self._due = now + self._every_s / 2  # as two beats and a look may miss each other
             lines.append("WATCHDOG=1")
             if not self._ready:
                 lines.append(f"EXTEND_TIMEOUT_USEC={_START_S * 1_000_000}")
@@ -65,22 +65,21 @@ class Manager:
 _manager: Manager | None = None
 
 
-def enable(parts: Sequence[str] = ("loop",)) -> None:
-    """This process is the daemon that the service manager has started, or that one's child."""
+def enable(parts: Sequence[str] = ("loop",), *, of_another: bool = False) -> None:
+    """This process is the daemon that the service manager has started, or that one's child.
+
+    ``of_another``: no, another program has started it. What it and its children say is not of that
+    program's service.
+    """
     global _manager
+    if of_another:
+        for name in (VARIABLE, _WATCHDOG, "WATCHDOG_PID"):
+            os.environ.pop(name, None)
     address, microseconds = os.environ.get(VARIABLE, ""), os.environ.get(_WATCHDOG, "")
     every_s = _STARTING_EVERY_S
     if microseconds.isdecimal() and int(microseconds):
         every_s = min(every_s, int(microseconds) * 1e-6 / _A_WATCHDOG)
     _manager = Manager(address, every_s, parts) if address.startswith(("/", "@")) else None
-
-
-def disable() -> None:
-    """This daemon is another's: what it says is not of that service, nor what its children say."""
-    global _manager
-    _manager = None
-    for name in (VARIABLE, _WATCHDOG, "WATCHDOG_PID"):
-        os.environ.pop(name, None)
 
 
 def alive(status: str = "", *, ready: bool = False, part: str = "loop") -> None:

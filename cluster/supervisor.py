@@ -43,10 +43,8 @@ def supervise(options: dict[str, Any]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, forward)
     if options.get("parent"):
-        notify.disable()
         watch_parent(options["parent"], lambda: os._exit(0))  # the worker sees it and follows
-    else:
-        notify.enable()
+    notify.enable(of_another=bool(options.get("parent")))
     page = new_page()
     doing, wait = Doing(page), _FIRST_WAIT_S
     ended: dict[str, Any] | None = None
