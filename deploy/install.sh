@@ -60,8 +60,9 @@ remove() {
       say "removed $unit"
     fi
   done
-  if [ -n "$commands" ] && [ "$(readlink "$commands/meshinfer" || true)" = "$prefix/bin/meshinfer" ]; then
-    rm -f "$commands/meshinfer"
+  link=$commands/meshinfer
+  if [ -n "$commands" ] && [ "$(readlink "$link" || true)" = "$prefix/bin/meshinfer" ]; then
+    rm -f "$link"
   fi
   rm -rf "$prefix"
   say "removed $prefix"
@@ -135,8 +136,8 @@ make_environment() {
   if [ "$have" = "$wanted" ] && "$prefix/bin/python" -m pip --version >/dev/null; then return; fi
   "$python" -c 'import ensurepip, venv' 2>/dev/null \
     || fail 78 "$python cannot make a virtual environment" "apt install python3-venv"
-  rm -rf "$prefix"
-  mkdir -p "$prefix" 2>/dev/null || fail 78 "cannot make $prefix" "give --prefix, or run it as root"
+  { rm -rf "$prefix" && mkdir -p "$prefix"; } 2>/dev/null \
+    || fail 78 "cannot make $prefix" "give --prefix, or run it as root"
   : >"$mark"
   "$python" -m venv "$prefix" || fail 78 "$python cannot make a virtual environment at $prefix" \
     "is there room on the disk? df -h $prefix"
