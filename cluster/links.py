@@ -106,6 +106,8 @@ def heard_of(link: Link, event: int, value: int) -> str:
 
 def told_by(link: Link, mechanism: str) -> str:
     """Why a handshake failed without a word, given what ``mechanism_at`` says of the other side."""
+    if not mechanism:  # a frozen one, which may well be ours
+        return CANNOT_CONNECT
     if mechanism == NOT_ZEROMQ:
         return NOT_OURS
     if link.plaintext:
