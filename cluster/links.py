@@ -10,7 +10,7 @@ from typing import Final
 
 import zmq
 
-from cluster.greeting import NOT_ZEROMQ, mechanism_at
+from cluster.greeting import mechanism_at
 from cluster.sockets import (
     BUSY,
     CANNOT_CONNECT,
@@ -119,8 +119,6 @@ def told_by(link: Link, mechanism: str) -> str:
     """Why a handshake failed without a word, given what ``mechanism_at`` says of the other side."""
     if not mechanism:  # a frozen one, which may well be ours
         return CANNOT_CONNECT
-    if mechanism == NOT_ZEROMQ:
-        return NOT_OURS
     if link.plaintext:
         return ENCRYPTED if mechanism == "CURVE" else LOST
     return PLAINTEXT if mechanism in ("NULL", "PLAIN") else WRONG_KEY
