@@ -370,7 +370,7 @@ def test_without_a_coordinator_commands_end_with_69(tmp_path: Path) -> None:
 def test_without_a_keyring_commands_end_with_77(tmp_path: Path) -> None:
     for done in at_once(
         lambda: meshinfer(tmp_path, "devices", "--cluster", "never"),
-        lambda: meshinfer(tmp_path, "worker", "--cluster", "never"),
+        lambda: meshinfer(tmp_path, "worker", "--keyring", tmp_path / "none.json"),
     ):
         refused(done, 77, "keyring")
 
