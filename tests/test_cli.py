@@ -21,12 +21,13 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+import typer
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from typer.testing import CliRunner
 
 from cluster.cli import app
-from cluster.cli.options import parse_memory
+from cluster.cli.options import parse_memory, settings
 from cluster.keyring import new_keyring, write_keyring
 from meshinfer.plan import Plan
 
@@ -322,6 +323,18 @@ def test_settings_come_from_flag_then_environment_then_file(
     monkeypatch.setenv("MESHINFER_PLAN_DEVICES", "3")
     assert devices() == 3
     assert devices("--devices", "4") == 4
+
+
+def test_settings_of_a_command_are_those_of_its_own_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    Path("meshinfer.toml").write_text('cluster = "home"\n[devices]\ntimeout = 3.0\nlost = true\n')
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    found = settings(commands)["devices"]
+    assert found["lost"] is True and found["cluster"] == "home"
+    assert found["approve"] == {"cluster": "home", "timeout": 3.0}
 
 
 @pytest.mark.parametrize("text", ["[plan]\ndevicse = 2\n", "[fly]\n", "clutser = 'x'\n", "= 1"])

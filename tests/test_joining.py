@@ -21,8 +21,9 @@ from test_cli import daemon as begun
 from test_daemons import address_of, coordinator_options, daemon, end_of
 
 import meshinfer as mi
-from cluster.discovery import announce
+from cluster.discovery import announce, browse
 from cluster.keyring import new_keyring, read_keyring
+from cluster.keys import generate_keypair
 from cluster.profiler import Measured
 from cluster.tokens import TOKEN_FILE, leave_token, new_secret, token_for
 from cluster.worker import WorkerOptions
@@ -163,6 +164,20 @@ def test_a_liar_on_mdns_who_names_the_right_key_keeps_nobody_from_joining(
                 (tmp_path / "led" / "place.json").unlink(missing_ok=True)
         finally:
             liar.close()
+
+
+def test_a_liar_on_mdns_whose_key_nobody_has_is_passed_over_by_who_has_no_token(
+    home: Home, tmp_path: Path
+) -> None:
+    key = generate_keypair().public
+    places = {"join_port": home.join_port, "protocol": (1, 9), "interfaces": list(LO)}
+    liar = announce(home.cluster, home.port, key=key, **places)  # type: ignore[arg-type]
+    try:
+        assert len(browse(home.cluster, timeout_s=LONG_S, interfaces=LO, until=2)) == 2
+        with daemon("cluster.worker", home.worker(tmp_path / "misled")):
+            assert eventually(lambda: home.waits("misled") is not None, LONG_S)
+    finally:
+        liar.close()
 
 
 # --- approval
