@@ -104,6 +104,7 @@ class Client:
         self._results: dict[str, _Open] = {}
         self._calls: dict[str, Future[m.AnyMessage]] = {}
         self._closed = False
+        self._ended_by: MeshInferError | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="meshinfer-client-")
         self._offers = Offers(BlobStore(Path(self._folder.name)))
         name = f"{ring.name}-{secrets.token_hex(6)}"
@@ -326,7 +327,7 @@ class Client:
         failure = self._loop.run()
         error = closed_error() if failure is None else error_of(failure)
         with self._lock:
-            self._closed = True
+            self._closed, self._ended_by = True, error
             open_ = [each.future for each in self._results.values()]
             calls = list(self._calls.values())
             self._results.clear()
@@ -389,7 +390,7 @@ class Client:
 
     def _refuse_when_closed(self) -> None:
         if self._closed:
-            raise closed_error()
+            raise self._ended_by or closed_error()
 
     def _info(self, model: str, version: int | None) -> m.ModelInfo:
         """What the coordinator knows of a version (of the current one, if None)."""

@@ -1,4 +1,4 @@
-"""What listens at an address, by its first words: is it ZeroMQ, and encrypted?
+"""Whether what listens at an address is encrypted, by its first words.
 
 Of two sides that differ in that, the one that sees it first hangs up, and the other has not always
 read why by then. Who says nothing of itself yet is told the other's mechanism in peace.
@@ -16,11 +16,10 @@ from meshinfer import limits
 _SIGNATURE: Final = b"\xff" + bytes(8) + b"\x7f"
 _VERSION: Final = b"\x03"
 _GREETED: Final = 32
-NOT_ZEROMQ: Final = "not ZeroMQ"
 
 
 def mechanism_at(host: str, port: int) -> str:
-    """CURVE, NULL or PLAIN; NOT_ZEROMQ; empty if nobody answers within GREETING_S."""
+    """CURVE, NULL or PLAIN; empty if nobody says so within GREETING_S."""
     deadline = time.monotonic() + limits.GREETING_S
     heard = b""
     try:
@@ -36,4 +35,4 @@ def mechanism_at(host: str, port: int) -> str:
         pass
     if len(heard) == _GREETED and heard[0] == 0xFF and heard[9] & 1 and heard[10] >= 3:
         return heard[12:32].rstrip(b"\0").decode("ascii", "replace")
-    return NOT_ZEROMQ if heard else ""
+    return ""

@@ -17,7 +17,7 @@ import structlog
 
 import meshinfer
 from cluster import notify
-from cluster.discovery import Found, browse
+from cluster.discovery import browse
 from cluster.keyring import Keyring
 from cluster.keys import KeyPair
 from cluster.locate import Where, parse_address
@@ -72,19 +72,23 @@ def enrol(key: KeyPair, wish: Wish) -> tuple[Keyring, Where]:
     answered within ``patience_s``.
     """
     deadline = None if wish.patience_s is None else time.monotonic() + wish.patience_s
+    search = _Search(wish)
     told: AuthError | None = None
-    for place in _places(wish, deadline):
+    for place in search.places(deadline):
         if place is None:  # all were asked, and mDNS as well
             if told is not None:
                 raise told
             continue
-        joined = _Asking(key, wish, place).until_answered(deadline)
+        asking = _Asking(key, wish, place)
+        joined = asking.until_answered(deadline)
         if isinstance(joined, m.Joined):
             name = joined.name if joined.role == "worker" else client_name(key.public)
-            proven = joined.key if wish.coordinator == "" else place.key
             plaintext = wish.coordinator == ""
+            proven = joined.key if plaintext else place.key
             ring = Keyring(wish.cluster, proven, key, joined.role, name, plaintext)
             return ring, Where(place.host, joined.port, place.port)
+        if asking.waited:
+            search.key = place.key  # trusted once, and no other from now on
         if joined is not None and place.given:
             told = joined
         elif joined is not None:  # whoever announced that may be a liar
@@ -95,73 +99,82 @@ def enrol(key: KeyPair, wish: Wish) -> tuple[Keyring, Where]:
     )
 
 
-def _places(wish: Wish, deadline: float | None) -> Iterator[_Place | None]:
-    """Where to ask, again and again: the places given, then what mDNS tells; None after each
-    round."""
-    key = wish.coordinator or None
-    if wish.coordinator is None and wish.interfaces == ():
-        raise AuthError(
-            "without a token, the coordinator is to be found over mDNS, which is not used",
-            hint="make a token on its machine: meshinfer token",
-        )
-    while deadline is None or time.monotonic() < deadline:
-        if wish.coordinator is not None:
-            for text in wish.places:
-                yield _Place(*parse_address(text), key or _NO_KEY, given=True)
-        if wish.interfaces == ():
-            notify.alive(f"asks to join at {', '.join(wish.places) or 'no place'}")
-            time.sleep(limits.RECONNECT_MS / 1000)
+class _Search:
+    """Where to ask. ``key``: the coordinator's, as far as it is known."""
+
+    def __init__(self, wish: Wish) -> None:
+        self._wish, self.key = wish, wish.coordinator or None
+        self._in_vain: set[_Place] = set()  # of what mDNS told
+        self._believed = ""
+        if wish.coordinator is None and wish.interfaces == ():
+            raise AuthError(
+                "without a token, the coordinator is to be found over mDNS, which is not used",
+                hint="make a token on its machine: meshinfer token",
+            )
+
+    def places(self, deadline: float | None) -> Iterator[_Place | None]:
+        """Again and again: the places given, then what mDNS tells; None after each round."""
+        wish = self._wish
+        while deadline is None or time.monotonic() < deadline:
+            notify.alive("looks for the coordinator, to join it")
+            if wish.coordinator is not None:
+                for text in wish.places:
+                    yield _Place(*parse_address(text), self.key or _NO_KEY, given=True)
+            if wish.interfaces == ():
+                time.sleep(limits.RECONNECT_MS / 1000)
+            else:
+                left_s = _LOOK_S if deadline is None else max(0.1, deadline - time.monotonic())
+                place = self._heard(min(_LOOK_S, left_s))
+                if place is not None:
+                    yield place
+                    self._in_vain.add(place)
             yield None
-            continue
-        left_s = _LOOK_S if deadline is None else max(0.1, deadline - time.monotonic())
-        notify.alive("looks for the coordinator over mDNS, to join")
-        found = _heard(wish, key, min(_LOOK_S, left_s))
-        if found is None:
+
+    def _heard(self, timeout_s: float) -> _Place | None:
+        """A coordinator with the key that is known, or with the id that was given; another than
+        those who were asked in vain, if there is one."""
+        wish = self._wish
+        several = self._in_vain or (self.key is None and wish.coordinator_id)
+        for found in browse(
+            wish.cluster,
+            timeout_s=timeout_s,
+            interfaces=wish.interfaces,
+            until=None if several else 1,
+            key=self.key,
+        ):
+            place = _Place(found.host, found.join_port, found.key)
+            right = self.key or device_id(found.key).startswith(wish.coordinator_id.lower())
+            if right and place not in self._in_vain:
+                self._say_whom_it_believes(place)
+                return place
+        if not self._in_vain:
             structlog.get_logger().info("no coordinator yet", cluster=wish.cluster)
-        else:
-            if wish.coordinator is None and key is None:
-                _say_whom_it_trusts(found, wish.coordinator_id)
-                key = found.key
-            yield _Place(found.host, found.join_port, found.key)
-        yield None
+        self._in_vain.clear()
+        return None
+
+    def _say_whom_it_believes(self, place: _Place) -> None:
+        wish = self._wish
+        if wish.coordinator is None and not wish.coordinator_id and self._believed != place.key:
+            self._believed = place.key
+            structlog.get_logger().warning(
+                "without a token, the coordinator that is found first is trusted",
+                where=str(place),
+                id=short_id(place.key),
+                hint="compare this id with what the coordinator says as it starts, or give it with "
+                "--coordinator-id",
+            )
 
 
 _NO_KEY: Final = "0" * 40
 """Stands for the coordinator's key where a cluster has none."""
 
 
-def _heard(wish: Wish, key: str | None, timeout_s: float) -> Found | None:
-    """A coordinator with this key; without one, with the id that was given, if any was."""
-    several = key is None and wish.coordinator_id
-    for found in browse(
-        wish.cluster,
-        timeout_s=timeout_s,
-        interfaces=wish.interfaces,
-        until=None if several else 1,
-        key=key,
-    ):
-        if not several or device_id(found.key).startswith(wish.coordinator_id.lower()):
-            return found
-    return None
-
-
-def _say_whom_it_trusts(found: Found, coordinator_id: str) -> None:
-    if not coordinator_id:
-        structlog.get_logger().warning(
-            "without a token, the coordinator that is found first is trusted",
-            where=f"{found.host}:{found.port}",
-            id=short_id(found.key),
-            hint="compare this id with what the coordinator says as it starts, or give it with "
-            "--coordinator-id",
-        )
-
-
 class _Asking:
-    """One connection to a join socket."""
+    """One connection to a join socket. ``waited``: it has said that an admin has to approve."""
 
     def __init__(self, key: KeyPair, wish: Wish, place: _Place) -> None:
         self._key, self._wish, self._place = key, wish, place
-        self._told = False
+        self.waited = False
 
     def until_answered(self, deadline: float | None) -> m.Joined | AuthError | None:
         """None: nobody answers there (now); an error: somebody does who is not the coordinator.
@@ -228,9 +241,9 @@ class _Asking:
         )
 
     def _waits(self, own: str) -> None:
-        if self._told:
+        if self.waited:
             return
-        self._told = True
+        self.waited = True
         notify.alive(f"waits to be admitted: meshinfer devices approve {own}")
         structlog.get_logger().warning(
             "waits to be admitted: on the coordinator's machine, run this",

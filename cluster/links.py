@@ -10,7 +10,7 @@ from typing import Final
 
 import zmq
 
-from cluster.greeting import NOT_ZEROMQ, mechanism_at
+from cluster.greeting import mechanism_at
 from cluster.sockets import (
     BUSY,
     CANNOT_CONNECT,
@@ -53,6 +53,8 @@ class Link(Ends):
     refused: bool = False  # libzmq gave up on it: only a new socket can try again
     said: str = ""
     greeted: bool = False
+    failing: bool = False  # the handshake of this connection
+    failures: int = 0  # of handshakes in a row, without a reason
 
 
 @dataclass(slots=True, eq=False)
@@ -79,23 +81,32 @@ def heard_of(link: Link, event: int, value: int) -> str:
     """Note what a link's monitor says. The reason to call it lost, if it is one that is new."""
     reason = ""
     if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-        link.up, link.said, link.greeted = True, "", False
+        link.up, link.said, link.greeted, link.failures = True, "", False, 0
     elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
         # ZAP: 400 refused, 500 busy (300, try again, closes without a word).
         reason = BUSY if value == 500 else REFUSED
-        link.refused = True
+        link.refused = link.failing = True
     elif event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
         reason = NOT_OURS
         if value == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
             reason = ENCRYPTED if link.plaintext else PLAINTEXT
-        link.refused = True
-    elif event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL and link.said not in FINAL:
+        link.refused = link.failing = True
+    elif event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
         # A server that cannot read our first packet closes, and so does a gate that is to be tried
-        # again: only workers have one.
-        reason = NOT_YET if link.plane is Plane.BULK else WRONG_KEY
-    elif event == zmq.EVENT_DISCONNECTED and link.up:
-        link.up = False
-        reason = LOST
+        # again (only workers have one), and one that is in haste or ends: that is not so twice.
+        link.failing = True
+        link.failures += 1
+        if link.plane is Plane.BULK:
+            reason = NOT_YET
+        elif link.failures >= 2 and link.said not in FINAL:
+            reason = WRONG_KEY
+    elif event == zmq.EVENT_DISCONNECTED:
+        if link.up:
+            reason = LOST
+        elif not link.failing:  # no handshake began: these were no words of ZeroMQ
+            reason = NOT_OURS
+            link.refused = True
+        link.up = link.failing = False
     elif event == zmq.EVENT_CLOSED:
         reason = CANNOT_CONNECT
     if not reason or reason == link.said:
@@ -106,8 +117,8 @@ def heard_of(link: Link, event: int, value: int) -> str:
 
 def told_by(link: Link, mechanism: str) -> str:
     """Why a handshake failed without a word, given what ``mechanism_at`` says of the other side."""
-    if mechanism == NOT_ZEROMQ:
-        return NOT_OURS
+    if not mechanism:  # a frozen one, which may well be ours
+        return CANNOT_CONNECT
     if link.plaintext:
         return ENCRYPTED if mechanism == "CURVE" else LOST
     return PLAINTEXT if mechanism in ("NULL", "PLAIN") else WRONG_KEY

@@ -77,6 +77,7 @@ class Port(sockets.Ends):
         self._by_wire: dict[bytes, Route] = {}
         self._strangers: dict[int, _Stranger] = {}  # the oldest first
         self._connections: set[int] = set()
+        self._untold = False  # whether libzmq ever kept a peer's connection to itself
         self._joins = Rate(limits.JOIN_MESSAGES_PER_S, limits.JOIN_MESSAGES)
 
     def wire_of(self, peer: str) -> bytes | None:
@@ -98,6 +99,7 @@ class Port(sockets.Ends):
         connection = sockets.connection_of(frames[-1])
         if connection != route.connection or route.gone:
             route.connection, route.gone = connection, False
+            self._untold = self._untold or connection == UNKNOWN
             if self._is_work:
                 self._strangers.pop(connection, None)
         most = limits.FRAMES_PER_MESSAGE if self._is_work else limits.JOIN_FRAMES
@@ -216,7 +218,9 @@ class Port(sockets.Ends):
         Nobody: it never said anything, or it came back by another connection.
         """
         self._connections.discard(connection)
-        self._strangers.pop(connection, None)
+        stranger = self._strangers.pop(connection, None)
+        if stranger is not None and self._is_work and not self._untold:
+            return []  # at once: many of them may come and go
         lost: list[tuple[str, str]] = []
         for route in list(self._routes.values()):
             if route.gone:

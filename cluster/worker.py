@@ -139,6 +139,9 @@ def run_worker(options: WorkerOptions) -> m.Failure | None:
     _wait_for_stop_signals()
     state = Path(options.state_dir)
     processes.hold_folder(state)
+    incarnation = secrets.token_hex(4)
+    identity = f"{options.name}#{incarnation}"
+    telemetry.identify(device=options.name, incarnation=incarnation)
     keyring, last = worker_keyring(
         state,
         options.name,
@@ -151,9 +154,6 @@ def run_worker(options: WorkerOptions) -> m.Failure | None:
     if keyring.plaintext:
         telemetry.warn_of_plaintext()
     host, port = _locate(options, keyring, last)
-    incarnation = secrets.token_hex(4)
-    identity = f"{options.name}#{incarnation}"
-    telemetry.identify(device=options.name, incarnation=incarnation)
     address = BESIDE_COORDINATOR if options.beside else local_address(host)
     gate = options.gate
     transport = Transport(

@@ -16,10 +16,11 @@ import meshinfer as mi
 from cluster.tokens import leave_token
 
 
-def let_in(state_dir: Path, address: str, keyring: Path) -> None:
-    """Leave a token to a worker that will start with this state folder."""
+def let_in(address: str, keyring: Path, *state_dirs: Path) -> None:
+    """Leave tokens to workers that will start with these state folders."""
     with mi.Client(address, keyring=keyring) as client:
-        leave_token(state_dir, client.admitting.token())
+        for each in state_dirs:
+            leave_token(each, client.admitting.token())
 
 
 def alive(pid: int) -> bool:

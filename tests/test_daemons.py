@@ -82,7 +82,7 @@ def end_of(process: subprocess.Popen[str]) -> tuple[int, str]:
 def worker_options(folder: Path, keyring: Path | None, port: int, cluster: str) -> WorkerOptions:
     """Of one that an admin, with this keyring, lets in."""
     if keyring is not None:
-        let_in(folder, f"127.0.0.1:{port}", keyring)
+        let_in(f"127.0.0.1:{port}", keyring, folder)
     return WorkerOptions(
         name="w", cluster=cluster, state_dir=str(folder), coordinator=f"127.0.0.1:{port}",
         measured=Measured((1e9,), 1e9, 0.0, 0.001), parent=os.getpid(),

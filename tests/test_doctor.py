@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from test_daemons import OTHER_PROTOCOL, address_of, coordinator_options, daemon
 import meshinfer as mi
 from cluster import config
 from cluster.discovery import Announcement, announce, browse
-from cluster.keyring import new_keyring, write_keyring
+from cluster.keyring import new_keyring, read_keyring, write_keyring
+from cluster.keys import generate_keypair
 from cluster.lab import DeviceSpec, Lab, LabCluster
 from cluster.profiler import Measured
 from cluster.worker import WorkerOptions
@@ -124,7 +125,24 @@ def test_a_keyring_of_another_cluster_of_that_name_is_refused_and_told(
     ring = ("--keyring", tmp_path / "ring.json", "--cluster", announced.cluster)
     told = doctor(tmp_path, *ring, "--interface", "127.0.0.1")
     assert told.problems == ["multicast", "join"] and told.code == 77
-    assert "another key" in told["multicast"].text and "keyring.json" in told["multicast"].hint
+    assert "another key" in told["multicast"].text and "token" in told["multicast"].hint
+
+
+def test_on_a_workers_machine_its_own_keyring_is_tried(
+    announced: mi.LocalCluster, tmp_path: Path
+) -> None:
+    """1. Of a worker that is in; 2. of one that was made up, and so is as one that was revoked."""
+    folder = announced.keyring.parent.parent / "worker-0"
+    options = ("--coordinator", announced.address, "--interface", "127.0.0.1")
+    told = doctor(tmp_path, *options, "--cluster", announced.cluster, "--state-dir", folder)
+    assert "worker's" in told["keyring"].text
+    assert told["join"].verdict is Verdict.OK and told.code == 0
+    assert told["identity"].verdict is Verdict.SKIPPED
+    (tmp_path / "w").mkdir()
+    ring = replace(read_keyring(folder / "keyring.json"), key=generate_keypair())
+    write_keyring(tmp_path / "w" / "keyring.json", ring)
+    told = doctor(tmp_path, *options, "--cluster", ring.cluster, "--state-dir", tmp_path / "w")
+    assert told.problems == ["join"] and told.code == 77 and "not admitted" in told["join"].text
 
 
 def test_on_a_bare_machine_the_missing_keyring_comes_before_the_missing_coordinator(

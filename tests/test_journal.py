@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import random
 import resource
@@ -150,6 +151,20 @@ def test_a_token_lives_by_the_wall_clock_and_no_longer_than_it_was_made_for(tmp_
         (found,) = journal.ledger.tokens.values()
         assert (found.ttl_s, found.spent, found.reusable) == (left, False, True)
         journal.close()
+
+
+def test_who_is_expelled_takes_its_tokens_along(tmp_path: Path) -> None:
+    by, made, other = (TokenMade(c * 64, "worker", 900.0, reusable=True) for c in "123")
+    made = dataclasses.replace(made, maker=KEYS[0])
+    entries = [by, made, other, enrolled(KEYS[0], "pi", "admin", by.hash), Expelled(KEYS[0])]
+    journal, expected = Journal(tmp_path / FILE), Ledger()
+    journal.commit(entries)
+    expected.apply(entries)
+    journal.close()
+    ledger = Journal(tmp_path / FILE).ledger
+    for found in (ledger, expected):
+        assert [token.spent for token in found.tokens.values()] == [True, True, False]
+        assert not found.enrolled
 
 
 def test_a_file_of_the_release_before_is_taken_over(tmp_path: Path) -> None:

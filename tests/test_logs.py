@@ -190,10 +190,9 @@ def test_the_logs_of_daemons_lead_from_an_answer_to_the_death_behind_it(tmp_path
     )
     with daemon("cluster.coordinator", coordinator, logs["c"]):
         assert eventually((folder / "address.json").exists, 30.0)
-        address = json.loads((folder / "address.json").read_text())
-        where, ring = f"127.0.0.1:{address['port']}", folder / "keyring.json"
-        for name in ("a", "b"):
-            let_in(tmp_path / name, where, ring)
+        port = json.loads((folder / "address.json").read_text())["port"]
+        where, ring = f"127.0.0.1:{port}", folder / "keyring.json"
+        let_in(where, ring, tmp_path / "a", tmp_path / "b")
         workers = {
             name: WorkerOptions(
                 name=name, state_dir=str(tmp_path / name), coordinator=where,

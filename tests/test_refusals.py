@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 import socket
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 
 import pytest
@@ -96,6 +98,42 @@ def test_a_server_with_another_key_gets_nothing_and_is_told_apart(net: Net) -> N
     assert pump(client, hub, within_s=0.6) == [], "one loss for one outage, however often tried"
     client.connect(Plane.CONTROL, "hub", endpoints[Plane.CONTROL])  # another endpoint: replaced
     greet(hub, client, planes=[Plane.CONTROL])
+
+
+def test_what_is_no_zeromq_is_told_apart(net: Net) -> None:
+    client = net.transport("pi-1#1")
+    with socket.create_server((HOST, 0)) as server:
+        over = threading.Event()
+
+        def answer() -> None:
+            server.settimeout(0.1)
+            while not over.is_set():
+                with suppress(TimeoutError):
+                    caller, _ = server.accept()
+                    with caller:
+                        caller.sendall(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n")
+
+        web = threading.Thread(target=answer)
+        web.start()
+        try:
+            place = Endpoint(HOST, server.getsockname()[1], net.own.public)
+            client.connect(Plane.CONTROL, "hub", place)
+            told = Lost(Plane.CONTROL, "hub", sockets.NOT_OURS)
+            assert told in pump(client, until=lambda heard: told in heard)
+        finally:
+            over.set()
+            web.join(5.0)
+
+
+def test_who_is_connected_but_says_nothing_is_not_called_another(net: Net) -> None:
+    """It may be ours, and frozen: that is no reason to give up."""
+    client = net.transport("pi-1#1")
+    with socket.create_server((HOST, 0)) as silent:
+        client.connect(
+            Plane.CONTROL, "hub", Endpoint(HOST, silent.getsockname()[1], net.own.public)
+        )
+        heard = pump(client)
+    assert heard and not {one.reason for one in lost(heard)} & sockets.FINAL
 
 
 def test_a_dead_gatekeeper_admits_nobody(net: Net) -> None:

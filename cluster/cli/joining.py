@@ -130,7 +130,7 @@ def given_token(text: str | None, path: Path | None) -> Token | None:
     elif path is not None:
         text = _read(path)
     elif text is None:
-        text = os.environ.get(VARIABLE)
+        text = os.environ.get(VARIABLE) or None
     return None if text is None else parse_token(text)
 
 

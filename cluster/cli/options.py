@@ -51,7 +51,7 @@ KeyringFile = Annotated[
     typer.Option(
         "--keyring",
         envvar="MESHINFER_KEYRING",
-        help="The keyring.json that the coordinator wrote; default: this machine's coordinator's.",
+        help="Default: that of this machine's coordinator, or what meshinfer join wrote.",
     ),
 ]
 Interfaces = Annotated[

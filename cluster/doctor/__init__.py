@@ -21,7 +21,7 @@ from cluster.config import ADDRESS_FILE, coordinator_state, default_keyring, sta
 from cluster.doctor import network
 from cluster.doctor.engine import run_engine
 from cluster.doctor.storage import room
-from cluster.keyring import Keyring, read_keyring
+from cluster.keyring import KEYRING_FILE, Keyring, read_keyring
 from cluster.locate import DEFAULT_PORT, parse_address
 from meshinfer.doctor import (
     Finding,
@@ -134,13 +134,17 @@ class _Examination:
         return [room(what, folder) for what, folder in folders.items()]
 
     def _keyring(self) -> tuple[Keyring | None, Finding]:
+        """That of a client or admin here, else a worker's."""
         path = self._options.keyring or default_keyring(self._options.cluster)
+        if self._options.keyring is None and not path.exists():
+            of_workers = [folder / KEYRING_FILE for folder in self._workers]
+            path = next((each for each in of_workers if each.exists()), path)
         try:
             ring = read_keyring(path)
         except MeshInferError as error:
             return None, of_error("keyring", error)
         plain = "; NOT ENCRYPTED" if ring.plaintext else ""
-        return ring, ok("keyring", f"{path} admits to cluster {ring.cluster!r}{plain}")
+        return ring, ok("keyring", f"{path} is a {ring.role}'s of cluster {ring.cluster!r}{plain}")
 
     def _target(self) -> _Target | None:
         """As given, else the coordinator that runs on this machine."""
@@ -176,13 +180,17 @@ class _Examination:
             yield skipped("join", why)
         else:
             try:
-                members = self._members(target)
+                if ring.role == "worker":
+                    network.try_key(ring, target.host, target.port, self._options.timeout_s)
+                else:
+                    members = self._members(target)
                 yield ok("join", f"the coordinator at {target} admits us")
             except MeshInferError as error:
                 yield of_error("join", error)
         yield judge_versions(meshinfer.__version__, PROTOCOL, heard, members)
         if not members:
-            yield skipped("identity", "the cluster's devices are not known")
+            asks = "; a worker's key may not ask" if ring and ring.role == "worker" else ""
+            yield skipped("identity", f"the cluster's devices are not known{asks}")
             return
         is_worker = any((folder / "lock").exists() for folder in self._workers)
         yield judge_identity(self._options.name, own, members, is_worker)

@@ -112,7 +112,7 @@ def judge_multicast(seen: Multicast, own_key: str | None, known: str) -> Finding
             AuthError,
             f"the coordinator of {seen.cluster!r} at {seen.heard[0]} has another key than our "
             "keyring names",
-            "copy keyring.json from that coordinator's state folder, or give --keyring",
+            "join it with a token that meshinfer token makes there, or give --keyring",
         )
     if seen.elsewhere:
         return problem(

@@ -49,9 +49,9 @@ from meshinfer.scheduler.request import Request
 
 
 class CoordinatorCore:
-    """``handle`` is the only gate; ``next_deadline`` says when to tick. ``door``: None in a
-    plaintext cluster. ``ledger``: what an earlier coordinator wrote down; without one nothing is,
-    and a restart remembers nothing."""
+    """``handle`` is the only gate; ``next_deadline`` says when to tick. ``door``: None where
+    nobody has a key (in plaintext, keys are said). ``ledger``: what an earlier coordinator wrote
+    down; without one nothing is, and a restart remembers nothing."""
 
     def __init__(
         self,

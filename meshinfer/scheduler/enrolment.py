@@ -53,8 +53,8 @@ class Door:
 
 
 class Enrolment:
-    """Mutable: owned by the coordinator's core. ``door``: None in a plaintext cluster, where nobody
-    has a key, all names are believed, and everybody may say everything."""
+    """Mutable: owned by the coordinator's core. ``door``: None where nobody has a key: all names
+    are believed, and everybody may say everything. (In plaintext there is one: keys are said.)"""
 
     def __init__(
         self, door: Door | None, ledger: Ledger | None, journal: Journal, members: Membership

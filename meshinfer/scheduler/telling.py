@@ -16,9 +16,7 @@ COORDINATOR = "coordinator"
 def refusal(who: str, lost: PeerLost) -> m.Failure:
     """Why a connection to the coordinator is given up."""
     if lost.unadmitted:
-        message = (
-            f"the coordinator does not admit {who}: its key is unknown there or was revoked"
-        )
+        message = f"the coordinator does not admit {who}: its key is unknown there or was revoked"
         hint = "join with a token: `meshinfer token`, on the coordinator's machine, makes one"
     else:
         message = f"the coordinator cannot be spoken to: {lost.reason}"
