@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cluster.cli.install import DryRun, Install, install_with
 from cluster.cli.joining import VARIABLE, Qr, TokenFile, TokenText, given_token, show_line
 from cluster.cli.options import (
     ClusterName,
@@ -164,7 +165,12 @@ def worker(
     memory: Annotated[
         int, typer.Option(min=0, help="MB that MeshInfer may use; 0: all that is left.")
     ] = 0,
+    nice: Annotated[
+        int | None, typer.Option(min=0, max=19, help="Give way to what else runs here; 19: always.")
+    ] = None,
     speed: Annotated[float, typer.Option(min=0.001, max=1.0, hidden=True)] = 1.0,
+    install: Install = False,
+    dry_run: DryRun = False,
     log_level: LogLevel = "info",
     log_form: LogForm = "text",
 ) -> None:
@@ -182,6 +188,9 @@ def worker(
     if coordinator is not None:
         parse_address(coordinator)
     chosen, found = _device_name(name), given_token(token, token_file)
+    if install or dry_run:
+        install_with(ctx, found, dry_run=dry_run)
+        return
     if found is None and is_default(ctx, "cluster"):
         cluster = _joined_before(chosen) or cluster
     admin = _admin_keyring(keyring, cluster) if found is None else None
@@ -200,6 +209,8 @@ def worker(
         speed=speed,
         memory_bytes=memory * 1_000_000,
     )
+    if nice is not None:
+        os.nice(nice)
     # Nothing of what was imported here shall cost the Pi memory.
     os.execv(sys.executable, _supervisor(options))
 

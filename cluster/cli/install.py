@@ -1,4 +1,4 @@
-"""``meshinfer worker --install``: writes the worker's unit and settings, and has systemd start it."""
+"""``meshinfer worker --install``: writes the unit and its settings, and has systemd start it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from meshinfer.errors import AuthError, ConfigurationError
+from meshinfer.errors import AuthError, ConfigurationError, InvalidInput
+
+if TYPE_CHECKING:
+    from meshinfer.protocol.token import Token
 
 UNIT = "meshinfer-worker.service"
 _PROGRAM = "/opt/meshinfer/bin/meshinfer"  # in the unit as it ships
@@ -24,6 +28,34 @@ _COMMANDS = (
     # It is up once it has joined, which may take until somebody starts the coordinator.
     ("systemctl", "restart", "--no-block", UNIT),
 )
+
+
+_VARIABLES = {
+    "cluster": "MESHINFER_CLUSTER",
+    "coordinator": "MESHINFER_COORDINATOR",
+    "interface": "MESHINFER_INTERFACE",
+    "coordinator_id": "MESHINFER_WORKER_COORDINATOR_ID",
+    "name": "MESHINFER_WORKER_NAME",
+    "threads": "MESHINFER_WORKER_THREADS",
+    "memory": "MESHINFER_WORKER_MEMORY",
+    "log_level": "MESHINFER_LOG_LEVEL",
+}
+"""Options that the service is to have, and how its environment says them."""
+
+Install = Annotated[
+    bool,
+    typer.Option(
+        "--install",
+        allow_from_autoenv=False,
+        help="Do not run it now: make it a service of systemd, with these options. Needs root.",
+    ),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run", allow_from_autoenv=False, help="With --install: print what it would do."
+    ),
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +70,8 @@ class File:
 def files_of(
     settings: Mapping[str, object], token: str | None, *, program: Path, nice: int | None
 ) -> list[File]:
-    """What a worker's service consists of. ``settings``: of its environment, None where the option
-    was not given; ``program``: the command that it runs.
+    """What a worker's service consists of. ``settings``: its environment; ``program``: the command
+    that it runs.
 
     Raises ``ConfigurationError`` where the service, which sees no home, could not run it.
     """
@@ -52,7 +84,7 @@ def files_of(
     unit = unit.replace(_PROGRAM, str(program))
     if nice is not None:
         unit = unit.replace(_NICE, f"\nNice={nice}\n")
-    given = "".join(f"{name}={_quoted(value)}\n" for name, value in settings.items() if value)
+    given = "".join(f"{name}={_quoted(value)}\n" for name, value in settings.items())
     found = [
         File(Path("etc/systemd/system") / UNIT, unit),
         File(Path("etc/meshinfer/worker.env"), given),
@@ -60,6 +92,26 @@ def files_of(
     if token is not None:
         found.append(File(Path("etc/meshinfer/token"), f"{token}\n", secret=True))
     return found
+
+
+def install_with(ctx: typer.Context, token: Token | None, *, dry_run: bool) -> None:
+    """As ``install``, with the options that were given to ``meshinfer worker``."""
+    given = {
+        name: value
+        for name, value in ctx.params.items()
+        if (source := ctx.get_parameter_source(name)) is not None and source.name != "DEFAULT"
+    }
+    if "state_dir" in given:
+        raise InvalidInput(
+            "a service keeps its state in /var/lib/meshinfer-worker", hint="leave --state-dir out"
+        )
+    settings = {
+        variable: " ".join(value) if isinstance(value, list | tuple) else value
+        for name, variable in _VARIABLES.items()
+        if (value := given.get(name)) is not None
+    }
+    text = None if token is None else str(token)
+    install(settings, text, dry_run=dry_run, nice=given.get("nice"))
 
 
 def install(

@@ -137,13 +137,20 @@ def given_token(text: str | None, path: Path | None) -> Token | None:
 def _read(path: Path) -> str:
     try:
         with path.open(encoding="ascii") as file:
-            return file.read(2 * limits.TOKEN_CHARS)
+            text = file.read(2 * limits.TOKEN_CHARS)
     except OSError as error:
         raise ConfigurationError(
             f"cannot read {path}: {error.strerror}", hint="check the path and its permissions"
         ) from error
     except UnicodeDecodeError as error:
         raise AuthError(f"{path} has no token", hint="give the file that has it") from error
+    if not text.strip():  # of the service, too, where there is no /etc/meshinfer/token
+        raise AuthError(
+            f"there is no token in {path}",
+            hint="make one on the coordinator's machine, meshinfer token, and write it to the file "
+            "(of the service: /etc/meshinfer/token)",
+        )
+    return text
 
 
 def parse_span(text: str) -> float:
