@@ -22,6 +22,7 @@ import structlog
 import meshinfer
 from cluster import notify, processes, profiler, telemetry
 from cluster.blobs import BlobStore
+from cluster.board import Watch
 from cluster.doing import Doing
 from cluster.keyring import Keyring
 from cluster.locate import Where, find_coordinator, local_address
@@ -38,6 +39,7 @@ from meshinfer.protocol.codec import error_of, failure_of
 from meshinfer.protocol.joining import Admission
 from meshinfer.protocol.records import BESIDE_COORDINATOR
 from meshinfer.scheduler.events import (
+    BoardRead,
     Compute,
     Computed,
     Effect,
@@ -179,7 +181,12 @@ def run_worker(options: WorkerOptions) -> m.Failure | None:
         else:
             storing.put(effect)
 
-    loop = Loop(core, lambda: transport, perform, coordinator, lambda: _tell(core, coordinator))
+    def each_step() -> None:
+        _tell(core, coordinator)
+        watch.look(time.monotonic())
+
+    loop = Loop(core, lambda: transport, perform, coordinator, each_step)
+    watch = Watch(lambda board: loop.post(BoardRead(board), wake=False))
     storing = StoreThread(store, lambda: engine, loop.post)
     doing = Doing(options.doing)
     compute = ComputeThread(storing, loop.post, partial(_speed, options), doing)

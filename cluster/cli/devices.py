@@ -30,7 +30,7 @@ devices = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
 
 _HEADER = (
     "DEVICE STATE CORES THREADS MEMORY ARCH ENGINE CONV-GFLOP/S DEPTHWISE MATRIX INT8 TASK-MS "
-    "LINK-MBIT/S LATENCY-MS TASKS CAUSE"
+    "LINK-MBIT/S LATENCY-MS TASKS BOARD CAUSE"
 ).split()
 _WAITING = ["ID", "NAME", "ROLE", "WAITS-S"]
 _ADMITTED = ["ID", "NAME", "ROLE"]
@@ -171,6 +171,8 @@ def _admitted(each: Admission) -> list[str]:
 
 
 def _row(info: DeviceInfo) -> list[str]:
+    from meshinfer.protocol.board import described
+
     facts, link = info.facts, info.link
     return [
         info.device,
@@ -184,6 +186,7 @@ def _row(info: DeviceInfo) -> list[str]:
         f"{link.bytes_per_s * 8e-6:.0f}" if link and link.bytes_per_s else "-",
         f"{link.latency_s * 1e3:.2f}" if link and link.latency_s else "-",
         str(info.tasks_done),
+        described(info.board),
         info.cause or "-",
     ]
 

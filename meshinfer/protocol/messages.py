@@ -15,17 +15,19 @@ from msgspec import Meta
 from meshinfer import limits
 
 # isort: off
+from meshinfer.protocol.board import Board as Board
 from meshinfer.protocol.joining import (
     AddToken as AddToken, Admission as Admission, Admitted as Admitted, AdmittedNow as AdmittedNow,
     Approve as Approve, Expel as Expel, Join as Join, Joined as Joined,
     ListAdmitted as ListAdmitted, Wait as Wait, Waiting as Waiting,
 )  # fmt: skip
 from meshinfer.protocol.questions import (
-    Devices as Devices, ListDevices as ListDevices, ListModels as ListModels, Models as Models,
+    DeviceInfo as DeviceInfo, Devices as Devices, ListDevices as ListDevices,
+    ListModels as ListModels, Models as Models,
 )  # fmt: skip
 from meshinfer.protocol.records import (
     Assigned as Assigned, Blob as Blob, Budgets as Budgets, Count as Count,
-    DeviceInfo as DeviceInfo, Done as Done, Ended as Ended, Facts as Facts, Failure as Failure,
+    Done as Done, Ended as Ended, Facts as Facts, Failure as Failure,
     Hash as Hash, Hex as Hex, Link as Link, Message as Message, ModelInfo as ModelInfo,
     Name as Name, Output as Output, Peer as Peer,
     Piece as Piece, Pins as Pins, Place as Place, Program as Program, Rate as Rate,
@@ -81,11 +83,13 @@ class Refused(Message, frozen=True, forbid_unknown_fields=False):
 
 class Heartbeat(Message, frozen=True):
     """Every 500 ms. ``computing``: what the compute thread does, for ``since_s`` seconds;
-    ``wasted``: tasks so far that nobody wanted any more when they were done."""
+    ``wasted``: tasks so far that nobody wanted any more when they were done; ``board``: how warm it
+    is, where something tells."""
 
     computing: str = ""
     since_s: Seconds = 0.0
     wasted: Count = 0
+    board: Board | None = None
 
 
 class Alive(Message, frozen=True):

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from meshinfer.protocol.board import Board
 from meshinfer.protocol.codec import Buffer
 from meshinfer.protocol.messages import (
     Admission,
@@ -78,6 +79,13 @@ class PeerLost:
 @dataclass(frozen=True, slots=True)
 class Ticked:
     """The time of ``next_deadline()`` has come, or the core has just started."""
+
+
+@dataclass(frozen=True, slots=True)
+class BoardRead:
+    """How this device's board feels."""
+
+    board: Board
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,9 +216,9 @@ class RanHere:
 
 
 Event = (
-    Arrived | PeerLost | Ticked | StopRequested | BlobsFound | BlobWritten | Prepared | Computed
-    | Knocked | ModelOpened | PlanReady | Recorded | RecordFailed | Submitted | Asked | Cancelled
-    | RanHere
+    Arrived | PeerLost | Ticked | BoardRead | StopRequested | BlobsFound | BlobWritten | Prepared
+    | Computed | Knocked | ModelOpened | PlanReady | Recorded | RecordFailed | Submitted | Asked
+    | Cancelled | RanHere
 )  # fmt: skip
 
 

@@ -44,6 +44,7 @@ class Device:
     wasted: int = 0
     stale: int = 0
     links: dict[str, m.Link] = field(default_factory=dict)
+    board: m.Board | None = None
 
     @property
     def name(self) -> str:
@@ -177,7 +178,7 @@ class Membership:
         if device is None:
             return False
         device.heard, device.computing, device.computing_s = now, beat.computing, beat.since_s
-        device.wasted = beat.wasted
+        device.wasted, device.board = beat.wasted, beat.board
         self.health.computes(device.name, beat.computing)
         return True
 
@@ -331,6 +332,7 @@ class Membership:
             port=d.bulk.port,
             cause=cause,
             returns_s=max(0.0, until - now),
+            board=d.board,
         )
 
     def next_deadline(self) -> float | None:

@@ -15,6 +15,7 @@ from meshinfer.scheduler.events import (
     Arrived,
     BlobsFound,
     BlobWritten,
+    BoardRead,
     Computed,
     Connect,
     Disconnect,
@@ -54,6 +55,7 @@ class WorkerCore:
         self._left = 0.0
         self._beat_due = 0.0
         self._stop_due: float | None = None
+        self._board: m.Board | None = None
 
     # --- the gate
 
@@ -78,6 +80,9 @@ class WorkerCore:
                 return self._installing.written(event)
             case PeerLost():
                 return self._lost(event, now)
+            case BoardRead(board):
+                self._board = board
+                return []
             case StopRequested():
                 return self._stop(now)
             case _:
@@ -244,10 +249,10 @@ class WorkerCore:
     def _heartbeat(self, now: float) -> m.Heartbeat:
         wasted = self._computing.wasted
         if self._computing.running is None:
-            return m.Heartbeat(wasted=wasted)
+            return m.Heartbeat(wasted=wasted, board=self._board)
         job, since = self._computing.running
         what = f"{job.request} {job.place}"
-        return m.Heartbeat(computing=what, since_s=now - since, wasted=wasted)
+        return m.Heartbeat(computing=what, since_s=now - since, wasted=wasted, board=self._board)
 
     def _lost(self, event: PeerLost, now: float) -> list[Effect]:
         if event.peer == COORDINATOR:
