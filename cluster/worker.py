@@ -11,6 +11,10 @@ import secrets
 import signal
 import sys
 import time
+
+if __name__ == "__main__":  # structlog imports it, for tracebacks that we do not print: 5 MB
+    sys.modules["rich"] = None  # type: ignore[assignment]
+
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -27,6 +31,7 @@ from cluster.doing import Doing
 from cluster.keyring import Keyring
 from cluster.locate import Where, find_coordinator, local_address
 from cluster.loop import Loop, Post, start_thread
+from cluster.measuring import measured_apart
 from cluster.membership import worker_keyring
 from cluster.sockets import Endpoint, Plane
 from cluster.storing import StoreThread
@@ -202,8 +207,13 @@ def run_worker(options: WorkerOptions) -> m.Failure | None:
 
 def _facts(options: WorkerOptions, engine: OrtEngine, *, plaintext: bool) -> m.Facts:
     """What this device can do, as measured."""
-    measured = options.measured or profiler.measured_once(
-        Path(options.state_dir), engine.name, options.threads, plaintext=plaintext
+    measured = options.measured or measured_apart(
+        Path(options.state_dir),
+        engine.name,
+        options.threads,
+        plaintext=plaintext,
+        log_level=options.log_level,
+        log_form=options.log_form,
     )
     return profiler.facts(
         threads=options.threads,
