@@ -251,8 +251,9 @@ class PlannerProcess:
         assert process.stdin is not None
         folder, size = str(self._store.folder), self._store.max_bytes
         begin = jobs.Begin(folder, size, self._models, os.getpid(), *self._log, drops=heard)
-        with contextlib.suppress(OSError):  # it has ended already, as will be seen
+        with contextlib.suppress(OSError):  # nicer than that already: no user may take it back
             os.setpriority(os.PRIO_PROCESS, process.pid, limits.PLANNING_NICE)
+        with contextlib.suppress(OSError):  # it has ended already, as will be seen
             jobs.write(process.stdin, begin)
         return process, drops
 

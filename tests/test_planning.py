@@ -351,6 +351,28 @@ def test_it_ends_when_the_coordinator_is_killed(tmp_path: Path) -> None:
 # --- what nobody waits for ------------------------------------------------------------------------
 
 
+NICER = """
+import sys
+from pathlib import Path
+from processes import small_model
+from test_planning import Planning
+planning = Planning(Path(sys.argv[1]))
+planning.opened(small_model())
+planning.thread.close()
+"""
+
+
+def test_a_coordinator_that_is_nicer_than_its_planning_plans_all_the_same(tmp_path: Path) -> None:
+    """As a service with Nice=10, or under nice(1): nobody but root may take niceness back."""
+    without = ["setpriv", "--bounding-set", "-sys_nice"] if os.geteuid() == 0 else []
+    command = [*without, "nice", "-n", "15", sys.executable, "-c", NICER, str(tmp_path / "blobs")]
+    here = Path(__file__).resolve().parent
+    path = os.pathsep.join((str(here), str(here.parent), os.environ.get("PYTHONPATH", "")))
+    environment = os.environ | {"PYTHONPATH": path}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 def beside(effect: MakePlan, plan: str, share: float) -> MakePlan:
     return replace(effect, present=plan, share=share)
 
