@@ -255,7 +255,7 @@ def test_a_revoked_device_is_out_at_once_and_others_answer_what_it_was_at(
         worker = cluster._worker(0)
         assert worker.name == "worker-0" and worker.supervisor.wait(LONG_S) == 77
         words = capfd.readouterr().err
-        assert "was revoked" in words and "again in" not in words
+        assert "revoked" in words and "again in" not in words
         assert "worker-0" not in {each.device for each in client.devices()}
         assert_exact(MODEL, IMAGE, client.infer("net", IMAGE).outputs)
 
