@@ -26,6 +26,7 @@ from cluster.doing import Doing
 from cluster.locate import find_coordinator, local_address
 from cluster.loop import Loop, Post, start_thread
 from cluster.security import generate_keypair, read_keyring
+from cluster.signing import Verifying, keep_signer, known_signer
 from cluster.sockets import Endpoint, Plane
 from cluster.storing import StoreThread
 from cluster.transport import Transport
@@ -162,7 +163,13 @@ def run_worker(options: WorkerOptions) -> m.Failure | None:
         measured=measured.slowed(options.speed),
         memory_bytes=options.memory_bytes,
     )
-    core = WorkerCore(_hello(options, identity, address, bulk_port, server.public, facts))
+    ours = keyring.coordinator_public
+    core = Verifying(
+        WorkerCore(_hello(options, identity, address, bulk_port, server.public, facts)),
+        identity,
+        known_signer(state, ours),
+        partial(keep_signer, state, ours),
+    )
 
     def perform(effect: Effect) -> None:
         if isinstance(effect, Compute):

@@ -17,6 +17,12 @@ Hex = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 Hash = Annotated[str, Meta(max_length=32)]
 """xxh3-128 of tensors, against mistakes and not against malice; empty where nobody told it."""
 
+Signature = Annotated[bytes, Meta(min_length=64, max_length=64)]
+"""Ed25519, of what ``manifest`` says; zeros where nobody has signed yet, so that no signature makes
+a message longer than it was found to be."""
+
+UNSIGNED = bytes(64)
+
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
 """No NaN and no infinity: a deadline that never comes would hold a request for ever."""
 

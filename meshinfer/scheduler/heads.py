@@ -176,4 +176,5 @@ def _install(
         peers=peers,
         head=made.head,
         keep_bytes=keep_bytes,
+        model=made.model.name,
     )
