@@ -13,6 +13,7 @@ nor against one that is false when a device first joins, nor in a plaintext clus
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,7 +38,6 @@ KEY_FILE = "signing.json"
 SIGNER_FILE = "signer.json"
 """In a worker's: whose manifests it takes."""
 
-_HEX_CHARS = 64
 _SIGNED = (m.Install, m.Grant)
 _COMPLETED = (*_SIGNED, m.Welcome)
 
@@ -185,7 +185,7 @@ def keep_signer(state: Path, coordinator: str, signer: str) -> None:
 
 def _hex(path: Path, fields: dict[str, Any], name: str, hint: str) -> str:
     value = fields.get(name)
-    digits = isinstance(value, str) and not set(value) - set("0123456789abcdef")
-    if not digits or len(value) != _HEX_CHARS:  # it may be a secret: it is not repeated
-        raise AuthError(f"{name} in {path} is not {_HEX_CHARS} hexadecimal digits", hint=hint)
-    return str(value)
+    if not isinstance(value, str) or not re.fullmatch(r"[0-9a-f]{64}", value):
+        # It may be a secret: it is not repeated.
+        raise AuthError(f"{name} in {path} is not 64 hexadecimal digits", hint=hint)
+    return value

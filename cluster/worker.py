@@ -67,7 +67,8 @@ class WorkerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     addresses for mDNS; None chooses. ``ended`` and ``doing`` come from the supervisor: how the last
     worker process ended, and where to write what this one computes. ``parent``: process to end
     with. ``beside``: on the host of a coordinator that listens at all addresses; so does
-    this worker. ``gate``: what a test can stop its connections with.
+    this worker. ``gate``: what a test can stop its connections with. ``encrypt_blobs``: on its
+    disk, under a key that ends with the process, or that of ``blob_key_file``.
     """
 
     name: str
@@ -88,6 +89,8 @@ class WorkerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     parent: int = 0
     beside: bool = False
     gate: Ways | None = None
+    encrypt_blobs: bool = False
+    blob_key_file: str = ""
 
 
 class ComputeThread:
@@ -152,8 +155,8 @@ def run_worker(options: WorkerOptions) -> m.Failure | None:
     bulk_port = transport.bind(Plane.BULK, address, 0 if gate is None else gate.behind)
     bulk_port = bulk_port if gate is None else gate.front
     coordinator = Endpoint(host, port, keyring.coordinator_public)
-    store = BlobStore(state / "blobs")
-    engine = OrtEngine(store.folder, options.threads)
+    store = _store(options, state)
+    engine = OrtEngine(store.loading, options.threads)
     measured = options.measured or profiler.measured_once(
         state, engine.name, options.threads, plaintext=keyring.plaintext
     )
@@ -189,6 +192,14 @@ def run_worker(options: WorkerOptions) -> m.Failure | None:
         compute.close()
         storing.close()
         doing.end()  # whatever still computes, this end is not its doing
+
+
+def _store(options: WorkerOptions, state: Path) -> BlobStore:
+    if not options.encrypt_blobs and not options.blob_key_file:
+        return BlobStore(state / "blobs", sole=True)
+    from cluster.sealing import sealed_store  # few want it
+
+    return sealed_store(state, options.blob_key_file)
 
 
 def _hello(

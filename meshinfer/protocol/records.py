@@ -261,7 +261,8 @@ class DeviceInfo(Record, frozen=True):
     ``state``: ready, suspect, excluded, quarantined, draining or dead; ``cause``: why it is so, or
     how its last process ended; ``returns_s``: until it is ready again by itself. ``computing``:
     what its compute thread does, for ``computing_s``; ``stale_tasks``: those that nobody wanted any
-    more when they were done, which were dropped.
+    more when they were done, which were dropped. ``blobs``: how many submodels and weights it was
+    handed since it joined.
     """
 
     device: Name
@@ -278,6 +279,7 @@ class DeviceInfo(Record, frozen=True):
     computing_s: Seconds = 0.0
     port: Annotated[int, Meta(ge=0, le=65535)] = 0
     stale_tasks: Count = 0
+    blobs: Count = 0
 
 
 class ModelInfo(Record, frozen=True):
