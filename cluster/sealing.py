@@ -14,6 +14,7 @@ on the card has to be off, or in memory (zram).
 
 from __future__ import annotations
 
+import atexit
 import errno
 import hashlib
 import os
@@ -192,16 +193,17 @@ def _key_of(path: Path, state: Path) -> bytes:
 
 
 def _loading_folder(state: Path) -> Path:
-    """A folder of ours in memory, empty: what a worker that was killed left there is removed."""
-    name = hashlib.sha256(str(state.resolve()).encode()).hexdigest()[:16]
+    """A folder of ours in memory, empty, until this process ends; one that was killed leaves it for
+    the next to remove."""
     for base in ("/dev/shm", os.environ.get("XDG_RUNTIME_DIR", "")):
         if not base or not _is_in_memory(Path(base)):
             continue
-        folder = Path(base) / f"meshinfer-{os.getuid()}-{name}"
+        folder = Path(base) / f"meshinfer-{os.getuid()}-{_name(state)}"
         try:
             if folder.is_dir() and not folder.is_symlink() and folder.stat().st_uid == os.getuid():
                 shutil.rmtree(folder)
             folder.mkdir(mode=0o700)  # fails if it is there and is another user's
+            atexit.register(shutil.rmtree, folder, ignore_errors=True)
         except OSError as error:
             raise ConfigurationError(
                 f"cannot make the folder {folder}: {error.strerror}",
@@ -212,6 +214,10 @@ def _loading_folder(state: Path) -> Path:
         "blobs cannot be encrypted here: there is no file system in memory to load them from",
         hint="mount a tmpfs at /dev/shm, or run without --encrypt-blobs",
     )
+
+
+def _name(state: Path) -> str:
+    return hashlib.sha256(str(state.resolve()).encode()).hexdigest()[:16]
 
 
 def _is_in_memory(path: Path) -> bool:

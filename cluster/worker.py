@@ -23,6 +23,7 @@ import meshinfer
 from cluster import processes, profiler, telemetry
 from cluster.blobs import BlobStore
 from cluster.doing import Doing
+from cluster.forgetting import remove_blobs
 from cluster.locate import find_coordinator, local_address
 from cluster.loop import Loop, Post, start_thread
 from cluster.security import generate_keypair, read_keyring
@@ -32,7 +33,7 @@ from cluster.storing import StoreThread
 from cluster.transport import Transport
 from meshinfer.engine import EngineError
 from meshinfer.engine.ort import OrtEngine
-from meshinfer.errors import MeshInferError
+from meshinfer.errors import AuthError, MeshInferError
 from meshinfer.protocol import messages as m
 from meshinfer.protocol.codec import error_of, failure_of
 from meshinfer.protocol.records import BESIDE_COORDINATOR
@@ -262,6 +263,10 @@ def main(arguments: list[str]) -> int:
         processes.watch_parent(options.parent, lambda: os._exit(0))
     try:
         failure = run_worker(options)
+        if failure is not None and failure.error == AuthError.__name__:
+            # Who is not admitted (any more) keeps nothing of its models here.
+            removed = remove_blobs(Path(options.state_dir))
+            log.warning("submodels and weights removed", files=removed)
     except MeshInferError as error:
         failure = failure_of(error)
     if failure is None:
