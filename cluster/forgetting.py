@@ -13,11 +13,12 @@ from pathlib import Path
 from cluster.config import ADDRESS_FILE
 from cluster.journal import FILE as JOURNAL_FILE
 from cluster.processes import hold_folder
+from cluster.sealing import loading_folders
 from cluster.signing import KEY_FILE, SIGNER_FILE
 from meshinfer.errors import ConfigurationError
 
 BLOBS = "blobs"
-_OWN = ("identity.json", "keyring.json", "token", SIGNER_FILE, "profile.json")
+_OWN = ("identity.json", "keyring.json", "place.json", "token", SIGNER_FILE, "profile.json")
 _OF_COORDINATOR = (KEY_FILE, JOURNAL_FILE, ADDRESS_FILE)
 
 
@@ -25,7 +26,8 @@ def remove_blobs(state: Path) -> int:
     """Remove the submodels and weights of a state folder that this process holds; how many."""
     folder = state / BLOBS
     count = sum(1 for path in folder.iterdir() if path.is_file()) if folder.is_dir() else 0
-    shutil.rmtree(folder, ignore_errors=True)
+    for each in (folder, *loading_folders(state)):
+        shutil.rmtree(each, ignore_errors=True)
     return count
 
 

@@ -195,10 +195,9 @@ def _key_of(path: Path, state: Path) -> bytes:
 def _loading_folder(state: Path) -> Path:
     """A folder of ours in memory, empty, until this process ends; one that was killed leaves it for
     the next to remove."""
-    for base in ("/dev/shm", os.environ.get("XDG_RUNTIME_DIR", "")):
-        if not base or not _is_in_memory(Path(base)):
+    for folder in loading_folders(state):
+        if not _is_in_memory(folder.parent):
             continue
-        folder = Path(base) / f"meshinfer-{os.getuid()}-{_name(state)}"
         try:
             if folder.is_dir() and not folder.is_symlink() and folder.stat().st_uid == os.getuid():
                 shutil.rmtree(folder)
@@ -216,8 +215,11 @@ def _loading_folder(state: Path) -> Path:
     )
 
 
-def _name(state: Path) -> str:
-    return hashlib.sha256(str(state.resolve()).encode()).hexdigest()[:16]
+def loading_folders(state: Path) -> tuple[Path, ...]:
+    """Where that of a worker with this state folder may be."""
+    name = hashlib.sha256(str(state.resolve()).encode()).hexdigest()[:16]
+    bases = ("/dev/shm", os.environ.get("XDG_RUNTIME_DIR", ""))
+    return tuple(Path(base) / f"meshinfer-{os.getuid()}-{name}" for base in bases if base)
 
 
 def _is_in_memory(path: Path) -> bool:

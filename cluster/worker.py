@@ -263,14 +263,14 @@ def main(arguments: list[str]) -> int:
         processes.watch_parent(options.parent, lambda: os._exit(0))
     try:
         failure = run_worker(options)
-        if failure is not None and failure.error == AuthError.__name__:
-            # Who is not admitted (any more) keeps nothing of its models here.
-            removed = remove_blobs(Path(options.state_dir))
-            log.warning("submodels and weights removed", files=removed)
     except MeshInferError as error:
         failure = failure_of(error)
     if failure is None:
         return 0
+    if failure.error == AuthError.__name__:
+        # Whom the cluster does not admit (any more) keeps nothing of its models.
+        removed = remove_blobs(Path(options.state_dir))
+        log.warning("submodels and weights removed", files=removed)
     log.error(failure.message, hint=failure.hint)
     return error_of(failure).exit_code
 

@@ -13,12 +13,13 @@ from processes import image, small_model
 
 from cluster import sealing
 from cluster.blobs import BlobDamaged, BlobStore
+from cluster.cli.at_rest import forget_all
 from cluster.forgetting import forget
 from cluster.processes import hold_folder
 from cluster.sealing import SealedStore, sealed_store
 from cluster.storing import StoreThread
 from meshinfer.engine.ort import OrtEngine
-from meshinfer.errors import AuthError, ConfigurationError
+from meshinfer.errors import AuthError, ConfigurationError, InvalidInput
 from meshinfer.protocol import messages as m
 from meshinfer.scheduler.events import Prepare, Prepared
 
@@ -331,6 +332,21 @@ def test_a_coordinator_or_a_running_worker_does_not_forget(tmp_path: Path) -> No
         forget(state)
     (state / "signing.json").unlink()
     assert sorted(state.rglob("*")) == before
+
+
+def test_nobody_s_folder_is_forgotten_unasked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = _state(tmp_path)
+    with pytest.raises(InvalidInput) as caught:  # no terminal
+        forget_all(state, yes=False)
+    assert "--yes" in caught.value.hint and (state / "identity.json").exists()
+    (state / "thesis.txt").write_text("mine")
+    forget_all(state, yes=True)
+    assert f"{state / 'thesis.txt'} stays" in capsys.readouterr().out
+    assert not (state / "identity.json").exists()
+    forget_all(tmp_path / "none", yes=False)
+    assert "nothing to forget" in capsys.readouterr().out
 
 
 def test_two_engines_give_the_same_bits_from_a_sealed_store(tmp_path: Path) -> None:
