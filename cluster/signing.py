@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
+from cluster.keys import read_private, write_private
 from cluster.loop import Core
-from cluster.security import _read_private, _write_private
 from meshinfer.errors import AuthError
 from meshinfer.protocol import messages as m
 from meshinfer.protocol.manifest import manifest
@@ -69,9 +69,9 @@ def load_or_create_key(state: Path) -> SigningKey:
     if not path.exists():
         made = SigningKey.generate()
         secret = made.private.private_bytes_raw().hex()
-        _write_private(path, {"public": made.public, "secret": secret})
+        write_private(path, {"public": made.public, "secret": secret})
         return made
-    fields = _read_private(path, "signing key", hint)
+    fields = read_private(path, "signing key", hint)
     key = SigningKey.of(bytes.fromhex(_hex(path, fields, "secret", hint)))
     if fields.get("public") != key.public:
         raise AuthError(f"the two halves of the key in {path} are of different pairs", hint=hint)
@@ -173,14 +173,14 @@ def known_signer(state: Path, coordinator: str) -> str:
     if not path.exists():
         return ""
     hint = f"remove {path}, if nobody else can have changed it"
-    fields = _read_private(path, "signer of manifests", hint)
+    fields = read_private(path, "signer of manifests", hint)
     signer = _hex(path, fields, "signer", hint)
     return signer if fields.get("coordinator") == coordinator else ""  # it has joined another
 
 
 def keep_signer(state: Path, coordinator: str, signer: str) -> None:
     """Remember it for the next starts."""
-    _write_private(state / SIGNER_FILE, {"coordinator": coordinator, "signer": signer})
+    write_private(state / SIGNER_FILE, {"coordinator": coordinator, "signer": signer})
 
 
 def _hex(path: Path, fields: dict[str, Any], name: str, hint: str) -> str:

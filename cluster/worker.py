@@ -24,9 +24,10 @@ from cluster import processes, profiler, telemetry
 from cluster.blobs import BlobStore
 from cluster.doing import Doing
 from cluster.forgetting import remove_blobs
-from cluster.locate import find_coordinator, local_address
+from cluster.keyring import Keyring
+from cluster.locate import Where, find_coordinator, local_address
 from cluster.loop import Loop, Post, start_thread
-from cluster.security import generate_keypair, read_keyring
+from cluster.membership import worker_keyring
 from cluster.signing import Verifying, keep_signer, known_signer
 from cluster.sockets import Endpoint, Plane
 from cluster.storing import StoreThread
@@ -36,6 +37,7 @@ from meshinfer.engine.ort import OrtEngine
 from meshinfer.errors import AuthError, MeshInferError
 from meshinfer.protocol import messages as m
 from meshinfer.protocol.codec import error_of, failure_of
+from meshinfer.protocol.joining import Admission
 from meshinfer.protocol.records import BESIDE_COORDINATOR
 from meshinfer.scheduler.events import (
     Compute,
@@ -59,7 +61,9 @@ class Ways(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class WorkerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Settings of one worker, as ``meshinfer worker`` and LocalCluster hand them over.
+    """Settings of one worker, as ``meshinfer worker`` and LocalCluster hand them over. It joins
+    with the token in its state folder, if there is one. ``coordinator_id``: whom it may trust
+    without one.
 
     ``speed`` below 1 emulates a slower device: after each task the compute thread sleeps in
     proportion to the CPU time it took. ``speed_file``, once it is there, holds the speed from now
@@ -75,8 +79,8 @@ class WorkerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     name: str
     cluster: str = "default"
     state_dir: str
-    keyring: str
     coordinator: str | None = None
+    coordinator_id: str = ""
     interfaces: tuple[str, ...] | None = None
     threads: int = 1
     measured: profiler.Measured | None = None
@@ -140,18 +144,31 @@ def run_worker(options: WorkerOptions) -> m.Failure | None:
     _wait_for_stop_signals()
     state = Path(options.state_dir)
     processes.hold_folder(state)
-    keyring = read_keyring(options.keyring)
+    keyring, last = worker_keyring(
+        state,
+        options.name,
+        options.cluster,
+        coordinator=options.coordinator,
+        coordinator_id=options.coordinator_id,
+        interfaces=options.interfaces,
+        proxy=_proxy(options, (options.interfaces or ("",))[0]),
+    )
     if keyring.plaintext:
         telemetry.warn_of_plaintext()
-    host, port = _locate(options, keyring.coordinator_public)
-    server = generate_keypair()
+    host, port = _locate(options, keyring, last)
     incarnation = secrets.token_hex(4)
     identity = f"{options.name}#{incarnation}"
     telemetry.identify(device=options.name, incarnation=incarnation)
     address = BESIDE_COORDINATOR if options.beside else local_address(host)
     gate = options.gate
-    proxy = "" if gate is None else f"{address}:{gate.outbound}"
-    transport = Transport(identity, keyring.member, server, keyring.plaintext, proxy)
+    transport = Transport(
+        identity,
+        keyring.key,
+        [Admission(keyring.coordinator_public, "head", "worker")],
+        plaintext=keyring.plaintext,
+        proxy=_proxy(options, address),
+        unknown_is_temporary=True,  # until the coordinator has told who may connect
+    )
     # All addresses, if beside the coordinator.
     bulk_port = transport.bind(Plane.BULK, address, 0 if gate is None else gate.behind)
     bulk_port = bulk_port if gate is None else gate.front
@@ -169,7 +186,7 @@ def run_worker(options: WorkerOptions) -> m.Failure | None:
     )
     ours = keyring.coordinator_public
     core = Verifying(
-        WorkerCore(_hello(options, identity, address, bulk_port, server.public, facts)),
+        WorkerCore(_hello(options, identity, address, bulk_port, keyring.key.public, facts)),
         identity,
         known_signer(state, ours),
         partial(keep_signer, state, ours),
@@ -232,20 +249,26 @@ def _speed(options: WorkerOptions) -> float:
     return options.speed
 
 
-def _locate(options: WorkerOptions, key: str) -> tuple[str, int]:
-    """The coordinator's address: as given, else over mDNS, asking until one answers."""
+def _proxy(options: WorkerOptions, address: str) -> str:
+    return "" if options.gate is None else f"{address}:{options.gate.outbound}"
+
+
+def _locate(options: WorkerOptions, ring: Keyring, last: Where | None) -> tuple[str, int]:
+    """The coordinator's address: as given, else where it was last, else over mDNS, asking until
+    one answers."""
     log = structlog.get_logger()
     while True:
         found = find_coordinator(
             options.coordinator,
-            options.cluster,
+            ring.cluster,
             timeout_s=LOOK_S,
-            key=key,
+            key=None if ring.plaintext else ring.coordinator_public,
             interfaces=options.interfaces,
+            last=last,
         )
         if found is not None:
             return found
-        log.info("no coordinator yet", cluster=options.cluster)
+        log.info("no coordinator yet", cluster=ring.cluster)
 
 
 def _wait_for_stop_signals() -> None:

@@ -105,6 +105,30 @@ TOKEN_CHARS: Final = 1024
 TOKEN_S: Final = 15 * 60.0
 JOIN_AGAIN_S: Final = 2.0
 """How often one that waits for approval asks again."""
+JOIN_FRAME_BYTES: Final = 4096
+JOIN_FRAMES: Final = 2
+JOIN_CONNECTIONS: Final = 2 * WAITING_KEYS
+"""Of strangers to the join socket; one more, and the oldest ends."""
+JOIN_CONNECTIONS_PER_HOST: Final = WAITING_KEYS
+JOIN_HANDSHAKES: Final = 128
+JOIN_HANDSHAKES_PER_S: Final = 32.0
+JOIN_MESSAGES: Final = 128
+JOIN_MESSAGES_PER_S: Final = 64.0
+"""Of all strangers together."""
+HANDSHAKES_AT_ONCE: Final = 256
+"""Connections to one work socket that have not said who they are; one more, the oldest ends."""
+GATE_TRIED_S: Final = 2.0
+"""How long a port may take to turn a stranger away, as it starts."""
+GREETING_S: Final = 1.0
+ROUTES_KEPT: Final = 4096
+RETIRED_KEPT: Final = 8
+WAITS_S: Final = 5 * JOIN_AGAIN_S
+"""Who has not asked again for so long waits no more."""
+ID_CHARS_LEAST: Final = 4
+"""Of an id, to say whom one means."""
+DEVICE_NAME_CHARS: Final = 64
+ADMIN_CALLS_KEPT: Final = 64
+"""Answers to admins that are told again, should their connections have broken."""
 
 DISCOVERED: Final = 64
 DISCOVERY_TXT_BYTES: Final = 512

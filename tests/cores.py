@@ -39,6 +39,7 @@ from meshinfer.protocol.report import Report
 from meshinfer.report import report_of, with_spares
 from meshinfer.scheduler import events as e
 from meshinfer.scheduler.client import ClientCore
+from meshinfer.scheduler.enrolment import Door
 from meshinfer.scheduler.worker import COORDINATOR, WorkerCore
 from meshinfer.simulator.node import AnyCore, Node, Timing
 from meshinfer.simulator.world import World
@@ -186,6 +187,7 @@ class Cluster(World):
         delay: Callable[[], float] = lambda: LATENCY_S,
         head: bool = True,
         beside: bool = False,
+        door: Door | None = None,
     ) -> None:
         self.beside = beside
         self.story: deque[tuple[float, str]] = deque(maxlen=20_000)
@@ -207,7 +209,7 @@ class Cluster(World):
         self.disk: Callable[[e.Record], m.Failure | None] = lambda record: None
         """Why something cannot be written, if so."""
         self._rules: list[tuple[Matches, Callable[[], object] | None, float]] = []
-        super().__init__(Timing(LATENCY_S, COMPUTE_S, PLAN_S, DISK_S), delay, now=100.0)
+        super().__init__(Timing(LATENCY_S, COMPUTE_S, PLAN_S, DISK_S), delay, now=100.0, door=door)
         if head:
             self.join("head", m.Facts(computes=False, head=True, host="h"))
         for name in workers:

@@ -27,7 +27,7 @@ from typer.testing import CliRunner
 
 from cluster.cli import app
 from cluster.cli.options import parse_memory
-from cluster.security import new_keyring, write_keyring
+from cluster.keyring import new_keyring, write_keyring
 from meshinfer.plan import Plan
 
 ROOT = Path(__file__).resolve().parent.parent

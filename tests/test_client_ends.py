@@ -17,7 +17,7 @@ from architectures import squeezenet1_1
 from processes import descriptors, eventually, growing, image, pixels, small_model
 
 import meshinfer as mi
-from cluster.security import new_keyring, write_keyring
+from cluster.keyring import new_keyring, write_keyring
 from meshinfer import limits
 
 MODEL, IMAGE = small_model(), image()

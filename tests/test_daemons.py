@@ -23,8 +23,8 @@ from processes import alive, eventually, image, small_model
 
 import meshinfer as mi
 from cluster.coordinator import CoordinatorOptions
+from cluster.keyring import new_keyring, read_keyring, write_keyring
 from cluster.profiler import Measured
-from cluster.security import new_keyring, read_keyring, write_keyring
 from cluster.worker import WorkerOptions
 from meshinfer import limits
 from meshinfer.protocol import messages as m

@@ -22,9 +22,9 @@ from test_daemons import OTHER_PROTOCOL, address_of, coordinator_options, daemon
 import meshinfer as mi
 from cluster import config
 from cluster.discovery import announce, browse
+from cluster.keyring import new_keyring, write_keyring
 from cluster.lab import DeviceSpec, Lab, LabCluster
 from cluster.profiler import Measured
-from cluster.security import new_keyring, write_keyring
 from cluster.worker import WorkerOptions
 from meshinfer.doctor import Finding, Interface, Verdict, exit_code, judge_interfaces
 

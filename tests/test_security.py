@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 import zmq
-from zmq.utils import z85
-
 from cluster.security import (
     Gatekeeper,
     KeyPair,
@@ -23,6 +21,8 @@ from cluster.security import (
     read_keyring,
     write_keyring,
 )
+from zmq.utils import z85
+
 from meshinfer import limits
 from meshinfer.errors import AuthError, ConfigurationError, MeshInferError
 

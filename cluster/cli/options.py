@@ -124,7 +124,8 @@ Pins = Annotated[
 def settings(commands: Mapping[str, Any]) -> dict[str, Any]:
     """The settings files as defaults by command. Raises ``ConfigurationError`` for a misspelling.
 
-    What stands outside the tables is for every command that has such an option.
+    What stands outside the tables is for every command that has such an option. A table of a
+    command with commands of its own, as ``[devices]``, is for them, too.
     """
     from cluster.config import file_settings
 
@@ -145,6 +146,10 @@ def settings(commands: Mapping[str, Any]) -> dict[str, Any]:
             raise _misspelt(key, set().union(*known.values()))
         for name in takers:
             result[name].setdefault(_python(key), value)
+    for name, command in commands.items():
+        for inner, each in getattr(command, "commands", {}).items():
+            has = {p.name for p in each.params}
+            result[name][inner] = {k: v for k, v in result[name].items() if k in has}
     return result
 
 

@@ -18,12 +18,11 @@ import msgspec
 
 import meshinfer
 from cluster.config import ADDRESS_FILE, coordinator_state, default_keyring, state_dir
-from cluster.discovery import fingerprint
 from cluster.doctor import network
 from cluster.doctor.engine import run_engine
 from cluster.doctor.storage import room
+from cluster.keyring import Keyring, read_keyring
 from cluster.locate import DEFAULT_PORT, parse_address
-from cluster.security import Keyring, read_keyring
 from meshinfer.doctor import (
     Finding,
     Heard,
@@ -116,7 +115,7 @@ class _Examination:
             through = network.way_to(host) if host else None
             yield judge_interfaces(here, self._options.interfaces, host, through)
             seen = listening.result()
-        key = None if ring is None else fingerprint(ring.coordinator_public)
+        key = None if ring is None else ring.coordinator_public
         yield judge_multicast(seen, key, "" if target is None else str(target))
         if target is None:
             target = _announced((*seen.heard, *seen.elsewhere), key)
@@ -221,5 +220,5 @@ class _Examination:
 
 def _announced(found: tuple[Heard, ...], key: str | None) -> _Target | None:
     """The one with our key, if any; else, to see what it says, the first."""
-    chosen = [h for h in found if h.fingerprint == key] or list(found)
+    chosen = [h for h in found if h.key == key] or list(found)
     return _Target(chosen[0].host, chosen[0].port) if chosen else None

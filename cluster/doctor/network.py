@@ -115,7 +115,7 @@ def listen(cluster: str, asked: Sequence[str] | None, known: str) -> Multicast:
 
 
 def _heard(found: Found) -> Heard:
-    return Heard(found.host, found.port, found.fingerprint, found.protocol)
+    return Heard(found.host, found.port, found.key, found.protocol)
 
 
 def asked_directly(host: str, cluster: str) -> bool:

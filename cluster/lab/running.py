@@ -19,6 +19,8 @@ import psutil
 
 from cluster.config import ADDRESS_FILE
 from cluster.coordinator import HEAD, Address, CoordinatorOptions, await_address
+from cluster.keyring import read_keyring
+from cluster.tokens import FOR_EVER_S, given, leave_token, new_secret, places_of, token_for
 from cluster.worker import Ways, WorkerOptions
 from meshinfer.errors import ClusterUnavailable
 
@@ -57,6 +59,7 @@ class LabCluster:
         self._paused: set[int] = set()
         self._coordinator: subprocess.Popen | None = None
         self._address: Address | None = None
+        self._secret = new_secret()  # of the token that all workers join with
         try:
             self.state.mkdir()
             self._start_coordinator()
@@ -209,6 +212,7 @@ class LabCluster:
             state_dir=str(self.state / "coordinator"),
             host=self._lab.address(0),
             port=port,
+            tokens=(given(self._secret, "worker", ttl_s=FOR_EVER_S, reusable=True),),
             interfaces=(self._lab.address(0),) if self._discovery else (),
             plaintext=self._plaintext,  # all others take it from its keyring
             log_level=self._log_level,
@@ -218,12 +222,15 @@ class LabCluster:
         self._address = await_address(self._coordinator, self.state / "coordinator", _START_S)
 
     def _start_worker(self, i: int) -> None:
+        assert self._address is not None
         device = self._lab.devices[i]
+        places = () if self._discovery else places_of(self._address.host, self._address.join_port)
+        token = token_for(read_keyring(self.keyring), "worker", self._secret, places)
+        leave_token(self.state / device.name, token)
         options = WorkerOptions(
             name=device.name,
             cluster=self.name,
             state_dir=str(self.state / device.name),
-            keyring=str(self.keyring),
             coordinator=None if self._discovery else self.coordinator,
             interfaces=(self._lab.address(i),),
             threads=max(1, int(device.cpu)),

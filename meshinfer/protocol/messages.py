@@ -37,7 +37,7 @@ from meshinfer.protocol.recovery import Assign as Assign, Lacks as Lacks, NotKep
 # isort: on
 from meshinfer.protocol.report import Report as Report
 
-PROTOCOL = (3, 3)
+PROTOCOL = (4, 4)
 """Protocol versions that this release speaks, first and last (RELIABILITY: N-1 to N)."""
 Acks = Annotated[tuple[Count, ...], Meta(max_length=limits.ACKS_AT_ONCE)]
 

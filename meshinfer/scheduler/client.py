@@ -44,7 +44,7 @@ from meshinfer.scheduler.load import nbytes_of
 from meshinfer.scheduler.on_device import OnDevice
 from meshinfer.scheduler.outbox import Outbox
 from meshinfer.scheduler.refusing import Full, overdue, silence
-from meshinfer.scheduler.telling import COORDINATOR, told
+from meshinfer.scheduler.telling import COORDINATOR, refusal, told
 
 NOBODY = ""
 """The name in plans of a client whose requests the head holds."""
@@ -194,10 +194,10 @@ class ClientCore:
                 resolved = self._try_resolve(message.request, request)
                 self.full.told(request.header, message.failure, now)
                 return resolved
-            case m.Deployed() | m.Devices() | m.Models():
+            case m.Deployed() | m.Devices() | m.Models() | m.AdmittedNow():
                 if self._questions.pop(message.call, None) is None:
                     return []
-                failure = message.failure if isinstance(message, m.Deployed) else None
+                failure = None if isinstance(message, m.Devices | m.Models) else message.failure
                 return [Settle(message.call, message, failure)]
             case m.Refused():
                 return [*self._fail_all("", message.failure), Stop(message.failure)]
@@ -367,12 +367,8 @@ class ClientCore:
 
     def _lost(self, event: PeerLost, now: float) -> list[Effect]:
         if event.peer == COORDINATOR:
-            if event.refused and not self._ever_welcome:
-                failure = m.Failure(
-                    error="AuthError",
-                    message=f"the coordinator refuses this client: {event.reason}",
-                    hint="give the keyring.json that this coordinator wrote",
-                )
+            if event.unadmitted or (event.refused and not self._ever_welcome):
+                failure = refusal("this client", event)
                 return [*self._fail_all("", failure), Stop(failure)]
             return self._rejoin(now) if self._welcome is not None else []
         if event.peer:

@@ -65,11 +65,13 @@ class PeerLost:
     """A connection broke or a peer refused us: a hint. ``peer`` is empty when it has no name.
 
     Only a broken control connection can mean a death; a bulk one is repaired by sending again.
+    ``refused``: to try again is of no use; ``unadmitted``: since its gate does not admit our key.
     """
 
     peer: str
     reason: str
     refused: bool = False
+    unadmitted: bool = False
     plane: Plane = Plane.CONTROL
 
 

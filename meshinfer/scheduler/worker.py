@@ -11,6 +11,7 @@ from meshinfer.protocol import messages as m
 from meshinfer.scheduler.computing import SOURCE, Computing
 from meshinfer.scheduler.detours import Detours
 from meshinfer.scheduler.events import (
+    Admit,
     Arrived,
     BlobsFound,
     BlobWritten,
@@ -30,7 +31,7 @@ from meshinfer.scheduler.events import (
 )
 from meshinfer.scheduler.installing import Installing
 from meshinfer.scheduler.links import LinkMeter
-from meshinfer.scheduler.telling import COORDINATOR, told
+from meshinfer.scheduler.telling import COORDINATOR, refusal, told
 
 __all__ = ["COORDINATOR", "SOURCE", "WorkerCore"]
 
@@ -153,6 +154,8 @@ class WorkerCore:
             case m.Forget():
                 self._computing.holding.forget(message.deployment)
                 return self._installing.forget(message.deployment)
+            case m.Admitted():
+                return [Admit(message.members)]
             case m.Welcome():
                 return self._welcome(message, now)
             case m.Detour():
@@ -245,13 +248,8 @@ class WorkerCore:
 
     def _lost(self, event: PeerLost, now: float) -> list[Effect]:
         if event.peer == COORDINATOR:
-            if event.refused and self._coordinator is None:
-                failure = m.Failure(
-                    error="AuthError",
-                    message=f"the coordinator refuses this device: {event.reason}",
-                    hint="give the keyring.json that this coordinator wrote, with --keyring",
-                )
-                return [Stop(failure)]
+            if event.unadmitted or (event.refused and self._coordinator is None):
+                return [Stop(refusal("this device", event))]
             return self._rejoin(now)
         if event.peer:
             if not self._detours.goes(event.peer):

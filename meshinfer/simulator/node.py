@@ -65,6 +65,8 @@ class Node:
     settled: dict[str, list[e.Settle]] = field(default_factory=dict)
     granted: dict[int, OwnTask] = field(default_factory=dict)
     lease: float = 0.0
+    gate: frozenset[str] | None = None
+    """Keys that may connect; None until it is told of any."""
 
     @property
     def here(self) -> bool:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from meshinfer import limits
 from meshinfer.engine import EngineError
 from meshinfer.protocol import messages as m
 from meshinfer.protocol.codec import describe, digest_of
+from meshinfer.protocol.token import Role
 from meshinfer.scheduler import events as e
+from meshinfer.scheduler.enrolment import Door
 from meshinfer.scheduler.worker import COORDINATOR
 from meshinfer.simulator.granted import Granted
 from meshinfer.simulator.kernels import Array, Kernels
@@ -21,6 +23,10 @@ from meshinfer.simulator.node import Clock, Node, Timing
 from meshinfer.simulator.streams import Streams
 
 HEAD = "head"
+KNOWN: Mapping[Role, tuple[str, ...]] = {
+    "worker": (HEAD, "pi-1", "pi-2", "pi-3", "pi-4", "pi-8", "pi-9"),
+    "admin": ("ann", "bob"),
+}
 MODEL = "net"
 BAD_INPUT, POISON = 6, 7
 """Inputs that fail every kernel, and that end every process whose kernel is given them."""
@@ -101,8 +107,20 @@ class Simulation(Network):
         self._numbers: set[tuple[str, str, int]] = set()
         self._calls = 0
         self.on_deployed: Callable[[m.Deployed], None] = lambda answer: None
-        super().__init__(streams, timing, noise)
+        self.on_stranger_told: Callable[[m.AnyMessage], None] = lambda answer: None
+        super().__init__(streams, timing, noise, Door(1, self._known()))
         self.join(HEAD, self.head_facts())
+
+    def _known(self) -> tuple[m.Admission, ...]:
+        """Those that are admitted from the start; users are admins."""
+        return tuple(
+            m.Admission(key=self.key_of(name), name=name, role=role)
+            for role, names in KNOWN.items()
+            for name in names
+        )
+
+    def _stranger_told(self, name: str, message: m.AnyMessage) -> None:
+        self.on_stranger_told(message)
 
     @staticmethod
     def head_facts() -> m.Facts:
@@ -133,10 +151,11 @@ class Simulation(Network):
         self._handle(node, e.Asked(call, message, 120.0))
         return call
 
-    def ask_for(self, client: str, question: type[m.ListDevices]) -> str:
+    def ask_for(self, client: str, question: Callable[..., m.AnyMessage], **said: object) -> str:
+        """Returns the call."""
         self._calls += 1
         call = f"call-{self._calls}"
-        self._handle(self.nodes[client], e.Asked(call, question(call=call), 30.0))
+        self._handle(self.nodes[client], e.Asked(call, question(call=call, **said), 30.0))
         return call
 
     def submit(self, client: str, seed: int, deadline_s: float, request: str) -> Asked:
