@@ -107,15 +107,14 @@ def run_coordinator(
     signing = load_or_create_key(state)
     _refuse_second(options, keyring)
     journal = Journal(state / FILE)
-    listen = options.host or EVERYWHERE
     here = options.host or LOOPBACK
     shown = options.host or BESIDE_COORDINATOR
     incarnation = secrets.token_hex(4)
-    identity = f"{COORDINATOR}#{incarnation}"
-    always = [
+    always = (
         Admission(own.public, HEAD, "worker"),
         Admission(keyring.key.public, keyring.name, "admin"),
-    ]
+    )
+    identity = f"{COORDINATOR}#{incarnation}"
     transport = Transport(identity, own, always, plaintext=keyring.plaintext)
     # Before anybody can connect: a device that comes back is not to be turned away.
     transport.admit(each.admission for each in journal.ledger.enrolled.values())
@@ -129,7 +128,7 @@ def run_coordinator(
         device=COORDINATOR, incarnation=incarnation, host=shown, port=bulk_port, key=own.public
     )
     store = BlobStore(state / "blobs", durable=True)
-    door = Door(port, tuple(always), options.tokens, join_port, own.public)
+    door = Door(port, always, options.tokens, join_port, own.public)
     core = CoordinatorCore(options.cluster, meshinfer.__version__, bulk, door, journal.ledger)
     planning: PlanningThread
     writing: JournalThread
@@ -147,12 +146,7 @@ def run_coordinator(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: loop.post(StopRequested()))
     listening = Address(host=here, port=port, join_port=join_port, pid=os.getpid())
-    _write_address(address, listening)
-    log = structlog.get_logger()
-    log.info(
-        "listening", host=listen, port=port, join_port=join_port, cluster=options.cluster,
-        id=short_id(own.public),
-    )  # fmt: skip
+    _tell(address, listening, options, own.public)
     head.start()
     try:
         with _announced(options, listening, own.public, loop), _warning(keyring, loop.post):
@@ -229,7 +223,11 @@ def _each(name: str, pause_s: float, act: Callable[[], None], post: Post) -> Ite
         thread.join(timeout=_JOIN_S)
 
 
-def _write_address(path: Path, address: Address) -> None:
+def _tell(path: Path, address: Address, options: CoordinatorOptions, key: str) -> None:
+    """Write down where it listens, and log it."""
+    fields = {"host": options.host or EVERYWHERE, "port": address.port, "id": short_id(key)}
+    fields |= {"join_port": address.join_port, "cluster": options.cluster}
+    structlog.get_logger().info("listening", **fields)
     part = path.with_suffix(".part")
     try:
         part.write_bytes(msgspec.json.encode(address))

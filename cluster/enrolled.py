@@ -24,7 +24,13 @@ CREATE TABLE IF NOT EXISTS keys (
 
 
 def read(database: sqlite3.Connection, wall: float) -> Iterator[TokenMade | Enrolled]:
-    """As they are at this time of the wall clock. Raises ``msgspec.ValidationError``."""
+    """As they are at this time of the wall clock: keys first, since what is said of a token later
+    holds. Raises ``msgspec.ValidationError``."""
+    for key, name, role, by in database.execute(
+        "SELECT key, name, role, token FROM keys ORDER BY number"
+    ):
+        admission = {"key": key, "name": name, "role": role}
+        yield msgspec.convert({"admission": admission, "token": by}, Enrolled)
     columns = "hash, role, ttl_s, expires, reusable, maker, spent"
     for hash_, role, ttl_s, expires, reusable, maker, spent in database.execute(
         f"SELECT {columns} FROM tokens ORDER BY number"
@@ -38,11 +44,6 @@ def read(database: sqlite3.Connection, wall: float) -> Iterator[TokenMade | Enro
             "spent": bool(spent),
         }
         yield msgspec.convert(token, TokenMade)
-    for key, name, role, by in database.execute(
-        "SELECT key, name, role, token FROM keys ORDER BY number"
-    ):
-        admission = {"key": key, "name": name, "role": role}
-        yield msgspec.convert({"admission": admission, "token": by}, Enrolled)
 
 
 def write(

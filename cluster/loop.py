@@ -20,7 +20,7 @@ from cluster.sockets import Plane as Wire
 from cluster.transport import Transport
 from meshinfer.errors import MeshInferError
 from meshinfer.protocol.codec import ProtocolError, decode, encode, failure_of, is_of_the_disk
-from meshinfer.protocol.messages import Failure, Hello, Join, Joined, Refused, Wait
+from meshinfer.protocol.messages import Failure, Hello, Join, Joined, Probe, Refused, Wait
 from meshinfer.protocol.records import BESIDE_COORDINATOR
 from meshinfer.scheduler.events import (
     Admit,
@@ -161,6 +161,8 @@ class Loop:
                     host = self._coordinator.host
                 endpoint = Endpoint(host, peer.port, peer.key)
                 self._transport.connect(Wire.BULK, peer.id, endpoint)
+                # It can send to us only once it has heard us.
+                self._transport.send(Wire.BULK, peer.id, encode(Probe()))
             case Disconnect(peer_id):
                 assert self._transport is not None
                 self._transport.disconnect(peer_id)

@@ -21,7 +21,7 @@ from cluster.keyring import KEYRING_FILE, Keyring, read_keyring, write_keyring
 from cluster.keys import KeyPair
 from cluster.locate import VARIABLE, Where, find_coordinator, parse_address
 from cluster.tokens import forget_token, left_token
-from meshinfer.errors import AuthError, ClusterUnavailable, InvalidInput
+from meshinfer.errors import AuthError, ClusterUnavailable, ConfigurationError, InvalidInput
 from meshinfer.protocol.token import Token, client_name, parse_token
 
 TOKEN_VARIABLE: Final = "MESHINFER_TOKEN"
@@ -46,6 +46,11 @@ def worker_keyring(
     token, ring = left_token(state), kept_keyring(state)
     if token is None and ring is not None and (ring.cluster, ring.name) == (cluster, name):
         return ring, _remembered(state)
+    if token is not None and token.cluster != cluster:
+        raise ConfigurationError(
+            f"the token is for the cluster {token.cluster!r}, not {cluster!r}",
+            hint=f"start it with --cluster {token.cluster}",
+        )
     if token is not None and token.role != "worker":
         raise AuthError(
             f"the token is for a {token.role}, not for a worker",
@@ -53,7 +58,7 @@ def worker_keyring(
         )
     address = coordinator or os.environ.get(VARIABLE)
     wish = Wish(
-        cluster=cluster if token is None else token.cluster,
+        cluster=cluster,
         role="worker",
         name=name,
         coordinator=None if token is None else token.coordinator,

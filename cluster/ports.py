@@ -95,6 +95,11 @@ class Port(sockets.Ends):
             route = self._introduce(routing_id.bytes, key, sockets.connection_of(frames[-1]))
             if route is None:
                 return None
+        connection = sockets.connection_of(frames[-1])
+        if connection != route.connection or route.gone:
+            route.connection, route.gone = connection, False
+            if self._is_work:
+                self._strangers.pop(connection, None)
         most = limits.FRAMES_PER_MESSAGE if self._is_work else limits.JOIN_FRAMES
         if not 0 < len(parts) <= most:
             self._counters["frames per message"] += 1
@@ -102,11 +107,6 @@ class Port(sockets.Ends):
         if not self._is_work and not self._joins.take():
             self._counters["too many strangers"] += 1
             return None
-        connection = sockets.connection_of(parts[0])
-        if connection != route.connection or route.gone:
-            route.connection, route.gone = connection, False
-            if self._is_work:
-                self._strangers.pop(connection, None)
         return Received(
             self.plane, route.peer, [part.buffer.toreadonly() for part in parts], key, inbound=True
         )
@@ -196,13 +196,15 @@ class Port(sockets.Ends):
                 if now - self._strangers[first].since < _HANDSHAKE_S:
                     break
                 del self._strangers[first]
-        most = limits.HANDSHAKES_AT_ONCE if self._is_work else limits.JOIN_CONNECTIONS
-        of_host = [c for c, each in self._strangers.items() if each.host == host]
         surplus = UNKNOWN
-        if not self._is_work and len(of_host) > limits.JOIN_CONNECTIONS_PER_HOST:
-            surplus = of_host[0]
-        elif len(self._strangers) > most:
+        if len(self._strangers) > (
+            limits.HANDSHAKES_AT_ONCE if self._is_work else limits.JOIN_CONNECTIONS
+        ):
             surplus = next(iter(self._strangers))
+        elif not self._is_work:
+            of_host = [c for c, each in self._strangers.items() if each.host == host]
+            if len(of_host) > limits.JOIN_CONNECTIONS_PER_HOST:
+                surplus = of_host[0]
         if surplus != UNKNOWN:
             del self._strangers[surplus]
             self._counters["too many strangers"] += 1

@@ -283,8 +283,7 @@ def monitor_events(monitor: Socket | None) -> list[tuple[int, int]]:
             break
         if message["event"] in (zmq.EVENT_CONNECTED, zmq.EVENT_ACCEPTED):
             _resend_soon(message["value"])
-        else:
-            found.append((message["event"], message["value"]))
+        found.append((message["event"], message["value"]))
     return found
 
 

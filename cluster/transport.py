@@ -11,12 +11,9 @@ from __future__ import annotations
 
 import errno
 import math
-import socket
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterable
-from contextlib import suppress
 from functools import partial
 from typing import Any, Final
 
@@ -39,6 +36,7 @@ from cluster.sockets import (
     Received,
 )
 from cluster.strangers import try_as_stranger
+from cluster.waking import Waker
 from meshinfer import limits
 from meshinfer.protocol.joining import Admission
 
@@ -65,8 +63,7 @@ class Transport:
         proxy: str = "",
         unknown_is_temporary: bool = False,
     ) -> None:
-        assert 0 < len(identity.encode()) <= IDENTITY_BYTES, "not a ZeroMQ routing id"
-        assert identity[0] not in "\0~", "not a ZeroMQ routing id"
+        assert 0 < len(identity.encode()) <= IDENTITY_BYTES and identity[0] not in "\0~"
         self.identity = identity
         self.counters: Counter[str] = Counter()  # what was dropped, and why
         self._key = key
@@ -77,6 +74,8 @@ class Transport:
         self._context: zmq.Context[sockets.Socket] = zmq.Context(io_threads=1)
         # A link is a DEALER and its monitor, on each plane.
         self._context.max_sockets = 4 * limits.DEVICES + 64
+        # Of monitors: one that stands at the mark stops the I/O thread, for ever once it is closed.
+        self._context.rcvhwm = 0
         self._gatekeeper: Gatekeeper | None = None
         self._ports: dict[Plane, Port] = {}
         self._links: dict[tuple[Plane, str], Link] = {}
@@ -90,13 +89,8 @@ class Transport:
         self._retry_s = _RETRY_S
         self._turn = 0
         self._owner = sockets.this_thread()
-        # A socket pair, because zmq_poll also takes plain descriptors; the lock keeps wake() from
-        # writing to a descriptor that close() gave back (reentrant: wake() in a signal handler).
-        self._wake_lock = threading.RLock()
-        self._wake_send, self._wake_receive = socket.socketpair()
-        self._wake_send.setblocking(False)
-        self._wake_receive.setblocking(False)
-        self._poller.register(self._wake_receive, zmq.POLLIN)
+        self._waker = Waker()
+        self._poller.register(self._waker.heard, zmq.POLLIN)
 
     @property
     def public_key(self) -> str:
@@ -203,9 +197,7 @@ class Transport:
             sockets.close_socket(ends.socket, ends.monitor, linger_ms)
         if self._gatekeeper is not None:
             self._gatekeeper.stop()
-        with self._wake_lock:
-            self._wake_send.close()
-            self._wake_receive.close()
+        self._waker.close()
         self._context.term()  # waits for linger at most
         self._links.clear()
         self._ports.clear()
@@ -241,7 +233,7 @@ class Transport:
                 # POLLOUT of a ROUTER speaks of any peer, not of this one: try again by time.
                 wait_s = min(wait_s, self._retry_s)
             ready = dict(self._poller.poll(math.ceil(wait_s * 1000)))
-            woken = self._take_wake(ready)
+            woken = self._waker.take(ready)
             # Before the messages, for a descriptor that is used anew; reported after them, for a
             # peer's last words come before its loss.
             self._watch(ready)
@@ -262,8 +254,7 @@ class Transport:
 
     def wake(self) -> None:
         """End the ``receive`` that waits, or else the next one, early. Any thread may call it."""
-        with self._wake_lock, suppress(OSError):  # full: it wakes anyway; closed: nobody waits
-            self._wake_send.send(b"\0")
+        self._waker.wake()
 
     # --- sending --------------------------------------------------------------------------
 
@@ -391,12 +382,6 @@ class Transport:
         del self._links[link.plane, link.peer]
         self._backlogs.pop((link.plane, link.peer), None)
         self._lost.pop((link.plane, link.peer), None)
-
-    def _take_wake(self, ready: dict[Any, int]) -> bool:
-        if self._wake_receive.fileno() not in ready:
-            return False
-        self._wake_receive.recv(4096)  # what is left over only wakes once more
-        return True
 
     def _check_thread(self) -> None:
         # A forked child's sends would return as if they worked, and never arrive.

@@ -175,15 +175,7 @@ def run_worker(options: WorkerOptions) -> m.Failure | None:
     coordinator = Endpoint(host, port, keyring.coordinator_public)
     store = _store(options, state)
     engine = OrtEngine(store.loading, options.threads)
-    measured = options.measured or profiler.measured_once(
-        state, engine.name, options.threads, plaintext=keyring.plaintext
-    )
-    facts = profiler.facts(
-        threads=options.threads,
-        engine=engine.name,
-        measured=measured.slowed(options.speed),
-        memory_bytes=options.memory_bytes,
-    )
+    facts = _facts(options, engine, plaintext=keyring.plaintext)
     ours = keyring.coordinator_public
     core = Verifying(
         WorkerCore(_hello(options, identity, address, bulk_port, keyring.key.public, facts)),
@@ -218,6 +210,19 @@ def _store(options: WorkerOptions, state: Path) -> BlobStore:
     from cluster.sealing import sealed_store  # few want it
 
     return sealed_store(state, options.blob_key_file)
+
+
+def _facts(options: WorkerOptions, engine: OrtEngine, *, plaintext: bool) -> m.Facts:
+    """What this device can do, as measured."""
+    measured = options.measured or profiler.measured_once(
+        Path(options.state_dir), engine.name, options.threads, plaintext=plaintext
+    )
+    return profiler.facts(
+        threads=options.threads,
+        engine=engine.name,
+        measured=measured.slowed(options.speed),
+        memory_bytes=options.memory_bytes,
+    )
 
 
 def _hello(

@@ -13,6 +13,13 @@ from architectures import Builder
 from onnx import ModelProto
 
 import meshinfer as mi
+from cluster.tokens import leave_token
+
+
+def let_in(state_dir: Path, address: str, keyring: Path) -> None:
+    """Leave a token to a worker that will start with this state folder."""
+    with mi.Client(address, keyring=keyring) as client:
+        leave_token(state_dir, client.admitting.token())
 
 
 def alive(pid: int) -> bool:

@@ -21,7 +21,7 @@ from test_daemons import OTHER_PROTOCOL, address_of, coordinator_options, daemon
 
 import meshinfer as mi
 from cluster import config
-from cluster.discovery import announce, browse
+from cluster.discovery import Announcement, announce, browse
 from cluster.keyring import new_keyring, write_keyring
 from cluster.lab import DeviceSpec, Lab, LabCluster
 from cluster.profiler import Measured
@@ -221,7 +221,7 @@ def test_a_worker_whose_engine_does_not_run_here_is_given_up_and_points_to_the_d
     tmp_path: Path,
 ) -> None:
     path = broken_package(tmp_path / "broken", "onnxruntime", illegal_instruction())
-    options = {"name": "w", "keyring": "none", "state_dir": str(tmp_path / "w")}
+    options = {"name": "w", "state_dir": str(tmp_path / "w")}
     done = subprocess.run(
         [sys.executable, "-m", "cluster.supervisor", json.dumps(options)],
         capture_output=True, text=True, timeout=LONG_S, check=False, env=with_packages(path),
@@ -322,7 +322,9 @@ def test_a_coordinator_of_another_release_is_found_by_asking_and_by_what_it_anno
     with daemon("cluster.coordinator", options, OTHER_PROTOCOL):
         where = f"127.0.0.1:{address_of(tmp_path / 'c')['port']}"
         ring = ("--keyring", tmp_path / "c" / "keyring.json", "--cluster", options.cluster)
-        told_by = announce(cluster, free_port(), key=own.public, protocol=(98, 99), interfaces=LO)
+        told_by = announce(
+            cluster, free_port(), key=own.public, join_port=5001, protocol=(98, 99), interfaces=LO
+        )
         try:
             asked, heard = all_told(
                 begun(tmp_path, "--coordinator", where, *ring),
@@ -341,8 +343,8 @@ def test_two_coordinators_of_a_name_are_found_and_whether_one_was_copied(
 ) -> None:
     cluster = nobodys()
     keys = [new_keyring(cluster)[1].public for _ in range(2)]
-    first = announce(cluster, 5001, key=keys[0], protocol=(1, 9), interfaces=LO)
-    second = announce(cluster, 5002, key=keys[not cloned], protocol=(1, 9), interfaces=LO)
+    first = announced_at(cluster, 5001, keys[0])
+    second = announced_at(cluster, 5002, keys[not cloned])
     try:
         assert len(browse(cluster, timeout_s=20.0, interfaces=LO, until=2)) == 2
         told = doctor(tmp_path, "--cluster", cluster, "--interface", "127.0.0.1")
@@ -352,6 +354,10 @@ def test_two_coordinators_of_a_name_are_found_and_whether_one_was_copied(
     found = told["multicast"]
     assert found.verdict is Verdict.PROBLEM and found.exit_code == 78
     assert "2 coordinators" in found.text and ("copied" in found.text) == cloned
+
+
+def announced_at(cluster: str, port: int, key: str) -> Announcement:
+    return announce(cluster, port, key=key, join_port=5003, protocol=(1, 9), interfaces=LO)
 
 
 # --- networks: in the lab
@@ -475,7 +481,7 @@ def test_a_copied_card_is_found_on_either_machine_by_the_name_that_both_have(
         own = config.state_dir(f"worker-{cluster.name}-a")
     shutil.copytree(cluster.state / "a", own)
     options = WorkerOptions(
-        name="a", cluster=cluster.name, state_dir=str(own), keyring=str(cluster.keyring),
+        name="a", cluster=cluster.name, state_dir=str(own),
         coordinator=cluster.coordinator, measured=Measured((1e9,), 1e9, 0.0, 0.001),
     )  # fmt: skip
     text = json.dumps(msgspec.to_builtins(options))

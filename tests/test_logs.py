@@ -17,7 +17,7 @@ import psutil
 import pytest
 from cores import Cluster, image, kind
 from oracle import assert_exact
-from processes import eventually, small_model
+from processes import eventually, let_in, small_model
 from processes import image as array
 
 import meshinfer as mi
@@ -192,9 +192,11 @@ def test_the_logs_of_daemons_lead_from_an_answer_to_the_death_behind_it(tmp_path
         assert eventually((folder / "address.json").exists, 30.0)
         address = json.loads((folder / "address.json").read_text())
         where, ring = f"127.0.0.1:{address['port']}", folder / "keyring.json"
+        for name in ("a", "b"):
+            let_in(tmp_path / name, where, ring)
         workers = {
             name: WorkerOptions(
-                name=name, state_dir=str(tmp_path / name), keyring=str(ring), coordinator=where,
+                name=name, state_dir=str(tmp_path / name), coordinator=where,
                 measured=Measured((1e9,), 1e9, 0.0, 0.001), speed=SPEED, **common,
             )
             for name in ("a", "b")

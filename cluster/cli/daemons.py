@@ -24,11 +24,12 @@ from cluster.cli.options import (
     Interfaces,
     LogForm,
     LogLevel,
+    is_default,
 )
 from meshinfer.errors import AuthError, ClusterUnavailable, ConfigurationError
 
 if TYPE_CHECKING:
-    from cluster.coordinator import Address
+    from cluster.coordinator import Address, CoordinatorOptions
     from cluster.keyring import Keyring
     from cluster.worker import WorkerOptions
     from meshinfer.protocol.token import Token
@@ -88,16 +89,15 @@ def coordinator(
 
     from cluster import telemetry
     from cluster.config import coordinator_state
-    from cluster.coordinator import CoordinatorOptions, run_coordinator
-    from cluster.keyring import KEYRING_FILE, check_cluster_name, read_keyring
-    from cluster.tokens import given, new_secret, places_of, token_for
-    from meshinfer.protocol.codec import error_of
+    from cluster.coordinator import CoordinatorOptions
+    from cluster.keyring import check_cluster_name
+    from cluster.tokens import given, new_secret
 
     telemetry.configure(log_level, log_form, name="coordinator")
     check_cluster_name(cluster)
     _check_insecure(host, insecure, insecure_anywhere)
     state = state_dir or coordinator_state(cluster)
-    secret = new_secret()  # of the line that it prints
+    secret = new_secret()
     options = CoordinatorOptions(
         cluster=cluster,
         state_dir=str(state),
@@ -117,13 +117,22 @@ def coordinator(
         log, anywhere = (log_level, log_form), not options.host
         beside = _Beside(_worker_options(chosen, cluster, of_worker, threads, log, anywhere))
         options = msgspec.structs.replace(options, tokens=(*options.tokens, beside.token))
+    _serve(options, beside, secret, qr=qr)
+
+
+def _serve(options: CoordinatorOptions, beside: _Beside | None, secret: bytes, *, qr: bool) -> None:
+    """``secret``: of the token in the line that it prints."""
+    from cluster.coordinator import run_coordinator
+    from cluster.keyring import KEYRING_FILE, read_keyring
+    from cluster.tokens import places_of, token_for
+    from meshinfer.protocol.codec import error_of
 
     def listening(address: Address) -> None:
-        ring = read_keyring(state / KEYRING_FILE)
+        ring = read_keyring(Path(options.state_dir) / KEYRING_FILE)
         if beside is not None:
             beside.start(address, ring)
         places = places_of(options.host, address.join_port)
-        show_line(token_for(ring, "worker", secret, places), log_form, qr=qr)
+        show_line(token_for(ring, "worker", secret, places), options.log_form, qr=qr)
 
     try:
         failure = run_coordinator(options, listening)
@@ -135,6 +144,7 @@ def coordinator(
 
 
 def worker(
+    ctx: typer.Context,
     token: TokenText = None,
     token_file: TokenFile = None,
     cluster: ClusterName = "default",
@@ -178,6 +188,8 @@ def worker(
     if coordinator is not None:
         parse_address(coordinator)
     chosen, found = _device_name(name), given_token(token, token_file)
+    if found is None and is_default(ctx, "cluster"):
+        cluster = _joined_before(chosen) or cluster
     admin = _admin_keyring(keyring, cluster) if found is None else None
     named = found.cluster if found is not None else admin.cluster if admin is not None else cluster
     state = state_dir or _worker_state(named, chosen)
@@ -201,6 +213,20 @@ def worker(
     )
     # Nothing of what was imported here shall cost the Pi memory.
     os.execv(sys.executable, _supervisor(options))
+
+
+def _joined_before(name: str) -> str | None:
+    """The only cluster that a worker of this name here has joined."""
+    from cluster.config import state_dir
+    from cluster.keyring import KEYRING_FILE, read_keyring
+
+    found = []
+    for path in state_dir("").glob(f"worker-*-{name}/{KEYRING_FILE}"):
+        with suppress(AuthError, ConfigurationError):
+            ring = read_keyring(path)
+            if ring.name == name:
+                found.append(ring.cluster)
+    return found[0] if len(found) == 1 else None
 
 
 def _admin_keyring(given: Path | None, cluster: str) -> Keyring | None:

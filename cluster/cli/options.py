@@ -162,6 +162,12 @@ def _misspelt(what: str, known: Iterable[str]) -> ConfigurationError:
     return ConfigurationError(f"meshinfer.toml: {what} means nothing", hint=f"known are {names}")
 
 
+def is_default(ctx: typer.Context, option: str) -> bool:
+    """Whether nobody has said otherwise: no flag, variable or settings file."""
+    source = ctx.get_parameter_source(option)
+    return source is None or source.name == "DEFAULT"
+
+
 def connect(
     coordinator: str | None,
     keyring: Path | None,

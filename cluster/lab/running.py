@@ -19,7 +19,7 @@ import psutil
 
 from cluster.config import ADDRESS_FILE
 from cluster.coordinator import HEAD, Address, CoordinatorOptions, await_address
-from cluster.keyring import read_keyring
+from cluster.keyring import KEYRING_FILE, read_keyring
 from cluster.tokens import FOR_EVER_S, given, leave_token, new_secret, places_of, token_for
 from cluster.worker import Ways, WorkerOptions
 from meshinfer.errors import ClusterUnavailable
@@ -222,11 +222,8 @@ class LabCluster:
         self._address = await_address(self._coordinator, self.state / "coordinator", _START_S)
 
     def _start_worker(self, i: int) -> None:
-        assert self._address is not None
         device = self._lab.devices[i]
-        places = () if self._discovery else places_of(self._address.host, self._address.join_port)
-        token = token_for(read_keyring(self.keyring), "worker", self._secret, places)
-        leave_token(self.state / device.name, token)
+        self._invite(self.state / device.name)
         options = WorkerOptions(
             name=device.name,
             cluster=self.name,
@@ -239,6 +236,14 @@ class LabCluster:
             gate=None if self._ways is None else self._ways(i),
         )
         self._workers[i] = self._spawn(i, "cluster.supervisor", options)
+
+    def _invite(self, state: Path) -> None:
+        """Leave a token to a worker that has not joined yet."""
+        assert self._address is not None
+        if (state / KEYRING_FILE).exists():
+            return
+        places = () if self._discovery else places_of(self._address.host, self._address.join_port)
+        leave_token(state, token_for(read_keyring(self.keyring), "worker", self._secret, places))
 
     def _spawn(self, i: int, module: str, options: msgspec.Struct) -> subprocess.Popen:
         environment = {k: v for k, v in os.environ.items() if k != "MESHINFER_COORDINATOR"}

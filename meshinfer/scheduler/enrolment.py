@@ -193,7 +193,7 @@ class Enrolment:
         if self._noted is not None and now < self._noted + limits.JOIN_AGAIN_S:
             return [told]
         self._noted = now
-        fields = {"id": short_id(event.key), "role": event.message.role, "why": failure.error}
+        fields = {"id": short_id(event.key), "why": failure.message, "hint": failure.hint}
         return [told, Note("warning", "a stranger is refused", fields)]
 
     def _entry(self, key: str) -> m.Admission | None:

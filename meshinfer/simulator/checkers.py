@@ -37,6 +37,10 @@ DEAF = {
 """Faults that keep a client from hearing that its time is over, or of the tensors of its answer."""
 
 
+_QUIET_S = limits.HEARTBEAT_S * 2
+"""What waited for a partition's end may come after the coordinator gave up waiting for it."""
+
+
 class Broken(AssertionError):
     """A promise that was not kept; ``request``: of which request, if it is one's."""
 
@@ -273,8 +277,11 @@ def _only_orphans(core: WorkerCore, world: Simulation) -> bool:
 
 def healthy(world: Simulation) -> bool:
     """Whether everybody who is there has joined, every device may get work, and none counts as
-    silent; and the journal is written (a full disk is looked at again after a while)."""
+    silent, or will as soon as the coordinator looks; and the journal is written (a full disk is
+    looked at again after a while)."""
     now = world.coordinator.last
+    if any(now - d.heard > _QUIET_S for d in world.core.members.devices.values()):
+        return False
     states = [d.state(now) for d in world.core.members.devices.values()]
     workers = world.workers()
     here = {n.id for n in workers} == {d.peer for d in world.core.members.devices.values()}
