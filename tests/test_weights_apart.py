@@ -151,3 +151,15 @@ def _check_sealed(state: Path, model: onnx.ModelProto) -> None:
         data = path.read_bytes()
         assert data.startswith(sealing._MAGIC) and largest[:64] not in data
     assert BlobStore(state / "blobs", shared=True).missing(tuple(p.name for p in files))
+
+
+def test_a_device_that_is_revoked_keeps_no_blobs() -> None:
+    with mi.LocalCluster(1) as cluster, cluster.client() as client:
+        client.deploy("net", small_model())
+        (name,) = cluster.names()
+        state = cluster._folder / name
+        assert any((state / "blobs").iterdir())
+        supervisor = cluster._living()[0].supervisor
+        client.admitting.revoke(name)
+        assert supervisor.wait(timeout=WITHIN_S) == 77
+        assert not (state / "blobs").exists() and (state / "identity.json").exists()
