@@ -28,7 +28,7 @@ from cluster.keyring import Keyring
 from cluster.locate import Where, find_coordinator, local_address
 from cluster.loop import Loop, Post, start_thread
 from cluster.membership import worker_keyring
-from cluster.signing import Verifying, keep_signer, known_signer
+from cluster.signing import verifying_in
 from cluster.sockets import Endpoint, Plane
 from cluster.storing import StoreThread
 from cluster.transport import Transport
@@ -176,13 +176,8 @@ def run_worker(options: WorkerOptions) -> m.Failure | None:
     store = _store(options, state)
     engine = OrtEngine(store.loading, options.threads)
     facts = _facts(options, engine, plaintext=keyring.plaintext)
-    ours = keyring.coordinator_public
-    core = Verifying(
-        WorkerCore(_hello(options, identity, address, bulk_port, keyring.key.public, facts)),
-        identity,
-        known_signer(state, ours),
-        partial(keep_signer, state, ours),
-    )
+    plain = WorkerCore(_hello(options, identity, address, bulk_port, keyring.key.public, facts))
+    core = verifying_in(state, plain, identity, keyring.coordinator_public)
 
     def perform(effect: Effect) -> None:
         if isinstance(effect, Compute):
