@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -164,6 +165,13 @@ class Verifying:
             hint="somebody may act as the coordinator; look at its log and at meshinfer devices",
         )
         return [note, told(m.Installed(deployment=message.deployment, failure=failure))]
+
+
+def verifying_in(state: Path, core: Core, me: str, coordinator: str) -> Verifying:
+    """The core of a worker with this state folder, where it keeps who signs for the coordinator
+    with this CURVE key."""
+    keep = partial(keep_signer, state, coordinator)
+    return Verifying(core, me, known_signer(state, coordinator), keep)
 
 
 def known_signer(state: Path, coordinator: str) -> str:

@@ -27,7 +27,7 @@ from cluster.forgetting import remove_blobs
 from cluster.locate import find_coordinator, local_address
 from cluster.loop import Loop, Post, start_thread
 from cluster.security import generate_keypair, read_keyring
-from cluster.signing import Verifying, keep_signer, known_signer
+from cluster.signing import verifying_in
 from cluster.sockets import Endpoint, Plane
 from cluster.storing import StoreThread
 from cluster.transport import Transport
@@ -167,13 +167,8 @@ def run_worker(options: WorkerOptions) -> m.Failure | None:
         measured=measured.slowed(options.speed),
         memory_bytes=options.memory_bytes,
     )
-    ours = keyring.coordinator_public
-    core = Verifying(
-        WorkerCore(_hello(options, identity, address, bulk_port, server.public, facts)),
-        identity,
-        known_signer(state, ours),
-        partial(keep_signer, state, ours),
-    )
+    plain = WorkerCore(_hello(options, identity, address, bulk_port, server.public, facts))
+    core = verifying_in(state, plain, identity, keyring.coordinator_public)
 
     def perform(effect: Effect) -> None:
         if isinstance(effect, Compute):
