@@ -29,6 +29,7 @@ from cluster.membership import find_as_client
 from cluster.offers import Offers
 from cluster.on_device import OnDevice
 from cluster.results import Deployment, Result, closed_error
+from cluster.signing import Verifying
 from cluster.sockets import Endpoint
 from cluster.storing import serve
 from cluster.transport import Transport
@@ -120,7 +121,7 @@ class Client:
         coordinator = Endpoint(found[0], found[1], ring.coordinator_public)
         transport = partial(Transport, f"{name}#0", ring.key, plaintext=ring.plaintext)
         self._core = ClientCore(hello)
-        self._loop = Loop(self._core, transport, self._perform, coordinator)
+        self._loop = Loop(Verifying(self._core, f"{name}#0"), transport, self._perform, coordinator)
         self._on_device = OnDevice(self._loop.post)
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()

@@ -33,6 +33,7 @@ from cluster.keys import KeyPair
 from cluster.locate import DEFAULT_PORT
 from cluster.loop import Loop, Post, start_thread
 from cluster.planning import PlanningThread
+from cluster.signing import Signing, Verifying, load_or_create_key
 from cluster.sockets import Endpoint, Plane
 from cluster.storing import StoreThread
 from cluster.transport import Transport
@@ -103,6 +104,7 @@ def run_coordinator(
     address = state / ADDRESS_FILE
     address.unlink(missing_ok=True)  # of one that was killed
     keyring, own = load_or_create_coordinator(state, options.cluster, plaintext=options.plaintext)
+    signing = load_or_create_key(state)
     _refuse_second(options, keyring)
     journal = Journal(state / FILE)
     here = options.host or LOOPBACK
@@ -137,7 +139,7 @@ def run_coordinator(
         else:
             planning.put(effect)
 
-    loop = Loop(core, lambda: transport, perform)
+    loop = Loop(Signing(core, signing, incarnation), lambda: transport, perform)
     writing = JournalThread(journal, loop.post)
     planning = PlanningThread(store, loop.post, options.log_level, options.log_form)
     head = Head(keyring, own, options.cluster, here, options.host, port, store, loop.post)
@@ -325,7 +327,7 @@ class Head:
             facts=msgspec.structs.replace(facts, head=True),
         )
         storing: StoreThread
-        core = WorkerCore(hello)
+        core = Verifying(WorkerCore(hello), identity)
         loop = Loop(core, lambda: transport, lambda effect: storing.put(effect), control)
         storing = StoreThread(self._store, None, loop.post)
         self._loop = loop

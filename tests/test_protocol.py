@@ -51,7 +51,7 @@ def made(kind: typing.Any) -> st.SearchStrategy[typing.Any]:
         if inner is str and meta.min_length == 40:
             return st.just("k" * 40)
         if inner is bytes:
-            return st.binary(max_size=8)
+            return st.binary(min_size=meta.min_length or 0, max_size=max(8, meta.min_length or 0))
         if inner is str:
             return st.text(st.characters(codec="utf-8"), min_size=meta.min_length or 0, max_size=8)
         return made(inner)

@@ -29,8 +29,8 @@ from meshinfer.protocol.records import (
     Hash as Hash, Hex as Hex, Link as Link, Message as Message, ModelInfo as ModelInfo,
     Name as Name, Output as Output, Peer as Peer,
     Piece as Piece, Pins as Pins, Place as Place, Program as Program, Rate as Rate,
-    Record as Record, Seconds as Seconds, Send as Send, Shape as Shape, TaskTime as TaskTime,
-    Tensor as Tensor, Text as Text, Value as Value,
+    Record as Record, Seconds as Seconds, Send as Send, Shape as Shape, Signature as Signature,
+    TaskTime as TaskTime, Tensor as Tensor, Text as Text, UNSIGNED as UNSIGNED, Value as Value,
 )  # fmt: skip
 from meshinfer.protocol.recovery import Assign as Assign, Lacks as Lacks, NotKept as NotKept
 
@@ -64,13 +64,15 @@ class Hello(Message, frozen=True, forbid_unknown_fields=False):
 
 class Welcome(Message, frozen=True):
     """The coordinator admits the peer. ``bulk``: the coordinator's; ``head``: the head device's.
-    ``acts_as``: a client by a device is its requests' source and sink, as this device in plans."""
+    ``acts_as``: a client by a device is its requests' source and sink, as this device in plans.
+    ``signer``: the Ed25519 public key of all manifests; its shell adds it."""
 
     coordinator: Name
     protocol: int
     bulk: Peer
     head: Peer | None = None
     acts_as: str = ""
+    signer: Hex | None = None
 
 
 class Refused(Message, frozen=True, forbid_unknown_fields=False):
@@ -191,13 +193,16 @@ class Deployed(Message, frozen=True):
 class Install(Message, frozen=True):
     """Prepare these programs, beside those of this deployment that are there already. ``peers``:
     where their sends go; ``head``: the plan's source and sink, in whose place a request's own may
-    be. ``keep_bytes``: of what was made may be kept for devices that take over."""
+    be. ``keep_bytes``: of what was made may be kept for devices that take over. ``signature``: of
+    all this for this peer, as ``manifest`` says; whoever sends it has it signed at the last."""
 
     deployment: Count
     programs: tuple[Program, ...]
     peers: tuple[Peer, ...]
     head: str = ""
     keep_bytes: Count = limits.KEPT_BYTES
+    model: Annotated[str, Meta(max_length=limits.NAME_CHARS)] = ""
+    signature: Signature = UNSIGNED
 
 
 class Installed(Message, frozen=True):
@@ -216,7 +221,8 @@ class Forget(Message, frozen=True):
 class Grant(Message, frozen=True):
     """A client may answer itself what it submits like this to the model, or to this version: the
     plan is this one program, and ``device``, whose it is, lies on the client's host. With the same
-    ``engine`` and as many ``threads`` only, so that the bits are the device's."""
+    ``engine`` and as many ``threads`` only, so that the bits are the device's. ``signature``: as of
+    ``Install``."""
 
     deployment: Count
     device: Name
@@ -230,6 +236,7 @@ class Grant(Message, frozen=True):
     plan: Text = ""
     engine: str = ""
     threads: Count = 1
+    signature: Signature = UNSIGNED
 
 
 class Revoke(Message, frozen=True):

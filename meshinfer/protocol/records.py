@@ -17,6 +17,12 @@ Hex = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 Hash = Annotated[str, Meta(max_length=32)]
 """xxh3-128 of tensors, against mistakes and not against malice; empty where nobody told it."""
 
+Signature = Annotated[bytes, Meta(min_length=64, max_length=64)]
+"""Ed25519, of what ``manifest`` says; zeros where nobody has signed yet, so that no signature makes
+a message longer than it was found to be."""
+
+UNSIGNED = bytes(64)
+
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
 """No NaN and no infinity: a deadline that never comes would hold a request for ever."""
 
@@ -255,7 +261,8 @@ class DeviceInfo(Record, frozen=True):
     ``state``: ready, suspect, excluded, quarantined, draining or dead; ``cause``: why it is so, or
     how its last process ended; ``returns_s``: until it is ready again by itself. ``computing``:
     what its compute thread does, for ``computing_s``; ``stale_tasks``: those that nobody wanted any
-    more when they were done, which were dropped.
+    more when they were done, which were dropped. ``blobs``: how many submodels and weights it was
+    handed since it joined.
     """
 
     device: Name
@@ -272,6 +279,7 @@ class DeviceInfo(Record, frozen=True):
     computing_s: Seconds = 0.0
     port: Annotated[int, Meta(ge=0, le=65535)] = 0
     stale_tasks: Count = 0
+    blobs: Count = 0
 
 
 class ModelInfo(Record, frozen=True):

@@ -174,7 +174,7 @@ class ClientCore:
                 return []
             case m.Chunk() | m.Gone():
                 return self._on_device.arrived(event.peer, message, event.payload, now)
-            case m.Want():
+            case m.Want() if self._welcome is not None and event.peer == self._welcome.bulk.id:
                 return [ServeBlob(event.peer, message.digest, message.offset, message.length)]
             case m.Probe():
                 return []

@@ -31,12 +31,12 @@ from meshinfer.scheduler.events import (
     Recorded,
     RecordFailed,
     Send,
-    ServeBlob,
     Stop,
     StopRequested,
     Ticked,
 )
 from meshinfer.scheduler.faults import Faults, of_end
+from meshinfer.scheduler.handing import hand
 from meshinfer.scheduler.heads import Heads
 from meshinfer.scheduler.journal import Journal
 from meshinfer.scheduler.ledger import Ledger
@@ -177,7 +177,7 @@ class CoordinatorCore:
             case m.Hello():
                 return self._hello(peer, message, now)
             case m.Want():
-                return [ServeBlob(peer, message.digest, message.offset, message.length)]
+                return hand(self.catalogue, self.members, self._heads, peer, message)
             case m.Chunk():
                 return self._deploying.fetching.chunk(peer, message, event.payload, now)
             case m.Gone():

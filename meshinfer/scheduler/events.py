@@ -267,12 +267,14 @@ class WriteBlob:
 
 @dataclass(frozen=True, slots=True)
 class ServeBlob:
-    """Send a ``Chunk`` (or ``Gone``) from the store to a peer."""
+    """Send a ``Chunk`` (or ``Gone``) from the store to a peer. ``model``: whose it is, where the
+    peer is a device that computes with it or a client that may: that is logged."""
 
     peer: str
     digest: str
     offset: int
     length: int
+    model: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ class Device:
     since when. ``excluded_for``: why it gets no work until then. ``computing``: what its compute
     thread did as it was last heard, for ``computing_s`` then. ``wasted``: tasks that it has
     done in vain, as it says; ``stale``: those that it told of when their attempt was over.
+    ``blobs``: how many it was handed.
     """
 
     hello: m.Hello
@@ -43,6 +44,7 @@ class Device:
     tasks_done: int = 0
     wasted: int = 0
     stale: int = 0
+    blobs: int = 0
     links: dict[str, m.Link] = field(default_factory=dict)
 
     @property
@@ -327,6 +329,7 @@ class Membership:
             computing_s=d.computes_s(now) if d.computing else 0.0,
             tasks_done=d.tasks_done,
             stale_tasks=d.wasted + d.stale,
+            blobs=d.blobs,
             where=d.where,
             port=d.bulk.port,
             cause=cause,

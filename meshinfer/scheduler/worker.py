@@ -25,7 +25,6 @@ from meshinfer.scheduler.events import (
     Plane,
     Prepared,
     Send,
-    ServeBlob,
     Stop,
     StopRequested,
     Ticked,
@@ -134,8 +133,6 @@ class WorkerCore:
                 if self._coordinator is None or peer != self._coordinator.id:
                     return []
                 return self._installing.blob_failed(message.digest, "the coordinator has lost it")
-            case m.Want():
-                return [ServeBlob(peer, message.digest, message.offset, message.length)]
             case m.Probe():
                 return []
             case _:
