@@ -111,7 +111,8 @@ def run_coordinator(
         device=COORDINATOR, incarnation=incarnation, host=shown, port=bulk_port, key=own.public
     )
     store = BlobStore(state / "blobs", durable=True)
-    core = CoordinatorCore(options.cluster, meshinfer.__version__, bulk, journal.ledger)
+    draw = secrets.SystemRandom().random  # no device can foresee which task is checked
+    core = CoordinatorCore(options.cluster, meshinfer.__version__, bulk, journal.ledger, draw)
     planning: PlanningThread
     writing: JournalThread
 

@@ -407,10 +407,10 @@ class Cluster(World):
     def _compute(self, node: Node, job: e.Compute, took: float) -> e.Computed:
         error = self.kernel_fault(node, job)
         if error is not None:
-            return e.Computed(job.request, job.attempt, job.place, (), 0.0, error)
+            return e.Computed(job.request, job.attempt, job.place, (), 0.0, error, job.again)
         session = node.prepared[job.deployment][job.place]
         outputs = tuple(session.run(job.inputs))
-        return e.Computed(job.request, job.attempt, job.place, outputs, took)
+        return e.Computed(job.request, job.attempt, job.place, outputs, took, again=job.again)
 
     def _open(self, node: Node, effect: e.OpenModel) -> e.ModelOpened:
         try:

@@ -265,10 +265,10 @@ class Simulation(Network):
 
     def _compute(self, node: Node, job: e.Compute, took: float) -> e.Computed:
         prepared = node.prepared[job.deployment][job.place]
-        seed = self._by_seed[job.request]
+        seed, ids = self._by_seed[job.request], (job.request, job.attempt, job.place)
         self.computed[job.request].append(self.now)
         key = (node.id, job.request, job.attempt, job.place)
-        if key in self._begun:
+        if key in self._begun and not job.again:
             why = f"{node} computes {job.place} of {job.request} once more"
             self.wrong.append((why, job.request))
             self.tell_story(lambda: f"    ONCE MORE {why}")
@@ -276,17 +276,17 @@ class Simulation(Network):
         if self.fails(seed):
             self.kernel_failures[job.request] += 1
             self.mishaps.append(Mishap("kernel error", self.now, self.now))
-            return e.Computed(job.request, job.attempt, job.place, (), 0.0, "a kernel failed")
+            return e.Computed(*ids, (), 0.0, "a kernel failed", job.again)
         before = len(self.kernels.wrong)
         try:
             outputs = self.kernels.run(prepared, job.inputs, seed)
         except EngineError as error:
-            return e.Computed(job.request, job.attempt, job.place, (), 0.0, str(error))
+            return e.Computed(*ids, (), 0.0, str(error), job.again)
         if len(self.kernels.wrong) > before:
             why = f"{node} {job.request}: {self.kernels.wrong[-1]}"
             self.wrong.append((why, job.request))
             self.tell_story(lambda: f"    WRONG INPUT {why}")
-        return e.Computed(job.request, job.attempt, job.place, outputs, took)
+        return e.Computed(*ids, outputs, took, again=job.again)
 
     def fails(self, seed: int) -> bool:
         """Whether a kernel raises, given this input."""

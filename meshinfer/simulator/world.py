@@ -69,7 +69,12 @@ class World(Shells):
         """It begins with what was written to its disk."""
         self.ledger.starts += 1
         ledger = deepcopy(self.ledger)
-        return self._add(COORDINATOR, bulk.id, CoordinatorCore("home", "0", bulk, ledger))
+        core = CoordinatorCore("home", "0", bulk, ledger, self._draw)
+        return self._add(COORDINATOR, bulk.id, core)
+
+    def _draw(self) -> float:
+        """By which the coordinator chooses what is checked: nothing."""
+        return 1.0
 
     def _add(self, name: str, peer: str, core: AnyCore) -> Node:
         before = self.nodes.get(name)
