@@ -382,7 +382,7 @@ class Cluster(World):
 
     # --- effects
 
-    def _draw(self) -> float:
+    def _chance(self) -> float:
         return self.draw()
 
     def _search_s(self) -> float:

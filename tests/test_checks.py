@@ -175,7 +175,9 @@ def test_devices_that_round_otherwise_are_no_liars() -> None:
     def forge(node: Node, job: e.Compute, made: Made) -> Made:
         if node.name != "pi-2":
             return made
-        return tuple((a * (1 + 1e-7 * noise.standard_normal(a.shape))).astype(a.dtype) for a in made)
+        return tuple(
+            (a * (1 + 1e-7 * noise.standard_normal(a.shape))).astype(a.dtype) for a in made
+        )
 
     cluster.forge, cluster.draw = forge, drawn()
     told = compared(cluster)
@@ -313,7 +315,9 @@ def test_devices_of_two_numeric_classes_are_judged_by_the_wider_bounds() -> None
         """One value in a hundred is a step of a quantisation away."""
         if node.name != "pi-2":
             return made
-        return tuple(a + (np.arange(a.size).reshape(a.shape) % 100 == 0) * a.max() / 127 for a in made)
+        return tuple(
+            a + (np.arange(a.size).reshape(a.shape) % 100 == 0) * a.max() / 127 for a in made
+        )
 
     cluster.forge, cluster.draw = forge, drawn()
     ask(cluster, 15)

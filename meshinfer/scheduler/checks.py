@@ -20,6 +20,9 @@ from meshinfer.scheduler.trust import Trust, Verdict
 Due = tuple[int, m.Place]
 """A task of a deployment."""
 
+PROVEN, SUSPECT = "a device's results are wrong", "a device may be wrong"
+"""What the log says of who works no more."""
+
 Heard = tuple[list[Effect], list[str]]
 """What comes of a message: effects, and devices that get no work any more."""
 
@@ -80,7 +83,8 @@ class Checks:
     def _other(self, program: m.Program, made: Deployment, of: str, now: float) -> Device | None:
         """Who else has prepared a task and may work: rather one that has not differed from its own
         device yet, and of the same numeric class."""
-        here = {*made.programs, *made.spares.ready} if program.spare else made.members.keys()
+        own = made.programs.keys() & program.devices[:1]
+        here = own | made.spares.ready if program.spare else made.members.keys()
         may = self._members.ready(now)
         away, rivals = self._members.health.away, self.trust.rivals(of)
         found = [
@@ -109,7 +113,9 @@ class Checks:
             by=by.bulk,
         )
         tried.took.add(by.name)  # it is released there, too
-        return [Send(Plane.CONTROL, peer, check) for _, peer in sorted(tried.peers().items())]
+        told = [Send(Plane.CONTROL, peer, check) for _, peer in sorted(tried.peers().items())]
+        fields = {"request": request.id, "task": str(place), "of": of, "by": by.name}
+        return [Note("debug", "a task is computed again", fields), *told]
 
     def put_off(self, request: str, releases: list[Effect]) -> list[Effect]:
         """What a request still holds is let go at once, or when its check is over."""
@@ -122,8 +128,12 @@ class Checks:
 
     def due(self, now: float) -> list[Effect]:
         """Give up what takes too long."""
-        over = [n for n, c in self._open.items() if now >= c.since + limits.CHECK_S]
-        return [effect for name in over for effect in self._open.pop(name).releases]
+        effects: list[Effect] = []
+        for name in [n for n, c in self._open.items() if now >= c.since + limits.CHECK_S]:
+            check = self._open.pop(name)
+            fields = {"request": name, "of": check.of, "by": check.by}
+            effects += [Note("debug", "a check came to nothing", fields), *check.releases]
+        return effects
 
     def next_deadlines(self) -> list[float]:
         return [check.since + limits.CHECK_S for check in self._open.values()]
@@ -169,7 +179,7 @@ class Checks:
         """Whether devices are of one numeric class, so that they compute the same bits."""
         here = (self._members.devices.get(name) for name in names)
         facts = [None if device is None else device.hello.facts for device in here]
-        kinds = {None if f is None else (f.architecture, f.engine, f.threads) for f in facts}
+        kinds = {f and (f.architecture, f.processor, f.engine, f.threads) for f in facts}
         return len(kinds) == 1 and None not in kinds
 
     def _keep_out(self, verdict: Verdict, now: float) -> list[Effect]:
@@ -185,7 +195,7 @@ class Checks:
                 request.since = max(parts) + 1
                 if request.merged is None or request.merged[1] < request.since:
                     request.deployment = request.merged = None
-        text = "a device's results are wrong" if verdict.proven else "a device may be wrong"
+        text = PROVEN if verdict.proven else SUSPECT
         fields = {"device": liar, "why": verdict.why, "cleared": ",".join(verdict.cleared)}
         return [self._members.faults.note("error", text, fields)]
 

@@ -12,6 +12,7 @@ from meshinfer.engine import EngineError
 from meshinfer.protocol import messages as m
 from meshinfer.protocol.codec import describe, digest_of
 from meshinfer.scheduler import events as e
+from meshinfer.scheduler.checks import PROVEN, SUSPECT
 from meshinfer.scheduler.worker import COORDINATOR
 from meshinfer.simulator.granted import Granted
 from meshinfer.simulator.kernels import Array, Kernels
@@ -72,6 +73,13 @@ class Simulation(Network):
         self.deaths: defaultdict[tuple[str, str], Counter[int]] = defaultdict(Counter)
         """Processes that each attempt has ended, by request and the coordinator's process."""
         self._ended: dict[str, m.Ended] = {}
+        self.liar, self.lies = "", 0.0
+        """A device whose results are wrong, and how often."""
+        self.found: list[tuple[float, str, bool]]
+        """Devices that work no more for that, since when, and whether it is proven; a coordinator
+        that starts again knows of none."""
+        self.accused: list[tuple[str, bool]] = []
+        """All that ever were."""
         self.disk_full_until = 0.0
         self.disk_refused: set[str] = set()
         """Coordinators that were told that their disk is full."""
@@ -197,6 +205,10 @@ class Simulation(Network):
                 self.granted.counted[node.id] += ran.count
             case e.Note(_, "joined" | "coordinator lost"):  # it has forgotten what it had begun
                 self._begun = {key for key in self._begun if key[0] != node.id}
+            case e.Note(_, text, fields) if text in (PROVEN, SUSPECT):
+                proven = text == PROVEN
+                self.accused.append((str(fields["device"]), proven))
+                self.found.append((self.now, *self.accused[-1]))
             case e.Settle(_, m.Deployed() as answer) if answer.failure is None:
                 self.on_deployed(answer)
             case e.Send(_, _, m.Deliver() | m.Feed() | m.Answer() as message):
@@ -286,7 +298,17 @@ class Simulation(Network):
             why = f"{node} {job.request}: {self.kernels.wrong[-1]}"
             self.wrong.append((why, job.request))
             self.tell_story(lambda: f"    WRONG INPUT {why}")
+        if node.name == self.liar and self.streams["lies"].random() < self.lies:
+            self.tell_story(lambda: f"    LIE {node} {job.place} of {job.request}")
+            outputs = tuple(a + 1 for a in outputs)
         return e.Computed(*ids, outputs, took, again=job.again)
+
+    def _chance(self) -> float:
+        return self.streams["checks"].random()
+
+    def _coordinator(self, bulk: m.Peer) -> Node:
+        self.found = []
+        return super()._coordinator(bulk)
 
     def fails(self, seed: int) -> bool:
         """Whether a kernel raises, given this input."""

@@ -69,10 +69,10 @@ class World(Shells):
         """It begins with what was written to its disk."""
         self.ledger.starts += 1
         ledger = deepcopy(self.ledger)
-        core = CoordinatorCore("home", "0", bulk, ledger, self._draw)
+        core = CoordinatorCore("home", "0", bulk, ledger, self._chance)
         return self._add(COORDINATOR, bulk.id, core)
 
-    def _draw(self) -> float:
+    def _chance(self) -> float:
         """By which the coordinator chooses what is checked: nothing."""
         return 1.0
 
