@@ -6,6 +6,7 @@ results are compared. Nobody is told before a task is done that it will be check
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -62,7 +63,8 @@ class Checks:
         for done in tried.tasks.values():
             self.trust.did(done.device)
         made = tried.deployment
-        if made.alone or request.crashes or len(self._open) >= limits.CHECKS_AT_ONCE:
+        many = len(self._open) >= limits.CHECKS_AT_ONCE or request.id in self._open  # once more
+        if made.alone or request.crashes or many:
             return []
         programs = {p.place: p for each in made.programs.values() for p in each}
         places = sorted(tried.tasks)
@@ -71,7 +73,7 @@ class Checks:
             of = tried.tasks[place].device
             must = place == wanted or (made.number, place) in self._due
             if must or self._draws(of):
-                by = self._other(programs[place], made, of, now)
+                by = self._other(programs[place], tried, of, now)
                 if by is not None:
                     return self._ask(request, tried, place, of, by, now)
         return []
@@ -80,18 +82,16 @@ class Checks:
         share = self.trust.share(device)
         return share == 1.0 or self._draw() < share
 
-    def _other(self, program: m.Program, made: Deployment, of: str, now: float) -> Device | None:
-        """Who else has prepared a task and may work: rather one that has not differed from its own
-        device yet, and of the same numeric class."""
+    def _other(self, program: m.Program, tried: Try, of: str, now: float) -> Device | None:
+        """Who else has prepared a task, had no part in it and may work: rather one that has not
+        differed from its own device yet, and of the same numeric class."""
+        made, place = tried.deployment, program.place
         own = made.programs.keys() & program.devices[:1]
         here = own | made.spares.ready if program.spare else made.members.keys()
-        may = self._members.ready(now)
-        away, rivals = self._members.health.away, self.trust.rivals(of)
-        found = [
-            self._members.devices[name]
-            for name in program.devices
-            if name != of and name in here and name in may and name not in away
-        ]
+        late = own if place in tried.moved else set(tried.assigned.get(place, ()))
+        may = set(self._members.ready(now)) & here - late - self._members.health.away - {of}
+        rivals = self.trust.rivals(of)
+        found = [self._members.devices[name] for name in program.devices if name in may]
         return min(
             found, key=lambda d: (d.name in rivals, not self._alike(d.name, of)), default=None
         )
@@ -224,3 +224,6 @@ class Checks:
     def forget(self, made: Deployment) -> None:
         """A deployment is retired: its checks come to nothing."""
         self._due = {due for due in self._due if due[0] != made.number}
+        for check in self._open.values():
+            if check.due[0] == made.number:
+                check.since = -math.inf  # given up with the rules that follow

@@ -68,7 +68,7 @@ def _apart(a: Array, b: Array, least: float) -> tuple[float, float]:
     a, b = np.where(finite, a, 0.0), np.where(finite, b, 0.0)
     apart = a - b
     largest = max(float(np.abs(a).max()), float(np.abs(b).max()), least)
-    norm = max(float(np.linalg.norm(b)), least)
+    norm = max(float(np.linalg.norm(a)), float(np.linalg.norm(b)), least)
     error, spread = float(np.abs(apart).max()) / largest, float(np.linalg.norm(apart)) / norm
     return min(error, FAR), min(spread, FAR)
 

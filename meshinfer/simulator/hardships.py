@@ -19,7 +19,7 @@ KINDS = (
 )  # fmt: skip
 CHANCE = 0.12
 _BESIDE_CHANCE = 0.2
-_LIAR_CHANCE, _LIAR_REQUESTS = 0.1, 25
+_LIAR_CHANCE, _LIAR_REQUESTS = 0.15, 40
 _BESIDE_A_FREEZE = ("freeze", "crash", "power", "partition", "cut")
 _LONG = ("partition", "partition", "one way", "partition of workers", "client away")
 
@@ -37,6 +37,7 @@ class Hardships:
         self.kinds = () if calm else tuple(kind for kind, draw in draws if draw < CHANCE)
         lies = world.streams["liar"]
         self._lies = not calm and len(hosts) >= 3 and lies.random() < _LIAR_CHANCE
+        world.spares = world.spares or self._lies
         beside = self._where = world.streams["beside devices"]
         self._beside = beside.random() < _BESIDE_CHANCE
         if self._beside and beside.random() < 0.7:

@@ -284,7 +284,8 @@ class Simulation(Network):
             why = f"{node} computes {job.place} of {job.request} once more"
             self.wrong.append((why, job.request))
             self.tell_story(lambda: f"    ONCE MORE {why}")
-        self._begun.add(key)
+        if not job.again:
+            self._begun.add(key)
         if self.fails(seed):
             self.kernel_failures[job.request] += 1
             self.mishaps.append(Mishap("kernel error", self.now, self.now))
@@ -304,7 +305,9 @@ class Simulation(Network):
         return e.Computed(*ids, outputs, took, again=job.again)
 
     def _chance(self) -> float:
-        return self.streams["checks"].random()
+        """As it is outside; more is checked where somebody lies, since seeds are short."""
+        drawn: float = self.streams["checks"].random()
+        return drawn**3 if self.liar else drawn
 
     def _coordinator(self, bulk: m.Peer) -> Node:
         self.found = []
