@@ -81,7 +81,7 @@ class Trust:
         doubt.times, doubt.left = doubt.times + 1, limits.DOUBT_CHECKS
         most = sorted((one, other), key=lambda name: len(self.rivals(name)))
         others = self.rivals(most[1])
-        if len(others) >= 2 and len(others) > len(self.rivals(most[0])):
+        if len(others) > len(self.rivals(most[0])):  # each has the other one, at least
             return self._proven(most[1], others)
         if len(joined.keys() - {one, other}) and doubt.times < limits.CHECKS_UNDECIDED:
             return None
