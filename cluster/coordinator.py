@@ -129,7 +129,8 @@ def run_coordinator(
     )
     store = BlobStore(state / "blobs", durable=True)
     door = Door(port, always, options.tokens, join_port, own.public)
-    core = CoordinatorCore(options.cluster, meshinfer.__version__, bulk, door, journal.ledger)
+    draw = secrets.SystemRandom().random  # no device can foresee which task is checked
+    core = CoordinatorCore(options.cluster, meshinfer.__version__, bulk, door, journal.ledger, draw)
     planning: PlanningThread
     writing: JournalThread
 

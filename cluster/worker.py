@@ -131,12 +131,12 @@ class ComputeThread:
             text = str(error) if isinstance(error, EngineError) else "its program is gone"
             fields = {"request": job.request, "attempt": job.attempt, "task": str(job.place)}
             structlog.get_logger().error("a task failed", **fields, why=text)
-            return Computed(job.request, job.attempt, job.place, (), 0.0, text)
+            return Computed(job.request, job.attempt, job.place, (), 0.0, text, job.again)
         speed = self._speed()
         if speed < 1.0:
             time.sleep((time.thread_time() - cpu) * (1.0 / speed - 1.0))
         took = time.perf_counter() - started
-        return Computed(job.request, job.attempt, job.place, outputs, took)
+        return Computed(job.request, job.attempt, job.place, outputs, took, again=job.again)
 
 
 def run_worker(options: WorkerOptions) -> m.Failure | None:

@@ -74,6 +74,34 @@ RESTS: Final = 4
 NEVER_QUARANTINED: Final = 2
 """So many devices work, whatever they did."""
 LOST_SHOWN_S: Final = 600.0
+
+# Results that may be wrong: tasks that are computed a second time, by another device.
+CHECK_SHARE: Final = 0.01
+CHECK_SHARE_NEW: Final = 0.20
+CHECK_NEW_TASKS: Final = 100
+"""Of so many tasks of a device the larger share is checked; while it is in doubt, as many as are
+checked at once."""
+CHECKS_AT_ONCE: Final = 2
+CHECKS_HELD: Final = 4
+CHECK_S: Final = 5.0
+"""A check that takes longer is given up: what it needs was not kept, or a device is gone."""
+CHECK_IDLE_S: Final = 1.0
+"""So long the device that checks waits to have nothing else to do."""
+CHECK_ERROR: Final = 1e-5
+"""Of the largest value, between devices of one numeric class, whose bits are the same."""
+CHECK_ERROR_MIXED: Final = 1e-4
+CHECK_SPREAD_MIXED: Final = 0.05
+"""Of the 2-norm, between devices of two classes: those may round a few values to other steps of a
+quantisation, and that is no lie. What lies between both bounds is not judged."""
+CHECK_LEAST: Final = 1e-3
+"""Results are held against at least so much of the largest input: what cancels leaves noise."""
+CHECKS_UNDECIDED: Final = 3
+"""After so many between the same two devices the one less known works no more: there may be no
+third that can tell which of them is wrong."""
+DOUBT_CHECKS: Final = 100
+"""A device is in doubt for so many checks after one that failed."""
+LIAR_S: Final = 3600.0
+
 INSTALL_ATTEMPTS: Final = 3
 """What so many devices cannot prepare in turn is the model's fault, not theirs."""
 INSTALL_S: Final = 600.0

@@ -15,6 +15,9 @@ from msgspec import Meta
 from meshinfer import limits
 
 # isort: off
+from meshinfer.protocol.checks import (
+    Check as Check, Checked as Checked, Doubtful as Doubtful, Sample as Sample,
+)  # fmt: skip
 from meshinfer.protocol.joining import (
     AddToken as AddToken, Admission as Admission, Admitted as Admitted, AdmittedNow as AdmittedNow,
     Approve as Approve, Expel as Expel, Join as Join, Joined as Joined,
@@ -350,7 +353,8 @@ class Cancel(Message, frozen=True):
 class Reply(Message, frozen=True):
     """The outcome; the tensors come from the sink. ``rounded``: float32 went as float16.
     ``degraded``, for ``reasons``: something failed on the way or is kept out. ``lost``: devices
-    that were, while it ran there; ``added_s``: from its start until lost work was begun again."""
+    that were, while it ran there; ``added_s``: from its start until lost work was begun again.
+    ``since``: the first attempt whose tensors are the answer; of those before, some were wrong."""
 
     request: Name
     version: Count = 0
@@ -366,6 +370,7 @@ class Reply(Message, frozen=True):
     reasons: Annotated[tuple[Text, ...], Meta(max_length=limits.REASONS)] = ()
     lost: Annotated[tuple[Name, ...], Meta(max_length=limits.DEVICES)] = ()
     added_s: Seconds = 0.0
+    since: Count = 0
 
 
 # --- Tensors (bulk) -----------------------------------------------------------------------------
@@ -419,7 +424,7 @@ class Echoed(Message, frozen=True):
 
 
 class Ack(Message, frozen=True):
-    """``Deliver``, ``Feed`` or ``Answer`` with these ids have arrived."""
+    """``Deliver``, ``Feed``, ``Answer`` or ``Sample`` with these ids have arrived."""
 
     ids: Acks
 
@@ -441,6 +446,6 @@ AnyMessage = (
     | Cancel | Reply
     | Stalled | Detour | Relay
     | Deliver | Feed | Answer | Ack | ListDevices | Devices | ListModels | Models
-    | Lacks
+    | Lacks | Check | Sample | Checked | Doubtful
     | Join | Joined | Wait | Admitted | AddToken | Approve | Expel | ListAdmitted | AdmittedNow
 )  # fmt: skip

@@ -164,11 +164,13 @@ class Piece(Record, frozen=True):
 
 
 class Value(Record, frozen=True):
-    """An input value of a task: its box, and the pieces that it is merged from."""
+    """An input value of a task: its box, and the pieces that it is merged from. ``dtype``: of its
+    elements, as a numpy type string; empty where nobody said."""
 
     name: Name
     box: Shard
     pieces: tuple[Piece, ...]
+    dtype: Annotated[str, Meta(max_length=16)] = ""
 
 
 Assigned = tuple[int, int, int]

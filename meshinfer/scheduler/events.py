@@ -119,6 +119,7 @@ class Computed:
     outputs: tuple[Array, ...]
     compute_s: float
     error: str | None = None
+    again: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,13 +295,15 @@ class Discard:
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """Run a prepared program in the compute thread -> ``Computed``."""
+    """Run a prepared program in the compute thread -> ``Computed``. ``again``: to see whether
+    another device was right."""
 
     request: str
     attempt: int
     deployment: int
     place: Place
     inputs: Mapping[str, Array]
+    again: bool = False
 
 
 @dataclass(frozen=True, slots=True)

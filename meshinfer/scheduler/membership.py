@@ -259,12 +259,14 @@ class Membership:
         return next((d for d in self.devices.values() if d.hello.facts.head), None)
 
     def ready(self, now: float) -> tuple[str, ...]:
-        """Names of the devices that may get work, in order; the last two whatever they did."""
+        """Names of the devices that may get work, in order; the last two whatever they did,
+        unless their results are wrong."""
         until = self.health.quarantined_until
         here = [
             (until(name), name)
             for name, d in self.devices.items()
             if d.hello.facts.computes and d.state(now) == "ready"
+            if self.health.lies(name, now) is None
         ]
         names = [name for ends, name in here if ends <= now]
         if len(names) < len(here):
@@ -306,6 +308,9 @@ class Membership:
     def standing(self, d: Device, now: float) -> tuple[str, float, str]:
         """A device's state, until when it is so if it ends by itself, and its cause."""
         state, until, cause = d.state(now), 0.0, self.health.cause(d.name)
+        lies = self.health.lies(d.name, now)
+        if lies is not None:
+            return "quarantined", *lies
         if state == "excluded":
             until, cause = d.excluded_until, d.excluded_for
         elif state == "ready" and d.hello.facts.computes:

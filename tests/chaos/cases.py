@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from chaos import clocks, deaths, disks, load, loading, network, soak
+from chaos import clocks, deaths, disks, lies, load, loading, network, soak
 from chaos.arena import Arena, Run
 from chaos.checker import Verdict, judge
 
@@ -153,6 +153,14 @@ CASES = {
             "nothing changes",
             clocks.jumps,
             own={"environment": clocks.environment},
+        ),
+        Case(
+            "C23",
+            "a worker that computes wrong, always or 10 %",
+            "found by spot checks (1 %), 0 wrong from then on, nobody else accused",
+            lies.liars,
+            own={},
+            ci=False,
         ),
     )
 }

@@ -21,6 +21,9 @@ from meshinfer import limits
 
 SETTLED_S: Final = 10.0
 CRASHES: Final = ("C4", "C11", "C15")
+LIES: Final = ("always", "tenth")
+"""Phases in which answers may be wrong until the liar is found."""
+
 CALM: Final = ("warm", "calm", "without", "peak")
 
 
@@ -214,7 +217,7 @@ class Book:
         requests = self.view.requests
         lost = sum(r.outcome is None for r in requests)
         twice = sum(r.outcomes > 1 for r in requests)
-        wrong = sum(r.wrong for r in requests if r.phase != "poison")  # its truth is nobody's
+        wrong = sum(r.wrong for r in requests if r.phase not in ("poison", *LIES))
         vague = [r for r in requests if r.outcome and not r.answered and not r.outcome["typed"]]
         late = [r for r in requests if r.outcome and r.took_s > r.deadline_s + 2.0]
         self.want(not lost, f"{lost} lost")
@@ -435,6 +438,25 @@ def loads(book: Book) -> None:
     book.want(bool(rot) and rot[0]["blobs"] > 0, f"{rot[0]['blobs'] if rot else 0} rotten blobs")
 
 
+def liars(book: Book) -> None:
+    """C23."""
+    view = book.view
+    book.nothing_lost()
+    found = {e["name"]: e["at"] for e in view.faults("found")}
+    for e in view.faults("lies"):
+        name, at = e["name"], found.get(e["name"], math.inf)
+        mine = [r for r in view.phase(e["phase"]) if r.at >= e["at"]]
+        before = [r for r in mine if r.at <= at]
+        text = "found" if name in found else "not found"
+        text = f"{name}, {e['phase']}: {text} after {len(before)} requests"
+        book.want(name in found, f"{text}, {sum(r.wrong for r in before)} of them wrong")
+        then = sum(r.wrong for r in mine if r.at > at)
+        book.want(not then, f"{then} wrong then")
+    seen = [e["states"] for e in view.of("devices")]
+    accused = sorted({n for states in seen for n, s in states.items() if s == "quarantined"})
+    book.want(accused == sorted(found), f"quarantined: {', '.join(accused)}")
+
+
 def jumps(book: Book) -> None:
     """C22."""
     view = book.view
@@ -516,6 +538,7 @@ JUDGES: dict[str, Judge] = {
     "C16": overload,
     "C21": loads,
     "C22": jumps,
+    "C23": liars,
     "C24": soak,
 }
 
