@@ -188,7 +188,7 @@ class LocalCluster:
         self._coordinator.kill()
         self._coordinator.wait()
         (self._folder / "coordinator" / ADDRESS_FILE).unlink(missing_ok=True)
-        self._start_coordinator(self._address.port)
+        self._start_coordinator(self._address.port, self._address.join_port)
 
     def close(self) -> None:
         """Stop everything that was started here and remove its folder."""
@@ -234,12 +234,13 @@ class LocalCluster:
         worker.paused = paused
         return worker.name
 
-    def _start_coordinator(self, port: int = 0) -> None:
+    def _start_coordinator(self, port: int = 0, join_port: int = 0) -> None:
         options = CoordinatorOptions(
             cluster=self.cluster,
             state_dir=str(self._folder / "coordinator"),
             host=LOOPBACK,
             port=port,
+            join_port=join_port,
             tokens=(given(self._secret, "worker", ttl_s=FOR_EVER_S, reusable=True),),
             interfaces=(LOOPBACK,) if self._discovery else (),
             log_level=self._log_level,

@@ -181,7 +181,6 @@ def worker(
 
     from cluster import telemetry
     from cluster.locate import parse_address
-    from cluster.membership import kept_keyring
     from cluster.tokens import leave_token
 
     telemetry.configure(log_level, log_form, name="worker")
@@ -196,7 +195,7 @@ def worker(
     if forget:
         forget_all(state, yes=yes)
         return
-    if found is None and admin is not None and kept_keyring(state) is None:
+    if found is None and admin is not None and not _has_joined(state, admin, chosen):
         found = _token_by(admin, keyring, coordinator, interface)
     if found is not None:
         leave_token(state, found)
@@ -213,6 +212,17 @@ def worker(
     )
     # Nothing of what was imported here shall cost the Pi memory.
     os.execv(sys.executable, _supervisor(options))
+
+
+def _has_joined(state: Path, ring: Keyring, name: str) -> bool:
+    """Whether the worker with this folder has joined the coordinator of a keyring by this name."""
+    from cluster.membership import kept_keyring
+
+    kept = kept_keyring(state)
+    return kept is not None and (kept.coordinator_public, kept.name) == (
+        ring.coordinator_public,
+        name,
+    )
 
 
 def _joined_before(name: str) -> str | None:
@@ -284,12 +294,10 @@ class _Beside:
         """Start it; the coordinator listens at this address, and has this keyring."""
         import msgspec
 
-        from cluster.membership import kept_keyring
         from cluster.tokens import leave_token, places_of, token_for
 
         state = Path(self._options.state_dir)
-        kept = kept_keyring(state)
-        if kept is None or kept.coordinator_public != ring.coordinator_public:
+        if not _has_joined(state, ring, self._options.name):
             places = places_of(address.host, address.join_port)
             leave_token(state, token_for(ring, "worker", self._secret, places))
         options = msgspec.structs.replace(

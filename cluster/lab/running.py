@@ -136,7 +136,7 @@ class LabCluster:
         assert self._address is not None
         self.kill_coordinator()
         (self.state / "coordinator" / ADDRESS_FILE).unlink(missing_ok=True)
-        self._start_coordinator(self._address.port)
+        self._start_coordinator(self._address.port, self._address.join_port)
 
     def restart(self, i: int, *, wait: bool = True) -> None:
         """Start a device's worker, killing it first if it runs; ``wait`` until it has joined."""
@@ -206,12 +206,13 @@ class LabCluster:
 
     # --- inside
 
-    def _start_coordinator(self, port: int = 0) -> None:
+    def _start_coordinator(self, port: int = 0, join_port: int = 0) -> None:
         options = CoordinatorOptions(
             cluster=self.name,
             state_dir=str(self.state / "coordinator"),
             host=self._lab.address(0),
             port=port,
+            join_port=join_port,
             tokens=(given(self._secret, "worker", ttl_s=FOR_EVER_S, reusable=True),),
             interfaces=(self._lab.address(0),) if self._discovery else (),
             plaintext=self._plaintext,  # all others take it from its keyring
