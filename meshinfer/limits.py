@@ -235,6 +235,9 @@ REPORT_NODES: Final = 4
 NAME_CHARS: Final = 512
 CAUSE_CHARS: Final = 512
 IMAGE_PIXELS: Final = 100_000_000
+IMAGE_SIDE: Final = 65_535
+IMAGE_SCANS: Final = 100
+"""Of a progressive JPEG, each of which goes over all pixels in a few bytes; ten are usual."""
 IMAGE_FILE_BYTES: Final = 256 * MIB
 DEVICES: Final = 1024
 PINS: Final = 256
