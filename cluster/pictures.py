@@ -72,12 +72,11 @@ def read_picture(data: object, spec: ImageSpec) -> Picture:
     """
     if isinstance(data, np.ndarray):
         return _from_array(data, spec)
-    if isinstance(data, Image.Image):
-        image = data
-    else:
-        image = _decode(*_bytes(data))
     mode = "L" if spec.colour == "GRAY" else "RGB"
-    image = image if image.mode == mode else image.convert(mode)
+    if isinstance(data, Image.Image):
+        image = data.convert(mode)
+    else:
+        image = _decode(*_bytes(data), mode)
     if spec.size is not None and image.size != (spec.size[1], spec.size[0]):
         _check_pixels(spec.size[1], spec.size[0], "what the model takes")
         image = image.resize((spec.size[1], spec.size[0]), Image.Resampling.BICUBIC)
@@ -123,7 +122,7 @@ def _check_pixels(width: int, height: int, name: str) -> None:
         )
 
 
-def _decode(data: bytes, name: str) -> Image.Image:
+def _decode(data: bytes, name: str, mode: str) -> Image.Image:
     """Whatever a decoder says of strange bytes, it is no picture. Its warnings go to nobody: the
     bounds are ours, with errors of their own."""
     try:
@@ -138,7 +137,7 @@ def _decode(data: bytes, name: str) -> Image.Image:
                 )
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
-            return image
+            return image if image.mode == mode else image.convert(mode)
     except InvalidInput:
         raise
     except Exception as error:

@@ -4,6 +4,7 @@ them."""
 from __future__ import annotations
 
 import io
+import json
 import os
 import resource
 import struct
@@ -220,6 +221,13 @@ def test_damaged_metadata_warns_nobody() -> None:
         assert read_picture(data, SPEC).pixels.shape == (1, 8, 4, 3)  # turned
 
 
+def test_odd_transparency_warns_nobody() -> None:
+    data = saved(photo().convert("P"), "PNG", transparency=bytes(range(256)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_picture(data, SPEC).pixels.shape == (1, SIZE[1], SIZE[0], 3)
+
+
 def test_more_bytes_than_a_picture_may_have_are_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -366,3 +374,52 @@ def test_a_seed_is_a_picture(seed: int) -> None:
 )
 def test_noise_is_no_picture(noise: bytes, head: bytes) -> None:
     refused(head + noise)
+
+
+# --- what is said of pictures, as JSON ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        '{"input":' * 100_000,
+        '{"input": "x", "scale": %s}' % ("9" * 400),
+        '{"input": "x", "scale": NaN}',
+        '{"input": "x", "scale": 0}',
+        '{"input": "x", "mean": [Infinity, 0, 0]}',
+        '{"input": "x", "std": [1, 1, 1e999]}',
+        '{"input": "x", "size": [1e999, 1]}',
+        '{"input": "x", "size": [0, 5]}',
+        '{"input": "x", "size": [5, -1]}',
+        '{"input": "x", "size": [5]}',
+        "[]",
+        "null",
+        "",
+        "{}",
+    ],
+)
+def test_a_spec_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        ImageSpec.from_json(text)
+    assert caught.value.hint and len(caught.value.message) < 1000
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+FIELDS = ("input", "layout", "colour", "scale", "mean", "std", "size", "output")
+
+
+@given(st.dictionaries(st.sampled_from(FIELDS), JSON) | JSON, st.booleans())
+def test_any_json_is_a_spec_or_refused(value: object, named: bool) -> None:
+    value = {"input": "x", **value} if named and isinstance(value, dict) else value
+    try:
+        spec = ImageSpec.from_json(json.dumps(value))
+    except InvalidInput:
+        return
+    assert ImageSpec.from_json(spec.to_json()) == spec
