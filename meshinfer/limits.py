@@ -285,8 +285,17 @@ REPORT_LINE_CHARS: Final = 300
 REPORT_ENTRIES: Final = 256
 REPORT_NODES: Final = 4
 NAME_CHARS: Final = 512
+LABEL_CHARS: Final = 4 * NAME_CHARS
+"""What has names in it: a peer, what computes, a release."""
+LISTED: Final = 1 << 16
+"""Entries of a list in a message, where nothing else bounds it. Decoded, a header takes up to 28
+times its bytes (a tuple of two small numbers takes three on the wire)."""
 CAUSE_CHARS: Final = 512
+FAILURE_CHARS: Final = 16384
 IMAGE_PIXELS: Final = 100_000_000
+IMAGE_SIDE: Final = 65_535
+IMAGE_SCANS: Final = 100
+"""Of a progressive JPEG, each of which goes over all pixels in a few bytes; ten are usual."""
 IMAGE_FILE_BYTES: Final = 256 * MIB
 DEVICES: Final = 1024
 PINS: Final = 256
@@ -334,6 +343,8 @@ assert RUNNING_REQUESTS <= WINDOW <= QUEUE_REQUESTS
 assert QUEUE_REQUESTS + ANSWERED_IDS_KEPT < JOURNALED_IDS
 assert (RECONNECT_MAX_MS + RECONNECT_MS) * 4 <= RESUME_WAIT_S * 1000  # libzmq adds up to the least
 assert PLAN_TEXT_BYTES <= CONTROL_FRAME_BYTES
+assert PLAN_TASKS <= LISTED
+assert FAILURE_CHARS * 4 < PLAN_TEXT_BYTES  # it fits into a Failure, whatever its characters are
 assert BLOB_CHUNK_BYTES < BACKLOG_BYTES
 assert BLOB_WANT_BYTES <= BLOB_CHUNK_BYTES
 assert LISTED_PLANS_BYTES < CONTROL_FRAME_BYTES

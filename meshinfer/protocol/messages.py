@@ -27,13 +27,14 @@ from meshinfer.protocol.questions import (
     Devices as Devices, ListDevices as ListDevices, ListModels as ListModels, Models as Models,
 )  # fmt: skip
 from meshinfer.protocol.records import (
-    Assigned as Assigned, Blob as Blob, Budgets as Budgets, Count as Count,
-    DeviceInfo as DeviceInfo, Done as Done, Ended as Ended, Facts as Facts, Failure as Failure,
-    Hash as Hash, Hex as Hex, Link as Link, Message as Message, ModelInfo as ModelInfo,
-    Name as Name, Output as Output, Peer as Peer,
+    Assigned as Assigned, Assignment as Assignment, Blob as Blob, Budgets as Budgets,
+    Count as Count, DeviceInfo as DeviceInfo, Done as Done, Ended as Ended, Facts as Facts,
+    Failure as Failure, Hash as Hash, Hex as Hex, Label as Label, Link as Link,
+    Message as Message, ModelInfo as ModelInfo, Name as Name, Output as Output, Peer as Peer,
     Piece as Piece, Pins as Pins, Place as Place, Program as Program, Rate as Rate,
     Record as Record, Seconds as Seconds, Send as Send, Shape as Shape, Signature as Signature,
-    TaskTime as TaskTime, Tensor as Tensor, Text as Text, UNSIGNED as UNSIGNED, Value as Value,
+    TaskTime as TaskTime, Tensor as Tensor, Tensors as Tensors, Text as Text, UNSIGNED as UNSIGNED,
+    Value as Value, Word as Word,
 )  # fmt: skip
 from meshinfer.protocol.recovery import Assign as Assign, Lacks as Lacks, NotKept as NotKept
 
@@ -53,15 +54,15 @@ class Hello(Message, frozen=True, forbid_unknown_fields=False):
     client's machine and address there, or ``BESIDE_COORDINATOR``. ``ended``: how this
     worker's last process ended."""
 
-    role: str
+    role: Word
     device: Name
     incarnation: Name
     cluster: Name
     protocol: tuple[int, int]
-    version: str = ""
+    version: Word = ""
     bulk: Peer | None = None
     facts: Facts = Facts()
-    where: str = ""
+    where: Label = ""
     ended: Ended | None = None
 
 
@@ -74,7 +75,7 @@ class Welcome(Message, frozen=True):
     protocol: int
     bulk: Peer
     head: Peer | None = None
-    acts_as: str = ""
+    acts_as: Word = ""
     signer: Hex | None = None
 
 
@@ -88,7 +89,7 @@ class Heartbeat(Message, frozen=True):
     """Every 500 ms. ``computing``: what the compute thread does, for ``since_s`` seconds;
     ``wasted``: tasks so far that nobody wanted any more when they were done."""
 
-    computing: str = ""
+    computing: Label = ""
     since_s: Seconds = 0.0
     wasted: Count = 0
 
@@ -172,8 +173,8 @@ class Deploy(Message, frozen=True):
     weights: Annotated[tuple[Blob, ...], Meta(max_length=limits.WEIGHT_FILES)] = ()
     plan: Text | None = None
     image: Text | None = None
-    shapes: dict[str, Shape] | None = None
-    objective: str = "latency"
+    shapes: dict[Name, Shape] | None = None
+    objective: Word = "latency"
     spread: bool = False
     strict: bool = False
     half_transfers: bool = False
@@ -200,9 +201,9 @@ class Install(Message, frozen=True):
     all this for this peer, as ``manifest`` says; whoever sends it has it signed at the last."""
 
     deployment: Count
-    programs: tuple[Program, ...]
-    peers: tuple[Peer, ...]
-    head: str = ""
+    programs: Annotated[tuple[Program, ...], Meta(max_length=limits.LISTED)]
+    peers: Annotated[tuple[Peer, ...], Meta(max_length=limits.LISTED)]
+    head: Word = ""
     keep_bytes: Count = limits.KEPT_BYTES
     model: Annotated[str, Meta(max_length=limits.NAME_CHARS)] = ""
     signature: Signature = UNSIGNED
@@ -232,12 +233,12 @@ class Grant(Message, frozen=True):
     program: Program
     model: Name
     version: Count
-    inputs: tuple[Tensor, ...]
+    inputs: Tensors
     picture: bool = False
-    outputs: tuple[Name, ...] | None = None
+    outputs: Annotated[tuple[Name, ...], Meta(max_length=limits.OUTPUTS_ASKED)] | None = None
     image: Text | None = None
     plan: Text = ""
-    engine: str = ""
+    engine: Word = ""
     threads: Count = 1
     signature: Signature = UNSIGNED
 
@@ -266,7 +267,7 @@ class Submit(Message, frozen=True):
     request: Name
     model: Name
     version: Count | None
-    inputs: tuple[Tensor, ...]
+    inputs: Tensors
     picture: bool
     deadline_s: Seconds
     turn: Count = 0
@@ -282,8 +283,8 @@ class Start(Message, frozen=True):
     attempt: Count
     deployment: Count
     client: Name
-    assigned: tuple[Assigned, ...] = ()
-    head: str = ""
+    assigned: Assignment = ()
+    head: Word = ""
 
 
 class TasksDone(Message, frozen=True):
@@ -291,7 +292,7 @@ class TasksDone(Message, frozen=True):
 
     request: Name
     attempt: Count
-    tasks: tuple[Done, ...]
+    tasks: Annotated[tuple[Done, ...], Meta(max_length=limits.LISTED)]
 
 
 class TaskFailed(Message, frozen=True):
@@ -308,7 +309,7 @@ class Unreachable(Message, frozen=True):
 
     request: Name
     attempt: Count
-    peer: str
+    peer: Label
 
 
 class Stalled(Message, frozen=True):
@@ -339,7 +340,7 @@ class Release(Message, frozen=True):
 
     request: Name
     attempt: Count = 0
-    client: str = ""
+    client: Label = ""
     turn: Count = 0
 
 
@@ -365,7 +366,7 @@ class Reply(Message, frozen=True):
     degraded: bool = False
     rounded: bool = False
     image: Text | None = None
-    tasks: tuple[TaskTime, ...] = ()
+    tasks: Annotated[tuple[TaskTime, ...], Meta(max_length=limits.LISTED)] = ()
     failure: Failure | None = None
     reasons: Annotated[tuple[Text, ...], Meta(max_length=limits.REASONS)] = ()
     lost: Annotated[tuple[Name, ...], Meta(max_length=limits.DEVICES)] = ()
@@ -388,8 +389,8 @@ class Deliver(Message, frozen=True):
     slot: Count
     tensor: Tensor
     acks: Acks = ()
-    assigned: tuple[Assigned, ...] = ()
-    head: str = ""
+    assigned: Assignment = ()
+    head: Word = ""
 
 
 class Feed(Message, frozen=True):

@@ -12,6 +12,8 @@ from meshinfer.plan import Shard
 
 Name = Annotated[str, Meta(min_length=1, max_length=limits.NAME_CHARS)]
 Text = Annotated[str, Meta(max_length=limits.PLAN_TEXT_BYTES)]
+Word = Annotated[str, Meta(max_length=limits.NAME_CHARS)]
+Label = Annotated[str, Meta(max_length=limits.LABEL_CHARS)]
 Count = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Hex = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 Hash = Annotated[str, Meta(max_length=32)]
@@ -74,16 +76,16 @@ class Facts(Record, frozen=True, forbid_unknown_fields=False):
     ``paced``: it sleeps to be as slow as it says.
     """
 
-    host: str = ""
+    host: Word = ""
     cores: Count = 0
     memory_bytes: Count = 0
-    architecture: str = ""
-    processor: str = ""
-    system: str = ""
-    engine: str = ""
-    version: str = ""
+    architecture: Word = ""
+    processor: Word = ""
+    system: Word = ""
+    engine: Word = ""
+    version: Word = ""
     threads: Count = 1
-    last_exit: str = ""
+    last_exit: Label = ""
     flops_per_s: Rate = 0.0
     cpu_quota: Rate = 0.0
     rates: Annotated[tuple[Rate, ...], Meta(max_length=limits.OPERATOR_KINDS)] = ()
@@ -106,7 +108,7 @@ class Ended(Record, frozen=True, forbid_unknown_fields=False):
 
     cause: Annotated[str, Meta(max_length=limits.CAUSE_CHARS)]
     killed: bool = False
-    request: Annotated[str, Meta(max_length=limits.NAME_CHARS)] = ""
+    request: Word = ""
     attempt: Count = 0
     place: Place = (0, 0)
 
@@ -153,6 +155,9 @@ class Tensor(Record, frozen=True):
     shape: Shape
 
 
+Tensors = Annotated[tuple[Tensor, ...], Meta(max_length=limits.LISTED)]
+
+
 class Piece(Record, frozen=True):
     """One awaited part of an input value; ``slot`` is its number among all that its task awaits.
     ``half``: it may come as float16 of a float32 value."""
@@ -169,13 +174,15 @@ class Value(Record, frozen=True):
 
     name: Name
     box: Shard
-    pieces: tuple[Piece, ...]
+    pieces: Annotated[tuple[Piece, ...], Meta(max_length=limits.LISTED)]
     dtype: Annotated[str, Meta(max_length=16)] = ""
 
 
 Assigned = tuple[int, int, int]
 """A task (stage, task) of several devices, and which of them takes it for this attempt: its
 position among the task's devices. Two entries of one task: both do."""
+
+Assignment = Annotated[tuple[Assigned, ...], Meta(max_length=2 * limits.LISTED)]
 
 
 class Send(Record, frozen=True):
@@ -190,7 +197,7 @@ class Send(Record, frozen=True):
     device: Name
     consumer: Place
     slot: Count
-    others: tuple[Name, ...] = ()
+    others: Names = ()
     half: bool = False
     spare: bool = False
 
@@ -211,12 +218,12 @@ class Program(Record, frozen=True):
     """
 
     place: Place
-    devices: tuple[Name, ...] = ()
+    devices: Names = ()
     model: Hex | None = None
-    weights: tuple[Hex, ...] = ()
-    inputs: tuple[Value, ...] = ()
-    outputs: tuple[Output, ...] = ()
-    sends: tuple[Send, ...] = ()
+    weights: Annotated[tuple[Hex, ...], Meta(max_length=limits.LISTED)] = ()
+    inputs: Annotated[tuple[Value, ...], Meta(max_length=limits.LISTED)] = ()
+    outputs: Annotated[tuple[Output, ...], Meta(max_length=limits.LISTED)] = ()
+    sends: Annotated[tuple[Send, ...], Meta(max_length=limits.LISTED)] = ()
     spare: bool = False
 
     @property
@@ -268,10 +275,10 @@ class DeviceInfo(Record, frozen=True):
     """
 
     device: Name
-    state: str
+    state: Word
     facts: Facts
     heard_s: Seconds
-    computing: str = ""
+    computing: Label = ""
     tasks_done: Count = 0
     link: Link | None = None
     links: Annotated[tuple[Link, ...], Meta(max_length=limits.DEVICES)] = ()
@@ -291,7 +298,7 @@ class ModelInfo(Record, frozen=True):
     version: Count
     digest: Hex
     current: bool
-    inputs: tuple[Name, ...] = ()
-    outputs: tuple[Name, ...] = ()
+    inputs: Annotated[tuple[Name, ...], Meta(max_length=limits.LISTED)] = ()
+    outputs: Annotated[tuple[Name, ...], Meta(max_length=limits.LISTED)] = ()
     image: Text | None = None
-    plans: tuple[Text, ...] = ()
+    plans: Annotated[tuple[Text, ...], Meta(max_length=limits.LISTED)] = ()

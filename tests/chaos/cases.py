@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from chaos import clocks, deaths, disks, lies, load, loading, network, soak
+from chaos import clocks, deaths, disks, lies, load, loading, network, soak, strangers
 from chaos.arena import Arena, Run
 from chaos.checker import Verdict, judge
 
@@ -139,6 +139,19 @@ CASES = {
             "goodput ≥ 90 % of peak, RSS ≤ 1.2×",
             load.overload,
             ci=False,
+        ),
+        Case(
+            "C17",
+            "300 idle connections, 4 GiB frame claims, garbage on every port",
+            "p99 ≤ 3 T, RSS + ≤ 50 MiB",
+            strangers.crowd,
+        ),
+        Case(
+            "C18",
+            "10,000 spoofed mDNS records; multicast filtered",
+            "static addresses work, 0 unauthorised sessions",
+            strangers.records,
+            own={"discovery": True},
         ),
         Case(
             "C21",

@@ -353,6 +353,34 @@ def overload(book: Book) -> None:
     book.want(after <= 1.2 * before, f"RSS {after / before:.2f} of before ({after >> 20} MiB)")
 
 
+def crowd(book: Book) -> None:
+    """C17."""
+    view = book.view
+    book.nothing_lost()
+    book.slower(3.0)
+    grown = view.memory("faults") - view.memory("calm")
+    book.want(grown <= 50 << 20, f"RSS {grown / 2**20:+.1f} MiB")
+    saw = view.faults("stranger saw")[0]
+    book.want(saw["made"] > 0, f"{saw['made']} connections, {saw['most']} at once")
+    book.say(f"on {view.faults('crowd')[0]['ports']} ports; {saw['closed']} were closed")
+
+
+def records(book: Book) -> None:
+    """C18."""
+    view = book.view
+    book.nothing_lost()
+    saw = view.faults("stranger saw")[0]
+    book.want(saw["sent"] >= view.faults("records")[0]["count"], f"{saw['sent']} records")
+    book.want(saw["came"] > 0, f"{saw['came']} connections to the impostor")
+    book.want(saw["sessions"] == 0, f"{saw['sessions']} unauthorised sessions")
+    known = {"head", *view.run["devices"]}
+    others = {name for e in view.of("devices") for name in e["states"]} - known
+    book.want(not others, f"{len(others)} unknown devices")
+    told = view.faults("anew")[1:]  # the first had to look for it
+    back_s = [view.back_s(e["at"], e["name"]) for e in told]
+    book.want(max(back_s) <= 10.0, f"told devices back {max(back_s):.1f} s after they started")
+
+
 def states(book: Book) -> None:
     """C3."""
     book.nothing_lost()
@@ -536,6 +564,8 @@ JUDGES: dict[str, Judge] = {
     "C14": disks,
     "C15": poisoned,
     "C16": overload,
+    "C17": crowd,
+    "C18": records,
     "C21": loads,
     "C22": jumps,
     "C23": liars,
