@@ -239,7 +239,9 @@ def test_a_copied_state_folder_is_another_device_and_cannot_take_its_name(
 # --- revocation
 
 
-def test_a_revoked_device_is_out_at_once_and_others_answer_what_it_was_at() -> None:
+def test_a_revoked_device_is_out_at_once_and_others_answer_what_it_was_at(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     """1. Requests run on three devices; 2. one is revoked; 3. all answers are right; 4. its process
     ends, and is not started again."""
     with mi.LocalCluster(3, speeds=[0.2, 0.2, 0.2]) as cluster, cluster.client() as client:
@@ -252,6 +254,8 @@ def test_a_revoked_device_is_out_at_once_and_others_answer_what_it_was_at() -> N
             assert_exact(MODEL, IMAGE, future.result(LONG_S).outputs)
         worker = cluster._worker(0)
         assert worker.name == "worker-0" and worker.supervisor.wait(LONG_S) == 77
+        words = capfd.readouterr().err
+        assert "revoked" in words and "again in" not in words
         assert "worker-0" not in {each.device for each in client.devices()}
         assert_exact(MODEL, IMAGE, client.infer("net", IMAGE).outputs)
 
