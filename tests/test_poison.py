@@ -187,6 +187,40 @@ def test_a_request_alone_that_is_answered_says_so() -> None:
     assert any("one device" in reason for reason in reply.reasons), reply.reasons
 
 
+def test_nothing_else_begins_where_a_request_runs_that_may_end_its_process() -> None:
+    """It ended one process; while it runs alone, tasks of others go to spare devices at once."""
+    deadly = Deadly(lambda n, job: crash(job) if job.request == "poison" else None)
+    cluster = deadly.cluster
+    cluster.deployed()
+    cluster.planner = lambda graph, names: whole(graph, names[:1], 1)
+    cluster.deployed("evil")
+    cluster.planner = None
+    for i in range(4):
+        cluster.check(cluster.submit(image(i)), image(i))
+    cluster.pass_time(limits.SPARES_AFTER_S + 1.0)
+    (others,) = (d for d in cluster.core.catalogue.deployments.values() if d.model.name == "net")
+    cluster.submit(model="evil", request="poison", deadline_s=60.0)
+    for _ in range(200):
+        deadly.step()
+        tries = [d for d in cluster.core.catalogue.deployments.values() if d.alone]
+        if tries:
+            break
+    (made,) = tries
+    cluster.settle(lambda: bool(made.programs))
+    (at_risk,) = set(made.programs) - {"head"}
+    cluster.settle(lambda: cluster.core.requests["poison"].deployment is made)
+    using = cluster.core.catalogue.running(others.model, others.signature, cluster.now)
+    assert using is not None and at_risk in using.programs
+    reply = cluster.check(cluster.submit(image(1)), image(1))
+    assert at_risk not in {task.device for task in reply.tasks}
+    story = cluster.tell(reply.request).splitlines()
+    sent = [line for line in story if "Deliver" in line and repr(reply.request) in line]
+    assert sent and not [line for line in sent if at_risk in line], "nothing was sent there"
+    assert deadly.outcome("poison").failure is not None
+    deadly.heal()
+    cluster.check_idle()
+
+
 def test_an_answer_names_lost_devices_and_the_time_that_they_cost() -> None:
     cluster = Cluster(FOUR)
     cluster.deployed()

@@ -171,7 +171,15 @@ class Fallback:
 
     def from_now(self, made: Deployment, now: float) -> dict[m.Place, str]:
         """Who runs tasks instead of their own devices in an attempt that begins now."""
-        return self.takers(made, self._members.health.resting(now))
+        return self.takers(made, self._members.health.resting(now) | self._at_risk())
+
+    def _at_risk(self) -> set[str]:
+        """Devices that run a request by itself, for fear that it ends their process: it would be
+        stuck in that for long before, and what came behind it would wait."""
+        tries = [d for d in self._catalogue.deployments.values() if d.alone in self._open]
+        ran = [d for d in tries if self._open[d.alone].deployment is d]
+        of = [pair for made in ran for pair in made.programs.items()]
+        return {name for name, programs in of if any(p.model is not None for p in programs)}
 
     def go_on_without_away(self, now: float) -> list[Effect]:
         """What silent and stuck devices owe, where it is awaited, goes to those that have prepared
