@@ -20,6 +20,7 @@ from processes import eventually, image, small_model
 
 import meshinfer as mi
 from cluster.local import LOOPBACK, _of_this_machine
+from cluster.tokens import leave_token
 from cluster.worker import WorkerOptions
 
 LIAR = Path(__file__).resolve().parent / "liar.py"
@@ -31,11 +32,11 @@ PICTURES = 4
 def with_a(kind: str, share: float, folder: Path) -> Iterator[mi.Client]:
     """A cluster of three, one of them such a worker, with a model spread over it."""
     with mi.LocalCluster(2) as cluster, cluster.client(timeout_s=60.0) as client:
+        leave_token(folder, client.admitting.token())
         options = WorkerOptions(
             name=NAME,
             cluster=cluster.cluster,
             state_dir=str(folder),
-            keyring=str(cluster.keyring),
             coordinator=cluster.address,
             interfaces=(LOOPBACK,),
             measured=_of_this_machine(1),
