@@ -182,16 +182,15 @@ def knows_that_it_joined(coordinator: Path, worker: Path) -> bool:
 def test_the_logs_of_daemons_lead_from_an_answer_to_the_death_behind_it(tmp_path: Path) -> None:
     """1. a worker process is killed at its task; 2. the answer comes; 3. from its id to the log of
     the coordinator, the cause, the device, and to why it died in the log of its supervisor."""
-    folder = tmp_path / "c"
-    logs = {name: tmp_path / f"{name}.log" for name in ("c", "a", "b")}
+    folder, logs = tmp_path / "c", {name: tmp_path / f"{name}.log" for name in ("c", "a", "b")}
     common: Line = {"cluster": "logs", "parent": os.getpid(), "log_form": "json"}
     coordinator = CoordinatorOptions(
         state_dir=str(folder), host="127.0.0.1", port=0, interfaces=(), log_level="debug", **common
     )
     with daemon("cluster.coordinator", coordinator, logs["c"]):
         assert eventually((folder / "address.json").exists, 30.0)
-        port = json.loads((folder / "address.json").read_text())["port"]
-        where, ring = f"127.0.0.1:{port}", folder / "keyring.json"
+        found, ring = json.loads((folder / "address.json").read_text()), folder / "keyring.json"
+        where = f"127.0.0.1:{found['port']}"
         let_in(where, ring, tmp_path / "a", tmp_path / "b")
         workers = {
             name: WorkerOptions(
