@@ -78,9 +78,17 @@ LOOKUPS = frozenset(
 
 _OURS = "a name of a table in our own code, never one that was received"
 _NEXT = "this program becomes the next one, by a list of arguments and without a shell"
-_CHILDREN = "a simulation's own children, by pipes that nobody else has"
+_CHILDREN = "its own children, by pipes that nobody else has"
 _LOOKED_UP = "calls what it looks up by a name that is not written here"
-_AGAIN = ("bench", "bench_messages", "bench_planner", "bench_profile", "chaos", "zoo")
+_AGAIN = (
+    "bench",
+    "bench_curve",
+    "bench_messages",
+    "bench_planner",
+    "bench_profile",
+    "chaos",
+    "zoo",
+)
 
 ALLOWED = {
     ("meshinfer/__init__.py", "importlib.import_module of a name that is not written here"): _OURS,
@@ -89,6 +97,8 @@ ALLOWED = {
     ("scripts/bench_parts/session.py", _LOOKED_UP): "lines on stdin of the bench, do_* only",
     ("cluster/simulate.py", "imports multiprocessing"): _CHILDREN,
     ("cluster/simulate.py", "imports concurrent.futures.ProcessPoolExecutor"): _CHILDREN,
+    ("scripts/bench_curve", "imports multiprocessing"): _CHILDREN,
+    ("scripts/bench_curve", "imports multiprocessing.connection.Connection"): _CHILDREN,
     ("cluster/cli/daemons.py", "refers to os.execv"): _NEXT,
     ("cluster/cli/lab.py", "refers to os.execvpe"): _NEXT,
     **{(f"scripts/{name}", "refers to os.execvp"): _NEXT for name in _AGAIN},
