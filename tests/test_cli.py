@@ -602,7 +602,7 @@ def test_a_cluster_without_encryption_works_says_so_and_meets_no_encrypted_one(
             for at, ring in zip((running.address, to[1]), rings, strict=True)
         ]
         for done in at_once(*crossed):
-            refused(done, 77, "encrypted")
+            refused(done, 77, "encrypt")
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=LONG_S) == 0
     (log,) = tmp_path.glob("coordinator-*.log")
