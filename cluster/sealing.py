@@ -218,7 +218,8 @@ def _loading_folder(state: Path) -> Path:
 def loading_folders(state: Path) -> tuple[Path, ...]:
     """Where that of a worker with this state folder may be."""
     name = hashlib.sha256(str(state.resolve()).encode()).hexdigest()[:16]
-    bases = ("/dev/shm", os.environ.get("XDG_RUNTIME_DIR", ""))
+    memory = "/dev/shm"  # noqa: S108 (the folder is ours, 0700, or there is an error)
+    bases = (memory, os.environ.get("XDG_RUNTIME_DIR", ""))
     return tuple(Path(base) / f"meshinfer-{os.getuid()}-{name}" for base in bases if base)
 
 
