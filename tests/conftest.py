@@ -62,7 +62,7 @@ ORDER = (
 
 PURE = frozenset(
     """
-    test_architectures test_architectures_exact test_client_core test_cluster_cores
+    test_architectures test_architectures_exact test_calls test_client_core test_cluster_cores
     test_coordinator_core test_cost test_credits test_deadlines test_detours test_draw test_exact
     test_fuzz_import test_geometry test_halves test_health test_heads test_importers test_links
     test_onnx_operators test_ops_conv_transpose test_ops_gather test_ops_normalise test_ops_pad

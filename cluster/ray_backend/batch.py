@@ -144,7 +144,7 @@ class Whole:
         arrays = {}
         spec = self.spec
         for name, rank in self._inputs.items():
-            column = self._column if spec is not None and name == spec.input else name
+            column = (self._column or name) if spec is not None and name == spec.input else name
             if column not in row:
                 raise InvalidInput(
                     f"the dataset has no column {column!r}, from which input {name!r} comes",
