@@ -293,6 +293,8 @@ class Plans:
     # --- models, under the lock
 
     def _publish(self, model: Model, made: PlanReady | None) -> None:
+        if model.key not in self.catalogue.opening:  # who deployed it has given up
+            return
         self.catalogue.reserve(model)
         self.catalogue.publish(model)
         self._answer(

@@ -213,7 +213,8 @@ class Requests:
             gone = {n: node.lost_by for n, node in known.items() if n not in current}
             dead = {n: str(lost) for n in current if known[n].actor_id == lost.actor}
         if current and not dead and not gone:
-            dead = self._without_a_sign(current)
+            left_s = max(0.0, asked.ends - time.monotonic())
+            dead = self._without_a_sign(current, left_s)
         self._coordinator.lost(serving, dead)
         asked.lost |= {**gone, **dead}
         asked.crashes += self._is_a_crash(dead)
@@ -228,10 +229,13 @@ class Requests:
                 hint="look at ray status; the nodes or their network are failing",
             )
 
-    def _without_a_sign(self, current: Mapping[str, Any]) -> dict[str, str]:
-        """Those of the actors that do not answer, and why."""
+    def _without_a_sign(self, current: Mapping[str, Any], left_s: float) -> dict[str, str]:
+        """Those of the actors that do not answer in time, if there is time for that; and why."""
         signs = {self._sign(actor): name for name, actor in current.items()}
-        told, silent = self._ray.wait(list(signs), num_returns=len(signs), timeout=_SILENT_S)
+        told, silent = self._ray.wait(
+            list(signs), num_returns=len(signs), timeout=min(_SILENT_S, left_s)
+        )
+        silent = silent if left_s >= _SILENT_S else []
         dead = {signs[sign]: "it gives no sign of life" for sign in silent}
         for sign in told:
             try:
