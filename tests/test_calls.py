@@ -19,6 +19,7 @@ from processes import image, small_model
 
 import meshinfer as mi
 from cluster.ray_backend.actor import NodeActor, Ran
+from cluster.ray_backend.serving import Serving, spare_programs
 from meshinfer.geometry import split_even
 from meshinfer.graph import Graph
 from meshinfer.identity import DeviceId
@@ -26,7 +27,9 @@ from meshinfer.plan import Plan, Shard, Stage, Task
 from meshinfer.programs import Programs, make_programs
 from meshinfer.protocol import messages as m
 from meshinfer.scheduler.calls import Calls, calls_of, results_of
+from meshinfer.scheduler.events import PlanReady, Signature
 from meshinfer.scheduler.recipe import Gathering, Recipe
+from meshinfer.transfers import TaskRef
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -125,7 +128,7 @@ def test_an_actor_leaves_no_files_and_holds_a_submodel_once() -> None:
     programs = make_programs(graph, banded(graph, 1))
     with actors(programs) as on:
         actor = on["pi-0"]
-        assert list(actor._store.folder.iterdir()) == []
+        assert not actor._folder.exists()
         models = tuple(p.model or "" for p in programs.by_device["pi-0"] if p.model)
         assert actor.lacks((*models, "0" * 64)) == ("0" * 64,)
         own = tuple(p for p in programs.by_device["pi-0"] if p.model)
@@ -147,6 +150,33 @@ def test_a_kept_blob_that_is_not_what_its_name_says_is_refused() -> None:
         assert "SHA-256" in msgspec.msgpack.decode(told, type=m.Failure).message
     finally:
         actor.end()
+
+
+def test_a_lost_device_s_task_goes_to_who_has_prepared_it() -> None:
+    graph = mi.load(small_model(24))
+    plan = banded(graph, 2)
+    spares = {TaskRef(0, 0): (DeviceId("pi-1"),)}
+    made = PlanReady(1, str(plan), make_programs(graph, plan, spares).by_device)
+    calls = calls_of(made.programs)
+    model: Any = None
+    devices = {"pi-0": object(), "pi-1": object()}
+    serving = Serving(1, model, Signature(False, ()), tuple(devices), made, calls, devices)
+    assert spare_programs(made) == {"pi-1": (calls.tasks[0].program,)}
+
+    def without_first(name: str, actor: object) -> bool:
+        return name != "pi-0" and devices[name] is actor
+
+    first, second, *_ = calls.tasks
+    assert serving.device(first, lambda *_: True) == "pi-0"
+    assert serving.device(first, without_first) is None, "it is not prepared there yet"
+    serving.spares.add((first.place, "pi-1"))
+    assert serving.device(first, without_first) == "pi-1"
+    assert serving.device(second, lambda *_: False) is None
+    assert not serving.is_whole(without_first), "other tasks of pi-0 have no spare"
+    ran = {call.place: call.devices[0] for call in calls.tasks} | {first.place: "pi-1"}
+    moved = Plan.parse(serving.plan(ran))
+    assert moved.stages[0].tasks[0].devices == ("pi-1",)
+    assert moved.stages[1:] == plan.stages[1:]
 
 
 def test_images_of_the_same_size_are_told_apart_by_nothing_but_their_bytes() -> None:

@@ -476,6 +476,22 @@ def test_a_process_that_is_killed_in_the_middle_costs_no_answer(client: RayClien
     assert eventually(lambda: len(ready(client)) == 3, 40), "its node lives, and gets another"
 
 
+def test_a_process_that_stands_still_is_passed_over(client: RayClient) -> None:
+    client.deploy("still", small_model(48, 8), plan=bands(small_model(48, 8), ready(client)))
+    assert_exact(small_model(48, 8), image(48), client.infer("still", image(48)).outputs)
+    stopped = actor_processes()[0]
+    stopped.suspend()
+    try:
+        result = client.infer("still", image(48), deadline_s=60)
+    finally:
+        stopped.kill()
+    assert_exact(small_model(48, 8), image(48), result.outputs)
+    assert result.degraded and result.attempts > 1
+    (device,) = result.devices_lost
+    assert device not in Plan.parse(result.plan).devices()
+    assert eventually(lambda: len(ready(client)) == 3, 40)
+
+
 def test_a_node_that_is_killed_in_the_middle_costs_no_answer(
     client: RayClient, shelf: Shelf
 ) -> None:

@@ -6,6 +6,8 @@ ours is pickled. A plain class; ``nodes`` makes Ray's actor of it.
 
 from __future__ import annotations
 
+import secrets
+import shutil
 import socket
 import tempfile
 import time
@@ -23,7 +25,7 @@ from cluster.blobs import BlobStore
 from meshinfer.engine import EngineError
 from meshinfer.engine import Prepared as PreparedModel
 from meshinfer.engine.ort import OrtEngine
-from meshinfer.errors import MeshInferError
+from meshinfer.errors import ConfigurationError, MeshInferError
 from meshinfer.protocol import messages as m
 from meshinfer.protocol.codec import Array, failure_of, payload_of
 from meshinfer.scheduler.calls import results_of
@@ -52,9 +54,9 @@ class NodeActor:
     """One device. Calls come one after another."""
 
     def __init__(self, threads: int) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="meshinfer-ray-")
-        self._store = BlobStore(Path(self._folder.name))
-        self._engine = OrtEngine(self._store.folder, threads)
+        # There only while something is prepared: whoever kills us leaves nothing behind.
+        self._folder = Path(tempfile.gettempdir()) / f"meshinfer-ray-{secrets.token_hex(8)}"
+        self._engine = OrtEngine(self._folder, threads)
         self._threads = threads
         self._sessions: WeakValueDictionary[str, PreparedModel] = WeakValueDictionary()
         self._held: dict[tuple[int, int, int], _Held] = {}
@@ -87,8 +89,8 @@ class NodeActor:
     def keep(self, digest: str, data: Array) -> bytes:
         """A submodel or a weight for ``prepare``; the failure, if any."""
         try:
-            self._store.put(digest, payload_of(data))
-        except (OSError, ValueError) as error:
+            BlobStore(self._folder, shared=True).put(digest, payload_of(data))
+        except (OSError, ValueError, ConfigurationError) as error:
             return _told(error)
         return b""
 
@@ -108,9 +110,7 @@ class NodeActor:
         except Exception as error:
             return _told(error)
         finally:
-            for path in self._store.folder.iterdir():  # loaded, or mapped: files are needed no more
-                if path.is_file():
-                    self._store.remove(path.name)
+            shutil.rmtree(self._folder, ignore_errors=True)  # all is loaded, or mapped
         return b""
 
     def forget(self, deployment: int) -> None:
@@ -138,13 +138,13 @@ class NodeActor:
     def end(self) -> None:
         """Leave nothing behind; the caller ends the process."""
         self._held.clear()
-        self._folder.cleanup()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def _session(self, program: m.Program) -> PreparedModel:
         assert program.model is not None
         session = self._sessions.get(program.model)
         if session is None:
-            session = self._engine.prepare(self._store.path(program.model).read_bytes())
+            session = self._engine.prepare((self._folder / program.model).read_bytes())
             self._sessions[program.model] = session
         return session
 
