@@ -20,15 +20,16 @@ from typing import Any
 
 import meshinfer
 from cluster import results
+from cluster.admitting import Admitting
 from cluster.blobs import BlobStore
-from cluster.config import default_keyring
-from cluster.locate import find_coordinator, own_place
+from cluster.locate import own_place
 from cluster.loop import Loop
+from cluster.membership import find_as_client
 from cluster.offers import Offers
 from cluster.on_device import OnDevice
 from cluster.ray_backend.address import MayBeRay
 from cluster.results import Deployment, Result, closed_error
-from cluster.security import read_keyring
+from cluster.signing import Verifying
 from cluster.sockets import Endpoint
 from cluster.storing import serve
 from cluster.transport import Transport
@@ -74,8 +75,9 @@ class Client(MayBeRay):
     """A connection to a coordinator.
 
     ``address``: HOST:PORT (``ray://...`` makes a ``RayClient``); else $MESHINFER_COORDINATOR; else
-    mDNS for ``cluster``. ``keyring``: the file that the coordinator wrote; else $MESHINFER_KEYRING;
-    else that of this machine's.
+    mDNS for ``cluster``. ``keyring``: of an admin or a client; else $MESHINFER_KEYRING; else that
+    of this machine's coordinator, or what ``meshinfer join`` has written. ``token``: joins with it,
+    once, and keeps its keyring; else, where there is no keyring, $MESHINFER_TOKEN.
     Raises ``ClusterUnavailable`` when none answers within ``timeout_s``, ``AuthError``.
     """
 
@@ -85,29 +87,28 @@ class Client(MayBeRay):
         *,
         keyring: str | os.PathLike[str] | None = None,
         cluster: str = "default",
+        token: str | None = None,
         timeout_s: float = 10.0,
         interfaces: Sequence[str] | None = None,
     ) -> None:
-        ring = read_keyring(Path(keyring or default_keyring(cluster)))
-        found = find_coordinator(
-            address,
-            ring.cluster,
-            timeout_s=timeout_s,
-            key=ring.coordinator_public,
+        ring, found = find_as_client(
+            None if keyring is None else Path(keyring),
+            cluster,
+            token,
+            address=address,
             interfaces=interfaces,
+            timeout_s=timeout_s,
         )
-        if found is None:
-            raise ClusterUnavailable(
-                f"no coordinator of cluster {ring.cluster!r} was found over mDNS",
-                hint="start meshinfer coordinator, or give its address",
-            )
+        self.role = ring.role
+        self.admitting = Admitting(ring, found[0], partial(self._ask, timeout_s=CALL_S))
         self._lock = threading.Lock()
         self._results: dict[str, _Open] = {}
         self._calls: dict[str, Future[m.AnyMessage]] = {}
         self._closed = False
+        self._ended_by: MeshInferError | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="meshinfer-client-")
         self._offers = Offers(BlobStore(Path(self._folder.name)))
-        name = f"client-{secrets.token_hex(6)}"
+        name = f"{ring.name}-{secrets.token_hex(6)}"
         hello = m.Hello(
             role="client",
             device=name,
@@ -118,9 +119,9 @@ class Client(MayBeRay):
             where=own_place(found[0]),
         )
         coordinator = Endpoint(found[0], found[1], ring.coordinator_public)
-        transport = partial(Transport, f"{name}#0", ring.member, plaintext=ring.plaintext)
+        transport = partial(Transport, f"{name}#0", ring.key, plaintext=ring.plaintext)
         self._core = ClientCore(hello)
-        self._loop = Loop(self._core, transport, self._perform, coordinator)
+        self._loop = Loop(Verifying(self._core, f"{name}#0"), transport, self._perform, coordinator)
         self._on_device = OnDevice(self._loop.post)
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -314,7 +315,7 @@ class Client(MayBeRay):
         failure = self._loop.run()
         error = closed_error() if failure is None else error_of(failure)
         with self._lock:
-            self._closed = True
+            self._closed, self._ended_by = True, error
             open_ = [each.future for each in self._results.values()]
             calls = list(self._calls.values())
             self._results.clear()
@@ -377,7 +378,7 @@ class Client(MayBeRay):
 
     def _refuse_when_closed(self) -> None:
         if self._closed:
-            raise closed_error()
+            raise self._ended_by or closed_error()
 
     def _info(self, model: str, version: int | None) -> m.ModelInfo:
         """What the coordinator knows of a version (of the current one, if None)."""

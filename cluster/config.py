@@ -26,10 +26,19 @@ def coordinator_state(cluster: str) -> Path:
     return state_dir(f"coordinator-{cluster}")
 
 
+def user_state(cluster: str) -> Path:
+    """Of a user who has joined a cluster elsewhere."""
+    return state_dir(f"client-{cluster}")
+
+
 def default_keyring(cluster: str) -> Path:
-    """$MESHINFER_KEYRING, else the keyring of this machine's coordinator."""
+    """$MESHINFER_KEYRING, else the keyring of this machine's coordinator, else this user's."""
     given = os.environ.get("MESHINFER_KEYRING")
-    return Path(given) if given else coordinator_state(cluster) / "keyring.json"
+    if given:
+        return Path(given)
+    of_coordinator = coordinator_state(cluster) / "keyring.json"
+    of_user = user_state(cluster) / "keyring.json"
+    return of_user if of_user.exists() and not of_coordinator.exists() else of_coordinator
 
 
 def file_settings() -> dict[str, Any]:

@@ -26,21 +26,27 @@ import meshinfer
 from cluster import processes, profiler, telemetry
 from cluster.blobs import BlobStore
 from cluster.config import ADDRESS_FILE
-from cluster.discovery import announce, browse, fingerprint
+from cluster.discovery import announce, browse
 from cluster.journal import FILE, Journal, JournalThread
+from cluster.keyring import Keyring, load_or_create_coordinator
+from cluster.keys import KeyPair
 from cluster.locate import DEFAULT_PORT
 from cluster.loop import Loop, Post, start_thread
 from cluster.planning import PlanningThread
-from cluster.security import KeyPair, Keyring, generate_keypair, load_or_create_coordinator
+from cluster.signing import Signing, Verifying, load_or_create_key
 from cluster.sockets import Endpoint, Plane
 from cluster.storing import StoreThread
 from cluster.transport import Transport
 from meshinfer.errors import ClusterUnavailable, ConfigurationError, MeshInferError
 from meshinfer.protocol import messages as m
 from meshinfer.protocol.codec import error_of, failure_of
+from meshinfer.protocol.joining import Admission
 from meshinfer.protocol.records import BESIDE_COORDINATOR
+from meshinfer.protocol.token import short_id
 from meshinfer.scheduler.coordinator import CoordinatorCore
+from meshinfer.scheduler.enrolment import Door
 from meshinfer.scheduler.events import Effect, Record, Stop, StopRequested
+from meshinfer.scheduler.ledger import TokenMade
 from meshinfer.scheduler.worker import COORDINATOR, WorkerCore
 
 HEAD = "head"
@@ -52,19 +58,24 @@ _POLL_S = 0.02
 _REFRESH_S = 30.0
 _WARN_S = 60.0
 _JOIN_S = 5.0
+_LAST_PORT = 65535
 
 
 class CoordinatorOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Settings of a coordinator. ``host``: address to listen at; empty: all of this machine's.
 
     ``interfaces``: addresses for mDNS; None chooses, empty does without. ``plaintext``: the cluster
-    does without encryption, as its keyring then says. ``parent``: the process to end with.
+    does without encryption, as its keyring then says. ``join_port``: where strangers knock; 0: the
+    one after ``port``, or any free one if that is 0. ``tokens``: good from the start. ``parent``:
+    the process to end with.
     """
 
     cluster: str = "default"
     state_dir: str
     host: str = ""
     port: int = DEFAULT_PORT
+    join_port: int = 0
+    tokens: tuple[TokenMade, ...] = ()
     interfaces: tuple[str, ...] | None = None
     plaintext: bool = False
     log_level: str = "info"
@@ -77,6 +88,7 @@ class Address(msgspec.Struct, frozen=True, kw_only=True):
 
     host: str
     port: int
+    join_port: int
     pid: int
 
 
@@ -92,17 +104,22 @@ def run_coordinator(
     address = state / ADDRESS_FILE
     address.unlink(missing_ok=True)  # of one that was killed
     keyring, own = load_or_create_coordinator(state, options.cluster, plaintext=options.plaintext)
+    signing = load_or_create_key(state)
     _refuse_second(options, keyring)
     journal = Journal(state / FILE)
-    listen = options.host or EVERYWHERE
     here = options.host or LOOPBACK
     shown = options.host or BESIDE_COORDINATOR
     incarnation = secrets.token_hex(4)
+    always = (
+        Admission(own.public, HEAD, "worker"),
+        Admission(keyring.key.public, keyring.name, "admin"),
+    )
     identity = f"{COORDINATOR}#{incarnation}"
-    transport = Transport(identity, keyring.member, own, plaintext=keyring.plaintext)
+    transport = Transport(identity, own, always, plaintext=keyring.plaintext)
+    # Before anybody can connect: a device that comes back is not to be turned away.
+    transport.admit(each.admission for each in journal.ledger.enrolled.values())
     try:
-        port = transport.bind(Plane.CONTROL, listen, options.port)
-        bulk_port = transport.bind(Plane.BULK, listen)
+        port, join_port, bulk_port = _bind(transport, options)
     except MeshInferError:
         transport.close()
         journal.close()
@@ -111,7 +128,9 @@ def run_coordinator(
         device=COORDINATOR, incarnation=incarnation, host=shown, port=bulk_port, key=own.public
     )
     store = BlobStore(state / "blobs", durable=True)
-    core = CoordinatorCore(options.cluster, meshinfer.__version__, bulk, journal.ledger)
+    door = Door(port, always, options.tokens, join_port, own.public)
+    draw = secrets.SystemRandom().random  # no device can foresee which task is checked
+    core = CoordinatorCore(options.cluster, meshinfer.__version__, bulk, door, journal.ledger, draw)
     planning: PlanningThread
     writing: JournalThread
 
@@ -121,20 +140,17 @@ def run_coordinator(
         else:
             planning.put(effect)
 
-    loop = Loop(core, lambda: transport, perform)
+    loop = Loop(Signing(core, signing, incarnation), lambda: transport, perform)
     writing = JournalThread(journal, loop.post)
     planning = PlanningThread(store, loop.post, options.log_level, options.log_form)
-    head = Head(keyring, options.cluster, here, options.host, port, store, loop.post)
+    head = Head(keyring, own, options.cluster, here, options.host, port, store, loop.post)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: loop.post(StopRequested()))
-    listening = Address(host=here, port=port, pid=os.getpid())
-    _write_address(address, listening)
-    log = structlog.get_logger()
-    log.info("listening", host=listen, port=port, cluster=options.cluster)
-    log.info("share with the devices", keyring=str(state / "keyring.json"))
+    listening = Address(host=here, port=port, join_port=join_port, pid=os.getpid())
+    _tell(address, listening, options, own.public)
     head.start()
     try:
-        with _announced(options, port, own.public, loop), _warning(keyring, loop.post):
+        with _announced(options, listening, own.public, loop), _warning(keyring, loop.post):
             if on_listening is not None:
                 on_listening(listening)
             return loop.run()
@@ -145,14 +161,33 @@ def run_coordinator(
         writing.close()
 
 
+def _bind(transport: Transport, options: CoordinatorOptions) -> tuple[int, int, int]:
+    """The ports of control, join and bulk."""
+    host = options.host or EVERYWHERE
+    control = transport.bind(Plane.CONTROL, host, options.port)
+    after = options.port + 1 if 0 < options.port < _LAST_PORT else 0
+    try:
+        join = transport.bind(Plane.JOIN, host, options.join_port or after)
+    except ConfigurationError as error:
+        raise ConfigurationError(
+            error.message, hint="there strangers are to knock: choose another with --join-port"
+        ) from error
+    return control, join, transport.bind(Plane.BULK, host)
+
+
 @contextmanager
-def _announced(options: CoordinatorOptions, port: int, key: str, loop: Loop) -> Iterator[None]:
+def _announced(options: CoordinatorOptions, where: Address, key: str, loop: Loop) -> Iterator[None]:
     """Be found over mDNS meanwhile, at the addresses that the machine has from time to time."""
     if options.interfaces == ():
         yield
         return
     announcement = announce(
-        options.cluster, port, key=key, protocol=m.PROTOCOL, interfaces=options.interfaces
+        options.cluster,
+        where.port,
+        key=key,
+        join_port=where.join_port,
+        protocol=m.PROTOCOL,
+        interfaces=options.interfaces,
     )
     try:
         with _each("announcing", _REFRESH_S, announcement.refresh, loop.post):
@@ -189,7 +224,11 @@ def _each(name: str, pause_s: float, act: Callable[[], None], post: Post) -> Ite
         thread.join(timeout=_JOIN_S)
 
 
-def _write_address(path: Path, address: Address) -> None:
+def _tell(path: Path, address: Address, options: CoordinatorOptions, key: str) -> None:
+    """Write down where it listens, and log it."""
+    fields = {"host": options.host or EVERYWHERE, "port": address.port, "id": short_id(key)}
+    fields |= {"join_port": address.join_port, "cluster": options.cluster}
+    structlog.get_logger().info("listening", **fields)
     part = path.with_suffix(".part")
     try:
         part.write_bytes(msgspec.json.encode(address))
@@ -218,7 +257,7 @@ def _refuse_second(options: CoordinatorOptions, keyring: Keyring) -> None:
         return
     others = browse(options.cluster, timeout_s=_LOOK_S, interfaces=options.interfaces, until=1)
     for other in others:
-        mine = other.fingerprint == fingerprint(keyring.coordinator_public)
+        mine = other.key == keyring.coordinator_public
         raise ConfigurationError(
             f"cluster {options.cluster!r} has a coordinator at {other.host}:{other.port} already"
             + (" (with this very key)" if mine else ""),
@@ -232,6 +271,7 @@ class Head:
     def __init__(
         self,
         keyring: Keyring,
+        own: KeyPair,
         cluster: str,
         host: str,
         shared_host: str,
@@ -239,6 +279,7 @@ class Head:
         store: BlobStore,
         post: Post,
     ) -> None:
+        self._own = own
         self._keyring, self._cluster, self._host, self._shared = keyring, cluster, host, shared_host
         self._control_port = control_port
         self._store, self._post = store, post
@@ -258,10 +299,15 @@ class Head:
             self._thread.join(timeout=_JOIN_S)
 
     def _run(self) -> None:
-        server: KeyPair = generate_keypair()
         incarnation = secrets.token_hex(4)
         ring, identity = self._keyring, f"{HEAD}#{incarnation}"
-        transport = Transport(identity, ring.member, server, plaintext=ring.plaintext)
+        transport = Transport(
+            identity,
+            self._own,
+            [Admission(self._own.public, HEAD, "worker")],
+            plaintext=ring.plaintext,
+            unknown_is_temporary=True,
+        )
         port = transport.bind(Plane.BULK, self._shared or EVERYWHERE)
         control = Endpoint(self._host, self._control_port, self._keyring.coordinator_public)
         facts = profiler.facts(threads=0, engine="none", measured=None)
@@ -277,12 +323,12 @@ class Head:
                 incarnation=incarnation,
                 host=self._shared or BESIDE_COORDINATOR,
                 port=port,
-                key=server.public,
+                key=self._own.public,
             ),
             facts=msgspec.structs.replace(facts, head=True),
         )
         storing: StoreThread
-        core = WorkerCore(hello)
+        core = Verifying(WorkerCore(hello), identity)
         loop = Loop(core, lambda: transport, lambda effect: storing.put(effect), control)
         storing = StoreThread(self._store, None, loop.post)
         self._loop = loop

@@ -8,7 +8,6 @@ multicast does not work, static addresses do.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import ipaddress
 import queue
 import re
@@ -32,7 +31,8 @@ from zeroconf import (
 )
 from zeroconf import Error as ZeroconfError
 
-from cluster.security import check_cluster_name
+from cluster.keyring import check_cluster_name
+from cluster.keys import is_key
 from meshinfer import limits
 
 log = structlog.get_logger(__name__)
@@ -48,19 +48,16 @@ _RESOLVE_TRIES: Final = 3
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What somebody announced. Nothing of it is proven; ``protocol`` is (lowest, highest)."""
+    """What somebody announced. Nothing of it is proven; ``protocol`` is (lowest, highest), ``key``:
+    the public key that it says it has."""
 
     cluster: str
     host: str
     port: int
     protocol: tuple[int, int]
-    fingerprint: str
+    key: str
+    join_port: int
     instance: str
-
-
-def fingerprint(key: str) -> str:
-    """A short digest of a public key: tells coordinators apart, proves nothing."""
-    return hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
 def interface_addresses() -> list[str]:
@@ -171,6 +168,7 @@ def announce(
     port: int,
     *,
     key: str,
+    join_port: int,
     protocol: tuple[int, int],
     interfaces: Sequence[str] | None = None,
 ) -> Announcement:
@@ -183,7 +181,8 @@ def announce(
     properties = {
         "cluster": cluster,
         "protocol": f"{protocol[0]}-{protocol[1]}",
-        "key": fingerprint(key),
+        "key": key,
+        "join": str(join_port),
     }
 
     def info(addresses: list[str]) -> ServiceInfo:
@@ -204,8 +203,10 @@ def browse(
     timeout_s: float,
     interfaces: Sequence[str] | None = None,
     until: int | None = None,
+    key: str | None = None,
 ) -> list[Found]:
-    """Coordinators of this cluster (None: of any) heard of within the time, sorted by instance.
+    """Coordinators of this cluster (None: of any) heard of within the time, sorted by instance;
+    with ``key`` only those that say they have it.
 
     Returns as soon as ``until`` are found. Looks at DISCOVERED names at most: a flood of forged
     records can hide a coordinator from mDNS, but cost neither memory nor more time than given.
@@ -227,7 +228,7 @@ def browse(
     try:
         browser = ServiceBrowser(zeroconf, SERVICE, handlers=[changed])
         try:
-            return _collect(zeroconf, changes, cluster, deadline, until)
+            return _collect(zeroconf, changes, (cluster, key), deadline, until)
         finally:
             browser.cancel()
     finally:
@@ -237,7 +238,7 @@ def browse(
 def _collect(
     zeroconf: Zeroconf,
     changes: queue.Queue[tuple[str, bool]],
-    cluster: str | None,
+    wanted: tuple[str | None, str | None],
     deadline: float,
     until: int | None,
 ) -> list[Found]:
@@ -260,7 +261,9 @@ def _collect(
             continue  # does not answer, or comes and goes
         tries[name] += 1
         wait_ms = min(_RESOLVE_MS, max(1, int((deadline - time.monotonic()) * 1000)))
-        hit = _resolve(zeroconf, name, cluster, wait_ms)
+        hit = _resolve(zeroconf, name, wanted[0], wait_ms)
+        if hit is not None and wanted[1] not in (None, hit.key):
+            continue  # another's, or somebody who lies in its name
         if hit is not None:
             found[name] = hit
         else:
@@ -282,15 +285,17 @@ def _resolve(zeroconf: Zeroconf, name: str, cluster: str | None, wait_ms: int) -
     except UnicodeDecodeError:
         return None
     speaks = re.fullmatch(r"(\d{1,5})-(\d{1,5})", fields.get("protocol", ""))
-    named, print_of_key = fields.get("cluster", ""), fields.get("key", "")
+    named, key, join = (fields.get(name, "") for name in ("cluster", "key", "join"))
     hosts = info.parsed_addresses(IPVersion.V4Only)[: limits.DISCOVERED]
-    if not speaks or not hosts or not re.fullmatch(r"[0-9a-f]{16}", print_of_key):
+    if not speaks or not hosts or not is_key(key):
+        return None
+    if not re.fullmatch(r"\d{1,5}", join) or not 0 < int(join) < 65536:
         return None
     if not name.startswith(f"{named}@") or (cluster is not None and named != cluster):
         return None
     instance = name.removesuffix(f".{SERVICE}")
     protocol = (int(speaks[1]), int(speaks[2]))
-    return Found(named, _nearest(hosts), info.port, protocol, print_of_key, instance)
+    return Found(named, _nearest(hosts), info.port, protocol, key, int(join), instance)
 
 
 def _nearest(hosts: list[str]) -> str:

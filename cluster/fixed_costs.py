@@ -9,12 +9,13 @@ from collections.abc import Callable
 
 import numpy as np
 
-from cluster.security import generate_keypair
+from cluster.keys import generate_keypair
 from cluster.sockets import Endpoint, Plane, Received
 from cluster.transport import Transport
 from meshinfer.errors import ConfigurationError
 from meshinfer.protocol import codec
 from meshinfer.protocol import messages as m
+from meshinfer.protocol.joining import Admission
 
 LONGEST_S = 8.0
 """A slow device stops measuring after this; kinds without a rate are derived from the others."""
@@ -52,9 +53,10 @@ class Wire:
     ENDS = 4
 
     def __init__(self, *, plaintext: bool) -> None:
-        key = generate_keypair()
-        self.here = Transport("here#1", key, plaintext=plaintext)
-        self.there = Transport("there#1", key, plaintext=plaintext)
+        key, other = generate_keypair(), generate_keypair()
+        admitted = Admission(other.public, "there", "worker")
+        self.here = Transport("here#1", key, [admitted], plaintext=plaintext)
+        self.there = Transport("there#1", other, plaintext=plaintext)
         try:
             port = self.here.bind(Plane.BULK, "127.0.0.1")
             endpoint = Endpoint("127.0.0.1", port, self.here.public_key)

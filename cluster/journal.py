@@ -1,7 +1,8 @@
 """The coordinator's journal on disk: SQLite, one transaction for all that waits, in its own thread.
 
 What SQLite has committed is there after SIGKILL. After a power cut what was committed last may be
-missing, but never a deployment that was told: its commit is synced (synchronous=FULL).
+missing, but never a deployment that was told, nor who was admitted or expelled: their commits are
+synced (synchronous=FULL).
 """
 
 from __future__ import annotations
@@ -9,25 +10,39 @@ from __future__ import annotations
 import contextlib
 import queue
 import sqlite3
-from collections.abc import Hashable, Sequence
+import time
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import msgspec
 import structlog
 
+from cluster import enrolled
 from cluster.loop import start_thread
 from meshinfer import limits
 from meshinfer.errors import ClusterUnavailable, ConfigurationError
 from meshinfer.protocol.codec import failure_of
 from meshinfer.protocol.messages import Failure
 from meshinfer.scheduler.events import Event, Record, Recorded, RecordFailed, Send, Stop
-from meshinfer.scheduler.ledger import Accepted, Ended, Entry, Ledger, Planned, Published
+from meshinfer.scheduler.ledger import (
+    Accepted,
+    Ended,
+    Enrolled,
+    Entry,
+    Expelled,
+    Ledger,
+    Planned,
+    Published,
+    TokenMade,
+)
 
 FILE = "journal.sqlite"
 """In the coordinator's state folder; beside it SQLite's own ``-wal``."""
 
-_SCHEMA = 1
+_SCHEMA = 2
+"""1 knew nothing of tokens and keys; such a file is given the tables that it lacks."""
+
 _TABLES = """
 CREATE TABLE IF NOT EXISTS ids (
     number INTEGER PRIMARY KEY, request TEXT NOT NULL, body TEXT NOT NULL, outcome TEXT,
@@ -52,11 +67,11 @@ class Journal:
     """Opened by one process at a time; any one thread may commit. ``ledger``: what was in it.
 
     Raises ``ConfigurationError`` for a file that is damaged, of another release, or that cannot be
-    written; it is left as it is.
+    written; it is left as it is. ``wall``: seconds of the wall clock, for tokens.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, wall: Callable[[], float] = time.time) -> None:
+        self.path, self._wall = path, wall
         unfinished = _frames(path)
         try:
             self._database = sqlite3.connect(
@@ -82,7 +97,7 @@ class Journal:
         run("PRAGMA synchronous=NORMAL")
         run(f"PRAGMA wal_autocheckpoint={limits.JOURNAL_WAL_PAGES}")
         (schema,) = run("PRAGMA user_version").fetchone()
-        if schema not in (0, _SCHEMA):
+        if not 0 <= schema <= _SCHEMA:  # 0: it is new
             raise sqlite3.DatabaseError(f"it is of another release of MeshInfer (form {schema})")
         problems = [row[0] for row in run("PRAGMA quick_check(1)").fetchall()]
         if problems != ["ok"]:
@@ -95,7 +110,7 @@ class Journal:
                 pages=frames - max(0, valid),
             )
         run("BEGIN IMMEDIATE")
-        for statement in _TABLES.split(";"):
+        for statement in (_TABLES + enrolled.TABLES).split(";"):
             run(statement)
         run(f"PRAGMA user_version={_SCHEMA}")
         ledger = self._read()
@@ -113,6 +128,7 @@ class Journal:
             ledger.apply([msgspec.json.decode(entry, type=Published)])
         for (entry,) in run("SELECT entry FROM plans ORDER BY number"):
             ledger.apply([msgspec.json.decode(entry, type=Planned)])
+        ledger.apply(list(enrolled.read(self._database, self._wall())))
         rows = run("SELECT request, body, outcome, failure FROM ids ORDER BY number")
         ledger.apply([_id_of(*row) for row in rows])
         (self._number,) = run("SELECT coalesce(max(number), 0) FROM ids").fetchone()
@@ -121,25 +137,27 @@ class Journal:
 
     def commit(self, entries: Sequence[Entry]) -> None:
         """Write them all, or none; nothing to write is tried as well. Raises ``sqlite3.Error``."""
-        models = [entry for entry in entries if isinstance(entry, Published)]
         number = self._number
-        rows = []
+        rows, others = [], []
         plans: dict[Hashable, Planned] = {}
         for entry in entries:
-            if isinstance(entry, Planned):
-                plans.pop(entry.key, None)
-                plans[entry.key] = entry
-            elif not isinstance(entry, Published):
-                number += 1
-                rows.append((number, *_row_of(entry)))
+            match entry:
+                case Planned():
+                    plans.pop(entry.key, None)
+                    plans[entry.key] = entry
+                case Accepted() | Ended():
+                    number += 1
+                    rows.append((number, *_row_of(entry)))
+                case _:
+                    others.append(entry)
         run = self._database.execute
-        if models:
+        if others:
             run("PRAGMA synchronous=FULL")
         try:
             run("BEGIN IMMEDIATE")
             self._database.executemany("INSERT INTO ids VALUES (?, ?, ?, ?, ?)", rows)
-            for model in models:
-                self._write_model(model)
+            for other in others:
+                self._write_other(other)
             for plan in plans.values():
                 self._write_plan(plan)
             if not entries:
@@ -154,11 +172,17 @@ class Journal:
                     run("ROLLBACK")
             raise
         finally:
-            if models:
+            if others:
                 run("PRAGMA synchronous=NORMAL")
         self._number = number
         if trims:
             self._trimmed = number
+
+    def _write_other(self, entry: Published | TokenMade | Enrolled | Expelled) -> None:
+        if isinstance(entry, Published):
+            self._write_model(entry)
+        else:
+            enrolled.write(self._database, entry, self._wall())
 
     def _write_model(self, entry: Published) -> None:
         run = self._database.execute
@@ -234,7 +258,8 @@ def _unusable(path: Path, error: Exception) -> ConfigurationError:
     return ConfigurationError(
         f"the journal {path} is damaged: {error}",
         hint=f"put a copy back, or move {path}* away to begin with an empty one: models must then "
-        "be deployed again, and ids of requests from before are not known any more",
+        "be deployed again, devices and clients join again, and ids of requests from before are "
+        "not known any more",
     )
 
 

@@ -31,7 +31,9 @@ from cluster.client import Client
 from cluster.config import ADDRESS_FILE
 from cluster.coordinator import HEAD, Address, CoordinatorOptions, await_address
 from cluster.gate import GateProcess
+from cluster.keyring import read_keyring
 from cluster.profiler import Measured, measure
+from cluster.tokens import FOR_EVER_S, given, leave_token, new_secret, places_of, token_for
 from cluster.worker import Ways, WorkerOptions
 from meshinfer.errors import ClusterUnavailable, InvalidInput
 
@@ -89,6 +91,7 @@ class LocalCluster:
         self._made = 0
         self._coordinator: subprocess.Popen[bytes] | None = None
         self._address: Address | None = None
+        self._secret = new_secret()  # of the token that all workers join with
         self._gate: GateProcess | None = None
         try:
             self._gate = GateProcess() if faults else None
@@ -185,7 +188,7 @@ class LocalCluster:
         self._coordinator.kill()
         self._coordinator.wait()
         (self._folder / "coordinator" / ADDRESS_FILE).unlink(missing_ok=True)
-        self._start_coordinator(self._address.port)
+        self._start_coordinator(self._address.port, self._address.join_port)
 
     def close(self) -> None:
         """Stop everything that was started here and remove its folder."""
@@ -231,12 +234,14 @@ class LocalCluster:
         worker.paused = paused
         return worker.name
 
-    def _start_coordinator(self, port: int = 0) -> None:
+    def _start_coordinator(self, port: int = 0, join_port: int = 0) -> None:
         options = CoordinatorOptions(
             cluster=self.cluster,
             state_dir=str(self._folder / "coordinator"),
             host=LOOPBACK,
             port=port,
+            join_port=join_port,
+            tokens=(given(self._secret, "worker", ttl_s=FOR_EVER_S, reusable=True),),
             interfaces=(LOOPBACK,) if self._discovery else (),
             log_level=self._log_level,
             parent=os.getpid(),
@@ -245,13 +250,16 @@ class LocalCluster:
         self._address = await_address(self._coordinator, self._folder / "coordinator", _START_S)
 
     def _start_worker(self, speed: float) -> str:
+        assert self._address is not None
         name = f"worker-{self._made}"
         self._made += 1
+        places = () if self._discovery else places_of(LOOPBACK, self._address.join_port)
+        token = token_for(read_keyring(self.keyring), "worker", self._secret, places)
+        leave_token(self._folder / name, token)
         options = WorkerOptions(
             name=name,
             cluster=self.cluster,
             state_dir=str(self._folder / name),
-            keyring=str(self.keyring),
             coordinator=None if self._discovery else self.address,
             interfaces=(LOOPBACK,),
             threads=self._threads,

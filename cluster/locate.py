@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 
-from cluster.discovery import browse, fingerprint
+import msgspec
+
+from cluster.discovery import browse
+from cluster.keys import generate_keypair
+from cluster.sockets import Endpoint, Plane
+from cluster.transport import Transport
 from meshinfer.errors import ConfigurationError, InvalidInput
 from meshinfer.protocol.records import BESIDE_COORDINATOR
 
 DEFAULT_PORT = 7433
 VARIABLE = "MESHINFER_COORDINATOR"
+_CONNECT_S, _POLL_S = 1.0, 0.01
+_PEER = "coordinator"
 
 
 def parse_address(text: str) -> tuple[str, int]:
@@ -24,6 +33,17 @@ def parse_address(text: str) -> tuple[str, int]:
     return host, int(port)
 
 
+class Where(msgspec.Struct, frozen=True):
+    """Where a coordinator listens: to its peers, and to strangers."""
+
+    host: str
+    port: int
+    join_port: int
+
+    def __str__(self) -> str:
+        return f"{self.host}:{self.port}"
+
+
 def find_coordinator(
     address: str | None,
     cluster: str,
@@ -31,21 +51,53 @@ def find_coordinator(
     timeout_s: float,
     key: str | None = None,
     interfaces: Sequence[str] | None = None,
+    last: Where | None = None,
 ) -> tuple[str, int] | None:
-    """Host and port of the cluster's coordinator; None when nobody announced one in time.
+    """Host and port of the cluster's coordinator: as given, else where it was ``last``, else where
+    mDNS says; None when nobody was found in time.
 
-    ``key``: the coordinator's public key; whoever announces another is passed over. mDNS is a hint
-    only: that the right one answers is proven by CURVE.
+    ``key``: the coordinator's public key; whoever does not hold it is passed over, for mDNS is a
+    hint only, and addresses change hands. None: anyone is believed, without encryption.
     """
     address = address or os.environ.get(VARIABLE)
     if address:
         return parse_address(address)
-    wanted = None if key is None else fingerprint(key)
-    found = browse(cluster, timeout_s=timeout_s, interfaces=interfaces, until=1)
-    for each in found:
-        if wanted is None or each.fingerprint == wanted:
-            return each.host, each.port
+    if last is not None and holds_key(last, key):
+        return last.host, last.port
+    deadline = time.monotonic() + timeout_s
+    tried: set[Where] = set()
+    for until in (1, None):  # at most the first is a liar: most often there is but one
+        left_s = max(0.0, deadline - time.monotonic())
+        for each in browse(cluster, timeout_s=left_s, interfaces=interfaces, until=until, key=key):
+            where = Where(each.host, each.port, each.join_port)
+            if where not in tried and holds_key(where, key):
+                return where.host, where.port
+            tried.add(where)
+        if not tried:
+            break
     return None
+
+
+def holds_key(where: Where, key: str | None) -> bool:
+    """Whether who listens there proves by a handshake that it has this key; without one, whether
+    anybody listens."""
+    if key is None:
+        with suppress(OSError), socket.create_connection((where.host, where.port), _CONNECT_S):
+            return True
+        return False
+    transport = Transport("stranger#0", generate_keypair())  # the join socket takes any
+    try:
+        transport.connect(Plane.JOIN, _PEER, Endpoint(where.host, where.join_port, key))
+        deadline = time.monotonic() + _CONNECT_S
+        while time.monotonic() < deadline:
+            lost = transport.receive(_POLL_S)
+            if transport.is_up(Plane.JOIN, _PEER):
+                return True
+            if lost:
+                return False
+        return False
+    finally:
+        transport.close()
 
 
 def local_address(towards: str) -> str:

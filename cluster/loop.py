@@ -15,19 +15,21 @@ from typing import Protocol
 
 import structlog
 
-from cluster.sockets import NOT_OURS, REFUSED, Endpoint, Lost
+from cluster.sockets import FINAL, REFUSED, Endpoint, Lost, Received
 from cluster.sockets import Plane as Wire
 from cluster.transport import Transport
 from meshinfer.errors import MeshInferError
 from meshinfer.protocol.codec import ProtocolError, decode, encode, failure_of, is_of_the_disk
-from meshinfer.protocol.messages import Failure, Hello
+from meshinfer.protocol.messages import Failure, Hello, Join, Joined, Probe, Refused, Wait
 from meshinfer.protocol.records import BESIDE_COORDINATOR
 from meshinfer.scheduler.events import (
+    Admit,
     Arrived,
     Connect,
     Disconnect,
     Effect,
     Event,
+    Knocked,
     Note,
     PeerLost,
     Plane,
@@ -38,7 +40,8 @@ from meshinfer.scheduler.events import (
 
 _LONGEST_WAIT_S = 1.0
 _LINGER_S = 0.5
-_PLANES = {Plane.CONTROL: Wire.CONTROL, Plane.BULK: Wire.BULK}
+_PLANES = {plane: Wire(plane.value) for plane in Plane}
+_ANSWERS = (Joined, Wait, Refused)
 
 
 Post = Callable[[Event | Send | Stop], None]
@@ -115,19 +118,33 @@ class Loop:
                 self._handle(item)
         for incoming in arrived:
             if isinstance(incoming, Lost):
-                refused = incoming.reason in (REFUSED, NOT_OURS)
-                plane = Plane(incoming.plane.value)
-                self._handle(PeerLost(incoming.peer, incoming.reason, refused, plane))
+                reason, plane = incoming.reason, Plane(incoming.plane.value)
+                final = reason in FINAL and incoming.plane is not Wire.BULK
+                gate = final and reason == REFUSED
+                self._handle(PeerLost(incoming.peer, reason, final, gate, plane))
                 continue
-            try:
-                message, payload = decode(incoming.frames)
-            except ProtocolError as error:
-                self.dropped[str(error)[:60]] += 1
-                self._log.warning("dropped", peer=incoming.peer, why=str(error))
-                continue
-            self._handle(Arrived(incoming.peer, message, payload))
+            event = self._event_of(incoming)
+            if event is not None:
+                self._handle(event)
         if due is not None and due <= time.monotonic():
             self._handle(Ticked())
+
+    def _event_of(self, incoming: Received) -> Event | None:
+        """What a message is to the core. Of a stranger only that it knocks is ever looked at."""
+        try:
+            message, payload = decode(incoming.frames)
+        except ProtocolError as error:
+            self.dropped[str(error)[:60]] += 1
+            self._log.warning("dropped", peer=incoming.peer, why=str(error))
+            return None
+        if incoming.plane is not Wire.JOIN:
+            return Arrived(incoming.peer, message, payload)
+        if incoming.inbound and isinstance(message, Join):
+            return Knocked(incoming.peer, incoming.key, message)
+        if not incoming.inbound and isinstance(message, _ANSWERS):
+            return Arrived(incoming.peer, message, payload)
+        self.dropped["not of the join socket"] += 1
+        return None
 
     def _handle(self, event: Event) -> None:
         for effect in self._core.handle(event, time.monotonic()):
@@ -144,9 +161,14 @@ class Loop:
                     host = self._coordinator.host
                 endpoint = Endpoint(host, peer.port, peer.key)
                 self._transport.connect(Wire.BULK, peer.id, endpoint)
+                # It can send to us only once it has heard us.
+                self._transport.send(Wire.BULK, peer.id, encode(Probe()))
             case Disconnect(peer_id):
                 assert self._transport is not None
                 self._transport.disconnect(peer_id)
+            case Admit(members):
+                assert self._transport is not None
+                self._transport.admit(members)
             case Note(level, text, fields):
                 getattr(self._log, level)(text, **fields)
             case Stop(failure):

@@ -10,16 +10,16 @@ import errno
 import os
 import socket
 import threading
-from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from cluster.security import Gatekeeper, KeyPair, is_key
+from cluster.gatekeeper import JOIN_DOMAIN, WORK_DOMAIN
+from cluster.keys import KeyPair, is_key
 from meshinfer import limits
 from meshinfer.errors import AuthError, ConfigurationError
 
@@ -28,11 +28,18 @@ Socket = zmq.Socket[bytes]
 
 LOST: Final = "the connection was lost"
 NO_ROUTE: Final = "no connection to this peer"
+REVOKED: Final = "its key is admitted no more"
 REFUSED: Final = "refused: key not admitted"
-NOT_OURS: Final = (
-    "the other side is not a MeshInfer socket, has another coordinator's key, is encrypted where "
-    "we are not or the other way, or admits nobody now"
+BUSY: Final = "the other side has too many strangers to serve now"
+WRONG_KEY: Final = (
+    "the other side does not hold the key that we were told of it, or its gate admits nobody now"
 )
+NOT_YET: Final = "the other side does not know our key yet, or does not hold its own"
+PLAINTEXT: Final = "the other side is without encryption, and we are not"
+ENCRYPTED: Final = "the other side is encrypted, and we are not"
+NOT_OURS: Final = "what answers at this address is no MeshInfer socket"
+FINAL: Final = frozenset({REFUSED, WRONG_KEY, PLAINTEXT, ENCRYPTED, NOT_OURS})
+"""Of a control or join socket: trying again is of no use until somebody mends something."""
 CANNOT_CONNECT: Final = "nobody answers at this address"
 
 # Plain integers: each operation on zmq's flags makes a new enum member, 1 us, many times a message.
@@ -47,10 +54,11 @@ UNKNOWN: Final = -1
 
 
 class Plane(StrEnum):
-    """Which of the two kinds of socket."""
+    """Which kind of socket."""
 
     CONTROL = "control"
     BULK = "bulk"
+    JOIN = "join"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +75,15 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """One whole message. ``peer`` is the sender's routing id; the frames are read-only views."""
+    """One whole message; the frames are read-only views. ``key``: that of the connection, which
+    may call itself ``peer``; a stranger's peer is its key. ``inbound``: by a socket that we bound.
+    """
 
     plane: Plane
     peer: str
     frames: list[memoryview]
+    key: str = ""
+    inbound: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +115,8 @@ def this_thread() -> tuple[int, int]:
 
 
 def frame_limit(plane: Plane) -> int:
+    if plane is Plane.JOIN:
+        return limits.JOIN_FRAME_BYTES
     return limits.FRAME_BYTES if plane is Plane.BULK else limits.CONTROL_FRAME_BYTES
 
 
@@ -146,6 +160,9 @@ def _options(plane: Plane, *, server: bool, plaintext: bool) -> dict[int, int]:
         options[zmq.HEARTBEAT_TTL] = int(limits.SILENT_MOST_S * 1000)
         # And here, where there is one, the input never stands: a coordinator's words are bounded.
         options[zmq.RCVHWM] = 0
+    if server and plane is Plane.JOIN:  # of strangers, who have no reason to send more
+        # (1 would be taken by the routing id: then nothing ever comes)
+        options[zmq.RCVHWM] = options[zmq.SNDHWM] = 4
     if server:
         # An unknown peer is an error that we see, not a silent drop.
         options[zmq.ROUTER_MANDATORY] = 1
@@ -170,7 +187,7 @@ def configure(
     plane: Plane,
     *,
     server: KeyPair | None = None,
-    member: KeyPair | None = None,
+    client: KeyPair | None = None,
     server_key: str = "",
     plaintext: bool = False,
     proxy: str = "",
@@ -190,22 +207,11 @@ def configure(
     if server is not None:
         new.curve_server = 1
         new.curve_secretkey = server.secret.encode()
-        new.zap_domain = Gatekeeper.DOMAIN.encode()
-    if member is not None:
-        new.curve_publickey = member.public.encode()
-        new.curve_secretkey = member.secret.encode()
+        new.zap_domain = (JOIN_DOMAIN if plane is Plane.JOIN else WORK_DOMAIN).encode()
+    if client is not None:
+        new.curve_publickey = client.public.encode()
+        new.curve_secretkey = client.secret.encode()
         new.curve_serverkey = server_key.encode()
-
-
-DEALER_EVENTS: Final = (
-    zmq.EVENT_CONNECTED
-    | zmq.EVENT_HANDSHAKE_SUCCEEDED
-    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
-    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
-    | zmq.EVENT_DISCONNECTED
-    | zmq.EVENT_CLOSED
-)
 
 
 def frame_size(frame: bytes | memoryview) -> int:
@@ -277,17 +283,35 @@ def monitor_events(monitor: Socket | None) -> list[tuple[int, int]]:
             break
         if message["event"] in (zmq.EVENT_CONNECTED, zmq.EVENT_ACCEPTED):
             _resend_soon(message["value"])
-        else:
-            found.append((message["event"], message["value"]))
+        found.append((message["event"], message["value"]))
     return found
+
+
+@contextlib.contextmanager
+def connection_at(descriptor: int) -> Iterator[socket.socket | None]:
+    """The TCP connection that libzmq has under this number, by a descriptor of ours; None if it
+    has closed it, and the number is nobody's or something else's by now."""
+    found: socket.socket | None = None
+    with contextlib.suppress(OSError):
+        own = os.dup(descriptor)
+        try:
+            found = socket.socket(fileno=own)
+        except OSError:
+            os.close(own)
+    try:
+        yield found
+    finally:
+        if found is not None:
+            found.close()
 
 
 def _resend_soon(descriptor: int) -> None:
     """Where a connection has only few packets under way, as with most of our messages, one that is
     lost time and again is resent every 200 ms, not after 200, 400, 800 ms (Linux; RFC 6298 doubles,
     see Documentation/networking/tcp-thin.txt). All that comes behind it waits for it."""
-    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as connection:
-        connection.setsockopt(socket.IPPROTO_TCP, _TCP_THIN_LINEAR_TIMEOUTS, 1)
+    with connection_at(descriptor) as connection, contextlib.suppress(OSError):
+        if connection is not None:
+            connection.setsockopt(socket.IPPROTO_TCP, _TCP_THIN_LINEAR_TIMEOUTS, 1)
 
 
 def close_socket(data: Socket, monitor: Socket | None, linger_ms: int = 0) -> None:
@@ -313,7 +337,21 @@ def check_endpoint(peer: str, endpoint: Endpoint) -> None:
         raise address_error(endpoint.host, endpoint.port)
 
 
-def bind_error(error: zmq.ZMQError, host: str, port: int) -> ConfigurationError:
+def listen(bound: Socket, host: str, port: int) -> None:
+    """Bind it, or close it and raise ``ConfigurationError``."""
+    try:
+        if not 0 <= port < 65536:
+            raise address_error(host, port)
+        bound.bind(f"tcp://{host}:{port if port else '*'}")
+    except zmq.ZMQError as error:
+        bound.close()
+        raise _bind_error(error, host, port) from error
+    except ConfigurationError:
+        bound.close()
+        raise
+
+
+def _bind_error(error: zmq.ZMQError, host: str, port: int) -> ConfigurationError:
     if error.errno == errno.EADDRINUSE:
         return ConfigurationError(
             f"port {port} on {host} is in use",
@@ -331,56 +369,3 @@ class Ends:
     plane: Plane
     socket: Socket
     monitor: Socket | None
-
-
-@dataclass(slots=True, eq=False)
-class Port(Ends):
-    """A bound ROUTER. ``connection_of``: by which TCP connection each peer last spoke."""
-
-    connection_of: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass(slots=True, eq=False)
-class Link(Ends):
-    """A DEALER to one peer. ``said`` is the last reason reported: one Lost for each outage.
-    ``greeted``: a hello waits for it to be up."""
-
-    peer: str
-    endpoint: Endpoint
-    up: bool = False
-    refused: bool = False  # libzmq gave up on it: only a new socket can try again
-    said: str = ""
-    greeted: bool = False
-
-
-@dataclass(slots=True, eq=False)
-class Backlog:
-    """What a full pipe to one peer could not take yet, oldest first."""
-
-    messages: deque[tuple[Frames, int]] = field(default_factory=deque)
-    size: int = 0
-
-
-def heard_of(link: Link, event: int, value: int) -> str:
-    """Note what a link's monitor says. The reason to call it lost, if it is one that is new."""
-    reason = ""
-    if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-        link.up, link.said, link.greeted = True, "", False
-    elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
-        # ZAP: 300 try again, 400 refused, 500 the gatekeeper has a bug.
-        reason = REFUSED if value == 400 else f"{REFUSED} (ZAP status {value})"
-        link.refused = True
-    elif event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
-        reason = NOT_OURS
-        link.refused = True
-    elif event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
-        reason = NOT_OURS
-    elif event == zmq.EVENT_DISCONNECTED and link.up:
-        link.up = False
-        reason = LOST
-    elif event == zmq.EVENT_CLOSED:
-        reason = CANNOT_CONNECT
-    if not reason or reason == link.said:
-        return ""
-    link.said = reason
-    return reason

@@ -1,29 +1,44 @@
 """The one factory of every ZeroMQ socket: it carries frames and decides nothing.
 
-Two planes: *control* (small, ZMTP heartbeats) and *bulk* (tensors in frames of at most 1 MiB, no
-heartbeats, because those cut healthy peers during big messages). Whoever binds is a ROUTER and
-CURVE server, whoever connects is a DEALER and CURVE client. Nothing here blocks but ``receive``.
-A message handed over is not a message delivered: the layers above acknowledge and resend.
+Planes: *control* (small, ZMTP heartbeats), *bulk* (tensors in frames of at most 1 MiB, no
+heartbeats, because those cut healthy peers during big messages) and *join* (strangers').
+Whoever binds is a ROUTER and CURVE server, whoever connects is a DEALER and CURVE client.
+Nothing here blocks but ``receive``. A message handed over is not a message delivered: the layers
+above acknowledge and resend.
 """
 
 from __future__ import annotations
 
 import errno
 import math
-import socket
-import threading
 import time
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Iterable
 from functools import partial
 from typing import Any, Final
 
 import zmq
 
 from cluster import sockets
-from cluster.security import Gatekeeper, KeyPair, generate_keypair
-from cluster.sockets import LOST, NO_ROUTE, Endpoint, Frames, Incoming, Lost, Plane, Received
+from cluster.gatekeeper import Gatekeeper, GateList
+from cluster.keys import KeyPair
+from cluster.links import DEALER_EVENTS, Backlog, Enquiries, Link, heard_of
+from cluster.ports import IDENTITY_BYTES, Port, draw_wire_id
+from cluster.sockets import (
+    NO_ROUTE,
+    REVOKED,
+    WRONG_KEY,
+    Endpoint,
+    Frames,
+    Incoming,
+    Lost,
+    Plane,
+    Received,
+)
+from cluster.strangers import try_as_stranger
+from cluster.waking import Waker
 from meshinfer import limits
+from meshinfer.protocol.joining import Admission
 
 _RETRY_S: Final = 0.001  # first wait before a full ROUTER pipe is tried again; doubles up to
 _RETRY_MAX_S: Final = 0.02
@@ -32,55 +47,55 @@ _RETRY_MAX_S: Final = 0.02
 class Transport:
     """All sockets of one process: used by one thread, except ``wake``.
 
-    ``identity`` is the routing id that peers know us by (device#incarnation), ``member`` the key
-    we connect with, ``server`` the key of the sockets that we bind (a fresh one if not given).
-    ``plaintext``, as the keyring says: neither encryption nor a gatekeeper, all the limits.
-    ``proxy``: of all that we connect to (``cluster.gate``).
+    ``identity``: what peers know us by (device#incarnation); ``key``: ours, of what we bind and of
+    what we connect with. ``admitted``: who may always connect to us, whatever ``admit`` says.
+    ``plaintext``, as the keyring says: no encryption and no gatekeeper, so that keys are believed;
+    all else is the same. ``proxy``: of all that we connect to (``cluster.gate``).
+    ``unknown_is_temporary``: as in ``Gatekeeper``.
     """
 
     def __init__(
         self,
         identity: str,
-        member: KeyPair,
-        server: KeyPair | None = None,
+        key: KeyPair,
+        admitted: Iterable[Admission] = (),
         plaintext: bool = False,
         proxy: str = "",
+        unknown_is_temporary: bool = False,
     ) -> None:
-        routing_id = identity.encode()
-        assert 0 < len(routing_id) <= 255 and routing_id[0] != 0, "not a ZeroMQ routing id"
+        assert 0 < len(identity.encode()) <= IDENTITY_BYTES and identity[0] not in "\0~"
         self.identity = identity
         self.counters: Counter[str] = Counter()  # what was dropped, and why
-        self._routing_id = routing_id
-        self._member = member
-        self._server = server or generate_keypair()
+        self._key = key
         self._plaintext = plaintext
+        self._admitted = GateList(admitted)
+        self._unknown_is_temporary = unknown_is_temporary
         self._configure = partial(sockets.configure, plaintext=plaintext, proxy=proxy)
         self._context: zmq.Context[sockets.Socket] = zmq.Context(io_threads=1)
         # A link is a DEALER and its monitor, on each plane.
         self._context.max_sockets = 4 * limits.DEVICES + 64
+        # Of monitors: one that stands at the mark stops the I/O thread, for ever once it is closed.
+        self._context.rcvhwm = 0
         self._gatekeeper: Gatekeeper | None = None
-        self._ports: dict[Plane, sockets.Port] = {}
-        self._links: dict[tuple[Plane, str], sockets.Link] = {}
-        self._backlogs: dict[tuple[Plane, str], sockets.Backlog] = {}
+        self._ports: dict[Plane, Port] = {}
+        self._links: dict[tuple[Plane, str], Link] = {}
+        self._backlogs: dict[tuple[Plane, str], Backlog] = {}
+        self._proxy = proxy
+        self._enquiries = Enquiries(self.wake)
         self._lost: dict[tuple[Plane, str], str] = {}
         self._poller = zmq.Poller()
-        self._data: dict[sockets.Socket, sockets.Port | sockets.Link] = {}
+        self._data: dict[sockets.Socket, Port | Link] = {}
         self._monitors: set[sockets.Socket] = set()
         self._retry_s = _RETRY_S
         self._turn = 0
         self._owner = sockets.this_thread()
-        # A socket pair, because zmq_poll also takes plain descriptors; the lock keeps wake() from
-        # writing to a descriptor that close() gave back (reentrant: wake() in a signal handler).
-        self._wake_lock = threading.RLock()
-        self._wake_send, self._wake_receive = socket.socketpair()
-        self._wake_send.setblocking(False)
-        self._wake_receive.setblocking(False)
-        self._poller.register(self._wake_receive, zmq.POLLIN)
+        self._waker = Waker()
+        self._poller.register(self._waker.heard, zmq.POLLIN)
 
     @property
     def public_key(self) -> str:
-        """The server key (Z85) that peers need in their Endpoint to connect to us."""
-        return self._server.public
+        """The key (Z85) that peers need in their Endpoint to connect to us."""
+        return self._key.public
 
     @property
     def gatekeeper(self) -> Gatekeeper:
@@ -91,27 +106,39 @@ class Transport:
     # --- connections ----------------------------------------------------------------------
 
     def bind(self, plane: Plane, host: str, port: int = 0) -> int:
-        """Listen at an IPv4 address and return the port (0: any free one)."""
+        """Listen at an IPv4 address and return the port (0: any free one). Raises
+        ``AuthError`` if it lets strangers in (``cluster.strangers``)."""
         self._check_thread()
         assert plane not in self._ports, f"{plane} is bound already"
-        if not 0 <= port < 65536:
-            raise sockets.address_error(host, port)
         if self._gatekeeper is None and not self._plaintext:
-            self._gatekeeper = Gatekeeper(self._context, [self._member.public])
+            self._gatekeeper = Gatekeeper(self._context, self._admitted)
         bound = self._context.socket(zmq.ROUTER)
-        self._configure(bound, plane, server=self._server)
-        try:
-            bound.bind(f"tcp://{host}:{port if port else '*'}")
-        except zmq.ZMQError as error:
-            bound.close()
-            raise sockets.bind_error(error, host, port) from error
-        events = zmq.EVENT_ACCEPTED
-        if plane is Plane.CONTROL:  # a cut on bulk is repaired by resending, and is no death
-            events |= zmq.EVENT_DISCONNECTED
-        monitor = bound.get_monitor_socket(events)
-        self._ports[plane] = sockets.Port(plane, bound, monitor)
-        self._register(self._ports[plane])
-        return int(bound.get_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
+        self._configure(bound, plane, server=self._key)
+        sockets.listen(bound, host, port)
+        made = Port(plane, bound, self._admitted, self.counters, plaintext=self._plaintext)
+        self._ports[plane] = made
+        self._register(made)
+        if self._gatekeeper is not None:
+            self._gatekeeper.unknown_is_temporary = False  # libzmq takes HANDSHAKE_MS over that
+            try_as_stranger(self._context, plane, host, made.number, self._key.public)
+            self._gatekeeper.unknown_is_temporary = self._unknown_is_temporary
+        return made.number
+
+    def admit(self, members: Iterable[Admission]) -> None:
+        """From now on these may connect, each under its name, beside those that always may. The
+        connections of all others end."""
+        self._check_thread()
+        removed = self._admitted.replace(members)
+        late = self._gatekeeper is not None and self._gatekeeper.turned_away_too_early()
+        for port in self._ports.values():
+            for peer, why in port.review(removed, late=late):
+                if why == REVOKED:
+                    self._backlogs.pop((port.plane, peer), None)
+                self._lost.setdefault((port.plane, peer), why)
+        for link in list(self._links.values()):
+            if link.endpoint.key in removed:
+                self._drop(link)
+                self._lost.setdefault((link.plane, link.peer), REVOKED)
 
     def connect(self, plane: Plane, peer: str, endpoint: Endpoint) -> None:
         """Connect to a peer; again with the same endpoint does nothing unless it was refused."""
@@ -123,16 +150,22 @@ class Transport:
                 return
             self._drop(old)
         dealer = self._context.socket(zmq.DEALER)
-        self._configure(dealer, plane, member=self._member, server_key=endpoint.key)
-        dealer.routing_id = self._routing_id
-        monitor = dealer.get_monitor_socket(sockets.DEALER_EVENTS)
+        self._configure(dealer, plane, client=self._key, server_key=endpoint.key)
+        dealer.routing_id = draw_wire_id(self.identity, self._key.public if self._plaintext else "")
+        monitor = dealer.get_monitor_socket(DEALER_EVENTS)
         try:
             dealer.connect(str(endpoint))
         except zmq.ZMQError as error:
             sockets.close_socket(dealer, monitor)
             raise sockets.address_error(endpoint.host, endpoint.port) from error
-        self._links[plane, peer] = sockets.Link(plane, dealer, monitor, peer, endpoint)
-        self._register(self._links[plane, peer])
+        made = Link(plane, dealer, monitor, peer, endpoint, self._plaintext)
+        self._links[plane, peer] = made
+        self._register(made)
+
+    def is_up(self, plane: Plane, peer: str) -> bool:
+        """Whether what we connected to has proven its key, and is still there, as far as known."""
+        link = self._links.get((plane, peer))
+        return link is not None and link.up
 
     def may_greet(self, peer: str) -> bool:
         """Whether to send a hello: while there is no connection one waits, and more that came
@@ -164,9 +197,7 @@ class Transport:
             sockets.close_socket(ends.socket, ends.monitor, linger_ms)
         if self._gatekeeper is not None:
             self._gatekeeper.stop()
-        with self._wake_lock:
-            self._wake_send.close()
-            self._wake_receive.close()
+        self._waker.close()
         self._context.term()  # waits for linger at most
         self._links.clear()
         self._ports.clear()
@@ -202,7 +233,7 @@ class Transport:
                 # POLLOUT of a ROUTER speaks of any peer, not of this one: try again by time.
                 wait_s = min(wait_s, self._retry_s)
             ready = dict(self._poller.poll(math.ceil(wait_s * 1000)))
-            woken = self._take_wake(ready)
+            woken = self._waker.take(ready)
             # Before the messages, for a descriptor that is used anew; reported after them, for a
             # peer's last words come before its loss.
             self._watch(ready)
@@ -213,7 +244,7 @@ class Transport:
             if len(readable) == 1:
                 self._drain(readable, incoming)
             elif readable:
-                for plane in (Plane.CONTROL, Plane.BULK):
+                for plane in Plane:
                     self._drain([ends for ends in readable if ends.plane is plane], incoming)
             if self._lost:
                 incoming += [Lost(plane, peer, why) for (plane, peer), why in self._lost.items()]
@@ -223,8 +254,7 @@ class Transport:
 
     def wake(self) -> None:
         """End the ``receive`` that waits, or else the next one, early. Any thread may call it."""
-        with self._wake_lock, suppress(OSError):  # full: it wakes anyway; closed: nobody waits
-            self._wake_send.send(b"\0")
+        self._waker.wake()
 
     # --- sending --------------------------------------------------------------------------
 
@@ -235,10 +265,10 @@ class Transport:
         if link is not None and not link.refused:
             return True if sockets.send_whole(link.socket, frames, plane) else None
         port = self._ports.get(plane)
-        if link is None and port is not None:
+        wire = port.wire_of(peer) if link is None and port is not None else None
+        if port is not None and wire is not None:
             try:
-                whole = [peer.encode(), *frames]
-                return True if sockets.send_whole(port.socket, whole, plane) else None
+                return True if sockets.send_whole(port.socket, [wire, *frames], plane) else None
             except zmq.ZMQError as error:
                 if error.errno != errno.EHOSTUNREACH:
                     raise
@@ -247,17 +277,12 @@ class Transport:
         return False
 
     def _put_aside(self, key: tuple[Plane, str], frames: Frames) -> bool:
-        backlog = self._backlogs.setdefault(key, sockets.Backlog())
-        size = sum(map(sockets.frame_size, frames)) + 64 * len(
-            frames
-        )  # empty frames take memory as well
-        if backlog.size + size > limits.BACKLOG_BYTES:
+        backlog = self._backlogs.setdefault(key, Backlog())
+        if not backlog.put(frames):
             if not backlog.messages:
                 del self._backlogs[key]
             self.counters["backlog full"] += 1
             return False
-        backlog.messages.append((frames, size))
-        backlog.size += size
         self._poll_for_room(key)
         return True
 
@@ -281,7 +306,7 @@ class Transport:
                     self.counters["dropped with its peer"] += len(backlog.messages)
                     backlog.messages.clear()
                     break
-                backlog.size -= backlog.messages.popleft()[1]
+                backlog.pop()
             if not backlog.messages:
                 del self._backlogs[key]
                 self._poll_for_room(key)
@@ -289,7 +314,7 @@ class Transport:
 
     # --- receiving ------------------------------------------------------------------------
 
-    def _drain(self, sources: list[sockets.Port | sockets.Link], incoming: list[Incoming]) -> None:
+    def _drain(self, sources: list[Port | Link], incoming: list[Incoming]) -> None:
         """One message from each of these sockets in turn, until all are empty or enough is read."""
         self._turn += 1  # whoever was cut off by the bound is not always the same
         first = self._turn % len(sources) if sources else 0
@@ -309,72 +334,46 @@ class Transport:
                     size += sum(view.nbytes for view in message.frames)
                     incoming.append(message)
 
-    def _accept(
-        self, source: sockets.Port | sockets.Link, frames: list[zmq.Frame]
-    ) -> Received | None:
+    def _accept(self, source: Port | Link, frames: list[zmq.Frame]) -> Received | None:
         """Check a message's shape and sender; None: dropped and counted."""
-        peer = ""
-        if isinstance(source, sockets.Link):
-            peer = source.peer
-        elif frames:
-            routing_id, *frames = frames
-            try:
-                peer = routing_id.bytes.decode()
-            except UnicodeDecodeError:
-                peer = ""
-            # The key may have been revoked since, and libzmq never asks again.
-            key = sockets.admitted_as(routing_id)
-            if not (self._plaintext or self.gatekeeper.is_allowed(key)):
-                self.counters["key revoked"] += 1
-                return None
-        if not peer or peer[0] == "\0":  # libzmq makes up such ids for peers that give none
-            self.counters["peer without a name"] += 1
-            return None
+        if isinstance(source, Port):
+            return source.accept(frames)
         if not 0 < len(frames) <= limits.FRAMES_PER_MESSAGE:
             self.counters["frames per message"] += 1
             return None
-        if isinstance(source, sockets.Port) and source.monitor is not None:
-            source.connection_of[peer] = sockets.connection_of(frames[0])
-        return Received(source.plane, peer, [frame.buffer.toreadonly() for frame in frames])
+        views = [frame.buffer.toreadonly() for frame in frames]
+        return Received(source.plane, source.peer, views, source.endpoint.key)
 
     def _watch(self, ready: dict[Any, int]) -> None:
         """Turn the sockets' own events into losses."""
+        for link in self._enquiries.answers():
+            if self._links.get((link.plane, link.peer)) is link:
+                self._lost.setdefault((link.plane, link.peer), link.said)
         if ready.keys().isdisjoint(self._monitors):
             return
         for port in self._ports.values():
             if port.monitor in ready:
-                for event, value in sockets.monitor_events(port.monitor):
-                    if event == zmq.EVENT_DISCONNECTED:
-                        self._lost_connection(port, value)
+                for peer, why in port.watch():
+                    self._lost.setdefault((port.plane, peer), why)
         for link in self._links.values():
             if link.monitor in ready:
                 for event, value in sockets.monitor_events(link.monitor):
-                    reason = sockets.heard_of(link, event, value)
-                    if reason:
+                    reason = heard_of(link, event, value)
+                    if reason == WRONG_KEY and not self._proxy:  # or something else: it is asked
+                        self._enquiries.ask(link)
+                    elif reason:
                         self._lost.setdefault((link.plane, link.peer), reason)
-
-    def _lost_connection(self, port: sockets.Port, connection: int) -> None:
-        """libzmq names only the descriptor: whoever spoke by it last is lost.
-
-        Nobody: it never said anything, or it came back by another connection.
-        """
-        for peer, spoke_by in list(port.connection_of.items()):
-            if spoke_by == connection:
-                del port.connection_of[peer]
-                self._lost.setdefault((port.plane, peer), LOST)
-            elif spoke_by == sockets.UNKNOWN:
-                self._lost.setdefault((port.plane, ""), LOST)
 
     # --- sockets --------------------------------------------------------------------------
 
-    def _register(self, ends: sockets.Port | sockets.Link) -> None:
+    def _register(self, ends: Port | Link) -> None:
         self._data[ends.socket] = ends
         self._poller.register(ends.socket, zmq.POLLIN)
         if ends.monitor is not None:
             self._monitors.add(ends.monitor)
             self._poller.register(ends.monitor, zmq.POLLIN)
 
-    def _drop(self, link: sockets.Link) -> None:
+    def _drop(self, link: Link) -> None:
         self._poller.unregister(link.socket)
         self._poller.unregister(link.monitor)
         del self._data[link.socket]
@@ -383,12 +382,6 @@ class Transport:
         del self._links[link.plane, link.peer]
         self._backlogs.pop((link.plane, link.peer), None)
         self._lost.pop((link.plane, link.peer), None)
-
-    def _take_wake(self, ready: dict[Any, int]) -> bool:
-        if self._wake_receive.fileno() not in ready:
-            return False
-        self._wake_receive.recv(4096)  # what is left over only wakes once more
-        return True
 
     def _check_thread(self) -> None:
         # A forked child's sends would return as if they worked, and never arrive.

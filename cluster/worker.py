@@ -23,17 +23,21 @@ import meshinfer
 from cluster import processes, profiler, telemetry
 from cluster.blobs import BlobStore
 from cluster.doing import Doing
-from cluster.locate import find_coordinator, local_address
+from cluster.forgetting import remove_blobs
+from cluster.keyring import Keyring
+from cluster.locate import Where, find_coordinator, local_address
 from cluster.loop import Loop, Post, start_thread
-from cluster.security import generate_keypair, read_keyring
+from cluster.membership import worker_keyring
+from cluster.signing import verifying_in
 from cluster.sockets import Endpoint, Plane
 from cluster.storing import StoreThread
 from cluster.transport import Transport
 from meshinfer.engine import EngineError
 from meshinfer.engine.ort import OrtEngine
-from meshinfer.errors import MeshInferError
+from meshinfer.errors import AuthError, MeshInferError
 from meshinfer.protocol import messages as m
 from meshinfer.protocol.codec import error_of, failure_of
+from meshinfer.protocol.joining import Admission
 from meshinfer.protocol.records import BESIDE_COORDINATOR
 from meshinfer.scheduler.events import (
     Compute,
@@ -57,7 +61,9 @@ class Ways(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class WorkerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Settings of one worker, as ``meshinfer worker`` and LocalCluster hand them over.
+    """Settings of one worker, as ``meshinfer worker`` and LocalCluster hand them over. It joins
+    with the token in its state folder, if there is one. ``coordinator_id``: whom it may trust
+    without one.
 
     ``speed`` below 1 emulates a slower device: after each task the compute thread sleeps in
     proportion to the CPU time it took. ``speed_file``, once it is there, holds the speed from now
@@ -66,14 +72,15 @@ class WorkerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     addresses for mDNS; None chooses. ``ended`` and ``doing`` come from the supervisor: how the last
     worker process ended, and where to write what this one computes. ``parent``: process to end
     with. ``beside``: on the host of a coordinator that listens at all addresses; so does
-    this worker. ``gate``: what a test can stop its connections with.
+    this worker. ``gate``: what a test can stop its connections with. ``encrypt_blobs``: on its
+    disk, under a key that ends with the process, or that of ``blob_key_file``.
     """
 
     name: str
     cluster: str = "default"
     state_dir: str
-    keyring: str
     coordinator: str | None = None
+    coordinator_id: str = ""
     interfaces: tuple[str, ...] | None = None
     threads: int = 1
     measured: profiler.Measured | None = None
@@ -87,6 +94,8 @@ class WorkerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     parent: int = 0
     beside: bool = False
     gate: Ways | None = None
+    encrypt_blobs: bool = False
+    blob_key_file: str = ""
 
 
 class ComputeThread:
@@ -122,12 +131,12 @@ class ComputeThread:
             text = str(error) if isinstance(error, EngineError) else "its program is gone"
             fields = {"request": job.request, "attempt": job.attempt, "task": str(job.place)}
             structlog.get_logger().error("a task failed", **fields, why=text)
-            return Computed(job.request, job.attempt, job.place, (), 0.0, text)
+            return Computed(job.request, job.attempt, job.place, (), 0.0, text, job.again)
         speed = self._speed()
         if speed < 1.0:
             time.sleep((time.thread_time() - cpu) * (1.0 / speed - 1.0))
         took = time.perf_counter() - started
-        return Computed(job.request, job.attempt, job.place, outputs, took)
+        return Computed(job.request, job.attempt, job.place, outputs, took, again=job.again)
 
 
 def run_worker(options: WorkerOptions) -> m.Failure | None:
@@ -135,34 +144,40 @@ def run_worker(options: WorkerOptions) -> m.Failure | None:
     _wait_for_stop_signals()
     state = Path(options.state_dir)
     processes.hold_folder(state)
-    keyring = read_keyring(options.keyring)
-    if keyring.plaintext:
-        telemetry.warn_of_plaintext()
-    host, port = _locate(options, keyring.coordinator_public)
-    server = generate_keypair()
     incarnation = secrets.token_hex(4)
     identity = f"{options.name}#{incarnation}"
     telemetry.identify(device=options.name, incarnation=incarnation)
+    keyring, last = worker_keyring(
+        state,
+        options.name,
+        options.cluster,
+        coordinator=options.coordinator,
+        coordinator_id=options.coordinator_id,
+        interfaces=options.interfaces,
+        proxy=_proxy(options, (options.interfaces or ("",))[0]),
+    )
+    if keyring.plaintext:
+        telemetry.warn_of_plaintext()
+    host, port = _locate(options, keyring, last)
     address = BESIDE_COORDINATOR if options.beside else local_address(host)
     gate = options.gate
-    proxy = "" if gate is None else f"{address}:{gate.outbound}"
-    transport = Transport(identity, keyring.member, server, keyring.plaintext, proxy)
+    transport = Transport(
+        identity,
+        keyring.key,
+        [Admission(keyring.coordinator_public, "head", "worker")],
+        plaintext=keyring.plaintext,
+        proxy=_proxy(options, address),
+        unknown_is_temporary=True,  # until the coordinator has told who may connect
+    )
     # All addresses, if beside the coordinator.
     bulk_port = transport.bind(Plane.BULK, address, 0 if gate is None else gate.behind)
     bulk_port = bulk_port if gate is None else gate.front
     coordinator = Endpoint(host, port, keyring.coordinator_public)
-    store = BlobStore(state / "blobs")
-    engine = OrtEngine(store.folder, options.threads)
-    measured = options.measured or profiler.measured_once(
-        state, engine.name, options.threads, plaintext=keyring.plaintext
-    )
-    facts = profiler.facts(
-        threads=options.threads,
-        engine=engine.name,
-        measured=measured.slowed(options.speed),
-        memory_bytes=options.memory_bytes,
-    )
-    core = WorkerCore(_hello(options, identity, address, bulk_port, server.public, facts))
+    store = _store(options, state)
+    engine = OrtEngine(store.loading, options.threads)
+    facts = _facts(options, engine, plaintext=keyring.plaintext)
+    plain = WorkerCore(_hello(options, identity, address, bulk_port, keyring.key.public, facts))
+    core = verifying_in(state, plain, identity, keyring.coordinator_public)
 
     def perform(effect: Effect) -> None:
         if isinstance(effect, Compute):
@@ -182,6 +197,27 @@ def run_worker(options: WorkerOptions) -> m.Failure | None:
         compute.close()
         storing.close()
         doing.end()  # whatever still computes, this end is not its doing
+
+
+def _store(options: WorkerOptions, state: Path) -> BlobStore:
+    if not options.encrypt_blobs and not options.blob_key_file:
+        return BlobStore(state / "blobs", sole=True)
+    from cluster.sealing import sealed_store  # few want it
+
+    return sealed_store(state, options.blob_key_file)
+
+
+def _facts(options: WorkerOptions, engine: OrtEngine, *, plaintext: bool) -> m.Facts:
+    """What this device can do, as measured."""
+    measured = options.measured or profiler.measured_once(
+        Path(options.state_dir), engine.name, options.threads, plaintext=plaintext
+    )
+    return profiler.facts(
+        threads=options.threads,
+        engine=engine.name,
+        measured=measured.slowed(options.speed),
+        memory_bytes=options.memory_bytes,
+    )
 
 
 def _hello(
@@ -213,20 +249,26 @@ def _speed(options: WorkerOptions) -> float:
     return options.speed
 
 
-def _locate(options: WorkerOptions, key: str) -> tuple[str, int]:
-    """The coordinator's address: as given, else over mDNS, asking until one answers."""
+def _proxy(options: WorkerOptions, address: str) -> str:
+    return "" if options.gate is None else f"{address}:{options.gate.outbound}"
+
+
+def _locate(options: WorkerOptions, ring: Keyring, last: Where | None) -> tuple[str, int]:
+    """The coordinator's address: as given, else where it was last, else over mDNS, asking until
+    one answers."""
     log = structlog.get_logger()
     while True:
         found = find_coordinator(
             options.coordinator,
-            options.cluster,
+            ring.cluster,
             timeout_s=LOOK_S,
-            key=key,
+            key=None if ring.plaintext else ring.coordinator_public,
             interfaces=options.interfaces,
+            last=last,
         )
         if found is not None:
             return found
-        log.info("no coordinator yet", cluster=options.cluster)
+        log.info("no coordinator yet", cluster=ring.cluster)
 
 
 def _wait_for_stop_signals() -> None:
@@ -248,6 +290,10 @@ def main(arguments: list[str]) -> int:
         failure = failure_of(error)
     if failure is None:
         return 0
+    if failure.error == AuthError.__name__:
+        # Whom the cluster does not admit (any more) keeps nothing of its models.
+        removed = remove_blobs(Path(options.state_dir))
+        log.warning("submodels and weights removed", files=removed)
     log.error(failure.message, hint=failure.hint)
     return error_of(failure).exit_code
 

@@ -13,6 +13,14 @@ from architectures import Builder
 from onnx import ModelProto
 
 import meshinfer as mi
+from cluster.tokens import leave_token
+
+
+def let_in(address: str, keyring: Path, *state_dirs: Path) -> None:
+    """Leave tokens to workers that will start with these state folders."""
+    with mi.Client(address, keyring=keyring) as client:
+        for each in state_dirs:
+            leave_token(each, client.admitting.token())
 
 
 def alive(pid: int) -> bool:

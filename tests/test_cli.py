@@ -21,13 +21,14 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+import typer
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from typer.testing import CliRunner
 
 from cluster.cli import app
-from cluster.cli.options import parse_memory
-from cluster.security import new_keyring, write_keyring
+from cluster.cli.options import parse_memory, settings
+from cluster.keyring import new_keyring, write_keyring
 from meshinfer.plan import Plan
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -324,6 +325,18 @@ def test_settings_come_from_flag_then_environment_then_file(
     assert devices("--devices", "4") == 4
 
 
+def test_settings_of_a_command_are_those_of_its_own_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    Path("meshinfer.toml").write_text('cluster = "home"\n[devices]\ntimeout = 3.0\nlost = true\n')
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    found = settings(commands)["devices"]
+    assert found["lost"] is True and found["cluster"] == "home"
+    assert found["approve"] == {"cluster": "home", "timeout": 3.0}
+
+
 @pytest.mark.parametrize("text", ["[plan]\ndevicse = 2\n", "[fly]\n", "clutser = 'x'\n", "= 1"])
 def test_a_wrong_settings_file_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
@@ -370,7 +383,7 @@ def test_without_a_coordinator_commands_end_with_69(tmp_path: Path) -> None:
 def test_without_a_keyring_commands_end_with_77(tmp_path: Path) -> None:
     for done in at_once(
         lambda: meshinfer(tmp_path, "devices", "--cluster", "never"),
-        lambda: meshinfer(tmp_path, "worker", "--cluster", "never"),
+        lambda: meshinfer(tmp_path, "worker", "--keyring", tmp_path / "none.json"),
     ):
         refused(done, 77, "keyring")
 
@@ -589,7 +602,7 @@ def test_a_cluster_without_encryption_works_says_so_and_meets_no_encrypted_one(
             for at, ring in zip((running.address, to[1]), rings, strict=True)
         ]
         for done in at_once(*crossed):
-            refused(done, 77, "encrypted")
+            refused(done, 77, "encrypt")
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=LONG_S) == 0
     (log,) = tmp_path.glob("coordinator-*.log")

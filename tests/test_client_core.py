@@ -138,3 +138,15 @@ def test_closing_it_fails_and_cancels_what_is_open() -> None:
     effects = cluster.nodes["ann"].core.handle(e.StopRequested(), cluster.now)
     kinds = [type(x.message) if isinstance(x, e.Send) else type(x) for x in effects]
     assert kinds == [m.Cancel, e.Resolve, e.Stop] and request
+
+
+def test_an_admin_s_call_that_fails_is_told_as_a_failure() -> None:
+    """Here: nobody has a key in this cluster. A list that does not fail is told as an answer."""
+    cluster = Cluster()
+    asked = {"call-a": m.Expel(call="call-a", id="pi-1"), "call-b": m.ListModels(call="call-b")}
+    for call, question in asked.items():
+        cluster._handle(cluster.nodes["ann"], e.Asked(call, question, 30.0))
+    failed, listed = (cluster.answer(call) for call in asked)
+    assert isinstance(failed.answer, m.AdmittedNow)
+    assert failed.failure is not None and failed.failure.error == "ConfigurationError"
+    assert isinstance(listed.answer, m.Models) and listed.failure is None

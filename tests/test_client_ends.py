@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from architectures import squeezenet1_1
 from processes import descriptors, eventually, growing, image, pixels, small_model
 
 import meshinfer as mi
-from cluster.security import new_keyring, write_keyring
+from cluster.keyring import new_keyring, write_keyring
 from meshinfer import limits
 
 MODEL, IMAGE = small_model(), image()
@@ -158,9 +159,8 @@ def test_a_wrong_or_missing_keyring_is_an_auth_error(
     stranger, _ = new_keyring(cluster.cluster)
     real = json.loads(cluster.keyring.read_text())
     write_keyring(tmp_path / "stranger.json", stranger)
-    mixed = tmp_path / "mixed.json"  # the coordinator's key is right, the member's is not
-    write_keyring(mixed, type(stranger)(cluster.cluster, real["coordinator_public"],
-                                        stranger.member))  # fmt: skip
+    mixed = tmp_path / "mixed.json"  # the coordinator's key is right, the holder's is not
+    write_keyring(mixed, replace(stranger, coordinator_public=real["coordinator_public"]))
     for path in (tmp_path / "stranger.json", mixed, tmp_path / "missing.json"):
         with pytest.raises(mi.AuthError) as caught:
             mi.Client(cluster.address, keyring=path, timeout_s=10.0)

@@ -18,7 +18,7 @@ def sends(effects: list[e.Effect], kind_: type) -> list[e.Send]:
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
-        ({"protocol": (7, 9)}, "ProtocolMismatch", ["7 to 9", "3 to 3", "version 0"]),
+        ({"protocol": (7, 9)}, "ProtocolMismatch", ["7 to 9", "4 to 4", "version 0"]),
         ({"cluster": "away"}, "ConfigurationError", ["'away'", "'home'"]),
         ({"role": "boss"}, "InvalidInput", ["'boss'"]),
         ({"bulk": None}, "InvalidInput", []),
@@ -106,7 +106,7 @@ def test_hello_said_twice_resets_nothing_until_something_was_installed() -> None
 
 
 def test_whoever_is_unknown_is_asked_who_it_is() -> None:
-    core = CoordinatorCore("home", "0", Cluster(()).core._bulk)
+    core = CoordinatorCore("home", "0", Cluster(()).core._bulk, None)
     for message in (m.Heartbeat(), m.ListModels(call="c"), m.Merged(request="r", attempt=1)):
         (send,) = sends(core.handle(e.Arrived("x#1", message), 1.0), m.Who)
         assert send.peer == "x#1"

@@ -19,12 +19,14 @@ import numpy as np
 import pytest
 from architectures import squeezenet1_1
 from oracle import assert_exact
-from processes import alive, eventually, image, small_model
+from processes import alive, eventually, image, let_in, small_model
 
 import meshinfer as mi
 from cluster.coordinator import CoordinatorOptions
+from cluster.identity import IDENTITY_FILE, machine_id
+from cluster.keyring import KEYRING_FILE, Keyring, new_keyring, read_keyring, write_keyring
+from cluster.keys import generate_keypair, write_private
 from cluster.profiler import Measured
-from cluster.security import new_keyring, read_keyring, write_keyring
 from cluster.worker import WorkerOptions
 from meshinfer import limits
 from meshinfer.protocol import messages as m
@@ -77,12 +79,22 @@ def end_of(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, stderr
 
 
-def worker_options(folder: Path, keyring: Path, port: int, cluster: str) -> WorkerOptions:
+def worker_options(folder: Path, keyring: Path | None, port: int, cluster: str) -> WorkerOptions:
+    """Of one that an admin, with this keyring, lets in."""
+    if keyring is not None:
+        let_in(f"127.0.0.1:{port}", keyring, folder)
     return WorkerOptions(
-        name="w", cluster=cluster, state_dir=str(folder), keyring=str(keyring),
-        coordinator=f"127.0.0.1:{port}", measured=Measured((1e9,), 1e9, 0.0, 0.001),
-        parent=os.getpid(),
+        name="w", cluster=cluster, state_dir=str(folder), coordinator=f"127.0.0.1:{port}",
+        measured=Measured((1e9,), 1e9, 0.0, 0.001), parent=os.getpid(),
     )  # fmt: skip
+
+
+def joined(folder: Path, ring: Keyring) -> None:
+    """Have a worker with this folder find that it has joined, by this keyring."""
+    folder.mkdir()
+    pair = {"public": ring.key.public, "secret": ring.key.secret}
+    write_private(folder / IDENTITY_FILE, {"machine": machine_id(), "key": pair})
+    write_keyring(folder / KEYRING_FILE, ring)
 
 
 OTHER_PROTOCOL = "from meshinfer.protocol import messages\nmessages.PROTOCOL = (98, 99)"
@@ -115,13 +127,25 @@ def test_a_client_of_another_protocol_is_refused(
 
 
 def test_a_worker_with_a_foreign_key_is_refused(cluster: mi.LocalCluster, tmp_path: Path) -> None:
-    ring, _ = new_keyring(cluster.cluster)
-    write_keyring(tmp_path / "ring.json", ring)
+    """Of the same coordinator: it was revoked, or made up."""
+    own = read_keyring(cluster.keyring)
+    joined(tmp_path / "w", replace(own, key=generate_keypair(), role="worker", name="w"))
     port = int(cluster.address.rpartition(":")[2])
-    options = worker_options(tmp_path / "w", tmp_path / "ring.json", port, cluster.cluster)
+    options = worker_options(tmp_path / "w", None, port, cluster.cluster)
     with daemon("cluster.worker", options) as worker:
         code, words = end_of(worker)
-    assert code == 77 and "refuses this device" in words
+    assert code == 77 and "does not admit this device" in words and "meshinfer token" in words
+
+
+def test_a_worker_of_another_coordinator_is_told_that_this_one_has_another_key(
+    cluster: mi.LocalCluster, tmp_path: Path
+) -> None:
+    ring, _ = new_keyring(cluster.cluster)
+    joined(tmp_path / "w", replace(ring, role="worker", name="w"))
+    port = int(cluster.address.rpartition(":")[2])
+    with daemon("cluster.worker", worker_options(tmp_path / "w", None, port, ring.cluster)) as w:
+        code, words = end_of(w)
+    assert code == 77 and "does not hold the key" in words
 
 
 @pytest.mark.parametrize("of_coordinator", [False, True])
@@ -133,12 +157,13 @@ def test_a_worker_and_a_coordinator_of_which_one_is_encrypted_end_with_a_refusal
         port = address_of(tmp_path / "c")["port"]
         ring = read_keyring(tmp_path / "c" / "keyring.json")
         assert ring.plaintext is of_coordinator
-        turned = replace(ring, plaintext=not of_coordinator)  # the very keys do not help
-        write_keyring(tmp_path / "ring.json", turned)
-        mine = worker_options(tmp_path / "w", tmp_path / "ring.json", port, options.cluster)
+        # The very keys do not help.
+        turned = replace(ring, plaintext=not of_coordinator, role="worker", name="w")
+        joined(tmp_path / "w", turned)
+        mine = worker_options(tmp_path / "w", None, port, options.cluster)
         with daemon("cluster.worker", mine) as worker:
             code, words = end_of(worker)
-        assert code == 77 and "refuses this device" in words and "encrypted" in words
+        assert code == 77 and "encrypt" in words
         assert ("NOT ENCRYPTED" in words) is not of_coordinator
 
 
@@ -213,7 +238,9 @@ def test_a_defect_in_a_worker_is_loud_and_ends_it(
         "compute": "import cluster.worker as c\nc.ComputeThread._run = lambda self: 1 / 0",
     }
     port = int(cluster.address.rpartition(":")[2])
-    options = worker_options(tmp_path / "w", cluster.keyring, port, cluster.cluster)
+    options = msgspec.structs.replace(
+        worker_options(tmp_path / "w", cluster.keyring, port, cluster.cluster), name=where
+    )
     with daemon("cluster.worker", options, patches[where]) as worker:
         code, words = end_of(worker)
     assert code == 70

@@ -19,8 +19,8 @@ import structlog
 from zeroconf import ServiceBrowser, ServiceInfo, ServiceStateChange, Zeroconf
 
 from cluster import discovery
-from cluster.discovery import SERVICE, Announcement, Found, announce, browse, fingerprint
-from cluster.security import generate_keypair
+from cluster.discovery import SERVICE, Announcement, Found, announce, browse
+from cluster.keys import generate_keypair
 from meshinfer import limits
 from meshinfer.errors import ConfigurationError
 
@@ -34,7 +34,7 @@ def cluster() -> str:
 
 
 def _announce(cluster: str, port: int = 5000, key: str = KEY) -> Announcement:
-    return announce(cluster, port, key=key, protocol=(1, 2), interfaces=LO)
+    return announce(cluster, port, key=key, join_port=port + 1000, protocol=(1, 2), interfaces=LO)
 
 
 @pytest.fixture
@@ -54,9 +54,8 @@ def test_a_browser_finds_the_coordinators_of_its_own_cluster_only(
         (found,) = browse(cluster, timeout_s=5.0, interfaces=LO, until=1)
         assert time.monotonic() - started < 4.0, "returns as soon as it is found"
         instance = found.instance
-        assert found == Found(cluster, "127.0.0.1", 5000, (1, 2), fingerprint(KEY), instance)
+        assert found == Found(cluster, "127.0.0.1", 5000, (1, 2), KEY, 6000, instance)
         assert instance.startswith(f"{cluster}@")
-        assert KEY not in repr(found)
         assert browse(f"{cluster}x", timeout_s=5.0, interfaces=LO, until=1)[0].port == 5001
         everybody = browse(None, timeout_s=1.5, interfaces=LO)
         assert {cluster, f"{cluster}x"} <= {one.cluster for one in everybody}
@@ -77,11 +76,13 @@ def test_two_coordinators_of_one_name_on_one_host_are_both_seen(
     second = _announce(cluster, port=5002, key=key)
     try:
         found = browse(cluster, timeout_s=20.0, interfaces=LO, until=2)
-        assert {(one.port, one.fingerprint) for one in found} == {
-            (5000, fingerprint(KEY)),
-            (5002, fingerprint(key)),
+        assert {(one.port, one.key) for one in found} == {
+            (5000, KEY),
+            (5002, key),
         }
         assert len({one.instance for one in found}) == 2
+        (mine,) = browse(cluster, timeout_s=20.0, interfaces=LO, until=1, key=key)
+        assert mine.port == 5002, "the other says that it has another key"
     finally:
         second.close()
 
@@ -121,7 +122,7 @@ def test_an_announcement_follows_the_addresses_of_its_machine(
     cluster: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(discovery, "interface_addresses", list)
-    made = announce(cluster, 5000, key=KEY, protocol=(1, 2))
+    made = announce(cluster, 5000, key=KEY, join_port=5001, protocol=(1, 2))
     try:
         states = [made.active]
         monkeypatch.setattr(discovery, "interface_addresses", lambda: LO)
@@ -137,7 +138,7 @@ def test_an_announcement_follows_the_addresses_of_its_machine(
 
 def test_a_name_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ConfigurationError):
-        announce("no good name", 5000, key=KEY, protocol=(1, 1), interfaces=LO)
+        announce("no good name", 5000, key=KEY, join_port=5001, protocol=(1, 1), interfaces=LO)
 
 
 # --- where mDNS does not work ------------------------------------------------------------------
@@ -167,7 +168,9 @@ def test_a_taken_mdns_port_goes_on_with_a_hint(
 
 def _goes_on_with_a_hint(cluster: str, interfaces: list[str] | None) -> None:
     with structlog.testing.capture_logs() as logs:
-        made = announce(cluster, 5000, key=KEY, protocol=(1, 1), interfaces=interfaces)
+        made = announce(
+            cluster, 5000, key=KEY, join_port=5001, protocol=(1, 1), interfaces=interfaces
+        )
         assert not made.active
         made.close()
         assert browse(cluster, timeout_s=5.0, interfaces=interfaces) == []
@@ -181,7 +184,7 @@ def _goes_on_with_a_hint(cluster: str, interfaces: list[str] | None) -> None:
 
 
 def _stranger(cluster: str, number: int, fields: dict[str, str | bytes]) -> ServiceInfo:
-    properties = {"cluster": cluster, "protocol": "1-2", "key": "0" * 16} | fields
+    properties = {"cluster": cluster, "protocol": "1-2", "key": KEY, "join": "5001"} | fields
     name = f"{cluster}@s{number}.{SERVICE}"
     return ServiceInfo(
         SERVICE, name, 6000 + number, properties=properties, parsed_addresses=LO, server=name
@@ -195,6 +198,10 @@ def test_records_that_make_no_sense_are_not_reported(cluster: str) -> None:
         {"protocol": "1-2-3"},
         {"key": "../../etc"},
         {"key": b"\xff\xfe"},
+        {"key": KEY[1:]},
+        {"join": "0"},
+        {"join": "65536"},
+        {"join": ""},
         {"more": "x" * 200, "and": "y" * 200, "again": "z" * 200},
     ]
     zeroconf = Zeroconf(interfaces=LO, use_asyncio=False)
@@ -279,7 +286,7 @@ def test_of_several_addresses_one_on_our_own_network_is_preferred(
 ANNOUNCER = """
 import sys, time
 from cluster.discovery import announce
-made = announce(sys.argv[1], 5000, key=sys.argv[2], protocol=(1, 1))
+made = announce(sys.argv[1], 5000, key=sys.argv[2], join_port=5001, protocol=(1, 1))
 sys.stdin.read()
 made.close()
 """
@@ -341,7 +348,7 @@ def test_across_a_link_it_is_found_and_its_goodbye_is_heard(
         assert seen[0] == ["10.77.0.2"]
         (found,) = seen[1]
         assert (found["host"], found["port"]) == ("10.77.0.1", 5000)
-        assert found["fingerprint"] == fingerprint(KEY)
+        assert found["key"] == KEY and found["join_port"] == 5001
         assert announcer.stdin is not None
         announcer.stdin.close()
         assert announcer.wait(10) == 0

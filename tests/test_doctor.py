@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,11 @@ from test_daemons import OTHER_PROTOCOL, address_of, coordinator_options, daemon
 
 import meshinfer as mi
 from cluster import config
-from cluster.discovery import announce, browse
+from cluster.discovery import Announcement, announce, browse
+from cluster.keyring import new_keyring, read_keyring, write_keyring
+from cluster.keys import generate_keypair
 from cluster.lab import DeviceSpec, Lab, LabCluster
 from cluster.profiler import Measured
-from cluster.security import new_keyring, write_keyring
 from cluster.worker import WorkerOptions
 from meshinfer.doctor import Finding, Interface, Verdict, exit_code, judge_interfaces
 
@@ -124,7 +125,24 @@ def test_a_keyring_of_another_cluster_of_that_name_is_refused_and_told(
     ring = ("--keyring", tmp_path / "ring.json", "--cluster", announced.cluster)
     told = doctor(tmp_path, *ring, "--interface", "127.0.0.1")
     assert told.problems == ["multicast", "join"] and told.code == 77
-    assert "another key" in told["multicast"].text and "keyring.json" in told["multicast"].hint
+    assert "another key" in told["multicast"].text and "token" in told["multicast"].hint
+
+
+def test_on_a_workers_machine_its_own_keyring_is_tried(
+    announced: mi.LocalCluster, tmp_path: Path
+) -> None:
+    """1. Of a worker that is in; 2. of one that was made up, and so is as one that was revoked."""
+    folder = announced.keyring.parent.parent / "worker-0"
+    options = ("--coordinator", announced.address, "--interface", "127.0.0.1")
+    told = doctor(tmp_path, *options, "--cluster", announced.cluster, "--state-dir", folder)
+    assert "worker's" in told["keyring"].text
+    assert told["join"].verdict is Verdict.OK and told.code == 0
+    assert told["identity"].verdict is Verdict.SKIPPED
+    (tmp_path / "w").mkdir()
+    ring = replace(read_keyring(folder / "keyring.json"), key=generate_keypair())
+    write_keyring(tmp_path / "w" / "keyring.json", ring)
+    told = doctor(tmp_path, *options, "--cluster", ring.cluster, "--state-dir", tmp_path / "w")
+    assert told.problems == ["join"] and told.code == 77 and "not admitted" in told["join"].text
 
 
 def test_on_a_bare_machine_the_missing_keyring_comes_before_the_missing_coordinator(
@@ -221,7 +239,7 @@ def test_a_worker_whose_engine_does_not_run_here_is_given_up_and_points_to_the_d
     tmp_path: Path,
 ) -> None:
     path = broken_package(tmp_path / "broken", "onnxruntime", illegal_instruction())
-    options = {"name": "w", "keyring": "none", "state_dir": str(tmp_path / "w")}
+    options = {"name": "w", "state_dir": str(tmp_path / "w")}
     done = subprocess.run(
         [sys.executable, "-m", "cluster.supervisor", json.dumps(options)],
         capture_output=True, text=True, timeout=LONG_S, check=False, env=with_packages(path),
@@ -322,7 +340,9 @@ def test_a_coordinator_of_another_release_is_found_by_asking_and_by_what_it_anno
     with daemon("cluster.coordinator", options, OTHER_PROTOCOL):
         where = f"127.0.0.1:{address_of(tmp_path / 'c')['port']}"
         ring = ("--keyring", tmp_path / "c" / "keyring.json", "--cluster", options.cluster)
-        told_by = announce(cluster, free_port(), key=own.public, protocol=(98, 99), interfaces=LO)
+        told_by = announce(
+            cluster, free_port(), key=own.public, join_port=5001, protocol=(98, 99), interfaces=LO
+        )
         try:
             asked, heard = all_told(
                 begun(tmp_path, "--coordinator", where, *ring),
@@ -341,8 +361,8 @@ def test_two_coordinators_of_a_name_are_found_and_whether_one_was_copied(
 ) -> None:
     cluster = nobodys()
     keys = [new_keyring(cluster)[1].public for _ in range(2)]
-    first = announce(cluster, 5001, key=keys[0], protocol=(1, 9), interfaces=LO)
-    second = announce(cluster, 5002, key=keys[not cloned], protocol=(1, 9), interfaces=LO)
+    first = announced_at(cluster, 5001, keys[0])
+    second = announced_at(cluster, 5002, keys[not cloned])
     try:
         assert len(browse(cluster, timeout_s=20.0, interfaces=LO, until=2)) == 2
         told = doctor(tmp_path, "--cluster", cluster, "--interface", "127.0.0.1")
@@ -352,6 +372,10 @@ def test_two_coordinators_of_a_name_are_found_and_whether_one_was_copied(
     found = told["multicast"]
     assert found.verdict is Verdict.PROBLEM and found.exit_code == 78
     assert "2 coordinators" in found.text and ("copied" in found.text) == cloned
+
+
+def announced_at(cluster: str, port: int, key: str) -> Announcement:
+    return announce(cluster, port, key=key, join_port=5003, protocol=(1, 9), interfaces=LO)
 
 
 # --- networks: in the lab
@@ -475,7 +499,7 @@ def test_a_copied_card_is_found_on_either_machine_by_the_name_that_both_have(
         own = config.state_dir(f"worker-{cluster.name}-a")
     shutil.copytree(cluster.state / "a", own)
     options = WorkerOptions(
-        name="a", cluster=cluster.name, state_dir=str(own), keyring=str(cluster.keyring),
+        name="a", cluster=cluster.name, state_dir=str(own),
         coordinator=cluster.coordinator, measured=Measured((1e9,), 1e9, 0.0, 0.001),
     )  # fmt: skip
     text = json.dumps(msgspec.to_builtins(options))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import os
 import random
 import resource
@@ -22,7 +24,18 @@ from meshinfer import limits
 from meshinfer.errors import ConfigurationError
 from meshinfer.protocol import messages as m
 from meshinfer.scheduler.events import Record, Recorded, RecordFailed
-from meshinfer.scheduler.ledger import Accepted, Ended, Entry, Ledger, Planned, Published, Signature
+from meshinfer.scheduler.ledger import (
+    Accepted,
+    Ended,
+    Enrolled,
+    Entry,
+    Expelled,
+    Ledger,
+    Planned,
+    Published,
+    Signature,
+    TokenMade,
+)
 
 BODY = "0123456789abcdef" * 2
 FAILED = m.Failure(error="DeadlineExceeded", message="no answer", hint="wait", retry_after_s=1.5)
@@ -67,16 +80,37 @@ def plan(name: str = "net", version: int = 1, side: int = 8) -> Planned:
     )
 
 
+WALL = 1e9
+KEYS, HASHES = ("k" * 40, "q" * 40), ("1" * 64, "2" * 64)
+ROLES = st.sampled_from(["worker", "client", "admin"])
+
+
+def enrolled(key: str, name: str, role: str, token: str) -> Enrolled:
+    return Enrolled(m.Admission(key=key, name=name, role=role), token)  # type: ignore[arg-type]
+
+
 NAMES = st.sampled_from(["a", "b", "é\n'\"", "x" * 40])
 ENTRIES = st.one_of(
     st.builds(Accepted, NAMES, st.just(BODY)),
     st.builds(Ended, NAMES, st.just(BODY), st.just("f" * 32), st.sampled_from([None, FAILED])),
     st.builds(plan, st.sampled_from(["net", "other"]), st.integers(1, 3), st.integers(1, 3)),
+    st.builds(
+        TokenMade,
+        st.sampled_from(HASHES),
+        ROLES,
+        st.integers(0, 900).map(float),
+        st.booleans(),
+        st.sampled_from(["", *KEYS]),
+        st.sampled_from(["", *HASHES]),
+    ),
+    st.builds(enrolled, st.sampled_from(KEYS), NAMES, ROLES, st.sampled_from(["", *HASHES])),
+    st.builds(Expelled, st.sampled_from(KEYS)),
 )
 
 
 def content(ledger: Ledger) -> tuple[object, ...]:
-    return list(ledger.requests.items()), ledger.models, list(ledger.plans.items())
+    ids, plans = list(ledger.requests.items()), list(ledger.plans.items())
+    return ids, ledger.models, plans, list(ledger.tokens.items()), ledger.enrolled
 
 
 @settings(
@@ -87,7 +121,7 @@ def test_it_holds_what_a_ledger_holds(tmp_path: Path, batches: list[list[Entry |
     """``None`` stands for the next version of a model; closed, and opened again, now and then."""
     path = tmp_path / f"{time.monotonic_ns()}.sqlite"
     expected, versions = Ledger(), 0
-    journal = Journal(path)
+    journal = Journal(path, lambda: WALL)
     for i, batch in enumerate(batches):
         entries: list[Entry] = []
         for entry in batch:
@@ -97,13 +131,74 @@ def test_it_holds_what_a_ledger_holds(tmp_path: Path, batches: list[list[Entry |
         expected.apply(entries)
         if i % 2:
             journal.close()
-            journal = Journal(path)
+            journal = Journal(path, lambda: WALL)
             assert content(journal.ledger) == content(expected)
     journal.close()
-    last = Journal(path)
+    last = Journal(path, lambda: WALL)
     assert content(last.ledger) == content(expected)
     assert last.ledger.starts == 2 + len(batches) // 2
     last.close()
+
+
+def test_a_token_lives_by_the_wall_clock_and_no_longer_than_it_was_made_for(tmp_path: Path) -> None:
+    """Also by one that is set back, as that of a Pi which has none when it is powered off."""
+    token = TokenMade("1" * 64, "worker", 900.0, reusable=True)
+    journal = Journal(tmp_path / FILE, lambda: WALL)
+    journal.commit([token])
+    journal.close()
+    for at, left in ((WALL + 600.0, 300.0), (WALL + 901.0, 0.0), (WALL - 5000.0, 900.0)):
+        journal = Journal(tmp_path / FILE, lambda at=at: at)  # type: ignore[misc]
+        (found,) = journal.ledger.tokens.values()
+        assert (found.ttl_s, found.spent, found.reusable) == (left, False, True)
+        journal.close()
+
+
+def test_who_is_expelled_takes_its_tokens_along(tmp_path: Path) -> None:
+    by, made, other = (TokenMade(c * 64, "worker", 900.0, reusable=True) for c in "123")
+    made = dataclasses.replace(made, maker=KEYS[0])
+    entries = [by, made, other, enrolled(KEYS[0], "pi", "admin", by.hash), Expelled(KEYS[0])]
+    journal, expected = Journal(tmp_path / FILE), Ledger()
+    journal.commit(entries)
+    expected.apply(entries)
+    journal.close()
+    ledger = Journal(tmp_path / FILE).ledger
+    for found in (ledger, expected):
+        assert [token.spent for token in found.tokens.values()] == [True, True, False]
+        assert not found.enrolled
+
+
+def test_a_file_of_the_release_before_is_taken_over(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / FILE)
+    journal.commit([model(), plan(), Accepted("r", BODY), Ended("r", BODY, "f" * 32)])
+    before = content(journal.ledger)
+    journal.close()
+    with contextlib.closing(sqlite3.connect(tmp_path / FILE)) as other:  # as form 1 was
+        other.execute("DROP TABLE tokens")
+        other.execute("DROP TABLE keys")
+        other.execute("PRAGMA user_version=1")
+        other.commit()
+    journal = Journal(tmp_path / FILE)
+    assert content(journal.ledger) != before and journal.ledger.models and journal.ledger.plans
+    assert list(journal.ledger.requests) == ["r"] and not journal.ledger.enrolled
+    journal.commit([enrolled(KEYS[0], "pi", "worker", "")])
+    journal.close()
+    last = Journal(tmp_path / FILE)
+    assert set(last.ledger.enrolled) == {KEYS[0]}
+    last.close()
+
+
+@pytest.mark.parametrize(
+    "change", ["UPDATE keys SET role = 'king'", "UPDATE keys SET key = 'short'"]
+)
+def test_keys_that_make_no_sense_are_not_believed(tmp_path: Path, change: str) -> None:
+    journal = Journal(tmp_path / FILE)
+    journal.commit([enrolled(KEYS[0], "pi", "worker", "")])
+    journal.close()
+    with contextlib.closing(sqlite3.connect(tmp_path / FILE)) as other:
+        other.execute(change)
+        other.commit()
+    with pytest.raises(ConfigurationError, match="is damaged"):
+        Journal(tmp_path / FILE)
 
 
 def test_it_keeps_no_more_ids_than_its_bound_and_the_newest(

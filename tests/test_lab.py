@@ -23,6 +23,7 @@ from processes import alive, eventually, image, none_alive, small_model
 from typer.testing import CliRunner
 
 from cluster.cli import app
+from cluster.keyring import read_keyring
 from cluster.lab import (
     ABOUT,
     PRESETS,
@@ -36,7 +37,6 @@ from cluster.lab import (
 )
 from cluster.lab.cgroups import CgroupsV1, CgroupsV2, find_cgroups, quota_us
 from cluster.lab.lab import available
-from cluster.security import read_keyring
 from meshinfer.errors import ConfigurationError, InvalidInput
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -17,7 +17,7 @@ import psutil
 import pytest
 from cores import Cluster, image, kind
 from oracle import assert_exact
-from processes import eventually, small_model
+from processes import eventually, let_in, small_model
 from processes import image as array
 
 import meshinfer as mi
@@ -182,19 +182,19 @@ def knows_that_it_joined(coordinator: Path, worker: Path) -> bool:
 def test_the_logs_of_daemons_lead_from_an_answer_to_the_death_behind_it(tmp_path: Path) -> None:
     """1. a worker process is killed at its task; 2. the answer comes; 3. from its id to the log of
     the coordinator, the cause, the device, and to why it died in the log of its supervisor."""
-    folder = tmp_path / "c"
-    logs = {name: tmp_path / f"{name}.log" for name in ("c", "a", "b")}
+    folder, logs = tmp_path / "c", {name: tmp_path / f"{name}.log" for name in ("c", "a", "b")}
     common: Line = {"cluster": "logs", "parent": os.getpid(), "log_form": "json"}
     coordinator = CoordinatorOptions(
         state_dir=str(folder), host="127.0.0.1", port=0, interfaces=(), log_level="debug", **common
     )
     with daemon("cluster.coordinator", coordinator, logs["c"]):
         assert eventually((folder / "address.json").exists, 30.0)
-        address = json.loads((folder / "address.json").read_text())
-        where, ring = f"127.0.0.1:{address['port']}", folder / "keyring.json"
+        found, ring = json.loads((folder / "address.json").read_text()), folder / "keyring.json"
+        where = f"127.0.0.1:{found['port']}"
+        let_in(where, ring, tmp_path / "a", tmp_path / "b")
         workers = {
             name: WorkerOptions(
-                name=name, state_dir=str(tmp_path / name), keyring=str(ring), coordinator=where,
+                name=name, state_dir=str(tmp_path / name), coordinator=where,
                 measured=Measured((1e9,), 1e9, 0.0, 0.001), speed=SPEED, **common,
             )
             for name in ("a", "b")
@@ -227,14 +227,13 @@ def test_the_logs_of_daemons_lead_from_an_answer_to_the_death_behind_it(tmp_path
             line["request"] for line in of(lines, "request answered")
         }
         lost = {line["cause"]: line for line in of(lines, "device lost")}
-        for line in again:
-            assert lost[line["cause"]]["device"] == "a"
+        assert {lost[line["cause"]]["device"] for line in again} == {"a"}
         joined = of(lines, "device joined")
         ids = {(line["device"], line["incarnation"]) for line in joined}
         assert {(line["device"], line["incarnation"]) for line in lost.values()} <= ids
     ends = of(lines, ended)
     assert ends and all(lost[line["cause"]]["device"] == line["device"] == "a" for line in ends)
-    assert {line["why"] for line in ends} == {"SIGKILL"}
+    assert {e["why"] for e in ends} == {"SIGKILL"}
     own = read(logs["a"])
     (death, *_) = of(own, "worker died")
     assert death["device"] == "a" and death["why"] == "SIGKILL" and death["pid"]

@@ -10,8 +10,8 @@ import pytest
 import structlog
 
 from cluster import telemetry
+from cluster.keys import generate_keypair
 from cluster.loop import Loop, report
-from cluster.security import generate_keypair
 from cluster.transport import Endpoint, Plane, Transport
 from meshinfer.protocol.records import BESIDE_COORDINATOR, Peer
 from meshinfer.scheduler.events import Connect, Effect, Event, Stop

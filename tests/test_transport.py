@@ -1,4 +1,4 @@
-"""Real sockets on 127.0.0.1: what arrives, what is refused, and how a loss is noticed."""
+"""Real sockets on 127.0.0.1: what arrives, and how a loss is noticed."""
 
 from __future__ import annotations
 
@@ -10,72 +10,26 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 
 import pytest
 import zmq
+from wires import HOST, MIB, PLANES, Net, RawClient, counted, greet, lost, pump, received
 
 from cluster import sockets
-from cluster.security import KeyPair, Keyring, generate_keypair, new_keyring
-from cluster.transport import Endpoint, Incoming, Lost, Plane, Received, Transport
+from cluster.transport import Endpoint, Lost, Plane, Received, Transport
 from meshinfer import limits
 from meshinfer.errors import AuthError, ConfigurationError
-
-HOST = "127.0.0.1"
-MIB = 1 << 20
-PLANES = list(Plane)
-
-
-@dataclass
-class Net:
-    """A cluster's keys, and transports that are closed at the end of the test."""
-
-    ring: Keyring
-    own: KeyPair
-    transports: list[Transport] = field(default_factory=list)
-    plaintext: bool = False
-
-    def transport(self, identity: str, member: KeyPair | None = None) -> Transport:
-        made = Transport(identity, member or self.ring.member, plaintext=self.plaintext)
-        self.transports.append(made)
-        return made
-
-    def server(self, identity: str = "hub") -> tuple[Transport, dict[Plane, Endpoint]]:
-        made = Transport(identity, self.ring.member, self.own, plaintext=self.plaintext)
-        self.transports.append(made)
-        ports = {plane: made.bind(plane, HOST) for plane in Plane}
-        return made, {p: Endpoint(HOST, port, self.own.public) for p, port in ports.items()}
-
-    def client(self, identity: str, endpoints: dict[Plane, Endpoint]) -> Transport:
-        made = self.transport(identity)
-        for plane, endpoint in endpoints.items():
-            made.connect(plane, "hub", endpoint)
-        return made
 
 
 @pytest.fixture
 def net() -> Iterator[Net]:
-    made = Net(*new_keyring("test"))
+    made = Net()
     yield made
     for one in made.transports:
         one.close()
-
-
-def pump(
-    *transports: Transport,
-    until: Callable[[list[Incoming]], bool] = lambda heard: bool(heard),
-    within_s: float = 5.0,
-) -> list[Incoming]:
-    """What the first transport hears until it is enough; the others are served meanwhile."""
-    heard: list[Incoming] = []
-    end = time.monotonic() + within_s
-    while not until(heard) and time.monotonic() < end:
-        heard += transports[0].receive(0.02)
-        for other in transports[1:]:
-            other.receive(0)
-    return heard
 
 
 @dataclass
@@ -117,57 +71,6 @@ class Wiretap:
                 sink.sendall(data)
 
 
-def received(heard: list[Incoming]) -> list[tuple[Plane, str, list[bytes]]]:
-    return [
-        (one.plane, one.peer, [bytes(frame) for frame in one.frames])
-        for one in heard
-        if isinstance(one, Received)
-    ]
-
-
-def lost(heard: list[Incoming]) -> list[Lost]:
-    return [one for one in heard if isinstance(one, Lost)]
-
-
-def counted(count: int) -> Callable[[list[Incoming]], bool]:
-    return lambda heard: len(received(heard)) >= count
-
-
-def greet(hub: Transport, *clients: Transport, planes: list[Plane] = PLANES) -> None:
-    """Each client speaks first, so that the hub knows a way to it."""
-    for client in clients:
-        for plane in planes:
-            assert client.send(plane, "hub", [b"hello"])
-    heard = pump(hub, *clients, until=counted(len(clients) * len(planes)))
-    assert len(received(heard)) == len(clients) * len(planes), heard
-
-
-@dataclass
-class RawClient:
-    """A CURVE client that keeps none of our limits."""
-
-    net: Net
-    endpoint: Endpoint
-    plain: bool = False
-
-    def __enter__(self) -> zmq.Socket[bytes]:
-        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self.socket = self.context.socket(zmq.DEALER)
-        self.socket.linger = 0
-        self.socket.routing_id = b"raw"
-        if not self.plain:
-            member = self.net.ring.member
-            self.socket.curve_publickey = member.public.encode()
-            self.socket.curve_secretkey = member.secret.encode()
-            self.socket.curve_serverkey = self.endpoint.key.encode()
-        self.socket.connect(str(self.endpoint))
-        return self.socket
-
-    def __exit__(self, *_: object) -> None:
-        self.socket.close()
-        self.context.term()
-
-
 # --- what arrives -----------------------------------------------------------------------------
 
 
@@ -175,7 +78,7 @@ def test_both_planes_carry_messages_both_ways(net: Net) -> None:
     hub, endpoints = net.server()
     first, second = net.client("pi-1#1", endpoints), net.client("pi-2#1", endpoints)
     greet(hub, first, second)
-    for plane in Plane:
+    for plane in PLANES:
         for client in (first, second):
             text = f"{plane} to {client.identity}".encode()
             assert hub.send(plane, client.identity, [text, b"", memoryview(b"end")])
@@ -238,7 +141,7 @@ def test_control_comes_before_bulk_and_each_peer_has_its_turn(
     reader = net.client("pi-1#1", first_endpoints)
     for plane, endpoint in second_endpoints.items():
         reader.connect(plane, "other", endpoint)
-    for plane in Plane:
+    for plane in PLANES:
         assert reader.send(plane, "hub", [b"hello"]) and reader.send(plane, "other", [b"hello"])
     for server in (first, second):
         assert len(received(pump(server, reader, until=counted(2)))) == 2
@@ -286,186 +189,6 @@ def test_the_threads_stay_apart_and_wake_ends_a_wait_early(net: Net) -> None:
     one.wake()
 
 
-# --- what is refused --------------------------------------------------------------------------
-
-
-def test_another_member_key_is_refused_and_says_so_until_it_is_allowed(net: Net) -> None:
-    hub, endpoints = net.server()
-    stranger = generate_keypair()
-    client = net.transport("pi-1#1", stranger)
-    control = endpoints[Plane.CONTROL]
-    client.connect(Plane.CONTROL, "hub", control)
-    assert client.send(Plane.CONTROL, "hub", [b"let me in"])
-    assert pump(client, hub) == [Lost(Plane.CONTROL, "hub", sockets.REFUSED)]
-    assert not client.send(Plane.CONTROL, "hub", [b"let me in"])
-    assert pump(hub, client, within_s=0.2) == []
-    hub.gatekeeper.allow(stranger.public)
-    client.connect(Plane.CONTROL, "hub", control)  # after a refusal the caller tries again
-    greet(hub, client, planes=[Plane.CONTROL])
-
-
-def test_a_key_revoked_while_connected_is_heard_no_more(net: Net) -> None:
-    hub, endpoints = net.server()
-    client = net.client("pi-1#1", endpoints)
-    greet(hub, client)
-    hub.gatekeeper.revoke(net.ring.member.public)
-    for plane in Plane:
-        assert client.send(plane, "hub", [b"still there"])
-    assert pump(hub, client, within_s=0.3) == []
-    assert hub.counters["key revoked"] == 2
-
-
-def test_a_plaintext_client_is_refused(net: Net) -> None:
-    hub, endpoints = net.server()
-    for plane in Plane:
-        with RawClient(net, endpoints[plane], plain=True) as raw:
-            raw.send(b"hello")
-            assert pump(hub, within_s=0.3) == []
-    greet(hub, net.client("pi-1#1", endpoints))
-
-
-def test_a_server_without_encryption_gets_nothing_and_is_named(net: Net) -> None:
-    client = net.transport("pi-1#1")
-    with zmq.Context() as context, context.socket(zmq.ROUTER) as plain:
-        plain.linger = 0
-        port = plain.bind_to_random_port(f"tcp://{HOST}")
-        client.connect(Plane.CONTROL, "hub", Endpoint(HOST, port, net.own.public))
-        assert client.send(Plane.CONTROL, "hub", [b"hello"])
-        assert pump(client) == [Lost(Plane.CONTROL, "hub", sockets.NOT_OURS)]
-        assert not plain.poll(200)
-
-
-@pytest.mark.parametrize("of_server", [False, True])
-def test_a_side_with_and_a_side_without_encryption_refuse_each_other(
-    net: Net, of_server: bool
-) -> None:
-    net.plaintext = of_server
-    hub, endpoints = net.server()
-    net.plaintext = not of_server
-    client = net.client("pi-1#1", endpoints)
-    for plane in Plane:
-        assert client.send(plane, "hub", [b"hello"])
-    heard = pump(client, hub, until=lambda heard: len(heard) >= 2)
-    assert {(one.plane, one.reason) for one in lost(heard)} == {
-        (plane, sockets.NOT_OURS) for plane in Plane
-    }
-    assert pump(hub, client, within_s=0.3) == []
-    net.plaintext = of_server
-    greet(hub, net.client("pi-2#1", endpoints))
-
-
-def test_a_server_with_another_key_gets_nothing_and_is_told_apart(net: Net) -> None:
-    hub, endpoints = net.server()
-    client = net.transport("pi-1#1")
-    wrong = Endpoint(HOST, endpoints[Plane.CONTROL].port, generate_keypair().public)
-    client.connect(Plane.CONTROL, "hub", wrong)
-    assert client.send(Plane.CONTROL, "hub", [b"hello"])
-    assert pump(client, hub) == [Lost(Plane.CONTROL, "hub", sockets.NOT_OURS)]
-    assert "key" in sockets.NOT_OURS and sockets.REFUSED not in sockets.NOT_OURS
-    assert pump(client, hub, within_s=0.6) == [], "one loss for one outage, however often tried"
-    client.connect(Plane.CONTROL, "hub", endpoints[Plane.CONTROL])  # another endpoint: replaced
-    greet(hub, client, planes=[Plane.CONTROL])
-
-
-def test_a_dead_gatekeeper_admits_nobody(net: Net) -> None:
-    hub, endpoints = net.server()
-    hub.gatekeeper.stop()
-    client = net.client("pi-1#1", endpoints)
-    for plane in Plane:
-        assert client.send(plane, "hub", [b"hello"])
-    heard = pump(client, hub, until=lambda heard: len(heard) >= 2)
-    assert {(one.plane, one.reason) for one in lost(heard)} == {
-        (plane, sockets.NOT_OURS) for plane in Plane
-    }
-    assert pump(hub, client, within_s=0.3) == []
-
-
-def test_nobody_at_the_address_is_told_once(net: Net) -> None:
-    with socket.create_server((HOST, 0)) as free:
-        port = free.getsockname()[1]
-    client = net.transport("pi-1#1")
-    client.connect(Plane.BULK, "hub", Endpoint(HOST, port, net.own.public))
-    assert pump(client) == [Lost(Plane.BULK, "hub", sockets.CANNOT_CONNECT)]
-    assert pump(client, within_s=0.4) == []
-
-
-def test_a_message_to_an_unknown_peer_is_not_sent_and_a_hint_comes(net: Net) -> None:
-    hub, _ = net.server()
-    unbound = net.transport("pi-1#1")
-    for one in (hub, unbound):
-        for plane in Plane:
-            assert not one.send(plane, "nobody", [b"hello"])
-            assert not one.send(plane, "nobody", [b"hello"])
-            assert one.receive(0.0) == [Lost(plane, "nobody", sockets.NO_ROUTE)]
-        assert one.receive(0.0) == []
-
-
-def test_garbage_on_the_port_does_no_harm(net: Net) -> None:
-    hub, endpoints = net.server()
-    client = net.client("pi-1#1", endpoints)
-    greet(hub, client)
-    chance = random.Random(7)
-    greeting = b"\xff" + bytes(8) + b"\x7f\x03\x01CURVE".ljust(54, b"\0")
-    strangers: list[socket.socket] = []
-    try:
-        for number in range(60):
-            stranger = socket.create_connection((HOST, endpoints[PLANES[number % 2]].port), 2.0)
-            strangers.append(stranger)
-            match number % 5:
-                case 0:
-                    stranger.sendall(chance.randbytes(chance.randrange(1, 4096)))
-                case 1:
-                    stranger.sendall(b"GET / HTTP/1.1\r\nHost: pi\r\n\r\n")
-                case 2:  # a frame of 4 GiB before the handshake
-                    stranger.sendall(greeting + b"\x02\0\0\0\x01\0\0\0\0")
-                case 3:
-                    stranger.sendall(greeting + chance.randbytes(300))
-                case _:
-                    pass  # stays silent
-        for number in range(10):
-            text = b"%d" % number
-            assert client.send(Plane.CONTROL, "hub", [text])
-            assert received(pump(hub, client)) == [(Plane.CONTROL, "pi-1#1", [text])]
-        greet(hub, net.client("pi-2#1", endpoints))
-    finally:
-        for stranger in strangers:
-            stranger.close()
-    assert pump(hub, client, within_s=0.3) == [], "strangers that come and go are no losses"
-
-
-def test_an_oversized_frame_is_rejected_and_the_others_are_served(net: Net) -> None:
-    hub, endpoints = net.server()
-    client = net.client("pi-1#1", endpoints)
-    greet(hub, client)
-    too_much = {Plane.CONTROL: limits.CONTROL_FRAME_BYTES, Plane.BULK: limits.FRAME_BYTES}
-    for plane, size in too_much.items():
-        with RawClient(net, endpoints[plane]) as raw:
-            raw.send(b"ok")
-            assert received(pump(hub)) == [(plane, "raw", [b"ok"])]
-            raw.send(bytes(size + 1))
-            assert received(pump(hub, client, within_s=0.3)) == []
-    greet(hub, client)
-
-
-def test_messages_of_no_or_too_many_frames_and_of_nameless_peers_are_dropped(net: Net) -> None:
-    hub, endpoints = net.server()
-    with RawClient(net, endpoints[Plane.CONTROL]) as raw:
-        raw.send_multipart([b"x"] * (limits.FRAMES_PER_MESSAGE + 1))
-        raw.send_multipart([b"y"] * limits.FRAMES_PER_MESSAGE)
-        heard = received(pump(hub))
-        assert [len(frames) for _, _, frames in heard] == [limits.FRAMES_PER_MESSAGE]
-    assert hub.counters["frames per message"] == 1
-    for routing_id in (b"", b"\xff\xfe"):
-        nameless = RawClient(net, endpoints[Plane.BULK])
-        with nameless as raw:
-            raw.disconnect(str(nameless.endpoint))
-            raw.routing_id = routing_id or b"\xfe"
-            raw.connect(str(nameless.endpoint))
-            raw.send(b"who am I")
-            assert received(pump(hub, within_s=0.3)) == []
-    assert hub.counters["peer without a name"] >= 1
-
-
 # --- without encryption, where the keyring says so -----------------------------------------------
 
 
@@ -476,7 +199,8 @@ def test_every_socket_has_curve_unless_it_is_asked_not_to(net: Net) -> None:
         client = net.client("pi-1#1", endpoints)
         ends = [*hub._ports.values(), *client._links.values()]
         assert [each.socket.mechanism for each in ends] == [mechanism] * 4
-    assert Transport.__init__.__defaults__ == (None, False, ""), "encrypted is what nobody asks for"
+    defaults = Transport.__init__.__defaults__
+    assert defaults == ((), False, "", False), "encrypted is what nobody asks for"
 
 
 @pytest.mark.parametrize("plaintext", [False, True])
@@ -530,7 +254,7 @@ def test_a_peer_that_comes_back_under_its_name_takes_it_over(net: Net) -> None:
     greet(hub, before)
     after = net.client("pi-1#1", endpoints)
     greet(hub, after)
-    for plane in Plane:
+    for plane in PLANES:
         assert hub.send(plane, "pi-1#1", [b"to the new one"])
         assert received(pump(after, hub)) == [(plane, "hub", [b"to the new one"])]
     before.close()
@@ -541,10 +265,11 @@ def test_a_peer_that_comes_back_under_its_name_takes_it_over(net: Net) -> None:
 
 CHILD = """
 import sys, time
-from cluster.security import KeyPair
+from cluster.keys import KeyPair
 from cluster.transport import Endpoint, Plane, Transport
-control, bulk, hub_key, public, secret = sys.argv[1:]
-me = Transport("pi-1#1", KeyPair(public, secret))
+from meshinfer.protocol.joining import Admission
+control, bulk, hub_key, public, secret, other = sys.argv[1:]
+me = Transport("pi-1#1", KeyPair(public, secret), [Admission(other, "pi-2", "worker")])
 me.connect(Plane.CONTROL, "hub", Endpoint("127.0.0.1", int(control), hub_key))
 me.connect(Plane.BULK, "hub", Endpoint("127.0.0.1", int(bulk), hub_key))
 port = me.bind(Plane.CONTROL, "127.0.0.1")
@@ -558,10 +283,10 @@ while time.monotonic() < end:
 
 def test_a_killed_process_is_noticed_within_a_second_by_both_sides_of_the_link(net: Net) -> None:
     hub, endpoints = net.server()
-    member = net.ring.member
+    member, other = net.keys["pi-1"], net.keys["pi-2"].public
     ports = [str(endpoints[plane].port) for plane in (Plane.CONTROL, Plane.BULK)]
     child = subprocess.Popen(
-        [sys.executable, "-c", CHILD, *ports, net.own.public, member.public, member.secret]
+        [sys.executable, "-c", CHILD, *ports, net.own.public, member.public, member.secret, other]
     )
     try:
         heard = received(pump(hub, until=counted(2), within_s=10.0))
@@ -587,17 +312,18 @@ def test_a_killed_process_is_noticed_within_a_second_by_both_sides_of_the_link(n
 
 STOOD_STILL = """
 import sys, time
-from cluster.security import KeyPair
+from cluster.keys import KeyPair
 from cluster.transport import Plane, Transport
-public, secret, own_public, own_secret = sys.argv[1:]
-hub = Transport("hub", KeyPair(public, secret), KeyPair(own_public, own_secret))
+from meshinfer.protocol.joining import Admission
+device, own_public, own_secret = sys.argv[1:]
+hub = Transport("hub", KeyPair(own_public, own_secret), [Admission(device, "pi-1", "worker")])
 print(hub.bind(Plane.CONTROL, "127.0.0.1"), flush=True)
 sys.stdin.readline()  # it reads nothing all the while
 print(len(hub.receive(1.0)) > 0, flush=True)
 """
 FLOOD = """
 import sys, time
-from cluster.security import KeyPair
+from cluster.keys import KeyPair
 from cluster.transport import Endpoint, Plane, Transport
 port, hub_key, public, secret = sys.argv[1:]
 me = Transport("pi-1#1", KeyPair(public, secret))
@@ -614,11 +340,11 @@ def test_a_peer_that_floods_and_is_reset_does_not_abort_a_server_that_is_behind(
     """Steps: the server reads nothing until its input stands at the mark; the peer is frozen, so
     that there is something it has not read, and killed, which resets the connection; a heartbeat
     would be due. libzmq 4.3.5 then ended the process: !_io_error."""
-    member = net.ring.member
+    member = net.keys["pi-1"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     keys = [member.public, member.secret]
     hub = subprocess.Popen(
-        [sys.executable, "-c", STOOD_STILL, *keys, net.own.public, net.own.secret], **pipes
+        [sys.executable, "-c", STOOD_STILL, member.public, net.own.public, net.own.secret], **pipes
     )
     with hub:
         assert hub.stdout is not None
@@ -644,7 +370,8 @@ def test_a_link_reconnects_by_itself_when_its_server_is_back(net: Net) -> None:
         sockets.LOST,
         sockets.CANNOT_CONNECT,
     ]
-    again = Transport("hub", net.ring.member, net.own)
+    again = Transport("hub", net.own)
+    again.admit(net.members)
     net.transports.append(again)
     for plane, endpoint in endpoints.items():
         assert again.bind(plane, HOST, endpoint.port) == endpoint.port
@@ -768,10 +495,8 @@ def test_a_bad_endpoint_is_refused_before_anything_is_sent(net: Net) -> None:
 
 
 def test_nothing_of_a_transport_stays_behind() -> None:
-    ring, own = new_keyring("test")
-
     def cycle() -> None:
-        made = Net(ring, own)
+        made = Net()
         hub, endpoints = made.server()
         greet(hub, made.client("pi-1#1", endpoints))
         for one in made.transports:

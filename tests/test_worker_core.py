@@ -88,6 +88,15 @@ def test_a_refused_key_stops_it_only_before_it_ever_joined() -> None:
     assert not any(isinstance(x, e.Stop) for x in effects) and core.next_deadline() == 1.0
 
 
+def test_a_revoked_key_stops_it_also_when_it_has_joined() -> None:
+    core = alone()
+    told(core, welcome(), 0.0)
+    lost = e.PeerLost(COORDINATOR, "refused", refused=True, unadmitted=True)
+    (stop,) = core.handle(lost, 1.0)
+    assert isinstance(stop, e.Stop) and stop.failure and stop.failure.error == "AuthError"
+    assert "revoked" in stop.failure.message and "token" in stop.failure.hint
+
+
 def test_a_coordinator_that_stays_away_is_looked_for_by_a_new_worker_process() -> None:
     core = alone()
     told(core, welcome(), 0.0)

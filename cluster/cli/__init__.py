@@ -15,11 +15,13 @@ from typer.core import TyperGroup
 
 import meshinfer
 from cluster.cli.daemons import coordinator, worker
+from cluster.cli.devices import devices
 from cluster.cli.doctor import doctor
+from cluster.cli.joining import join, token
 from cluster.cli.lab import lab
 from cluster.cli.options import settings
 from cluster.cli.plans import plan
-from cluster.cli.requests import deploy, devices, infer
+from cluster.cli.requests import deploy, infer
 from cluster.cli.show import demo
 from meshinfer.errors import MeshInferError
 
@@ -83,8 +85,9 @@ app = typer.Typer(
         "max_content_width": 100,
     },
 )
-for _command in (coordinator, worker, devices, deploy, infer, plan, demo, doctor):
+for _command in (coordinator, worker, token, join, deploy, infer, plan, demo, doctor):
     app.command()(_command)
+app.add_typer(devices, name="devices")
 app.add_typer(lab, name="lab")
 
 

@@ -43,7 +43,7 @@ def doctor(
 
     from cluster import telemetry
     from cluster.doctor import Options, examine
-    from cluster.security import check_cluster_name
+    from cluster.keyring import check_cluster_name
     from meshinfer.doctor import exit_code
 
     telemetry.configure(log_level)

@@ -51,7 +51,7 @@ KeyringFile = Annotated[
     typer.Option(
         "--keyring",
         envvar="MESHINFER_KEYRING",
-        help="The keyring.json that the coordinator wrote; default: this machine's coordinator's.",
+        help="Default: that of this machine's coordinator, or what meshinfer join wrote.",
     ),
 ]
 Interfaces = Annotated[
@@ -124,7 +124,8 @@ Pins = Annotated[
 def settings(commands: Mapping[str, Any]) -> dict[str, Any]:
     """The settings files as defaults by command. Raises ``ConfigurationError`` for a misspelling.
 
-    What stands outside the tables is for every command that has such an option.
+    What stands outside the tables is for every command that has such an option. A table of a
+    command with commands of its own, as ``[devices]``, is for them, too.
     """
     from cluster.config import file_settings
 
@@ -145,6 +146,10 @@ def settings(commands: Mapping[str, Any]) -> dict[str, Any]:
             raise _misspelt(key, set().union(*known.values()))
         for name in takers:
             result[name].setdefault(_python(key), value)
+    for name, command in commands.items():
+        for inner, each in getattr(command, "commands", {}).items():
+            has = {p.name for p in each.params}
+            result[name][inner] = {k: v for k, v in result[name].items() if k in has}
     return result
 
 
@@ -155,6 +160,12 @@ def _python(option: str) -> str:
 def _misspelt(what: str, known: Iterable[str]) -> ConfigurationError:
     names = ", ".join(sorted(name.replace("_", "-") for name in known))
     return ConfigurationError(f"meshinfer.toml: {what} means nothing", hint=f"known are {names}")
+
+
+def is_default(ctx: typer.Context, option: str) -> bool:
+    """Whether nobody has said otherwise: no flag, variable or settings file."""
+    source = ctx.get_parameter_source(option)
+    return source is None or source.name == "DEFAULT"
 
 
 def connect(

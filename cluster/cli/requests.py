@@ -1,4 +1,4 @@
-"""``meshinfer devices``, ``deploy`` and ``infer``: what people ask of a running cluster."""
+"""``meshinfer deploy`` and ``infer``: what people ask of a running cluster."""
 
 from __future__ import annotations
 
@@ -27,7 +27,6 @@ from cluster.cli.options import (
     Pins,
     Shapes,
     Timeout,
-    columns,
     connect,
     parse_image,
     parse_memory,
@@ -44,74 +43,10 @@ if TYPE_CHECKING:
     import numpy as np
 
     from cluster.client import Client, Result
-    from meshinfer.protocol.messages import DeviceInfo, Facts, ModelInfo
+    from meshinfer.protocol.messages import ModelInfo
 
 _IN_FLIGHT = 8
 _TOP = 5
-_HEADER = (
-    "DEVICE STATE CORES THREADS MEMORY ARCH ENGINE CONV-GFLOP/S DEPTHWISE MATRIX INT8 TASK-MS "
-    "LINK-MBIT/S LATENCY-MS TASKS CAUSE"
-).split()
-
-
-def devices(
-    watch: Annotated[
-        bool, typer.Option("--watch", help="Go on: a live table, or a line for each change.")
-    ] = False,
-    coordinator: Coordinator = None,
-    keyring: KeyringFile = None,
-    cluster: ClusterName = "default",
-    interface: Interfaces = None,
-    timeout: Timeout = 10.0,
-    as_json: AsJson = False,
-    lost: Annotated[bool, typer.Option("--lost", help="Those too that died of late.")] = False,
-    log_level: LogLevel = "warning",
-) -> None:
-    """List the devices of a cluster; "head" is the coordinator's own, which only merges.
-
-    CAUSE says why a device gets no work, or how its last process ended."""
-    with connect(coordinator, keyring, cluster, interface, timeout, log_level) as client:
-        if watch:
-            from cluster.cli.watch import watch as go_on
-
-            go_on(client, as_json=as_json)
-            return
-        found = client.devices(lost=lost)
-    if as_json:
-        import msgspec
-
-        typer.echo(json.dumps(msgspec.to_builtins(found), indent=2))
-        return
-    typer.echo(columns(_HEADER, [_row(device) for device in found]))
-
-
-def _row(info: DeviceInfo) -> list[str]:
-    facts, link = info.facts, info.link
-    return [
-        info.device,
-        info.state,
-        f"{facts.cpu_quota:.2g} of {facts.cores}" if facts.cpu_quota else str(facts.cores),
-        str(facts.threads or "-"),
-        f"{facts.memory_bytes / 2**30:.1f} GiB",
-        facts.architecture,
-        facts.engine,
-        *(_speeds(facts) if facts.computes else ["-"] * 5),
-        f"{link.bytes_per_s * 8e-6:.0f}" if link and link.bytes_per_s else "-",
-        f"{link.latency_s * 1e3:.2f}" if link and link.latency_s else "-",
-        str(info.tasks_done),
-        info.cause or "-",
-    ]
-
-
-def _speeds(facts: Facts) -> list[str]:
-    """GFLOP/s of the kinds that most of the time goes to, and the fixed cost of a task in ms."""
-    from meshinfer.cost import OpKind
-
-    kinds = (OpKind.DENSE, OpKind.DEPTHWISE, OpKind.MATRIX, OpKind.INT8)
-    rates = [facts.rates[kind] if kind < len(facts.rates) else 0.0 for kind in kinds]
-    rates[0] = rates[0] or facts.flops_per_s
-    shown = [f"{rate / 1e9:.3g}" if rate else "-" for rate in rates]
-    return [*shown, f"{facts.overhead_s * 1e3:.2f}" if facts.overhead_s else "-"]
 
 
 def deploy(
@@ -271,19 +206,10 @@ def _read(path: str, model: ModelInfo | None) -> object:
     """What the client takes: the arrays of .npy and .npz files; a path for pictures."""
     if not path.lower().endswith((".npy", ".npz")):
         return path if model is not None else {}  # no model: let the coordinator say so
-    import numpy as np
+    from cluster.cli.arrays import read_arrays
 
-    try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.lib.npyio.NpzFile):
-            with loaded:
-                return dict(loaded)
-    except (OSError, ValueError, EOFError) as error:
-        why = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise InvalidInput(
-            f"cannot read {path}: {why}", hint="give arrays saved by numpy.save or numpy.savez"
-        ) from error
-    return _named(path, loaded, model)
+    found = read_arrays(path)
+    return found if isinstance(found, dict) else _named(path, found, model)
 
 
 def _named(path: str, array: np.ndarray[Any, Any], model: ModelInfo | None) -> object:

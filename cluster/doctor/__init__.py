@@ -18,12 +18,11 @@ import msgspec
 
 import meshinfer
 from cluster.config import ADDRESS_FILE, coordinator_state, default_keyring, state_dir
-from cluster.discovery import fingerprint
 from cluster.doctor import network
 from cluster.doctor.engine import run_engine
 from cluster.doctor.storage import room
+from cluster.keyring import KEYRING_FILE, Keyring, read_keyring
 from cluster.locate import DEFAULT_PORT, parse_address
-from cluster.security import Keyring, read_keyring
 from meshinfer.doctor import (
     Finding,
     Heard,
@@ -116,7 +115,7 @@ class _Examination:
             through = network.way_to(host) if host else None
             yield judge_interfaces(here, self._options.interfaces, host, through)
             seen = listening.result()
-        key = None if ring is None else fingerprint(ring.coordinator_public)
+        key = None if ring is None else ring.coordinator_public
         yield judge_multicast(seen, key, "" if target is None else str(target))
         if target is None:
             target = _announced((*seen.heard, *seen.elsewhere), key)
@@ -135,13 +134,17 @@ class _Examination:
         return [room(what, folder) for what, folder in folders.items()]
 
     def _keyring(self) -> tuple[Keyring | None, Finding]:
+        """That of a client or admin here, else a worker's."""
         path = self._options.keyring or default_keyring(self._options.cluster)
+        if self._options.keyring is None and not path.exists():
+            of_workers = [folder / KEYRING_FILE for folder in self._workers]
+            path = next((each for each in of_workers if each.exists()), path)
         try:
             ring = read_keyring(path)
         except MeshInferError as error:
             return None, of_error("keyring", error)
         plain = "; NOT ENCRYPTED" if ring.plaintext else ""
-        return ring, ok("keyring", f"{path} admits to cluster {ring.cluster!r}{plain}")
+        return ring, ok("keyring", f"{path} is a {ring.role}'s of cluster {ring.cluster!r}{plain}")
 
     def _target(self) -> _Target | None:
         """As given, else the coordinator that runs on this machine."""
@@ -177,13 +180,17 @@ class _Examination:
             yield skipped("join", why)
         else:
             try:
-                members = self._members(target)
+                if ring.role == "worker":
+                    network.try_key(ring, target.host, target.port, self._options.timeout_s)
+                else:
+                    members = self._members(target)
                 yield ok("join", f"the coordinator at {target} admits us")
             except MeshInferError as error:
                 yield of_error("join", error)
         yield judge_versions(meshinfer.__version__, PROTOCOL, heard, members)
         if not members:
-            yield skipped("identity", "the cluster's devices are not known")
+            asks = "; a worker's key may not ask" if ring and ring.role == "worker" else ""
+            yield skipped("identity", f"the cluster's devices are not known{asks}")
             return
         is_worker = any((folder / "lock").exists() for folder in self._workers)
         yield judge_identity(self._options.name, own, members, is_worker)
@@ -221,5 +228,5 @@ class _Examination:
 
 def _announced(found: tuple[Heard, ...], key: str | None) -> _Target | None:
     """The one with our key, if any; else, to see what it says, the first."""
-    chosen = [h for h in found if h.fingerprint == key] or list(found)
+    chosen = [h for h in found if h.key == key] or list(found)
     return _Target(chosen[0].host, chosen[0].port) if chosen else None

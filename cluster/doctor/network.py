@@ -16,11 +16,16 @@ from typing import Final
 import psutil
 
 from cluster.discovery import SERVICE, Found, browse, interface_addresses, is_virtual, works_at
+from cluster.keyring import Keyring
 from cluster.locate import local_address
+from cluster.sockets import FINAL, Endpoint, Lost, Plane
+from cluster.transport import Transport
 from meshinfer.doctor import Heard, Interface, Multicast, Reached
-from meshinfer.errors import ConfigurationError
+from meshinfer.errors import AuthError, ClusterUnavailable, ConfigurationError
 
 _CONNECT_S: Final = 2.0
+_POLL_S: Final = 0.02
+_PEER: Final = "coordinator"
 _AT_ONCE: Final = 32
 _LISTEN_S: Final = 2.5
 _SECOND_S: Final = 1.5  # a busy device answers late
@@ -80,6 +85,29 @@ def reach(host: str, port: int, what: str = "coordinator") -> Reached:
     return Reached(host, port, outcome, what)
 
 
+def try_key(ring: Keyring, host: str, port: int, timeout_s: float) -> None:
+    """Connect with a key. Raises ``AuthError`` where it is refused, ``ClusterUnavailable``."""
+    transport = Transport(f"{ring.name}#doctor", ring.key, plaintext=ring.plaintext)
+    deadline = time.monotonic() + timeout_s
+    try:
+        transport.connect(Plane.CONTROL, _PEER, Endpoint(host, port, ring.coordinator_public))
+        while time.monotonic() < deadline:
+            for lost in transport.receive(_POLL_S):
+                if isinstance(lost, Lost) and lost.reason in FINAL:
+                    raise AuthError(
+                        f"the coordinator at {host}:{port} does not let us in: {lost.reason}",
+                        hint="join anew with a token, which meshinfer token makes there",
+                    )
+            if transport.is_up(Plane.CONTROL, _PEER):
+                return
+    finally:
+        transport.close()
+    raise ClusterUnavailable(
+        f"the coordinator at {host}:{port} does not answer in {timeout_s:g} s",
+        hint="is it running? The port's finding says more",
+    )
+
+
 def is_taken(host: str, port: int) -> bool:
     """Whether a port cannot be listened at."""
     with closing(socket.socket(socket.AF_INET, socket.SOCK_STREAM)) as probe:
@@ -115,7 +143,7 @@ def listen(cluster: str, asked: Sequence[str] | None, known: str) -> Multicast:
 
 
 def _heard(found: Found) -> Heard:
-    return Heard(found.host, found.port, found.fingerprint, found.protocol)
+    return Heard(found.host, found.port, found.key, found.protocol)
 
 
 def asked_directly(host: str, cluster: str) -> bool:

@@ -19,6 +19,8 @@ import psutil
 
 from cluster.config import ADDRESS_FILE
 from cluster.coordinator import HEAD, Address, CoordinatorOptions, await_address
+from cluster.keyring import KEYRING_FILE, read_keyring
+from cluster.tokens import FOR_EVER_S, given, leave_token, new_secret, places_of, token_for
 from cluster.worker import Ways, WorkerOptions
 from meshinfer.errors import ClusterUnavailable
 
@@ -57,6 +59,7 @@ class LabCluster:
         self._paused: set[int] = set()
         self._coordinator: subprocess.Popen | None = None
         self._address: Address | None = None
+        self._secret = new_secret()  # of the token that all workers join with
         try:
             self.state.mkdir()
             self._start_coordinator()
@@ -133,7 +136,7 @@ class LabCluster:
         assert self._address is not None
         self.kill_coordinator()
         (self.state / "coordinator" / ADDRESS_FILE).unlink(missing_ok=True)
-        self._start_coordinator(self._address.port)
+        self._start_coordinator(self._address.port, self._address.join_port)
 
     def restart(self, i: int, *, wait: bool = True) -> None:
         """Start a device's worker, killing it first if it runs; ``wait`` until it has joined."""
@@ -203,12 +206,14 @@ class LabCluster:
 
     # --- inside
 
-    def _start_coordinator(self, port: int = 0) -> None:
+    def _start_coordinator(self, port: int = 0, join_port: int = 0) -> None:
         options = CoordinatorOptions(
             cluster=self.name,
             state_dir=str(self.state / "coordinator"),
             host=self._lab.address(0),
             port=port,
+            join_port=join_port,
+            tokens=(given(self._secret, "worker", ttl_s=FOR_EVER_S, reusable=True),),
             interfaces=(self._lab.address(0),) if self._discovery else (),
             plaintext=self._plaintext,  # all others take it from its keyring
             log_level=self._log_level,
@@ -219,11 +224,11 @@ class LabCluster:
 
     def _start_worker(self, i: int) -> None:
         device = self._lab.devices[i]
+        self._invite(self.state / device.name)
         options = WorkerOptions(
             name=device.name,
             cluster=self.name,
             state_dir=str(self.state / device.name),
-            keyring=str(self.keyring),
             coordinator=None if self._discovery else self.coordinator,
             interfaces=(self._lab.address(i),),
             threads=max(1, int(device.cpu)),
@@ -232,6 +237,14 @@ class LabCluster:
             gate=None if self._ways is None else self._ways(i),
         )
         self._workers[i] = self._spawn(i, "cluster.supervisor", options)
+
+    def _invite(self, state: Path) -> None:
+        """Leave a token to a worker that has not joined yet."""
+        assert self._address is not None
+        if (state / KEYRING_FILE).exists():
+            return
+        places = () if self._discovery else places_of(self._address.host, self._address.join_port)
+        leave_token(state, token_for(read_keyring(self.keyring), "worker", self._secret, places))
 
     def _spawn(self, i: int, module: str, options: msgspec.Struct) -> subprocess.Popen:
         environment = {k: v for k, v in os.environ.items() if k != "MESHINFER_COORDINATOR"}

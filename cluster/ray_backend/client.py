@@ -7,6 +7,7 @@ cluster of our own promises that Ray cannot keep is refused.
 from __future__ import annotations
 
 import contextlib
+import math
 import secrets
 import tempfile
 import threading
@@ -318,5 +319,5 @@ def _info(node: Node) -> m.DeviceInfo:
         link=node.link,
         where=node.host,
         cause=cause,
-        returns_s=max(0.0, min(node.until - time.monotonic(), 1e9)),
+        returns_s=max(0.0, node.until - time.monotonic()) if math.isfinite(node.until) else 0.0,
     )

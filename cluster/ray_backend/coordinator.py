@@ -17,7 +17,7 @@ from cluster.ray_backend.plans import LOOK_S, Plans
 from cluster.ray_backend.serving import Serving
 from cluster.results import closed_error
 from meshinfer import limits
-from meshinfer.errors import ClusterUnavailable, DeadlineExceeded
+from meshinfer.errors import ClusterUnavailable, DeadlineExceeded, MeshInferError
 from meshinfer.protocol import messages as m
 from meshinfer.protocol.codec import error_of
 from meshinfer.scheduler.admission import refuse_deploy, unavailable
@@ -29,7 +29,7 @@ _log = logging.getLogger("meshinfer.ray")
 _STARTING_LOOK_S = 0.05
 _FIRST_S = 120.0
 """The first actor on a node imports onnxruntime, maybe from a slow disk."""
-_MORE_TIMES = 3.0
+_MORE_TIMES, _MORE_S = 3.0, 2.0
 _END_S = 2.0
 
 
@@ -60,13 +60,18 @@ class RayCoordinator:
             model = self.catalogue.open(message, "client", time.monotonic())
             self.changed.notify_all()
             while model.answer is None:
-                self.refuse_when_closed()
-                if not self.changed.wait(max(0.0, ends - time.monotonic())):
+                try:
+                    self.refuse_when_closed()
+                    self._refuse_without_nodes(time.monotonic())
+                    if time.monotonic() > ends:
+                        raise ClusterUnavailable(
+                            f"{message.name} could not be deployed within {timeout_s:.0f} s",
+                            hint="give a longer timeout_s, or look at client.devices()",
+                        )
+                except MeshInferError:
                     self.catalogue.opening.pop(model.key, None)
-                    raise ClusterUnavailable(
-                        f"{message.name} could not be deployed within {timeout_s:.0f} s",
-                        hint="give a longer timeout_s, or look at client.devices()",
-                    )
+                    raise
+                self.changed.wait(LOOK_S)
             if model.answer.failure is not None:
                 raise error_of(model.answer.failure)
             return model.answer
@@ -134,14 +139,14 @@ class RayCoordinator:
         while True:
             self.nodes.look()
             now = time.monotonic()
-            ready, undecided = self.nodes.ready(), self.nodes.undecided(now)
+            ready, starting = self.nodes.ready(), self.nodes.starting()
             if ready and not one_took:
                 one_took = now - begun
-                ends = min(ends, now + _MORE_TIMES * one_took)
-            over = now > ends
-            if ready and (over or not undecided):
+                ends = min(ends, now + max(_MORE_S, _MORE_TIMES * one_took))
+            over = now > ends or not starting
+            if ready and over:
                 return
-            if over or not (ready or self.nodes.starting()):
+            if over:
                 with contextlib.suppress(Exception):
                     self.nodes.end(0.0)
                 raise ClusterUnavailable(

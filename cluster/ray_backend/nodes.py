@@ -32,8 +32,6 @@ _LONG_ECHOES = 4
 _ECHO_BYTES = (128 << 10, 1 << 20)
 """Both above what Ray sends within a call (100 KB)."""
 _ECHO_S = 10.0
-_WAITS_S = 2.0
-"""An actor that was not started by then has no room on its node, or is slow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,19 +108,9 @@ class Nodes:
         node = self.all.get(name)
         return node is not None and node.state == "ready" and node.actor is actor
 
-    def undecided(self, now: float) -> list[str]:
-        """Those of which it is not known yet whether they will compute."""
-        known = STARTING[1:]
-        return [
-            n.name
-            for n in self.all.values()
-            if n.state in known or (n.state == "starting" and now < n.since + _WAITS_S)
-        ]
-
     def starting(self) -> list[str]:
-        return [
-            n.name for n in self.all.values() if n.state in ("starting", "started", "measuring")
-        ]
+        """Those of which it is not known yet whether they will compute."""
+        return [n.name for n in self.all.values() if n.state in STARTING]
 
     def left_out(self) -> list[str]:
         """Who does not compute and why, a line each."""

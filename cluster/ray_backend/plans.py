@@ -198,7 +198,7 @@ class Plans:
             programs = own_programs(made)
             failed = install(self._ray, self._store, effect.deployment, programs, actors)
             if failed:
-                return self._not_installed(key, names, actors, failed)
+                return self._not_installed(model, signature, actors, failed)
         with self._changed:
             self._tries.pop(key, None)
             if failure is not None:
@@ -238,9 +238,10 @@ class Plans:
         )
 
     def _not_installed(
-        self, key: Key, names: tuple[str, ...], actors: dict[str, Any], failed: dict[str, Exception]
+        self, model: Model, signature: Signature, actors: Any, failed: dict[str, Exception]
     ) -> None:
         """Who could not prepare is left out; what several cannot is the model's fault."""
+        key = (model.key, signature)
         with self._changed:
             self._tries[key] = self._tries.get(key, 0) + 1
             for name, error in failed.items():
@@ -255,8 +256,7 @@ class Plans:
             error = next(iter(failed.values()))
             if not isinstance(error, MeshInferError):
                 error = ClusterUnavailable(str(error), hint="look at ray status")
-            model = next(v for v in self.catalogue.all_models() if v.key == key[0])
-            self._no_plan(model, key[1], tuple(self._nodes.ready()), failure_of(error), None)
+            self._no_plan(model, signature, tuple(self._nodes.ready()), failure_of(error), None)
 
     def _no_plan(
         self,

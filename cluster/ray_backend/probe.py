@@ -18,7 +18,7 @@ _POLL_S = 0.02
 _SAID_CHARS = 300
 _DONE = "meshinfer-probe: "
 _REFUSED = ("InvalidAuthToken", "Unauthenticated", "AuthenticationError")
-_TOKEN_HINT = (
+_HINT = (
     "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's token "
     "(on its head: ray get-auth-token)"
 )
@@ -55,7 +55,7 @@ def _error(address: str, text: str, over: bool) -> MeshInferError | None:
     if any(word in text for word in _REFUSED):
         return AuthError(
             f"the Ray cluster at {address} refuses this process's token, or it has none",
-            hint=_TOKEN_HINT,
+            hint=_HINT,
         )
     if not over or f"{_DONE}ok" in text:
         return None

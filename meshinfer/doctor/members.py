@@ -84,7 +84,7 @@ def judge_devices(members: Sequence[Member], reached: Sequence[Reached]) -> Find
             check,
             ClusterUnavailable,
             "no worker is in the cluster: nobody can compute",
-            "start meshinfer worker on a device, with this cluster's keyring.json",
+            "start meshinfer worker --token ... on a device; meshinfer token makes the token",
         )
     ailing = [d for d in workers if d.state != "ready"]
     if ailing:

@@ -77,7 +77,7 @@ class Heard:
 
     host: str
     port: int
-    fingerprint: str
+    key: str
     protocol: tuple[int, int]
 
     def __str__(self) -> str:
@@ -98,10 +98,10 @@ class Multicast:
 
 
 def judge_multicast(seen: Multicast, own_key: str | None, known: str) -> Finding:
-    """``own_key``: fingerprint of our keyring's coordinator. ``known``: its address, if any."""
+    """``own_key``: of our keyring's coordinator. ``known``: its address, if any."""
     check = "multicast"
     static = f"give its address: coordinator = {known or 'HOST:PORT'!r} in meshinfer.toml"
-    ours = [h for h in seen.heard if own_key is None or h.fingerprint == own_key]
+    ours = [h for h in seen.heard if own_key is None or h.key == own_key]
     if len(seen.heard) > 1:
         return _judge_several(seen)
     if ours:
@@ -112,7 +112,7 @@ def judge_multicast(seen: Multicast, own_key: str | None, known: str) -> Finding
             AuthError,
             f"the coordinator of {seen.cluster!r} at {seen.heard[0]} has another key than our "
             "keyring names",
-            "copy keyring.json from that coordinator's state folder, or give --keyring",
+            "join it with a token that meshinfer token makes there, or give --keyring",
         )
     if seen.elsewhere:
         return problem(
@@ -149,7 +149,7 @@ def judge_multicast(seen: Multicast, own_key: str | None, known: str) -> Finding
 
 def _judge_several(seen: Multicast) -> Finding:
     where = ", ".join(map(str, seen.heard))
-    cloned = len({h.fingerprint for h in seen.heard}) < len(seen.heard)
+    cloned = len({h.key for h in seen.heard}) < len(seen.heard)
     return problem(
         "multicast",
         ConfigurationError,

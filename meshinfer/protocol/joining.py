@@ -11,7 +11,7 @@ from typing import Annotated
 from msgspec import Meta
 
 from meshinfer import limits
-from meshinfer.protocol.records import Failure, Hex, Message, Name, Record, Seconds
+from meshinfer.protocol.records import Failure, Hex, Message, Name, Record, Seconds, Word
 from meshinfer.protocol.token import Role
 
 Key = Annotated[str, Meta(min_length=40, max_length=40)]
@@ -47,16 +47,18 @@ class Join(Message, frozen=True, forbid_unknown_fields=False):
     name: Name
     role: Role
     protocol: tuple[int, int]
-    version: str = ""
+    version: Word = ""
     secret: Annotated[bytes, Meta(max_length=64)] = b""
 
 
 class Joined(Message, frozen=True):
-    """Admitted: from now on this key may connect to the control socket at ``port``."""
+    """Admitted: from now on this key may connect to the control socket at ``port``. ``key``: the
+    coordinator's, which is news only where no encryption has proven it."""
 
     name: Name
     role: Role
     port: Annotated[int, Meta(ge=1, le=65535)]
+    key: Annotated[str, Meta(max_length=40)] = ""
 
 
 class Wait(Message, frozen=True):
@@ -106,9 +108,10 @@ class ListAdmitted(Message, frozen=True):
 
 class AdmittedNow(Message, frozen=True):
     """Answer to ``AddToken``, ``Approve``, ``Expel`` (whom it was about) and ``ListAdmitted``
-    (all)."""
+    (all). ``join_port``: where those knock who have a token."""
 
     call: Name
     members: Annotated[tuple[Admission, ...], Meta(max_length=limits.ADMITTED_KEYS)] = ()
     waiting: Annotated[tuple[Waiting, ...], Meta(max_length=limits.WAITING_KEYS)] = ()
+    join_port: Annotated[int, Meta(ge=0, le=65535)] = 0
     failure: Failure | None = None

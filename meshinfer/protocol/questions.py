@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from msgspec import Meta
+
+from meshinfer import limits
 from meshinfer.protocol.records import DeviceInfo, Message, ModelInfo, Name
 
 
@@ -16,7 +21,7 @@ class Devices(Message, frozen=True):
     """Answer to ``ListDevices``."""
 
     call: Name
-    devices: tuple[DeviceInfo, ...]
+    devices: Annotated[tuple[DeviceInfo, ...], Meta(max_length=limits.LISTED)]
 
 
 class ListModels(Message, frozen=True):
@@ -29,4 +34,4 @@ class Models(Message, frozen=True):
     """Answer to ``ListModels``."""
 
     call: Name
-    models: tuple[ModelInfo, ...]
+    models: Annotated[tuple[ModelInfo, ...], Meta(max_length=limits.LISTED)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
+from collections.abc import Callable
 
 from meshinfer import limits
 from meshinfer.protocol import messages as m
@@ -15,13 +16,14 @@ from meshinfer.scheduler.answering import Answering
 from meshinfer.scheduler.balance import Balance
 from meshinfer.scheduler.catalogue import Catalogue
 from meshinfer.scheduler.deploying import Deploying
-from meshinfer.scheduler.detours import detour
+from meshinfer.scheduler.enrolment import Door, Enrolment
 from meshinfer.scheduler.events import (
     Arrived,
     BlobsFound,
     BlobWritten,
     Effect,
     Event,
+    Knocked,
     ModelOpened,
     Note,
     PeerLost,
@@ -30,27 +32,37 @@ from meshinfer.scheduler.events import (
     Recorded,
     RecordFailed,
     Send,
-    ServeBlob,
     Stop,
     StopRequested,
     Ticked,
 )
 from meshinfer.scheduler.faults import Faults, of_end
+from meshinfer.scheduler.handing import hand
 from meshinfer.scheduler.heads import Heads
 from meshinfer.scheduler.journal import Journal
 from meshinfer.scheduler.ledger import Ledger
 from meshinfer.scheduler.links import LinkRounds
-from meshinfer.scheduler.membership import Device, Membership
+from meshinfer.scheduler.membership import Membership
 from meshinfer.scheduler.on_device import only_task
+from meshinfer.scheduler.parting import Parting
+from meshinfer.scheduler.reaching import Reaching
 from meshinfer.scheduler.request import Request
 
 
 class CoordinatorCore:
-    """``handle`` is the only gate; ``next_deadline`` says when to tick. ``ledger``: what an earlier
-    coordinator wrote down; without one nothing is, and a restart remembers nothing."""
+    """``handle`` is the only gate; ``next_deadline`` says when to tick. ``door``: None where
+    nobody has a key (in plaintext, keys are said). ``ledger``: what an earlier coordinator wrote
+    down; without one nothing is, and a restart remembers nothing. ``draw``: a number in [0, 1), by
+    which tasks are chosen to be checked."""
 
     def __init__(
-        self, cluster: str, version: str, bulk: m.Peer, ledger: Ledger | None = None
+        self,
+        cluster: str,
+        version: str,
+        bulk: m.Peer,
+        door: Door | None,
+        ledger: Ledger | None = None,
+        draw: Callable[[], float] = lambda: 1.0,
     ) -> None:
         self.members = Membership(cluster, version, faults=Faults(bulk.incarnation))
         # Numbers of an earlier coordinator must mean nothing here: its workers may join late.
@@ -61,19 +73,28 @@ class CoordinatorCore:
         self._ledger, self._journal = ledger, Journal(ledger)
         # What belongs to an attempt of an earlier coordinator is older than all that is made here.
         before = 0 if ledger is None else ledger.starts - 1
-        parts = (self.members, self.catalogue, self._balance, self._heads, self._journal)
-        self._answering = Answering(*parts, first_attempt=before << 32)
-        self._deploying = Deploying(*parts, self._answering)
+        parts = (self.members, self.catalogue, self._balance, self._heads)
+        self._answering = Answering(*parts, self._journal, first_attempt=before << 32, draw=draw)
+        self._deploying = Deploying(*parts, self._journal, self._answering)
+        self._reaching = Reaching(self.members, self._heads, self._answering, self._deploying)
+        self._enrolment = Enrolment(door, ledger, self._journal, self.members)
+        self._parting = Parting(*parts, self._answering, self._deploying, self._enrolment)
         self._links = LinkRounds()
         self._bulk = bulk
         self._stop_due: float | None = None
         self._now = self._ruled = 0.0
+        self._begun = False
         self._due: float | None = None  # since the rules were looked at last
 
     @property
     def requests(self) -> OrderedDict[str, Request]:
         """Accepted and not yet answered, in their order."""
         return self._answering.open
+
+    @property
+    def admitted(self) -> tuple[m.Admission, ...]:
+        """Who may connect: the gate begins with it, before there is a first event."""
+        return self._enrolment.admitted
 
     # --- the gate
 
@@ -98,6 +119,8 @@ class CoordinatorCore:
                 effects = self._arrived(event, now)
             case Ticked():
                 effects = self._resume(now)
+            case Knocked():
+                effects = self._enrolment.knocked(event, now)
             case PeerLost():
                 effects = self._lost(event, now)
             case BlobsFound():
@@ -130,9 +153,8 @@ class CoordinatorCore:
         times = [*self._answering.next_deadlines(), *self._deploying.next_deadlines()]
         times += self._answering.fallback.next_deadlines()
         parts = (self.members, self._links, self._journal)
-        for other in (*(part.next_deadline() for part in parts), self._stop_due):
-            if other is not None:
-                times.append(other)
+        others = (*(part.next_deadline() for part in parts), self._stop_due)
+        times += [other for other in others if other is not None]
         if self.members.devices:
             times.append(self._ruled + limits.HEARTBEAT_S)  # so that it knows when it stood still
         return min((t for t in times if t > self._now), default=None)
@@ -150,11 +172,14 @@ class CoordinatorCore:
 
     def _arrived(self, event: Arrived, now: float) -> list[Effect]:
         message, peer = event.message, event.peer
+        denied = self._enrolment.denied(peer, message)
+        if denied is not None:
+            return denied
         match message:
             case m.Hello():
                 return self._hello(peer, message, now)
             case m.Want():
-                return [ServeBlob(peer, message.digest, message.offset, message.length)]
+                return hand(self.catalogue, self.members, self._heads, peer, message)
             case m.Chunk():
                 return self._deploying.fetching.chunk(peer, message, event.payload, now)
             case m.Gone():
@@ -183,10 +208,13 @@ class CoordinatorCore:
                 return self._answering.merged(peer, message, now)
             case m.TaskFailed() if runs:
                 return self._answering.task_failed(message, now)
+            case m.Checked() | m.Doubtful() if runs:
+                effects, out = self._answering.checks.heard(peer, message, now)
+                return effects + [e for n in out for e in self._deploying.out_of_service(n, now)]
             case m.Stalled() if runs:
-                return self._stalled(peer, message)
+                return self._reaching.stalled(peer, message)
             case m.Unreachable() if runs:
-                return self._unreachable(peer, message, now)
+                return self._reaching.unreachable(peer, message, now)
             case m.LinkMeasured() if device is not None:
                 if message.least_bytes_per_s:
                     self._links.seen(self.members, device, message, now)
@@ -209,6 +237,8 @@ class CoordinatorCore:
                 return self._answering.cancel(peer, message)
             case m.Deploy():
                 return self._deploying.models.deploy(peer, message, now)
+            case m.AddToken() | m.Approve() | m.Expel() | m.ListAdmitted():
+                return self._enrolment.told(peer, message, now)
             case m.ListDevices():
                 devices = self.members.infos(now, lost=message.lost)
                 return [_to(peer, m.Devices(call=message.call, devices=devices))]
@@ -233,10 +263,10 @@ class CoordinatorCore:
             known.heard = now  # it asked twice
         else:
             if known is not None:  # what was told to it may be lost: it starts anew
-                effects += self._device_lost(known, "it joins again", now)
+                effects += self._parting.device_lost(known, "it joins again", now)
             self.members.admit(hello, peer, now)
             if hello.role == "worker":
-                effects += self._joined(hello, now)
+                effects += [*self._joined(hello, now), *self._enrolment.greeting(peer)]
         head = self.members.head
         welcome = m.Welcome(
             coordinator=self._bulk.incarnation,
@@ -275,32 +305,6 @@ class CoordinatorCore:
             effects.append(Note("warning", "device quarantined", {**ids, "why": why, **behind}))
         return effects
 
-    def _stalled(self, peer: str, message: m.Stalled) -> list[Effect]:
-        """A peer is late to acknowledge what another sends: by the head, either way."""
-        client = self._heads.among(peer, message.peer)
-        if client is None:
-            return detour(self.members, peer, message)
-        other = message.peer if client == peer else peer
-        there = self.members.by_peer(other) is not None  # else it is late for good
-        return self._heads.refuse(client) if there else []
-
-    def _unreachable(self, peer: str, message: m.Unreachable, now: float) -> list[Effect]:
-        """A device does not get what another sends: plan without it for a while. Where one end is a
-        client, it goes by the head instead."""
-        if not self._answering.unreachable(message):
-            return []
-        client = self._heads.among(peer, message.peer)
-        if client is not None:
-            return self._heads.refuse(client)
-        device, lost = self.members.by_peer(peer), self.members.by_peer(message.peer)
-        assert device is not None
-        if lost is None or lost.hello.facts.head:
-            lost = device  # a piece for the head, or for one that has left: it is the sender's link
-        fields = {**lost.ids, "heard_by": device.name}
-        lost.exclude(f"{device.name} does not reach it", now)
-        note = self.members.faults.note("warning", "a device cannot be reached", fields)
-        return [note, *self._deploying.out_of_service(lost.name, now)]
-
     # --- loss, time, the end
 
     def _lost(self, event: PeerLost, now: float) -> list[Effect]:
@@ -308,45 +312,32 @@ class CoordinatorCore:
             self._deploying.fetching.connection_cut(event.peer, now)
             return []
         if not event.peer:  # some connection was reset: find out whose
-            return [_to(peer, m.Probe()) for peer in self._everybody()]
+            return [_to(peer, m.Probe()) for peer in self.members.everybody()]
         device = self.members.by_peer(event.peer)
         if device is not None:
-            return self._device_lost(device, event.reason, now)
+            return self._parting.device_lost(device, event.reason, now)
         self.members.leave_open(event.peer, now)
         self._answering.client_away(event.peer)
         return []
 
-    def _device_lost(self, device: Device, why: str, now: float) -> list[Effect]:
-        head = self.members.head
-        self.members.remove(device, why, now)
-        self._answering.device_lost(device, why, now)
-        self._balance.forget(device.name)
-        effects: list[Effect] = [
-            self.members.faults.note("warning", "device lost", {**device.ids, "why": why})
-        ]
-        effects += self._deploying.out_of_service(device.name, now)
-        if device is head:  # inputs and answers were there: clients give theirs again
-            self._answering.head_lost()
-            effects += [_to(peer, m.Who()) for peer in sorted(self.members.clients)]
-        return effects
-
     def _resume(self, now: float) -> list[Effect]:
         """With the first tick, go on where an earlier coordinator was."""
-        ledger, self._ledger = self._ledger, None
-        return [] if ledger is None else self._deploying.models.resume(ledger, now)
+        if self._begun:
+            return []
+        self._begun = True
+        effects, ledger = self._enrolment.begin(now), self._ledger
+        return effects + ([] if ledger is None else self._deploying.models.resume(ledger, now))
 
     def _stop(self, now: float) -> list[Effect]:
         self._stop_due = now if self._stop_due is not None else now + limits.DRAIN_S
         return []
 
-    def _everybody(self) -> list[str]:
-        return sorted([*(d.peer for d in self.members.devices.values()), *self.members.clients])
-
     # --- the rules
 
     def _advance(self, now: float) -> list[Effect]:
         self._ruled = now
-        effects = self._drop_silent(now) + self._deploying.due(now)
+        effects = self._parting.with_those_not_admitted(now) + self._enrolment.due()
+        effects += self._parting.with_the_silent(now) + self._deploying.due(now)
         effects += self._answering.fallback.due(now)
         effects += self._answering.end_overdue(now)
         effects += self._answering.end_merged(now)
@@ -355,35 +346,15 @@ class CoordinatorCore:
         effects += self._deploying.plan_what_is_missing(now)
         effects += self._answering.start_waiting(now)
         effects += self._deploying.retire_unused(now)
-        effects += self._dismiss_drained()
+        effects += self._parting.with_the_drained()
         effects += self._links.next(self.members, now, busy=bool(self.requests))
         over = not self.requests and not self._journal.waits
         stops = self._stop_due is not None and (now >= self._stop_due or over)
         effects += self._journal.flush(now, last=stops)
         if stops:
-            effects += [_to(peer, m.Closing()) for peer in self._everybody()]
+            effects += [_to(peer, m.Closing()) for peer in self.members.everybody()]
             effects.append(Stop())
         self._due = self._next()
-        return effects
-
-    def _drop_silent(self, now: float) -> list[Effect]:
-        effects: list[Effect] = []
-        for device in self.members.overdue(now):
-            if not self._answering.silence.bears(device, now):
-                effects += self._device_lost(device, device.unheard(now), now)
-        for peer in self.members.gone_clients(now):
-            self._heads.gone(peer)
-            effects += self._deploying.fetching.client_gone(peer)
-            effects += self._answering.client_gone(peer)
-        return effects
-
-    def _dismiss_drained(self) -> list[Effect]:
-        busy = {name for d in self.catalogue.deployments.values() for name in d.members}
-        effects: list[Effect] = []
-        for device in self.members.devices.values():
-            if device.draining and not device.dismissed and device.name not in busy:
-                device.dismissed = True
-                effects.append(_to(device.peer, m.Dismiss()))
         return effects
 
 

@@ -65,11 +65,13 @@ class PeerLost:
     """A connection broke or a peer refused us: a hint. ``peer`` is empty when it has no name.
 
     Only a broken control connection can mean a death; a bulk one is repaired by sending again.
+    ``refused``: to try again is of no use; ``unadmitted``: since its gate does not admit our key.
     """
 
     peer: str
     reason: str
     refused: bool = False
+    unadmitted: bool = False
     plane: Plane = Plane.CONTROL
 
 
@@ -117,6 +119,7 @@ class Computed:
     outputs: tuple[Array, ...]
     compute_s: float
     error: str | None = None
+    again: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,12 +268,14 @@ class WriteBlob:
 
 @dataclass(frozen=True, slots=True)
 class ServeBlob:
-    """Send a ``Chunk`` (or ``Gone``) from the store to a peer."""
+    """Send a ``Chunk`` (or ``Gone``) from the store to a peer. ``model``: whose it is, where the
+    peer is a device that computes with it or a client that may: that is logged."""
 
     peer: str
     digest: str
     offset: int
     length: int
+    model: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,13 +295,15 @@ class Discard:
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """Run a prepared program in the compute thread -> ``Computed``."""
+    """Run a prepared program in the compute thread -> ``Computed``. ``again``: to see whether
+    another device was right."""
 
     request: str
     attempt: int
     deployment: int
     place: Place
     inputs: Mapping[str, Array]
+    again: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,17 @@ from meshinfer import limits
 from meshinfer.protocol import messages as m
 from meshinfer.scheduler.admission import body_of, other_body
 from meshinfer.scheduler.events import Effect, Note, Record, Recorded, RecordFailed
-from meshinfer.scheduler.ledger import Accepted, Ended, Entry, Ledger, Planned, Published
+from meshinfer.scheduler.ledger import (
+    Accepted,
+    Ended,
+    Enrolled,
+    Entry,
+    Expelled,
+    Ledger,
+    Planned,
+    Published,
+    TokenMade,
+)
 from meshinfer.scheduler.request import Answered
 
 
@@ -113,13 +123,13 @@ class Journal:
 
     # --- what waits for the disk
 
-    def published(
+    def first_write(
         self,
-        entry: Published,
+        entry: Published | TokenMade | Enrolled | Expelled,
         then: Callable[[], list[Effect]],
         otherwise: Callable[[m.Failure], list[Effect]],
     ) -> list[Effect]:
-        """Write a model down, then go on with it, or not."""
+        """Write something down, then go on with it, or not."""
         if self.broken is not None:
             return otherwise(self.broken)
         self._add(entry)

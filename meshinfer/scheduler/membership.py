@@ -5,6 +5,7 @@ Membership comes from hellos and heartbeats alone; mDNS is only a hint where to 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from msgspec import structs
@@ -25,6 +26,7 @@ class Device:
     since when. ``excluded_for``: why it gets no work until then. ``computing``: what its compute
     thread did as it was last heard, for ``computing_s`` then. ``wasted``: tasks that it has
     done in vain, as it says; ``stale``: those that it told of when their attempt was over.
+    ``blobs``: how many it was handed.
     """
 
     hello: m.Hello
@@ -42,6 +44,7 @@ class Device:
     tasks_done: int = 0
     wasted: int = 0
     stale: int = 0
+    blobs: int = 0
     links: dict[str, m.Link] = field(default_factory=dict)
 
     @property
@@ -118,23 +121,9 @@ class Membership:
 
     def refusal(self, hello: m.Hello, now: float) -> m.Failure | None:
         """Why a hello is not admitted; None when it is."""
-        first, last = m.PROTOCOL
-        theirs_first, theirs_last = hello.protocol
-        if theirs_last < first or last < theirs_first:
-            return m.Failure(
-                error="ProtocolMismatch",
-                message=(
-                    f"{hello.device} (version {hello.version}) speaks protocol {theirs_first} to "
-                    f"{theirs_last}, the coordinator (version {self.version}) {first} to {last}"
-                ),
-                hint="install the same release of meshinfer on both",
-            )
-        if hello.cluster != self.cluster:
-            return m.Failure(
-                error="ConfigurationError",
-                message=f"{hello.device} wants cluster {hello.cluster!r}, this is {self.cluster!r}",
-                hint=f"start it with --cluster {self.cluster}",
-            )
+        failure = foreign(hello, hello.device, self.cluster, self.version)
+        if failure is not None:
+            return failure
         bulk = hello.bulk
         if (
             hello.role not in ("worker", "client")
@@ -199,6 +188,10 @@ class Membership:
         device = self.by_peer(peer) if self.health.doubts else None
         return device is not None and self.health.heard(device.name, now)
 
+    def everybody(self) -> list[str]:
+        """The peers that have joined."""
+        return sorted([*(d.peer for d in self.devices.values()), *self.clients])
+
     def by_peer(self, peer: str) -> Device | None:
         return next((d for d in self.devices.values() if d.peer == peer), None)
 
@@ -229,7 +222,11 @@ class Membership:
     def gone_clients(self, now: float) -> list[str]:
         """Clients that were silent or absent for too long; they are forgotten here."""
         heard = {**self.absent, **self.clients}
-        gone = [p for p, since in heard.items() if now - since > limits.COORDINATOR_SILENT_S]
+        return self.forget_clients(lambda p: now - heard[p] > limits.COORDINATOR_SILENT_S)
+
+    def forget_clients(self, which: Callable[[str], bool]) -> list[str]:
+        """Forget these, whether they are here or absent."""
+        gone = [peer for peer in {**self.absent, **self.clients} if which(peer)]
         for peer in gone:
             self.clients.pop(peer, None)
             self.absent.pop(peer, None)
@@ -262,12 +259,14 @@ class Membership:
         return next((d for d in self.devices.values() if d.hello.facts.head), None)
 
     def ready(self, now: float) -> tuple[str, ...]:
-        """Names of the devices that may get work, in order; the last two whatever they did."""
+        """Names of the devices that may get work, in order; the last two whatever they did,
+        unless their results are wrong."""
         until = self.health.quarantined_until
         here = [
             (until(name), name)
             for name, d in self.devices.items()
             if d.hello.facts.computes and d.state(now) == "ready"
+            if self.health.lies(name, now) is None
         ]
         names = [name for ends, name in here if ends <= now]
         if len(names) < len(here):
@@ -309,6 +308,9 @@ class Membership:
     def standing(self, d: Device, now: float) -> tuple[str, float, str]:
         """A device's state, until when it is so if it ends by itself, and its cause."""
         state, until, cause = d.state(now), 0.0, self.health.cause(d.name)
+        lies = self.health.lies(d.name, now)
+        if lies is not None:
+            return "quarantined", *lies
         if state == "excluded":
             until, cause = d.excluded_until, d.excluded_for
         elif state == "ready" and d.hello.facts.computes:
@@ -332,6 +334,7 @@ class Membership:
             computing_s=d.computes_s(now) if d.computing else 0.0,
             tasks_done=d.tasks_done,
             stale_tasks=d.wasted + d.stale,
+            blobs=d.blobs,
             where=d.where,
             port=d.bulk.port,
             cause=cause,
@@ -346,3 +349,25 @@ class Membership:
         times += [d.excluded_until for d in self.devices.values() if d.excluded_until]
         times += [self.health.quarantined_until(name) for name in self.devices]
         return min((t for t in times if t), default=None)
+
+
+def foreign(said: m.Hello | m.Join, name: str, cluster: str, version: str) -> m.Failure | None:
+    """Why who says this cannot be of this cluster: it speaks another protocol, or wants another."""
+    first, last = m.PROTOCOL
+    theirs_first, theirs_last = said.protocol
+    if theirs_last < first or last < theirs_first:
+        return m.Failure(
+            error="ProtocolMismatch",
+            message=(
+                f"{name} (version {said.version}) speaks protocol {theirs_first} to "
+                f"{theirs_last}, the coordinator (version {version}) {first} to {last}"
+            ),
+            hint="install the same release of meshinfer on both",
+        )
+    if said.cluster != cluster:
+        return m.Failure(
+            error="ConfigurationError",
+            message=f"{name} wants cluster {said.cluster!r}, this is {cluster!r}",
+            hint=f"start it with --cluster {cluster}",
+        )
+    return None

@@ -59,8 +59,8 @@ class Poison:
                 continue
             request.lost.setdefault(name, why)
             request.hurt_at = now
-            if suspect not in (None, request):
-                continue
+            if suspect not in (None, request) or device.dismissed:
+                continue  # another's doing, or it was sent away
             request.losses += 1
             request.unheard.add(name)
             # A plan of one task leaves little doubt; of several, some devices die by chance.

@@ -92,7 +92,7 @@ class Publishing:
         entry = Published(
             model.reserved, model.asked.peer, model.deploy, model.inputs, model.outputs, model.image
         )
-        return self._journal.published(
+        return self._journal.first_write(
             entry,
             lambda: self._publish(model, made),
             lambda failure: self.failed(model, failure),

@@ -5,12 +5,25 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from meshinfer.protocol import messages as m
-from meshinfer.scheduler.events import Effect, Note, Plane, Send
+from meshinfer.scheduler.events import Effect, Note, PeerLost, Plane, Send
 from meshinfer.scheduler.held import Held
 from meshinfer.scheduler.outbox import Unacknowledged
 
 COORDINATOR = "coordinator"
 """Name of the control connection to the coordinator."""
+
+
+def refusal(who: str, lost: PeerLost) -> m.Failure:
+    """Why a connection to the coordinator is given up."""
+    if lost.unadmitted:
+        message = f"the coordinator does not admit {who}: its key is unknown there or was revoked"
+        hint = "join with a token: `meshinfer token`, on the coordinator's machine, makes one"
+    else:
+        message = f"the coordinator cannot be spoken to: {lost.reason}"
+        hint = (
+            "check its address; if it was set up anew, join anew with a token (`meshinfer token`)"
+        )
+    return m.Failure(error="AuthError", message=message, hint=hint)
 
 
 def told(message: m.AnyMessage) -> Send:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from meshinfer import limits
 from meshinfer.protocol.codec import Buffer, ProtocolError, decode
 from meshinfer.scheduler import events as e
+from meshinfer.scheduler.enrolment import Door
 from meshinfer.scheduler.worker import COORDINATOR
 from meshinfer.simulator.node import BULK, Node, Timing
 from meshinfer.simulator.streams import Streams
@@ -58,7 +59,9 @@ class Held:
 class Network(World):
     """``noise`` and the methods here are what faults are made of. Subclasses make the kernels."""
 
-    def __init__(self, streams: Streams, timing: Timing, noise: Noise) -> None:
+    def __init__(
+        self, streams: Streams, timing: Timing, noise: Noise, door: Door | None = None
+    ) -> None:
         self.streams = streams
         self.noise = noise
         self.keeps_story = False
@@ -71,7 +74,7 @@ class Network(World):
         self._draw = {
             name: streams[name].random for name in ("loss", "double", "overtake", "damage")
         }
-        super().__init__(timing, self._latency, now=0.0)
+        super().__init__(timing, self._latency, now=0.0, door=door)
 
     def _latency(self) -> float:
         return 1e-4 + self.noise.slowest_s * self.streams["delay"].random() ** 4
@@ -164,6 +167,16 @@ class Network(World):
         """As if it were not there."""
         self.tell_story(lambda: f"{sender} -> {receiver} (NOT CONNECTED) {send.message}")
         self._no_route(sender, send)
+
+    def _not_let_in(self, sender: Node, receiver: Node, send: e.Send) -> None:
+        """Who may be let in yet tries again, as libzmq does; what it has to say waits."""
+        super()._not_let_in(sender, receiver, send)
+        if self.coordinator not in (sender, receiver):
+            self.at(self.now + limits.RECONNECT_MS / 1e3, lambda: self._send_again(sender, send))
+
+    def _send_again(self, sender: Node, send: e.Send) -> None:
+        if sender.here:
+            self._send(sender, send)
 
     # --- partitions
 

@@ -6,12 +6,14 @@ Nothing happens at the same time twice, so a run is the same each time that it i
 
 from __future__ import annotations
 
+import hashlib
 import heapq
 import itertools
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 
 import xxhash
 
@@ -19,25 +21,37 @@ from meshinfer import limits
 from meshinfer.protocol import messages as m
 from meshinfer.protocol.codec import Buffer, decode, encode
 from meshinfer.protocol.records import BESIDE_COORDINATOR
+from meshinfer.protocol.token import Role
 from meshinfer.scheduler import events as e
 from meshinfer.scheduler.client import ClientCore
 from meshinfer.scheduler.coordinator import CoordinatorCore
+from meshinfer.scheduler.enrolment import Door
 from meshinfer.scheduler.ledger import Ledger
 from meshinfer.scheduler.on_device import OwnTask
 from meshinfer.scheduler.worker import COORDINATOR, WorkerCore
 from meshinfer.simulator.node import BULK, AnyCore, Clock, Node, Timing
 from meshinfer.simulator.shells import Shells
 
+_LIST_S = 1e-4
 _COPIED = 64 << 10
 """Payloads below this are copied as they are sent; larger ones are the empty bytes of echoes."""
 
 
 class World(Shells):
     """A coordinator, its own device, workers and clients, and the time. Subclasses say what
-    kernels and plans come to, and may get in the way of messages (``_carry``)."""
+    kernels and plans come to, and may get in the way of messages (``_carry``). ``door``: as the
+    coordinator's; None: nobody has a key."""
 
-    def __init__(self, timing: Timing, delay: Callable[[], float], *, now: float) -> None:
+    def __init__(
+        self,
+        timing: Timing,
+        delay: Callable[[], float],
+        *,
+        now: float,
+        door: Door | None = None,
+    ) -> None:
         self.now = now
+        self.door = door
         self.timing = timing
         self.nodes: dict[str, Node] = {}
         self.sent: Counter[str] = Counter()
@@ -50,6 +64,8 @@ class World(Shells):
         self._link_free: dict[tuple[str, str, str], float] = {}
         self._due: dict[Node, float] = {}
         self._incarnations: Counter[str] = Counter()
+        self._made_at: dict[str, float] = {}
+        """When each token came to be on disk."""
         self.ledger = Ledger()
         """What is on the coordinator's disk; it outlives the coordinator."""
         self.coordinator = self._coordinator(self._peer(COORDINATOR, "1"))
@@ -57,7 +73,22 @@ class World(Shells):
     # --- members
 
     def _peer(self, name: str, incarnation: str) -> m.Peer:
-        return m.Peer(device=name, incarnation=incarnation, host="h", port=1, key="k" * 40)
+        return m.Peer(device=name, incarnation=incarnation, host="h", port=1, key=self.key_of(name))
+
+    @staticmethod
+    def key_of(name: str) -> str:
+        """All that one user or device ever runs has one key."""
+        return hashlib.sha256(name.encode()).hexdigest()[:40]
+
+    def knock(self, name: str, secret: bytes = b"", role: Role = "worker") -> None:
+        """By whom nobody knows yet; the answer goes to ``_stranger_told``."""
+        join = m.Join(cluster="home", name=name, role=role, protocol=m.PROTOCOL, secret=secret)
+        self.tell_story(lambda: f"KNOCK by {name}")
+        knocked = e.Knocked(name, self.key_of(name), join)
+        self.post(self.coordinator, knocked, self.timing.latency_s)
+
+    def _stranger_told(self, name: str, message: m.AnyMessage) -> None:
+        """What is told to who knocked."""
 
     def _clock(self, name: str) -> Clock:
         return Clock()
@@ -69,7 +100,14 @@ class World(Shells):
         """It begins with what was written to its disk."""
         self.ledger.starts += 1
         ledger = deepcopy(self.ledger)
-        return self._add(COORDINATOR, bulk.id, CoordinatorCore("home", "0", bulk, ledger))
+        for hash_, token in ledger.tokens.items():
+            left = max(0.0, token.ttl_s - (self.now - self._made_at[hash_]))
+            ledger.tokens[hash_] = replace(token, ttl_s=left)
+        core = CoordinatorCore("home", "0", bulk, self.door, ledger, self._chance)
+        return self._add(COORDINATOR, bulk.id, core)
+
+    def _chance(self) -> float:
+        return 1.0  # chosen to be checked is nothing
 
     def _add(self, name: str, peer: str, core: AnyCore) -> Node:
         before = self.nodes.get(name)
@@ -201,6 +239,10 @@ class World(Shells):
         return found if found is not None and found.here else None
 
     def _send(self, sender: Node, send: e.Send) -> None:
+        if send.plane is e.Plane.JOIN:
+            self.tell_story(lambda: f"{sender} -> stranger {send.peer} {send.message}")
+            self._stranger_told(send.peer, send.message)
+            return
         receiver = self._receiver(sender, send)
         frames = [f if len(f) >= _COPIED else bytes(f) for f in encode(send.message, send.payload)]
         self.log.update(frames[0])
@@ -216,6 +258,10 @@ class World(Shells):
         elif receiver.id not in sender.links and sender.id not in receiver.links:
             self._no_connection(sender, receiver, send)
             return
+        if not self._let_in(sender, receiver, control=control):
+            self.tell_story(lambda: f"{sender} -> {receiver} (NOT LET IN) {send.message}")
+            self._not_let_in(sender, receiver, send)
+            return
         message, payload = decode(frames)
         assert message == send.message, "the codec changed it"
         self.sent[type(message).__name__] += 1
@@ -230,6 +276,23 @@ class World(Shells):
         """There is such a node, and neither has connected to the other."""
         raise AssertionError(f"no connection from {sender} to {receiver} for {send.message}")
 
+    def _let_in(self, sender: Node, receiver: Node, *, control: bool) -> bool:
+        """Whether who has connected is on the list of who is connected to."""
+        if self.door is None:
+            return True
+        bound, connects = receiver, sender
+        if sender is self.coordinator if control else receiver.id not in sender.links:
+            bound, connects = sender, receiver
+        if bound.gate is None and isinstance(bound.core, ClientCore):
+            return True  # it binds nothing
+        return bound.gate is not None and self.key_of(connects.name) in bound.gate
+
+    def _not_let_in(self, sender: Node, receiver: Node, send: e.Send) -> None:
+        """A coordinator refuses; a device has maybe not heard of who it is yet."""
+        if receiver is self.coordinator:
+            lost = e.PeerLost(COORDINATOR, "refused", refused=True, plane=send.plane)
+            self.post(sender, lost, self.timing.latency_s)
+
     def _carry(
         self, sender: Node, receiver: Node, plane: e.Plane, frames: list[Buffer], what: e.Arrived
     ) -> None:
@@ -238,9 +301,11 @@ class World(Shells):
 
     def _deliver(self, sender: Node, receiver: Node, plane: e.Plane, message: m.AnyMessage,
                  payload: memoryview, extra: float) -> None:  # fmt: skip
-        """In order on each connection, as TCP does."""
+        """In order on each connection, as TCP does. A list draws no time of its own, so that seeds
+        are what they were before there were lists; what it waits for, it waits for."""
         link = (sender.id, receiver.id, plane)
-        at = max(self.now + self._delay() + extra, self._link_free.get(link, 0.0))
+        took = _LIST_S if isinstance(message, m.Admitted) else self._delay()
+        at = max(self.now + took + extra, self._link_free.get(link, 0.0))
         self._link_free[link] = at
         self._arrive(at, sender, receiver, plane, message, payload)
 
@@ -270,6 +335,11 @@ class World(Shells):
             node.due = due
             self._due[node] = node.clock.world(due)
 
+    def _record(self, node: Node, effect: e.Record) -> None:
+        super()._record(node, effect)
+        for hash_ in self.ledger.tokens:
+            self._made_at.setdefault(hash_, self.now)
+
     def _perform(self, node: Node, effect: e.Effect) -> None:
         match effect:
             case e.Send():
@@ -278,6 +348,8 @@ class World(Shells):
                 node.links.add(peer.id)
             case e.Disconnect(peer_id):
                 node.links.discard(peer_id)
+            case e.Admit(members):
+                node.gate = frozenset(member.key for member in members)
             case e.Note():
                 node.notes.append(effect)
                 self.tell_story(lambda: f"    {node} notes: {effect.text} {dict(effect.fields)}")

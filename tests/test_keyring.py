@@ -1,30 +1,25 @@
-"""Keys on disk are private and checked; the gate admits the right key and fails closed."""
+"""Key files are private and checked, and a folder keeps the keys that it was made with."""
 
 from __future__ import annotations
 
 import json
 import os
 import stat
-import threading
 from pathlib import Path
 
 import pytest
-import zmq
-from zmq.utils import z85
 
-from cluster.security import (
-    Gatekeeper,
-    KeyPair,
+from cluster.keyring import (
     check_cluster_name,
-    generate_keypair,
-    is_key,
     load_or_create_coordinator,
     new_keyring,
     read_keyring,
     write_keyring,
 )
+from cluster.keys import generate_keypair, is_key
 from meshinfer import limits
-from meshinfer.errors import AuthError, ConfigurationError, MeshInferError
+from meshinfer.errors import AuthError, ConfigurationError
+from meshinfer.protocol.token import client_name
 
 
 def test_a_key_pair_does_not_show_its_secret() -> None:
@@ -33,7 +28,7 @@ def test_a_key_pair_does_not_show_its_secret() -> None:
     assert pair.public in repr(pair)
     ring, own = new_keyring("home")
     assert pair.secret not in repr(pair)
-    assert ring.member.secret not in repr(ring)
+    assert ring.key.secret not in repr(ring)
     assert own.secret not in repr(own)
 
 
@@ -103,8 +98,8 @@ def test_a_keyring_that_cannot_be_written_says_where(tmp_path: Path) -> None:
 
 
 def _damage(fields: dict[str, object], how: str) -> str:
-    member = fields["member"]
-    assert isinstance(member, dict)
+    pair = fields["key"]
+    assert isinstance(pair, dict)
     match how:
         case "not JSON":
             return "{"
@@ -115,7 +110,7 @@ def _damage(fields: dict[str, object], how: str) -> str:
         case "not an object":
             return "[]"
         case "field missing":
-            del fields["member"]
+            del fields["role"]
         case "field more":
             fields["more"] = 1
         case "plaintext is no truth":
@@ -125,13 +120,23 @@ def _damage(fields: dict[str, object], how: str) -> str:
         case "short key":
             fields["coordinator_public"] = "abc"
         case "key of another type":
-            member["secret"] = 5
-        case "member is no pair":
-            fields["member"] = "abc"
+            pair["secret"] = 5
+        case "key is no pair":
+            fields["key"] = "abc"
         case "halves of two pairs":
-            member["secret"] = generate_keypair().secret
+            pair["secret"] = generate_keypair().secret
         case "cluster is no text":
             fields["cluster"] = 5
+        case "name is no text":
+            fields["name"] = 5
+        case "name is empty":
+            fields["name"] = ""
+        case "another role":
+            fields["role"] = "king"
+        case "role is no text":
+            fields["role"] = ["admin"]
+        case "older release":
+            fields["member"] = fields.pop("key")
         case "too large":
             fields["cluster"] = "x" * limits.KEY_FILE_BYTES
         case "empty":
@@ -153,9 +158,14 @@ def _damage(fields: dict[str, object], how: str) -> str:
         "short key",
         "empty",
         "key of another type",
-        "member is no pair",
+        "key is no pair",
         "halves of two pairs",
         "cluster is no text",
+        "name is no text",
+        "name is empty",
+        "another role",
+        "role is no text",
+        "older release",
         "too large",
     ],
 )
@@ -170,13 +180,13 @@ def test_a_damaged_keyring_is_refused_with_a_hint_and_without_its_secret(
     with pytest.raises(AuthError) as caught:
         read_keyring(path)
     assert str(path) in caught.value.message and caught.value.hint
-    assert ring.member.secret not in str(caught.value)
+    assert ring.key.secret not in str(caught.value)
 
 
-def test_a_missing_keyring_says_where_to_get_it(tmp_path: Path) -> None:
+def test_a_missing_keyring_says_how_to_join(tmp_path: Path) -> None:
     with pytest.raises(AuthError) as caught:
         read_keyring(tmp_path / "keyring.json")
-    assert "coordinator" in caught.value.hint
+    assert "token" in caught.value.hint
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o666])
@@ -201,6 +211,7 @@ def test_the_coordinator_keeps_its_identity_over_restarts(tmp_path: Path) -> Non
     assert ring.coordinator_public == own.public
     assert load_or_create_coordinator(state, "home") == (ring, own)
     assert read_keyring(state / "keyring.json") == ring
+    assert ring.role == "admin" and ring.name == client_name(ring.key.public)
     assert own.secret not in (state / "keyring.json").read_text()
     for file in state.iterdir():
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
@@ -211,12 +222,12 @@ def test_a_lost_or_damaged_keyring_is_written_anew_from_the_coordinators_own_fil
     tmp_path: Path,
 ) -> None:
     ring, own = load_or_create_coordinator(tmp_path, "home")
-    shared = tmp_path / "keyring.json"
-    shared.unlink()
+    admins = tmp_path / "keyring.json"
+    admins.unlink()
     assert load_or_create_coordinator(tmp_path, "home") == (ring, own)
-    shared.write_text("{")
+    admins.write_text("{")
     assert load_or_create_coordinator(tmp_path, "home") == (ring, own)
-    assert read_keyring(shared) == ring
+    assert read_keyring(admins) == ring
 
 
 def test_a_lost_coordinator_key_is_not_replaced_behind_the_devices_backs(tmp_path: Path) -> None:
@@ -241,84 +252,17 @@ def test_a_state_folder_that_cannot_be_made_is_a_configuration_error(tmp_path: P
         load_or_create_coordinator(tmp_path / "file" / "state", "home")
 
 
-# --- the gate: judged as libzmq would ask it -------------------------------------------------
-
-
-def _ask(
-    context: zmq.Context[zmq.Socket[bytes]], *request: bytes, within_ms: int = 5000
-) -> list[bytes] | None:
-    with context.socket(zmq.REQ) as asker:
-        asker.linger = 0
-        asker.connect("inproc://zeromq.zap.01")
-        asker.send_multipart(request)
-        return asker.recv_multipart() if asker.poll(within_ms) else None
-
-
-def _request(pair: KeyPair, **other: bytes) -> list[bytes]:
-    parts = {
-        "version": b"1.0",
-        "id": b"7",
-        "domain": Gatekeeper.DOMAIN.encode(),
-        "address": b"127.0.0.1",
-        "identity": b"",
-        "mechanism": b"CURVE",
-        "key": z85.decode(pair.public),
-    }
-    return list((parts | other).values())
-
-
-def test_the_gate_admits_the_allowed_key_in_the_exact_domain_only() -> None:
-    pair, stranger = generate_keypair(), generate_keypair()
-    with zmq.Context() as context:
-        gate = Gatekeeper(context, [pair.public])
-        try:
-            answer = _ask(context, *_request(pair))
-            assert answer is not None
-            assert answer[:3] == [b"1.0", b"7", b"200"] and answer[4] == pair.public.encode()
-            refused = [
-                _request(stranger),
-                _request(pair, domain=b""),
-                _request(pair, domain=b"*"),
-                _request(pair, domain=b"meshinfer2"),
-                _request(pair, mechanism=b"NULL"),
-                _request(pair, mechanism=b"PLAIN"),
-                _request(pair, version=b"2.0"),
-                _request(pair, key=b""),
-                _request(pair, key=pair.public.encode()),
-                [*_request(pair), b"one more"],
-            ]
-            for request in refused:
-                answer = _ask(context, *request)
-                assert answer is not None and answer[2] == b"400", request
-                assert answer[4] == b"", "no user id for a refused key"
-            assert _ask(context, b"nonsense", within_ms=200) is None
-            gate.allow(stranger.public)
-            gate.revoke(pair.public)
-            answers = [_ask(context, *_request(who)) for who in (stranger, pair)]
-            assert [answer and answer[2] for answer in answers] == [b"200", b"400"]
-        finally:
-            gate.stop()
-        gate.stop()
-        assert _ask(context, *_request(pair), within_ms=200) is None
-
-
-def test_a_bug_while_judging_refuses_and_the_gate_lives_on(
-    monkeypatch: pytest.MonkeyPatch,
+def test_the_key_that_all_devices_had_in_an_older_release_makes_nobody_an_admin(
+    tmp_path: Path,
 ) -> None:
-    pair = generate_keypair()
-    with zmq.Context() as context:
-        gate = Gatekeeper(context, [pair.public])
-        try:
-            with monkeypatch.context() as patch:
-                patch.setattr(Gatekeeper, "_judge", lambda *_: 1 / 0)
-                answer = _ask(context, *_request(pair))
-                assert answer is not None and answer[2] == b"400"
-            answer = _ask(context, *_request(pair))
-            assert answer is not None and answer[2] == b"200"
-        finally:
-            gate.stop()
-    assert not [t for t in threading.enumerate() if t.name == "gatekeeper"]
-
-
-def test_every_error_is_one_of_ours() -> None:
-    assert issubclass(AuthError, MeshInferError) and issubclass(ConfigurationError, MeshInferError)
+    """It was copied to each of them: the coordinator stays who it is, its admin gets a new pair."""
+    ring, own = load_or_create_coordinator(tmp_path, "home")
+    file = tmp_path / "coordinator.json"
+    fields = json.loads(file.read_text())
+    member = fields["member"] = fields.pop("admin")
+    file.write_text(json.dumps(fields))
+    renewed, same = load_or_create_coordinator(tmp_path, "home")
+    assert same == own and renewed.coordinator_public == own.public
+    assert renewed.key != ring.key and member["public"] not in file.read_text()
+    assert read_keyring(tmp_path / "keyring.json") == renewed
+    assert load_or_create_coordinator(tmp_path, "home") == (renewed, own)

@@ -1,0 +1,148 @@
+"""A socket that connects to one peer, and what its monitor says of the connection."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Final
+
+import zmq
+
+from cluster.greeting import mechanism_at
+from cluster.sockets import (
+    BUSY,
+    CANNOT_CONNECT,
+    ENCRYPTED,
+    FINAL,
+    LOST,
+    NOT_OURS,
+    NOT_YET,
+    PLAINTEXT,
+    REFUSED,
+    WRONG_KEY,
+    Endpoint,
+    Ends,
+    Frames,
+    Plane,
+    frame_size,
+)
+from meshinfer import limits
+
+DEALER_EVENTS: Final = (
+    zmq.EVENT_CONNECTED
+    | zmq.EVENT_HANDSHAKE_SUCCEEDED
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.EVENT_DISCONNECTED
+    | zmq.EVENT_CLOSED
+)
+
+
+@dataclass(slots=True, eq=False)
+class Link(Ends):
+    """A DEALER to one peer. ``said`` is the last reason reported: one Lost for each outage.
+    ``greeted``: a hello waits for it to be up."""
+
+    peer: str
+    endpoint: Endpoint
+    plaintext: bool = False
+    up: bool = False
+    refused: bool = False  # libzmq gave up on it: only a new socket can try again
+    said: str = ""
+    greeted: bool = False
+    failing: bool = False  # the handshake of this connection
+    failures: int = 0  # of handshakes in a row, without a reason
+
+
+@dataclass(slots=True, eq=False)
+class Backlog:
+    """What a full pipe to one peer could not take yet, oldest first."""
+
+    messages: deque[tuple[Frames, int]] = field(default_factory=deque)
+    size: int = 0
+
+    def put(self, frames: Frames) -> bool:
+        """Whether there is room for it."""
+        size = sum(map(frame_size, frames)) + 64 * len(frames)  # empty frames take memory as well
+        if self.size + size > limits.BACKLOG_BYTES:
+            return False
+        self.messages.append((frames, size))
+        self.size += size
+        return True
+
+    def pop(self) -> None:
+        self.size -= self.messages.popleft()[1]
+
+
+def heard_of(link: Link, event: int, value: int) -> str:
+    """Note what a link's monitor says. The reason to call it lost, if it is one that is new."""
+    reason = ""
+    if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+        link.up, link.said, link.greeted, link.failures = True, "", False, 0
+    elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+        # ZAP: 400 refused, 500 busy (300, try again, closes without a word).
+        reason = BUSY if value == 500 else REFUSED
+        link.refused = link.failing = True
+    elif event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
+        reason = NOT_OURS
+        if value == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
+            reason = ENCRYPTED if link.plaintext else PLAINTEXT
+        link.refused = link.failing = True
+    elif event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
+        # A server that cannot read our first packet closes, and so does a gate that is to be tried
+        # again (only workers have one), and one that is in haste or ends: that is not so twice.
+        link.failing = True
+        link.failures += 1
+        if link.plane is Plane.BULK:
+            reason = NOT_YET
+        elif link.failures >= 2 and link.said not in FINAL:
+            reason = WRONG_KEY
+    elif event == zmq.EVENT_DISCONNECTED:
+        if link.up:
+            reason = LOST
+        elif not link.failing:  # no handshake began: these were no words of ZeroMQ
+            reason = NOT_OURS
+            link.refused = True
+        link.up = link.failing = False
+    elif event == zmq.EVENT_CLOSED:
+        reason = CANNOT_CONNECT
+    if not reason or reason == link.said:
+        return ""
+    link.said = reason
+    return reason
+
+
+def told_by(link: Link, mechanism: str) -> str:
+    """Why a handshake failed without a word, given what ``mechanism_at`` says of the other side."""
+    if not mechanism:  # a frozen one, which may well be ours
+        return CANNOT_CONNECT
+    if link.plaintext:
+        return ENCRYPTED if mechanism == "CURVE" else LOST
+    return PLAINTEXT if mechanism in ("NULL", "PLAIN") else WRONG_KEY
+
+
+class Enquiries:
+    """Asks, each in a thread of its own, what the other sides of links are. ``wake``: when one
+    is answered."""
+
+    def __init__(self, wake: Callable[[], None]) -> None:
+        self._wake = wake
+        self._answered: deque[tuple[Link, str]] = deque()
+
+    def ask(self, link: Link) -> None:
+        threading.Thread(target=self._ask, args=(link,), daemon=True).start()
+
+    def _ask(self, link: Link) -> None:
+        self._answered.append((link, mechanism_at(link.endpoint.host, link.endpoint.port)))
+        self._wake()
+
+    def answers(self) -> Iterator[Link]:
+        """The links of which it is known by now, if they are still down; ``said`` is the reason."""
+        while self._answered:
+            link, mechanism = self._answered.popleft()
+            if not link.up:
+                link.said = told_by(link, mechanism)
+                yield link
