@@ -387,6 +387,11 @@ def test_a_wrong_deployment_gets_its_typed_error(
     assert not any(info.name == "wrong" for info in client.models())
 
 
+def test_who_may_join_is_no_matter_of_ours(client: RayClient) -> None:
+    with pytest.raises(mi.InvalidInput, match="admits its own"):
+        _ = client.admitting
+
+
 # --- large sets of images
 
 

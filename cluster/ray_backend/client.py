@@ -145,6 +145,14 @@ class RayClient:
             )
             return (head, *(_info(n) for n in nodes if lost or n.state != "dead"))
 
+    @property
+    def admitting(self) -> Any:
+        """Raises ``InvalidInput``: who may join is Ray's matter."""
+        raise InvalidInput(
+            "a Ray cluster admits its own nodes and clients",
+            hint="give it a token: RAY_AUTH_MODE=token, on each node and for each client",
+        )
+
     # --- requests
 
     def infer(
