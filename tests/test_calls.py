@@ -5,6 +5,7 @@ The actors are those of the Ray backend, as plain objects in this process.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -150,6 +151,8 @@ def test_a_kept_blob_that_is_not_what_its_name_says_is_refused() -> None:
         assert "SHA-256" in msgspec.msgpack.decode(told, type=m.Failure).message
     finally:
         actor.end()
+    assert actor.keep(hashlib.sha256(b"").hexdigest(), np.zeros(0, np.uint8)) != b""
+    assert not actor._folder.exists(), "it takes nothing once it has ended"
 
 
 def test_a_lost_device_s_task_goes_to_who_has_prepared_it() -> None:

@@ -22,6 +22,7 @@ import platformdirs
 
 from cluster import profiler
 from cluster.blobs import BlobStore
+from cluster.results import closed_error
 from meshinfer.engine import EngineError
 from meshinfer.engine import Prepared as PreparedModel
 from meshinfer.engine.ort import OrtEngine
@@ -57,7 +58,7 @@ class NodeActor:
         # There only while something is prepared: whoever kills us leaves nothing behind.
         self._folder = Path(tempfile.gettempdir()) / f"meshinfer-ray-{secrets.token_hex(8)}"
         self._engine = OrtEngine(self._folder, threads)
-        self._threads = threads
+        self._threads, self._over = threads, False
         self._sessions: WeakValueDictionary[str, PreparedModel] = WeakValueDictionary()
         self._held: dict[tuple[int, int, int], _Held] = {}
 
@@ -88,6 +89,8 @@ class NodeActor:
 
     def keep(self, digest: str, data: Array) -> bytes:
         """A submodel or a weight for ``prepare``; the failure, if any."""
+        if self._over:
+            return _told(closed_error())
         try:
             BlobStore(self._folder, shared=True).put(digest, payload_of(data))
         except (OSError, ValueError, ConfigurationError) as error:
@@ -136,7 +139,8 @@ class NodeActor:
         return _answer(Ran(compute_s, tuple(array.nbytes for array in made)), made)
 
     def end(self) -> None:
-        """Leave nothing behind; the caller ends the process."""
+        """Leave nothing behind, nor take anything any more; the caller ends the process."""
+        self._over = True
         self._held.clear()
         shutil.rmtree(self._folder, ignore_errors=True)
 
