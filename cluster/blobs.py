@@ -2,7 +2,7 @@
 
 Models, submodels and weights are blobs. Threads and processes may share a folder, but chunks of one
 blob are written by one of them. What was not used for a while makes room when the folder grows
-beyond its bound.
+beyond its bound. How the bytes lie in a file is ``Files``' to say: plain here, or sealed.
 """
 
 from __future__ import annotations
@@ -13,16 +13,45 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 from meshinfer import limits
 from meshinfer.errors import ConfigurationError
 
-_READ_BYTES = 1 << 20
+READ_BYTES = 1 << 20
 _KEEP_S = 1200.0
 """Whoever found a blob here may rely on it for so long; longer than any deployment may take."""
+
+
+class BlobDamaged(Exception):
+    """A blob's file has other bytes than when it was stored; it is gone now."""
+
+
+class Files(Protocol):
+    """How blobs lie in files. Both raise ``OSError``."""
+
+    def append(self, path: Path, offset: int, data: memoryview) -> None:
+        """Write what comes next; at 0, begin anew."""
+
+    def blocks(self, path: Path) -> Iterator[bytes]:
+        """What was written, piece by piece."""
+
+
+class Plain:
+    """As they are."""
+
+    def append(self, path: Path, offset: int, data: memoryview) -> None:
+        with path.open("r+b" if offset else "wb") as file:
+            file.seek(offset)
+            file.write(data)
+
+    def blocks(self, path: Path) -> Iterator[bytes]:
+        with path.open("rb") as file:
+            while block := file.read(READ_BYTES):
+                yield block
 
 
 class BlobStore:
@@ -30,6 +59,8 @@ class BlobStore:
 
     ``shared``: another process has the folder open, and what is half written there is its own.
     ``durable``: what came in chunks is there after a power cut, too, as nobody else may have it.
+    ``sole``: no other process ever has it open, so a file that has changed at all since it was
+    verified is verified anew before it is used. ``loading``: where files lie while they are loaded.
     """
 
     def __init__(
@@ -39,11 +70,15 @@ class BlobStore:
         *,
         shared: bool = False,
         durable: bool = False,
+        sole: bool = False,
+        files: Files | None = None,
     ) -> None:
-        self._durable = durable
-        self.folder = folder
+        self._durable, self._sole = durable, sole
+        self.folder = self.loading = folder
         self.max_bytes = max_bytes
-        self._verified: set[str] = set()  # each is looked for on the disk before it counts
+        self._files: Files = files or Plain()
+        # Each is looked for on the disk before it counts.
+        self._verified: dict[str, tuple[int, ...]] = {}
         self._since = time.time()  # beside the files' own times
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -81,9 +116,9 @@ class BlobStore:
         part = self.folder / f"{digest}-{os.getpid()}-{threading.get_ident()}"  # others may put it
         view = memoryview(data).cast("B")
         try:
-            with part.open("wb") as file:  # in steps: one long call would stop a throttled device
-                for start in range(0, len(view), _READ_BYTES):
-                    file.write(view[start : start + _READ_BYTES])
+            # In steps: one long call would stop a throttled device.
+            for start in range(0, max(1, len(view)), READ_BYTES):
+                self._files.append(part, start, view[start : start + READ_BYTES])
             self._admit(digest, part)
         finally:
             part.unlink(missing_ok=True)
@@ -94,9 +129,7 @@ class BlobStore:
         Raises ``ValueError`` when the whole is not what its name says, ``OSError`` for the disk.
         """
         part = self._part(digest)
-        with part.open("r+b" if offset else "wb") as file:
-            file.seek(offset)
-            file.write(data)
+        self._files.append(part, offset, data)
         if offset + len(data) < total:
             return False
         if self._durable:
@@ -108,7 +141,27 @@ class BlobStore:
 
     def remove(self, digest: str) -> None:
         self.path(digest).unlink(missing_ok=True)
-        self._verified.discard(digest)
+        self._verified.pop(digest, None)
+
+    def load(self, digest: str) -> bytes:
+        """A whole blob, whose bytes themselves are verified. Raises ``BlobDamaged``, ``OSError``"""
+        data = b"".join(self._files.blocks(self.path(digest)))
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise self._damaged(digest)
+        return data
+
+    @contextmanager
+    def opened(self, digests: Iterable[str]) -> Iterator[None]:
+        """Their files lie in ``loading`` meanwhile, and were verified since they last changed.
+        Raises ``BlobDamaged``."""
+        for digest in digests:
+            if not self._whole(digest):
+                raise self._damaged(digest)
+        yield
+
+    def _damaged(self, digest: str) -> BlobDamaged:
+        self.remove(digest)
+        return BlobDamaged(f"the file of blob {digest[:12]} was changed or is gone")
 
     def read(self, digest: str, offset: int, length: int) -> tuple[bytes, int] | None:
         """Bytes of a blob and its whole size; None when it is not here, or was damaged since an
@@ -128,23 +181,32 @@ class BlobStore:
         return self.folder / f"{digest}.part"
 
     def _admit(self, digest: str, part: Path) -> None:
-        if _digest(part) != digest:
+        if self._digest(part) != digest:
             part.unlink(missing_ok=True)
             raise ValueError("its bytes are not those of its SHA-256")
         os.replace(part, self.path(digest))
-        self._verified.add(digest)
+        self._verified[digest] = _identity(self.path(digest))
+
+    def _digest(self, path: Path) -> str:
+        total = hashlib.sha256()
+        for block in self._files.blocks(path):
+            total.update(block)
+        return total.hexdigest()
 
     def _whole(self, digest: str) -> bool:
         path = self.path(digest)
         try:
-            if digest not in self._verified and _digest(path) != digest:
+            known = self._verified.get(digest)
+            if known is not None and self._sole and known != _identity(path):
+                known = None
+            if known is None and self._digest(path) != digest:
                 return False
             with self._locked():
                 os.utime(path)  # used now
+            self._verified[digest] = _identity(path)
         except OSError:
-            self._verified.discard(digest)
+            self._verified.pop(digest, None)
             return False
-        self._verified.add(digest)
         return True
 
     @contextmanager
@@ -165,7 +227,7 @@ class BlobStore:
             except OSError:
                 return False
             path.unlink(missing_ok=True)
-        self._verified.discard(path.name)
+        self._verified.pop(path.name, None)
         return True
 
     def trim(self, keep: Collection[str] = ()) -> None:
@@ -187,12 +249,10 @@ class BlobStore:
                 size -= nbytes
 
 
-def _digest(path: Path) -> str:
-    total = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_READ_BYTES):
-            total.update(block)
-    return total.hexdigest()
+def _identity(path: Path) -> tuple[int, ...]:
+    """Another one whenever the file is written to, replaced, or its times are set."""
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _sync(path: Path) -> None:

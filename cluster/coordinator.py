@@ -34,6 +34,7 @@ from cluster.keys import KeyPair
 from cluster.locate import DEFAULT_PORT
 from cluster.loop import Loop, Post, start_thread
 from cluster.planning import PlanningThread
+from cluster.signing import Signing, Verifying, load_or_create_key
 from cluster.sockets import Endpoint, Plane
 from cluster.storing import StoreThread
 from cluster.transport import Transport
@@ -105,6 +106,7 @@ def run_coordinator(
     address = state / ADDRESS_FILE
     address.unlink(missing_ok=True)  # of one that was killed
     keyring, own = load_or_create_coordinator(state, options.cluster, plaintext=options.plaintext)
+    signing = load_or_create_key(state)
     _refuse_second(options, keyring)
     journal = Journal(state / FILE)
     here = options.host or LOOPBACK
@@ -129,7 +131,8 @@ def run_coordinator(
     )
     store = BlobStore(state / "blobs", durable=True)
     door = Door(port, always, options.tokens, join_port, own.public)
-    core = CoordinatorCore(options.cluster, meshinfer.__version__, bulk, door, journal.ledger)
+    draw = secrets.SystemRandom().random  # no device can foresee which task is checked
+    core = CoordinatorCore(options.cluster, meshinfer.__version__, bulk, door, journal.ledger, draw)
     planning: PlanningThread
     writing: JournalThread
 
@@ -140,7 +143,8 @@ def run_coordinator(
             planning.put(effect)
 
     beat = partial(notify.alive, f"listens at port {port}", ready=True)
-    loop = Loop(core, lambda: transport, perform, None, beat)
+    signed = Signing(core, signing, incarnation)
+    loop = Loop(signed, lambda: transport, perform, None, beat)
     writing = JournalThread(journal, loop.post)
     planning = PlanningThread(store, loop.post, options.log_level, options.log_form)
     head = Head(keyring, own, options.cluster, here, options.host, port, store, loop.post)
@@ -333,7 +337,7 @@ class Head:
             facts=msgspec.structs.replace(facts, head=True),
         )
         storing: StoreThread
-        core = WorkerCore(hello)
+        core = Verifying(WorkerCore(hello), identity)
         beat = partial(notify.alive, part=HEAD)
         loop = Loop(core, lambda: transport, lambda effect: storing.put(effect), control, beat)
         storing = StoreThread(self._store, None, loop.post)

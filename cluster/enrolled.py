@@ -31,9 +31,8 @@ def read(database: sqlite3.Connection, wall: float) -> Iterator[TokenMade | Enro
     ):
         admission = {"key": key, "name": name, "role": role}
         yield msgspec.convert({"admission": admission, "token": by}, Enrolled)
-    columns = "hash, role, ttl_s, expires, reusable, maker, spent"
     for hash_, role, ttl_s, expires, reusable, maker, spent in database.execute(
-        f"SELECT {columns} FROM tokens ORDER BY number"
+        "SELECT hash, role, ttl_s, expires, reusable, maker, spent FROM tokens ORDER BY number"
     ):
         token = {
             "hash": hash_,

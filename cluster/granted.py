@@ -35,7 +35,7 @@ def memory_limit(root: Path = CGROUPS, own: Path = OWN) -> int:
     """Bytes that this process and what it starts may have: the machine's, or a group's if less."""
     limits = [psutil.virtual_memory().total]
     for folder in _folders("memory", root, own):
-        for name in ("memory.max", "memory.limit_in_bytes"):
+        for name in ("memory.max", "memory.high", "memory.limit_in_bytes"):  # above high it crawls
             value = _number(_read(folder / name))
             if value is not None and 0 < value < _UNLIMITED_BYTES:
                 limits.append(value)

@@ -24,7 +24,7 @@ from cluster.tokens import forget_token, left_token
 from meshinfer.errors import AuthError, ClusterUnavailable, ConfigurationError, InvalidInput
 from meshinfer.protocol.token import Token, client_name, parse_token
 
-TOKEN_VARIABLE: Final = "MESHINFER_TOKEN"
+TOKEN_VARIABLE: Final = "MESHINFER_TOKEN"  # noqa: S105 (its name)
 _PLACE_FILE: Final = "place.json"
 
 

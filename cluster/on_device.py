@@ -146,7 +146,7 @@ class OnDevice:
     def _store(self) -> StoreThread:
         if self._storing is None:
             self._folder = tempfile.TemporaryDirectory(prefix="meshinfer-on-device-")
-            self._blobs = BlobStore(Path(self._folder.name))
+            self._blobs = BlobStore(Path(self._folder.name), sole=True)
             self._storing = StoreThread(self._blobs, self._engine, self._told)
         return self._storing
 

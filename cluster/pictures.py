@@ -1,4 +1,7 @@
-"""Pictures to pixels and back, with Pillow: PNG, JPEG, WebP and BMP, bounded before decoding."""
+"""Pictures to pixels and back, with Pillow: PNG, JPEG, WebP and BMP, bounded before decoding.
+
+No other decoder is ever opened. Of an animation the first picture is taken.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 import numpy as np
@@ -18,6 +22,7 @@ from meshinfer.image import ImageSpec
 
 Array = np.ndarray[Any, Any]
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+_START_OF_SCAN = b"\xff\xda"
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -67,12 +72,13 @@ def read_picture(data: object, spec: ImageSpec) -> Picture:
     """
     if isinstance(data, np.ndarray):
         return _from_array(data, spec)
+    mode = "L" if spec.colour == "GRAY" else "RGB"
     if isinstance(data, Image.Image):
-        image = data
+        image = data.convert(mode)
     else:
-        image = _decode(*_bytes(data))
-    image = image.convert("L" if spec.colour == "GRAY" else "RGB")
+        image = _decode(*_bytes(data), mode)
     if spec.size is not None and image.size != (spec.size[1], spec.size[0]):
+        _check_pixels(spec.size[1], spec.size[0], "what the model takes")
         image = image.resize((spec.size[1], spec.size[0]), Image.Resampling.BICUBIC)
     array = np.asarray(image, dtype=np.uint8)
     return Picture(array.reshape(1, *array.shape[:2], spec.channels))
@@ -80,6 +86,7 @@ def read_picture(data: object, spec: ImageSpec) -> Picture:
 
 def _bytes(data: object) -> tuple[bytes, str]:
     if isinstance(data, bytes | bytearray | memoryview):
+        _check_length(len(data), "the picture")
         return bytes(data), "the picture"
     if not isinstance(data, str | os.PathLike):
         raise InvalidInput(
@@ -88,38 +95,56 @@ def _bytes(data: object) -> tuple[bytes, str]:
         )
     path = Path(data)
     try:
-        if path.stat().st_size > limits.IMAGE_FILE_BYTES:
-            raise InvalidInput(
-                f"{path} has more than {limits.IMAGE_FILE_BYTES} bytes", hint="shrink it first"
-            )
+        status = path.stat()
+        if not S_ISREG(status.st_mode):  # a pipe may never end
+            raise InvalidInput(f"{path} is no file", hint="give a file, or its bytes")
+        _check_length(status.st_size, str(path))
         return path.read_bytes(), str(path)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise InvalidInput(
-            f"cannot read {path}: {error.strerror}", hint="check the path"
+            f"cannot read {path}: {getattr(error, 'strerror', error)}", hint="check the path"
         ) from error
 
 
-def _decode(data: bytes, name: str) -> Image.Image:
+def _check_length(nbytes: int, name: str) -> None:
+    if nbytes > limits.IMAGE_FILE_BYTES:
+        raise InvalidInput(
+            f"{name} has more than {limits.IMAGE_FILE_BYTES} bytes", hint="shrink it first"
+        )
+
+
+def _check_pixels(width: int, height: int, name: str) -> None:
+    if width * height > limits.IMAGE_PIXELS or max(width, height) > limits.IMAGE_SIDE:
+        raise InvalidInput(
+            f"{name} has {width} x {height} pixels, more than {limits.IMAGE_PIXELS} in all or "
+            f"{limits.IMAGE_SIDE} a side",
+            hint="shrink it first",
+        )
+
+
+def _decode(data: bytes, name: str, mode: str) -> Image.Image:
+    """Whatever a decoder says of strange bytes, it is no picture. Its warnings go to nobody: the
+    bounds are ours, with errors of their own."""
     try:
-        with warnings.catch_warnings():  # our own bound is below, with an error of its own
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(data), formats=FORMATS)
-        if image.width * image.height > limits.IMAGE_PIXELS:
-            raise InvalidInput(
-                f"{name} has {image.width} x {image.height} pixels, "
-                f"more than {limits.IMAGE_PIXELS}",
-                hint="shrink it first",
-            )
-        image.load()
-        return ImageOps.exif_transpose(image)
-    except UnidentifiedImageError as error:
+            _check_pixels(image.width, image.height, name)
+            if image.format in ("JPEG", "MPO") and data.count(_START_OF_SCAN) > limits.IMAGE_SCANS:
+                raise InvalidInput(
+                    f"{name} is a JPEG of more than {limits.IMAGE_SCANS} scans",
+                    hint="save it again, as a plain JPEG",
+                )
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            return image if image.mode == mode else image.convert(mode)
+    except InvalidInput:
+        raise
+    except Exception as error:
+        why = "" if isinstance(error, UnidentifiedImageError) else f": {error}"[:300]
         raise InvalidInput(
-            f"{name} is no picture that can be read", hint=f"give one of {', '.join(FORMATS)}"
-        ) from error
-    except (OSError, Image.DecompressionBombError, SyntaxError) as error:
-        raise InvalidInput(
-            f"{name} is no picture that can be read: {error}",
-            hint=f"give one of {', '.join(FORMATS)}",
+            f"{name} is no picture that can be read{why}",
+            hint=f"give one of {', '.join(FORMATS)}, whole",
         ) from error
 
 

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from typing import Protocol
 from weakref import WeakValueDictionary
 
-from cluster.blobs import BlobStore
+import structlog
+
+from cluster.blobs import BlobDamaged, BlobStore
 from cluster.loop import Post, report, start_thread
 from meshinfer.engine import Engine, EngineError
 from meshinfer.engine import Prepared as PreparedModel
@@ -57,12 +59,18 @@ def _write(store: BlobStore, effect: WriteBlob) -> BlobWritten | None:
 
 
 def serve(store: Readable, effect: ServeBlob) -> Send:
-    """The chunk that was asked for, or word that it is gone."""
+    """The chunk that was asked for, or word that it is gone. With the last one, it is logged that
+    this device or client has got the blob."""
     found = store.read(effect.digest, effect.offset, effect.length)
     if found is None:
         return Send(Plane.BULK, effect.peer, m.Gone(digest=effect.digest))
     data, total = found
     chunk = m.Chunk(digest=effect.digest, offset=effect.offset, total=total)
+    if effect.model and effect.offset + len(data) >= total:
+        name, _, incarnation = effect.peer.partition("#")
+        fields = {"device": name, "incarnation": incarnation, "model": effect.model}
+        log = structlog.get_logger()
+        log.info("blob handed out", **fields, blob=effect.digest[:12], bytes=total)
     return Send(Plane.BULK, effect.peer, chunk, data)
 
 
@@ -87,7 +95,7 @@ class StoreThread:
     def _run(self) -> None:
         while (effect := self._queue.get()) is not None:
             match effect:
-                case FindBlobs() | WriteBlob() | ServeBlob():
+                case FindBlobs() | WriteBlob():
                     answer = perform(self._store, effect)
                     if answer is not None:
                         self._post(answer)
@@ -103,6 +111,13 @@ class StoreThread:
             self.prepared[deployment] = {p.place: self._session(p) for p in programs}
             self._store.trim()
             return None
+        except BlobDamaged as error:
+            return m.Failure(
+                error="ConfigurationError",
+                message=f"not loaded: {error}",
+                hint="it is fetched anew; if this happens again, look at this device's disk, and "
+                "at who can write to its state folder",
+            )
         except (EngineError, OSError, MemoryError) as error:
             return m.Failure(
                 error="ConfigurationError",
@@ -116,6 +131,8 @@ class StoreThread:
         assert program.model is not None and self._engine is not None
         session = self._sessions.get(program.model)
         if session is None:
-            session = self._engine().prepare(self._store.path(program.model).read_bytes())
+            engine = self._engine()
+            with self._store.opened(program.weights):
+                session = engine.prepare(self._store.load(program.model))
             self._sessions[program.model] = session
         return session

@@ -16,7 +16,7 @@ from cluster.sockets import Plane
 from meshinfer import limits
 from meshinfer.errors import AuthError
 
-_EVERYWHERE: Final = "0.0.0.0"
+_EVERYWHERE: Final = "0.0.0.0"  # noqa: S104 (to know it, not to bind there)
 _OUTCOMES: Final = (
     zmq.EVENT_HANDSHAKE_SUCCEEDED
     | zmq.EVENT_HANDSHAKE_FAILED_AUTH

@@ -15,7 +15,7 @@ _ids: dict[str, str] = {}
 
 def configure(level: str = "info", form: str = "text", *, name: str = "") -> None:
     """Set up structlog for this process. ``name`` (a device) is bound to every line."""
-    chosen = getattr(logging, level.upper())
+    chosen = logging.getLevelNamesMapping()[level.upper()]
     renderer: structlog.typing.Processor = (
         structlog.processors.JSONRenderer()
         if form == "json"

@@ -18,7 +18,7 @@ from meshinfer.errors import AuthError
 from meshinfer.protocol.token import SECRET_BYTES, Role, Token, hash_of, parse_token
 from meshinfer.scheduler.ledger import TokenMade
 
-TOKEN_FILE: Final = "token"
+TOKEN_FILE: Final = "token"  # noqa: S105 (its name)
 _HINT: Final = "remove it, and give the token again"
 _PLACES: Final = 4
 FOR_EVER_S: Final = 1e9

@@ -28,17 +28,19 @@ from cluster import notify, processes, profiler, telemetry
 from cluster.blobs import BlobStore
 from cluster.board import Watch
 from cluster.doing import Doing
+from cluster.forgetting import remove_blobs
 from cluster.keyring import Keyring
 from cluster.locate import Where, find_coordinator, local_address
 from cluster.loop import Loop, Post, start_thread
 from cluster.measuring import measured_apart
 from cluster.membership import worker_keyring
+from cluster.signing import verifying_in
 from cluster.sockets import Endpoint, Plane
 from cluster.storing import StoreThread
 from cluster.transport import Transport
 from meshinfer.engine import EngineError
 from meshinfer.engine.ort import OrtEngine
-from meshinfer.errors import MeshInferError
+from meshinfer.errors import AuthError, MeshInferError
 from meshinfer.protocol import messages as m
 from meshinfer.protocol.codec import error_of, failure_of
 from meshinfer.protocol.joining import Admission
@@ -77,7 +79,8 @@ class WorkerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     addresses for mDNS; None chooses. ``ended`` and ``doing`` come from the supervisor: how the last
     worker process ended, and where to write what this one computes. ``parent``: process to end
     with. ``beside``: on the host of a coordinator that listens at all addresses; so does
-    this worker. ``gate``: what a test can stop its connections with.
+    this worker. ``gate``: what a test can stop its connections with. ``encrypt_blobs``: on its
+    disk, under a key that ends with the process, or that of ``blob_key_file``.
     """
 
     name: str
@@ -98,6 +101,8 @@ class WorkerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     parent: int = 0
     beside: bool = False
     gate: Ways | None = None
+    encrypt_blobs: bool = False
+    blob_key_file: str = ""
 
 
 class ComputeThread:
@@ -133,12 +138,12 @@ class ComputeThread:
             text = str(error) if isinstance(error, EngineError) else "its program is gone"
             fields = {"request": job.request, "attempt": job.attempt, "task": str(job.place)}
             structlog.get_logger().error("a task failed", **fields, why=text)
-            return Computed(job.request, job.attempt, job.place, (), 0.0, text)
+            return Computed(job.request, job.attempt, job.place, (), 0.0, text, job.again)
         speed = self._speed()
         if speed < 1.0:
             time.sleep((time.thread_time() - cpu) * (1.0 / speed - 1.0))
         took = time.perf_counter() - started
-        return Computed(job.request, job.attempt, job.place, outputs, took)
+        return Computed(job.request, job.attempt, job.place, outputs, took, again=job.again)
 
 
 def run_worker(options: WorkerOptions) -> m.Failure | None:
@@ -175,10 +180,11 @@ def run_worker(options: WorkerOptions) -> m.Failure | None:
     bulk_port = transport.bind(Plane.BULK, address, 0 if gate is None else gate.behind)
     bulk_port = bulk_port if gate is None else gate.front
     coordinator = Endpoint(host, port, keyring.coordinator_public)
-    store = BlobStore(state / "blobs")
-    engine = OrtEngine(store.folder, options.threads)
+    store = _store(options, state)
+    engine = OrtEngine(store.loading, options.threads)
     facts = _facts(options, engine, plaintext=keyring.plaintext)
-    core = WorkerCore(_hello(options, identity, address, bulk_port, keyring.key.public, facts))
+    plain = WorkerCore(_hello(options, identity, address, bulk_port, keyring.key.public, facts))
+    core = verifying_in(state, plain, identity, keyring.coordinator_public)
 
     def perform(effect: Effect) -> None:
         if isinstance(effect, Compute):
@@ -187,7 +193,7 @@ def run_worker(options: WorkerOptions) -> m.Failure | None:
             storing.put(effect)
 
     def each_step() -> None:
-        _tell(core, coordinator)
+        _tell(plain, coordinator)
         watch.look(time.monotonic())
 
     loop = Loop(core, lambda: transport, perform, coordinator, each_step)
@@ -203,6 +209,14 @@ def run_worker(options: WorkerOptions) -> m.Failure | None:
         compute.close()
         storing.close()
         doing.end()  # whatever still computes, this end is not its doing
+
+
+def _store(options: WorkerOptions, state: Path) -> BlobStore:
+    if not options.encrypt_blobs and not options.blob_key_file:
+        return BlobStore(state / "blobs", sole=True)
+    from cluster.sealing import sealed_store  # few want it
+
+    return sealed_store(state, options.blob_key_file)
 
 
 def _facts(options: WorkerOptions, engine: OrtEngine, *, plaintext: bool) -> m.Facts:
@@ -304,6 +318,10 @@ def main(arguments: list[str]) -> int:
         failure = failure_of(error)
     if failure is None:
         return 0
+    if failure.error == AuthError.__name__:
+        # Whom the cluster does not admit (any more) keeps nothing of its models.
+        removed = remove_blobs(Path(options.state_dir))
+        log.warning("submodels and weights removed", files=removed)
     log.error(failure.message, hint=failure.hint)
     return error_of(failure).exit_code
 

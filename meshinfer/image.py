@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from math import isfinite
 from typing import Any
 
 from meshinfer.errors import InvalidInput
@@ -39,6 +40,10 @@ class ImageSpec:
             raise _bad(f"colour {self.colour!r} is none of RGB, BGR, GRAY")
         if len(self.mean) < self.channels or len(self.std) < self.channels or 0 in self.std:
             raise _bad(f"mean and std need {self.channels} numbers, std none that is 0")
+        if self.scale == 0 or not all(map(isfinite, (self.scale, *self.mean, *self.std))):
+            raise _bad("scale, mean and std are finite numbers, and scale is not 0")
+        if self.size is not None and min(self.size) < 1:
+            raise _bad(f"size {self.size} is no height and width")
 
     @property
     def channels(self) -> int:
@@ -63,8 +68,10 @@ class ImageSpec:
                 size=None if size is None else (int(size[0]), int(size[1])),
                 output=None if found.get("output") is None else str(found["output"]),
             )
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
             raise _bad(f"{text[:200]!r} is no image spec: {error}") from error
+        except RecursionError as error:
+            raise _bad(f"{text[:200]!r} is no image spec: it is nested too deeply") from error
 
 
 def _bad(why: str) -> InvalidInput:

@@ -74,6 +74,34 @@ RESTS: Final = 4
 NEVER_QUARANTINED: Final = 2
 """So many devices work, whatever they did."""
 LOST_SHOWN_S: Final = 600.0
+
+# Results that may be wrong: tasks that are computed a second time, by another device.
+CHECK_SHARE: Final = 0.01
+CHECK_SHARE_NEW: Final = 0.20
+CHECK_NEW_TASKS: Final = 100
+"""Of so many tasks of a device the larger share is checked; while it is in doubt, as many as are
+checked at once."""
+CHECKS_AT_ONCE: Final = 2
+CHECKS_HELD: Final = 4
+CHECK_S: Final = 5.0
+"""A check that takes longer is given up: what it needs was not kept, or a device is gone."""
+CHECK_IDLE_S: Final = 1.0
+"""So long the device that checks waits to have nothing else to do."""
+CHECK_ERROR: Final = 1e-5
+"""Of the largest value, between devices of one numeric class, whose bits are the same."""
+CHECK_ERROR_MIXED: Final = 1e-4
+CHECK_SPREAD_MIXED: Final = 0.05
+"""Of the 2-norm, between devices of two classes: those may round a few values to other steps of a
+quantisation, and that is no lie. What lies between both bounds is not judged."""
+CHECK_LEAST: Final = 1e-3
+"""Results are held against at least so much of the largest input: what cancels leaves noise."""
+CHECKS_UNDECIDED: Final = 10
+"""After so many between the same two devices the one less known works no more: there may be no
+third that can tell which of them is wrong."""
+DOUBT_CHECKS: Final = 100
+"""A device is in doubt for so many checks after one that failed."""
+LIAR_S: Final = 3600.0
+
 INSTALL_ATTEMPTS: Final = 3
 """What so many devices cannot prepare in turn is the model's fault, not theirs."""
 INSTALL_S: Final = 600.0
@@ -257,8 +285,17 @@ REPORT_LINE_CHARS: Final = 300
 REPORT_ENTRIES: Final = 256
 REPORT_NODES: Final = 4
 NAME_CHARS: Final = 512
+LABEL_CHARS: Final = 4 * NAME_CHARS
+"""What has names in it: a peer, what computes, a release."""
+LISTED: Final = 1 << 16
+"""Entries of a list in a message, where nothing else bounds it. Decoded, a header takes up to 28
+times its bytes (a tuple of two small numbers takes three on the wire)."""
 CAUSE_CHARS: Final = 512
+FAILURE_CHARS: Final = 16384
 IMAGE_PIXELS: Final = 100_000_000
+IMAGE_SIDE: Final = 65_535
+IMAGE_SCANS: Final = 100
+"""Of a progressive JPEG, each of which goes over all pixels in a few bytes; ten are usual."""
 IMAGE_FILE_BYTES: Final = 256 * MIB
 DEVICES: Final = 1024
 PINS: Final = 256
@@ -306,6 +343,8 @@ assert RUNNING_REQUESTS <= WINDOW <= QUEUE_REQUESTS
 assert QUEUE_REQUESTS + ANSWERED_IDS_KEPT < JOURNALED_IDS
 assert (RECONNECT_MAX_MS + RECONNECT_MS) * 4 <= RESUME_WAIT_S * 1000  # libzmq adds up to the least
 assert PLAN_TEXT_BYTES <= CONTROL_FRAME_BYTES
+assert PLAN_TASKS <= LISTED
+assert FAILURE_CHARS * 4 < PLAN_TEXT_BYTES  # it fits into a Failure, whatever its characters are
 assert BLOB_CHUNK_BYTES < BACKLOG_BYTES
 assert BLOB_WANT_BYTES <= BLOB_CHUNK_BYTES
 assert LISTED_PLANS_BYTES < CONTROL_FRAME_BYTES

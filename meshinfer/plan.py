@@ -132,7 +132,7 @@ class _Parser:
         while position < len(line):
             match = _TOKEN.match(line, position)
             if match is None:
-                raise self.fail(f"unexpected {line[position:].strip()!r}")
+                raise self.fail(f"unexpected {line[position : position + 200].strip()!r}")
             found.append(match.group(1))
             position = match.end()
         return found
@@ -141,9 +141,11 @@ class _Parser:
         if not token.startswith('"'):
             return token
         try:
-            return str(json.loads(token))
+            name = str(json.loads(token))
+            name.encode()  # half a surrogate pair is no character, and cannot travel
         except ValueError:
-            raise self.fail(f"{token} is no quoted name") from None
+            raise self.fail(f"{token[:200]} is no quoted name") from None
+        return name
 
     def integer(self, token: str) -> int:
         if not token.isdecimal() or len(token) > _DIGITS:

@@ -117,7 +117,8 @@ class _Ends:
             )
             for t in self._into[ref, shard.value]
         )
-        return m.Value(name=name, box=shard, pieces=pieces)
+        dtype = self._graph.numpy_dtype(shard.value).newbyteorder("<").str if pieces else ""
+        return m.Value(name=name, box=shard, pieces=pieces, dtype=dtype)
 
 
 def _source(graph: Graph, flow: Flow, ends: _Ends) -> m.Program:

@@ -48,6 +48,7 @@ LATENCY_S, COMPUTE_S, PLAN_S, DISK_S = 0.001, 0.005, 0.02, 0.001
 STEPS = 60_000
 Planner = Callable[[Graph, Sequence[str]], Plan]
 Matches = Callable[["Node", "Node", m.AnyMessage], bool]
+Outputs = tuple[np.ndarray, ...]
 
 
 # --- Models -------------------------------------------------------------------------------------
@@ -193,6 +194,10 @@ class Cluster(World):
         self.story: deque[tuple[float, str]] = deque(maxlen=20_000)
         self.plans_asked = 0
         self.kernel_fault: Callable[[Node, e.Compute], str | None] = lambda node, job: None
+        self.forge: Callable[[Node, e.Compute, Outputs], Outputs] = lambda node, job, made: made
+        """What devices say that their tasks made."""
+        self.draw: Callable[[], float] = lambda: 1.0
+        """By which the coordinator chooses tasks to be checked: none."""
         self.slowness: dict[str, float] = {}
         """How many times longer a task takes on a device; 1 where not said."""
         self.works: dict[tuple[int, m.Place, str], float] = {}
@@ -379,6 +384,9 @@ class Cluster(World):
 
     # --- effects
 
+    def _chance(self) -> float:
+        return self.draw()
+
     def _search_s(self) -> float:
         return self.plan_s
 
@@ -409,10 +417,10 @@ class Cluster(World):
     def _compute(self, node: Node, job: e.Compute, took: float) -> e.Computed:
         error = self.kernel_fault(node, job)
         if error is not None:
-            return e.Computed(job.request, job.attempt, job.place, (), 0.0, error)
+            return e.Computed(job.request, job.attempt, job.place, (), 0.0, error, job.again)
         session = node.prepared[job.deployment][job.place]
-        outputs = tuple(session.run(job.inputs))
-        return e.Computed(job.request, job.attempt, job.place, outputs, took)
+        outputs = self.forge(node, job, tuple(session.run(job.inputs)))
+        return e.Computed(job.request, job.attempt, job.place, outputs, took, again=job.again)
 
     def _open(self, node: Node, effect: e.OpenModel) -> e.ModelOpened:
         try:

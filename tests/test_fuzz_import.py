@@ -16,7 +16,16 @@ import pytest
 from architectures import Builder
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx import AttributeProto, GraphProto, ModelProto, TensorProto, helper, numpy_helper
+from onnx import (
+    AttributeProto,
+    FunctionProto,
+    GraphProto,
+    ModelProto,
+    NodeProto,
+    TensorProto,
+    helper,
+    numpy_helper,
+)  # fmt: skip
 
 from cluster.importing import Importer
 from meshinfer import limits
@@ -356,6 +365,94 @@ def test_many_large_constants_end_at_the_bound_of_memory(importer: Importer) -> 
     started = time.monotonic()
     imported(importer, model)
     assert time.monotonic() - started < limits.IMPORT_S
+
+
+def small(nodes: Sequence[NodeProto], *tensors: TensorProto, **more: object) -> ModelProto:
+    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, [4]) for n in "xy")
+    graph = helper.make_graph(list(nodes), "g", [x], [y], list(tensors))
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("d", 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10, **more)
+
+
+def doubling(depth: int, *, again: bool = False) -> ModelProto:
+    """Functions each of which calls the next one twice; ``again``: the last calls the first."""
+    made = []
+    for i in range(depth):
+        function = FunctionProto(name=f"F{i}", domain="d", input=["a"], output=["b"])
+        function.opset_import.extend([helper.make_opsetid("", 17), helper.make_opsetid("d", 1)])
+        other = f"F{i + 1}" if i + 1 < depth else "F0"
+        if i + 1 < depth or again:
+            function.node.append(helper.make_node(other, ["a"], ["t"], domain="d"))
+            function.node.append(helper.make_node(other, ["t"], ["b"], domain="d"))
+        else:
+            function.node.append(helper.make_node("Relu", ["a"], ["b"]))
+        made.append(function)
+    return small([helper.make_node("F0", ["x"], ["y"], domain="d")], functions=made)
+
+
+def product(rows: int, columns: int, inner: int) -> ModelProto:
+    """A product of two constants, as it is written in 200 bytes."""
+    ends = [numpy_helper.from_array(np.array(v), n) for v, n in
+            (([rows, inner], "m"), ([inner, columns], "n"))]  # fmt: skip
+    nodes = [helper.make_node("Expand", ["one", n], [n + n]) for n in "mn"]
+    nodes.append(helper.make_node("MatMul", ["mm", "nn"], ["p"]))
+    nodes.append(helper.make_node("ReduceMax", ["p"], ["top"], keepdims=0))
+    nodes.append(helper.make_node("Add", ["x", "top"], ["y"]))
+    return small(nodes, numpy_helper.from_array(np.ones(1, np.float32), "one"), *ends)
+
+
+def endless() -> ModelProto:
+    """A loop of 2^62 turns over constants."""
+    value = helper.make_tensor_value_info
+    ends = [value("i", TensorProto.INT64, []), value("c", TensorProto.BOOL, [])]
+    body = helper.make_graph(
+        [helper.make_node("Identity", ["c"], ["d"]), helper.make_node("Add", ["v", "v"], ["w"])],
+        "body",
+        [*ends, value("v", TensorProto.FLOAT, [1])],
+        [value("d", TensorProto.BOOL, []), value("w", TensorProto.FLOAT, [1])],
+    )
+    loop = helper.make_node("Loop", ["turns", "on", "one"], ["l"], body=body)
+    constants = (np.array(1 << 62), "turns"), (np.array(True), "on"), (np.ones(1, "f"), "one")
+    tensors = [numpy_helper.from_array(array, name) for array, name in constants]
+    return small([loop, helper.make_node("Add", ["x", "l"], ["y"])], *tensors)
+
+
+def nested(depth: int) -> bytes:
+    """A graph in an attribute of a node of a graph, and so on; in wire format, as ``onnx`` would
+    not write it."""
+    data = b""
+    for field in (6, 5, 1) * depth + (7,):
+        length, prefix = len(data), bytearray((field << 3 | 2,))
+        while length > 127:
+            prefix.append(length & 127 | 128)
+            length >>= 7
+        data = bytes((*prefix, length)) + data
+    return data
+
+
+@pytest.mark.parametrize(
+    "model",
+    [doubling(8), doubling(3, again=True), doubling(1, again=True), product(60_000, 60_000, 1),
+     endless(), nested(20), nested(200), nested(5000)],
+    ids=["functions", "circle", "itself", "product", "loop", "deep", "deeper", "deepest"],
+)  # fmt: skip
+def test_a_small_model_that_means_much_ends_soon(
+    importer: Importer, model: ModelProto | bytes
+) -> None:
+    started = time.monotonic()
+    imported(importer, model)
+    assert time.monotonic() - started < 20
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "model", [doubling(31), product(8000, 8000, 8000)], ids=["functions", "product"]
+)
+def test_a_small_model_that_takes_for_ever_is_stopped(
+    importer: Importer, model: ModelProto
+) -> None:
+    imported(importer, model)
 
 
 def test_an_importer_that_was_killed_is_there_again() -> None:

@@ -353,6 +353,107 @@ def test_external_weights_outside_the_folder_are_refused(tmp_path: Path, kind: s
     refused("outside the model's folder", lambda: mi.load(path))
 
 
+def tensor_outside(location: str) -> TensorProto:
+    tensor = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[4])
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value=location)
+    return tensor
+
+
+def sparse(values: TensorProto, indices: TensorProto) -> onnx.SparseTensorProto:
+    return onnx.SparseTensorProto(dims=[8], values=values, indices=indices)
+
+
+def place_of(where: str, bad: TensorProto) -> ModelProto:
+    """A model with this tensor in one of the places where a tensor can be."""
+    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, [4]) for n in "xy")
+    four = numpy_helper.from_array(np.arange(4, dtype=np.float32), "w")
+    indices = numpy_helper.from_array(np.arange(4, dtype=np.int64), "")
+    constant, function = helper.make_node("Constant", [], ["w"]), onnx.FunctionProto()
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", [x], [y])
+    branch = helper.make_graph([helper.make_node("Relu", ["x"], ["b"])], "b", [], [y])
+    branch.output[0].name = "b"
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+    match where:
+        case "sparse values":
+            model.graph.sparse_initializer.append(sparse(bad, indices))
+        case "sparse indices":
+            model.graph.sparse_initializer.append(sparse(four, bad))
+        case "sparse attribute":
+            constant.attribute.add(name="sparse_value", sparse_tensor=sparse(bad, indices))
+            model.graph.node.insert(0, constant)
+        case "attribute":
+            constant.attribute.add(name="value", t=bad)
+            model.graph.node.insert(0, constant)
+        case "list attribute":
+            constant.attribute.add(name="values", tensors=[bad])
+            model.graph.node.insert(0, constant)
+        case "subgraph" | "sparse in a subgraph":
+            if where == "subgraph":
+                branch.initializer.append(bad)
+            else:
+                branch.sparse_initializer.append(sparse(bad, indices))
+            model.graph.node.append(helper.make_node("If", ["x"], ["z"], then_branch=branch))
+        case "function" | "function's default":
+            function.name, function.domain = "F", "d"
+            if where == "function":
+                constant.attribute.add(name="value", t=bad)
+                function.node.append(constant)
+            else:
+                function.attribute_proto.add(name="v", t=bad)
+            model.functions.append(function)
+        case "training":
+            model.training_info.add().algorithm.initializer.append(bad)
+    return model
+
+
+@pytest.mark.parametrize(
+    "where",
+    "sparse values|sparse indices|sparse attribute|attribute|list attribute|subgraph|"
+    "sparse in a subgraph|function|function's default|training".split("|"),
+)
+def test_no_tensor_of_any_kind_names_a_file_outside(tmp_path: Path, where: str) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (tmp_path / "secret").write_bytes(bytes(16))
+    path = folder / "model.onnx"
+    path.write_bytes(place_of(where, tensor_outside("../secret")).SerializeToString())
+    refused("weight 'w' lies outside the model's folder", lambda: mi.load(path))
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "link to a device", "loop"])
+def test_only_a_file_has_weights(tmp_path: Path, kind: str) -> None:
+    """A pipe would never end; /dev/zero has all weights."""
+    path, at = with_external(tmp_path, "w", None), tmp_path / "w"
+    if kind == "pipe":
+        os.mkfifo(at)
+    elif kind == "device":
+        path = with_external(tmp_path, "/dev/zero", None)
+    elif kind == "folder":
+        at.mkdir()
+    else:
+        at.symlink_to("/dev/zero" if kind == "link to a device" else at)
+    outside = "missing" if kind in ("pipe", "folder") else "lies "
+    refused(outside, lambda: mi.load(path))
+
+
+def test_a_link_inside_the_folder_is_followed(tmp_path: Path) -> None:
+    path = with_external(tmp_path, "there", weight_bytes())
+    os.rename(tmp_path / "there", tmp_path / "blob")
+    (tmp_path / "there").symlink_to("blob")
+    assert mi.load(path).ops
+
+
+@pytest.mark.parametrize(
+    "location", ["a/../../secret", "./../secret", "sub/../../secret", "..", "/"]
+)
+def test_no_detour_leads_outside(tmp_path: Path, location: str) -> None:
+    folder = tmp_path / "model"
+    (folder / "sub").mkdir(parents=True)
+    (tmp_path / "secret").write_bytes(weight_bytes())
+    refused("outside|missing", lambda: mi.load(with_external(folder, location, None)))
+
+
 def test_a_missing_weight_file_is_refused(tmp_path: Path) -> None:
     path = with_external(tmp_path, "gone.bin", None)
     refused("the file 'gone.bin' of weight .* is missing", lambda: mi.load(path))
@@ -372,6 +473,14 @@ def test_external_weights_of_bytes_are_never_read_from_the_working_directory(
         (("offset", "-1"), "has the offset '-1'"),
         (("offset", "one"), "has the offset 'one'"),
         (("offset", "9" * 40), "has the offset '999"),
+        (("offset", "9" * 19), "ends at byte"),
+        (("offset", str(2**63)), "ends at byte"),
+        (("offset", "\u0663"), "has the offset"),
+        (("offset", "0x10"), "has the offset '0x10'"),
+        (("length", "-4800"), "has the length '-4800'"),
+        (("length", "9" * 5000), "has the length '999"),
+        (("location", "w" * 5000), "lies at"),
+        (("location", "WEIGHTS.BIN"), "missing"),
         (("offset", "64"), "ends at byte 4864 of 'weights.bin', which has 4800"),
         (("length", "4796"), "has 4796 bytes in 'weights.bin' instead of 4800"),
         (("length", str(2**62)), "instead of 4800"),

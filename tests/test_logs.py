@@ -227,14 +227,13 @@ def test_the_logs_of_daemons_lead_from_an_answer_to_the_death_behind_it(tmp_path
             line["request"] for line in of(lines, "request answered")
         }
         lost = {line["cause"]: line for line in of(lines, "device lost")}
-        for line in again:
-            assert lost[line["cause"]]["device"] == "a"
+        assert {lost[line["cause"]]["device"] for line in again} == {"a"}
         joined = of(lines, "device joined")
         ids = {(line["device"], line["incarnation"]) for line in joined}
         assert {(line["device"], line["incarnation"]) for line in lost.values()} <= ids
     ends = of(lines, ended)
     assert ends and all(lost[line["cause"]]["device"] == line["device"] == "a" for line in ends)
-    assert {line["why"] for line in ends} == {"SIGKILL"}
+    assert {e["why"] for e in ends} == {"SIGKILL"}
     own = read(logs["a"])
     (death, *_) = of(own, "worker died")
     assert death["device"] == "a" and death["why"] == "SIGKILL" and death["pid"]

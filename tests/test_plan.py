@@ -288,3 +288,16 @@ def test_any_name_survives_the_text_form(value: str, device: str, other: str) ->
     tasks = (Task((DeviceId(device), DeviceId(other)), (Shard(value, Box.of((0, 2))),)),)
     plan = Plan(Digest("ab"), DeviceId(device), DeviceId(other), (Stage(0, 1, tasks),))
     assert Plan.parse(str(plan)) == plan
+
+
+@pytest.mark.parametrize("name", [r'"\ud800"', r'"a\udfff"'])
+def test_half_a_character_is_no_name(name: str) -> None:
+    """It could not travel on."""
+    with pytest.raises(InvalidInput, match="no quoted name"):
+        Plan.parse(f"plan graph={name} source=a sink=a window=1\n")
+
+
+def test_what_is_quoted_of_a_long_line_is_short() -> None:
+    with pytest.raises(InvalidInput) as caught:
+        Plan.parse("plan " + "!" * 1_000_000)
+    assert len(caught.value.message) < 1000

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import random
 import tracemalloc
+import types
 import typing
-from dataclasses import is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 
 import msgspec
 import numpy as np
@@ -15,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshinfer import limits
-from meshinfer.errors import BY_NAME, MeshInferError, QueueFull
+from meshinfer.errors import BY_NAME, InvalidInput, MeshInferError, QueueFull
 from meshinfer.geometry import Interval
 from meshinfer.protocol import messages as m
 from meshinfer.protocol.codec import (
@@ -51,7 +52,7 @@ def made(kind: typing.Any) -> st.SearchStrategy[typing.Any]:
         if inner is str and meta.min_length == 40:
             return st.just("k" * 40)
         if inner is bytes:
-            return st.binary(max_size=8)
+            return st.binary(min_size=meta.min_length or 0, max_size=max(8, meta.min_length or 0))
         if inner is str:
             return st.text(st.characters(codec="utf-8"), min_size=meta.min_length or 0, max_size=8)
         return made(inner)
@@ -309,6 +310,149 @@ def test_a_header_that_lies_about_sizes_allocates_nothing() -> None:
     assert peak < 1 << 20
 
 
+@pytest.mark.parametrize("value", [2, 128, 255])
+def test_a_truth_value_is_0_or_1(value: int) -> None:
+    """Kernels may index a table by it."""
+    tensor = m.Tensor(name="x", dtype="|b1", shape=(3,))
+    assert array_of(tensor, memoryview(bytes((0, 1, 1)))).tolist() == [False, True, True]
+    with pytest.raises(ProtocolError, match="truth"):
+        array_of(tensor, memoryview(bytes((0, 1, value))))
+
+
+def long_headers(kind: typing.Any, wrap: typing.Any, depth: int = 0) -> typing.Iterator[object]:
+    """Documents of a message in which one list or map is as long as it may be, or as
+    the header may."""
+    inner, most = bare(kind), longest(kind)
+    origin, arguments = typing.get_origin(inner), typing.get_args(inner)
+    room = limits.CONTROL_FRAME_BYTES >> 6  # the share is the same, and the test is soon done
+    if depth > 7:
+        return
+    if origin is tuple and arguments[1:] == (Ellipsis,):
+        least = smallest(arguments[0])
+        yield wrap([least] * min(room // len(msgspec.msgpack.encode(least)), most))
+        yield from long_headers(arguments[0], lambda v: wrap([v]), depth + 1)
+    elif origin is dict:
+        each = 9 + len(msgspec.msgpack.encode(smallest(arguments[1])))
+        count = min(room // each, most)
+        yield wrap({f"{i:08}": smallest(arguments[1]) for i in range(count)})
+    elif origin is tuple or is_union(inner):
+        for i, argument in enumerate(arguments):
+            around = [smallest(a) for a in arguments] if origin is tuple else []
+
+            def placed(value: object, i: int = i, around: list[object] = around) -> object:
+                return wrap([*around[:i], value, *around[i + 1 :]] if around else value)
+
+            yield from long_headers(argument, placed, depth + 1)
+    elif isinstance(inner, type) and (issubclass(inner, msgspec.Struct) or is_dataclass(inner)):
+        base = smallest(inner)
+        for name, hint in typing.get_type_hints(inner, include_extras=True).items():
+            if name[0] != "_":
+                yield from long_headers(hint, lambda v, n=name: wrap({**base, n: v}), depth + 1)
+
+
+def bare(kind: typing.Any) -> typing.Any:
+    while typing.get_origin(kind) is typing.Annotated:
+        kind = typing.get_args(kind)[0]
+    return kind
+
+
+def longest(kind: typing.Any) -> int:
+    metas = kind.__metadata__ if typing.get_origin(kind) is typing.Annotated else ()
+    return min((meta.max_length for meta in metas if meta.max_length is not None), default=1 << 30)
+
+
+def is_union(kind: typing.Any) -> bool:
+    return typing.get_origin(kind) in (typing.Union, types.UnionType)
+
+
+def smallest(kind: typing.Any) -> typing.Any:
+    """The shortest document of a type."""
+    metas = kind.__metadata__ if typing.get_origin(kind) is typing.Annotated else ()
+    inner = bare(kind)
+    origin, arguments = typing.get_origin(inner), typing.get_args(inner)
+    if origin is typing.Literal:
+        return arguments[0]
+    if origin is tuple:
+        return [] if arguments[1:] == (Ellipsis,) else [smallest(a) for a in arguments]
+    if is_union(inner):
+        return None if type(None) in arguments else smallest(arguments[0])
+    if inner in (bool, int, float, bytes, dict) or origin is dict:
+        return {bool: False, int: 1, float: 0.0, bytes: b""}.get(inner, {})
+    if inner is str:
+        return "a" * max((64 if x.pattern else x.min_length or 0 for x in metas), default=0)
+    if inner is Interval:
+        return [0, 0]
+    if issubclass(inner, msgspec.Struct):
+        needed = [f.name for f in msgspec.structs.fields(inner) if f.required]
+    else:
+        needed = [f.name for f in fields(inner) if f.default is MISSING]
+    hints = typing.get_type_hints(inner, include_extras=True)
+    tag = {"type": inner.__name__} if issubclass(inner, m.Message) else {}
+    return tag | {name: smallest(hints[name]) for name in needed}
+
+
+@pytest.mark.parametrize("kind", MESSAGES, ids=lambda kind: kind.__name__)
+def test_the_longest_header_becomes_a_bounded_amount_of_memory(kind: type) -> None:
+    """Whatever is long in it. A tuple of two small numbers takes three bytes on the wire."""
+    for document in long_headers(kind, lambda v: v):
+        header = msgspec.msgpack.encode([document, 0, 0])
+        if len(header) > limits.CONTROL_FRAME_BYTES:
+            continue
+        tracemalloc.start()
+        message, _ = decode([header])
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert type(message) is kind
+        assert peak < 28 * max(len(header), 4096)
+
+
+@pytest.mark.parametrize("count", [1 << 20, (1 << 32) - 1])
+@pytest.mark.parametrize(
+    ("name", "field", "head"),
+    [
+        ("TasksDone", "tasks", 0xDD), ("Start", "assigned", 0xDD), ("Deploy", "shapes", 0xDF),
+        ("Hello", "role", 0xDB), ("Join", "secret", 0xC6), ("Hello", "unknown", 0xDD),
+    ],
+)  # fmt: skip
+def test_a_list_or_text_that_claims_more_than_is_there_allocates_nothing(
+    name: str, field: str, head: int, count: int
+) -> None:
+    parts = [msgspec.msgpack.encode(each) for each in ("type", name, field)]
+    header = (
+        b"\x93\x82" + b"".join(parts) + bytes((head,)) + count.to_bytes(4, "big") + b"\xc0" * 64
+    )
+    tracemalloc.start()
+    with pytest.raises(ProtocolError):
+        decode([header])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 16
+
+
+def unbounded_texts(kind: typing.Any, where: str, seen: set[object]) -> typing.Iterator[str]:
+    inner = bare(kind)
+    metas = kind.__metadata__ if typing.get_origin(kind) is typing.Annotated else ()
+    arguments = typing.get_args(inner)
+    if inner in (str, bytes):
+        if not any(meta.max_length or meta.pattern for meta in metas):
+            yield where
+    elif arguments and typing.get_origin(inner) is not typing.Literal:
+        for each in arguments:
+            yield from unbounded_texts(each, where, seen)
+    elif isinstance(inner, type) and issubclass(inner, msgspec.Struct) and inner not in seen:
+        seen.add(inner)
+        for name, hint in typing.get_type_hints(inner, include_extras=True).items():
+            yield from unbounded_texts(hint, f"{inner.__name__}.{name}", seen)
+
+
+def test_every_text_of_a_message_has_a_bound() -> None:
+    seen: set[object] = set()
+    assert [w for kind in MESSAGES for w in unbounded_texts(kind, kind.__name__, seen)] == []
+    assert m.Facts in seen
+    bad = msgspec.defstruct("Bad", [("text", str)])
+    assert list(unbounded_texts(bad, "", set())) == ["Bad.text"]
+
+
 # --- errors ---------------------------------------------------------------------------------------
 
 
@@ -327,3 +471,15 @@ def test_when_to_try_again_arrives_too() -> None:
 def test_an_unknown_or_foreign_error_is_a_plain_one() -> None:
     assert type(error_of(m.Failure(error="New", message="x"))) is MeshInferError
     assert "KeyError" in failure_of(KeyError("x")).message
+
+
+@pytest.mark.parametrize(
+    "text", ["x" * (3 << 20), "\\" * (1 << 20), "\U0001f600" * (1 << 20), "\ud800"]
+)
+def test_an_error_that_quotes_anything_still_travels(text: str) -> None:
+    """Else nobody would hear of it, and wait."""
+    for error in (InvalidInput(text, hint=text), ValueError(text)):
+        reply = m.Reply(request="r", failure=failure_of(error))
+        back, _ = decode([bytes(f) for f in encode(reply)])
+        assert isinstance(back, m.Reply) and back.failure is not None
+        assert text[:1000].encode("utf-8", "backslashreplace").decode() in back.failure.message

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cluster.cli.at_rest import BlobKeyFile, EncryptBlobs, Forget, Yes, forget_all
 from cluster.cli.install import DryRun, Install, install_with
 from cluster.cli.joining import VARIABLE, Qr, TokenFile, TokenText, given_token, show_line
 from cluster.cli.options import (
@@ -171,6 +172,10 @@ def worker(
     speed: Annotated[float, typer.Option(min=0.001, max=1.0, hidden=True)] = 1.0,
     install: Install = False,
     dry_run: DryRun = False,
+    encrypt_blobs: EncryptBlobs = False,
+    blob_key_file: BlobKeyFile = None,
+    forget: Forget = False,
+    yes: Yes = False,
     log_level: LogLevel = "info",
     log_form: LogForm = "text",
 ) -> None:
@@ -196,6 +201,9 @@ def worker(
     admin = _admin_keyring(keyring, cluster) if found is None else None
     named = found.cluster if found is not None else admin.cluster if admin is not None else cluster
     state = state_dir or _worker_state(named, chosen)
+    if forget:
+        forget_all(state, yes=yes)
+        return
     if found is None and admin is not None and not _has_joined(state, admin, chosen):
         found = _token_by(admin, keyring, coordinator, interface)
     if found is not None:
@@ -208,6 +216,8 @@ def worker(
         interfaces=_interfaces(interface, True),
         speed=speed,
         memory_bytes=memory * 1_000_000,
+        encrypt_blobs=encrypt_blobs,
+        blob_key_file="" if blob_key_file is None else str(blob_key_file.absolute()),
     )
     if nice is not None:
         os.nice(nice)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 UNIT = "meshinfer-worker.service"
 _PROGRAM = "/opt/meshinfer/bin/meshinfer"  # in the unit as it ships
 _NICE = "\nNice=5\n"
-_HIDDEN = ("/home", "/root", "/run/user", "/tmp", "/var/tmp")
+_HIDDEN = ("/home", "/root", "/run/user", "/tmp", "/var/tmp")  # noqa: S108 (of names)
 _COMMANDS = (
     ("systemctl", "daemon-reload"),
     ("systemctl", "enable", UNIT),

@@ -206,19 +206,10 @@ def _read(path: str, model: ModelInfo | None) -> object:
     """What the client takes: the arrays of .npy and .npz files; a path for pictures."""
     if not path.lower().endswith((".npy", ".npz")):
         return path if model is not None else {}  # no model: let the coordinator say so
-    import numpy as np
+    from cluster.cli.arrays import read_arrays
 
-    try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.lib.npyio.NpzFile):
-            with loaded:
-                return dict(loaded)
-    except (OSError, ValueError, EOFError) as error:
-        why = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise InvalidInput(
-            f"cannot read {path}: {why}", hint="give arrays saved by numpy.save or numpy.savez"
-        ) from error
-    return _named(path, loaded, model)
+    found = read_arrays(path)
+    return found if isinstance(found, dict) else _named(path, found, model)
 
 
 def _named(path: str, array: np.ndarray[Any, Any], model: ModelInfo | None) -> object:

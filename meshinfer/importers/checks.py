@@ -7,7 +7,7 @@ refuse when the model runs, now that all shapes are known.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import prod
 
 import onnx
@@ -35,21 +35,38 @@ def check_model(proto: onnx.ModelProto) -> None:
 
 
 def tensors_of(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    """All tensors: initializers, and those in attributes of nodes, subgraphs and functions."""
-    yield from proto.graph.initializer
-    for graph_nodes in (proto.graph.node, *(f.node for f in proto.functions)):
-        yield from _tensors(graph_nodes)
+    """All tensors, wherever they are: none may name a file that nobody has looked at."""
+    yield from _of_graph(proto.graph)
+    for function in proto.functions:
+        yield from _of_attributes(function.attribute_proto)
+        yield from _of_nodes(function.node)
+    for training in proto.training_info:
+        yield from _of_graph(training.initialization)
+        yield from _of_graph(training.algorithm)
 
 
-def _tensors(nodes: Collection[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
+def _of_graph(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    yield from _of_nodes(graph.node)
+
+
+def _of_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
     for node in nodes:
-        for attribute in node.attribute:
-            if attribute.HasField("t"):
-                yield attribute.t
-            yield from attribute.tensors
-            for inner in _subgraphs(attribute):
-                yield from inner.initializer
-                yield from _tensors(inner.node)
+        yield from _of_attributes(node.attribute)
+
+
+def _of_attributes(attributes: Iterable[onnx.AttributeProto]) -> Iterator[onnx.TensorProto]:
+    for attribute in attributes:
+        if attribute.HasField("t"):
+            yield attribute.t
+        yield from attribute.tensors
+        for sparse in (*attribute.sparse_tensors, attribute.sparse_tensor):
+            if sparse.HasField("values") or sparse.HasField("indices"):
+                yield from (sparse.values, sparse.indices)
+        for inner in _subgraphs(attribute):
+            yield from _of_graph(inner)
 
 
 def _subgraphs(attribute: onnx.AttributeProto) -> Iterator[onnx.GraphProto]:

@@ -74,7 +74,7 @@ def segment_of(tensor: onnx.TensorProto, folder: Path | None) -> Segment:
     try:
         path = (folder / location).resolve()
         inside, there = path.is_relative_to(folder.resolve()), path.is_file()
-    except (OSError, ValueError) as error:  # a name that no file can have
+    except (OSError, ValueError, RuntimeError) as error:  # no name of a file; links in a circle
         raise InvalidInput(f"{what} lies at {location[:99]!r}: {error}", hint=_BESIDE) from error
     if not inside:
         raise InvalidInput(f"{what} lies outside the model's folder, at {location!r}", hint=_BESIDE)

@@ -25,7 +25,7 @@ _ELEMENTS = {
     "string": TensorProto.STRING,
     "bool": TensorProto.BOOL,
     **{
-        f"{sign}int{bits}": getattr(TensorProto, f"{sign}int{bits}".upper())
+        f"{sign}int{bits}": TensorProto.DataType.Value(f"{sign}int{bits}".upper())
         for sign in ("", "u")
         for bits in (8, 16, 32, 64)
     },

@@ -117,6 +117,8 @@ def array_of(tensor: Tensor, payload: memoryview) -> Array:
         array = np.frombuffer(payload, dtype=dtype, count=count).reshape(tensor.shape)
     except ValueError as error:  # an empty tensor of absurd dimensions
         raise ProtocolError(f"{tensor.shape}: {error}") from error
+    if dtype.kind == "b" and array.view(np.uint8).max(initial=0) > 1:
+        raise ProtocolError("a truth value that is neither 0 nor 1")  # kernels index by them
     return array if array.flags.aligned else array.copy()
 
 
@@ -145,15 +147,22 @@ def failure_of(error: BaseException) -> Failure:
     if isinstance(error, MeshInferError):
         return Failure(
             error=type(error).__name__,
-            message=error.message,
-            hint=error.hint,
+            message=_short(error.message),
+            hint=_short(error.hint),
             retry_after_s=getattr(error, "retry_after_s", None),
         )
     return Failure(
         error="MeshInferError",
-        message=f"{type(error).__name__}: {error}",
+        message=_short(f"{type(error).__name__}: {error}"),
         hint="this is a defect of MeshInfer: please report it with the log",
     )
+
+
+def _short(text: str) -> str:
+    """What is quoted in it may be of any length, and may have halves of surrogate pairs: neither
+    could travel, and nobody would hear of the error."""
+    text = text if len(text) <= limits.FAILURE_CHARS else f"{text[: limits.FAILURE_CHARS]} ..."
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def error_of(failure: Failure) -> MeshInferError:

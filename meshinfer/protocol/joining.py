@@ -11,7 +11,7 @@ from typing import Annotated
 from msgspec import Meta
 
 from meshinfer import limits
-from meshinfer.protocol.records import Failure, Hex, Message, Name, Record, Seconds
+from meshinfer.protocol.records import Failure, Hex, Message, Name, Record, Seconds, Word
 from meshinfer.protocol.token import Role
 
 Key = Annotated[str, Meta(min_length=40, max_length=40)]
@@ -47,7 +47,7 @@ class Join(Message, frozen=True, forbid_unknown_fields=False):
     name: Name
     role: Role
     protocol: tuple[int, int]
-    version: str = ""
+    version: Word = ""
     secret: Annotated[bytes, Meta(max_length=64)] = b""
 
 

@@ -16,6 +16,9 @@ from meshinfer import limits
 
 # isort: off
 from meshinfer.protocol.board import Board as Board
+from meshinfer.protocol.checks import (
+    Check as Check, Checked as Checked, Doubtful as Doubtful, Sample as Sample,
+)  # fmt: skip
 from meshinfer.protocol.joining import (
     AddToken as AddToken, Admission as Admission, Admitted as Admitted, AdmittedNow as AdmittedNow,
     Approve as Approve, Expel as Expel, Join as Join, Joined as Joined,
@@ -26,13 +29,14 @@ from meshinfer.protocol.questions import (
     ListModels as ListModels, Models as Models,
 )  # fmt: skip
 from meshinfer.protocol.records import (
-    Assigned as Assigned, Blob as Blob, Budgets as Budgets, Count as Count,
-    Done as Done, Ended as Ended, Facts as Facts, Failure as Failure,
-    Hash as Hash, Hex as Hex, Link as Link, Message as Message, ModelInfo as ModelInfo,
-    Name as Name, Output as Output, Peer as Peer,
+    Assigned as Assigned, Assignment as Assignment, Blob as Blob, Budgets as Budgets,
+    Count as Count, Done as Done, Ended as Ended, Facts as Facts,
+    Failure as Failure, Hash as Hash, Hex as Hex, Label as Label, Link as Link,
+    Message as Message, ModelInfo as ModelInfo, Name as Name, Output as Output, Peer as Peer,
     Piece as Piece, Pins as Pins, Place as Place, Program as Program, Rate as Rate,
-    Record as Record, Seconds as Seconds, Send as Send, Shape as Shape, TaskTime as TaskTime,
-    Tensor as Tensor, Text as Text, Value as Value,
+    Record as Record, Seconds as Seconds, Send as Send, Shape as Shape, Signature as Signature,
+    TaskTime as TaskTime, Tensor as Tensor, Tensors as Tensors, Text as Text, UNSIGNED as UNSIGNED,
+    Value as Value, Word as Word,
 )  # fmt: skip
 from meshinfer.protocol.recovery import Assign as Assign, Lacks as Lacks, NotKept as NotKept
 
@@ -52,27 +56,29 @@ class Hello(Message, frozen=True, forbid_unknown_fields=False):
     client's machine and address there, or ``BESIDE_COORDINATOR``. ``ended``: how this
     worker's last process ended."""
 
-    role: str
+    role: Word
     device: Name
     incarnation: Name
     cluster: Name
     protocol: tuple[int, int]
-    version: str = ""
+    version: Word = ""
     bulk: Peer | None = None
     facts: Facts = Facts()
-    where: str = ""
+    where: Label = ""
     ended: Ended | None = None
 
 
 class Welcome(Message, frozen=True):
     """The coordinator admits the peer. ``bulk``: the coordinator's; ``head``: the head device's.
-    ``acts_as``: a client by a device is its requests' source and sink, as this device in plans."""
+    ``acts_as``: a client by a device is its requests' source and sink, as this device in plans.
+    ``signer``: the Ed25519 public key of all manifests; its shell adds it."""
 
     coordinator: Name
     protocol: int
     bulk: Peer
     head: Peer | None = None
-    acts_as: str = ""
+    acts_as: Word = ""
+    signer: Hex | None = None
 
 
 class Refused(Message, frozen=True, forbid_unknown_fields=False):
@@ -86,7 +92,7 @@ class Heartbeat(Message, frozen=True):
     ``wasted``: tasks so far that nobody wanted any more when they were done; ``board``: how warm it
     is, where something tells."""
 
-    computing: str = ""
+    computing: Label = ""
     since_s: Seconds = 0.0
     wasted: Count = 0
     board: Board | None = None
@@ -171,8 +177,8 @@ class Deploy(Message, frozen=True):
     weights: Annotated[tuple[Blob, ...], Meta(max_length=limits.WEIGHT_FILES)] = ()
     plan: Text | None = None
     image: Text | None = None
-    shapes: dict[str, Shape] | None = None
-    objective: str = "latency"
+    shapes: dict[Name, Shape] | None = None
+    objective: Word = "latency"
     spread: bool = False
     strict: bool = False
     half_transfers: bool = False
@@ -195,13 +201,16 @@ class Deployed(Message, frozen=True):
 class Install(Message, frozen=True):
     """Prepare these programs, beside those of this deployment that are there already. ``peers``:
     where their sends go; ``head``: the plan's source and sink, in whose place a request's own may
-    be. ``keep_bytes``: of what was made may be kept for devices that take over."""
+    be. ``keep_bytes``: of what was made may be kept for devices that take over. ``signature``: of
+    all this for this peer, as ``manifest`` says; whoever sends it has it signed at the last."""
 
     deployment: Count
-    programs: tuple[Program, ...]
-    peers: tuple[Peer, ...]
-    head: str = ""
+    programs: Annotated[tuple[Program, ...], Meta(max_length=limits.LISTED)]
+    peers: Annotated[tuple[Peer, ...], Meta(max_length=limits.LISTED)]
+    head: Word = ""
     keep_bytes: Count = limits.KEPT_BYTES
+    model: Annotated[str, Meta(max_length=limits.NAME_CHARS)] = ""
+    signature: Signature = UNSIGNED
 
 
 class Installed(Message, frozen=True):
@@ -220,20 +229,22 @@ class Forget(Message, frozen=True):
 class Grant(Message, frozen=True):
     """A client may answer itself what it submits like this to the model, or to this version: the
     plan is this one program, and ``device``, whose it is, lies on the client's host. With the same
-    ``engine`` and as many ``threads`` only, so that the bits are the device's."""
+    ``engine`` and as many ``threads`` only, so that the bits are the device's. ``signature``: as of
+    ``Install``."""
 
     deployment: Count
     device: Name
     program: Program
     model: Name
     version: Count
-    inputs: tuple[Tensor, ...]
+    inputs: Tensors
     picture: bool = False
-    outputs: tuple[Name, ...] | None = None
+    outputs: Annotated[tuple[Name, ...], Meta(max_length=limits.OUTPUTS_ASKED)] | None = None
     image: Text | None = None
     plan: Text = ""
-    engine: str = ""
+    engine: Word = ""
     threads: Count = 1
+    signature: Signature = UNSIGNED
 
 
 class Revoke(Message, frozen=True):
@@ -260,7 +271,7 @@ class Submit(Message, frozen=True):
     request: Name
     model: Name
     version: Count | None
-    inputs: tuple[Tensor, ...]
+    inputs: Tensors
     picture: bool
     deadline_s: Seconds
     turn: Count = 0
@@ -276,8 +287,8 @@ class Start(Message, frozen=True):
     attempt: Count
     deployment: Count
     client: Name
-    assigned: tuple[Assigned, ...] = ()
-    head: str = ""
+    assigned: Assignment = ()
+    head: Word = ""
 
 
 class TasksDone(Message, frozen=True):
@@ -285,7 +296,7 @@ class TasksDone(Message, frozen=True):
 
     request: Name
     attempt: Count
-    tasks: tuple[Done, ...]
+    tasks: Annotated[tuple[Done, ...], Meta(max_length=limits.LISTED)]
 
 
 class TaskFailed(Message, frozen=True):
@@ -302,7 +313,7 @@ class Unreachable(Message, frozen=True):
 
     request: Name
     attempt: Count
-    peer: str
+    peer: Label
 
 
 class Stalled(Message, frozen=True):
@@ -333,7 +344,7 @@ class Release(Message, frozen=True):
 
     request: Name
     attempt: Count = 0
-    client: str = ""
+    client: Label = ""
     turn: Count = 0
 
 
@@ -347,7 +358,8 @@ class Cancel(Message, frozen=True):
 class Reply(Message, frozen=True):
     """The outcome; the tensors come from the sink. ``rounded``: float32 went as float16.
     ``degraded``, for ``reasons``: something failed on the way or is kept out. ``lost``: devices
-    that were, while it ran there; ``added_s``: from its start until lost work was begun again."""
+    that were, while it ran there; ``added_s``: from its start until lost work was begun again.
+    ``since``: the first attempt whose tensors are the answer; of those before, some were wrong."""
 
     request: Name
     version: Count = 0
@@ -358,11 +370,12 @@ class Reply(Message, frozen=True):
     degraded: bool = False
     rounded: bool = False
     image: Text | None = None
-    tasks: tuple[TaskTime, ...] = ()
+    tasks: Annotated[tuple[TaskTime, ...], Meta(max_length=limits.LISTED)] = ()
     failure: Failure | None = None
     reasons: Annotated[tuple[Text, ...], Meta(max_length=limits.REASONS)] = ()
     lost: Annotated[tuple[Name, ...], Meta(max_length=limits.DEVICES)] = ()
     added_s: Seconds = 0.0
+    since: Count = 0
 
 
 # --- Tensors (bulk) -----------------------------------------------------------------------------
@@ -380,8 +393,8 @@ class Deliver(Message, frozen=True):
     slot: Count
     tensor: Tensor
     acks: Acks = ()
-    assigned: tuple[Assigned, ...] = ()
-    head: str = ""
+    assigned: Assignment = ()
+    head: Word = ""
 
 
 class Feed(Message, frozen=True):
@@ -416,7 +429,7 @@ class Echoed(Message, frozen=True):
 
 
 class Ack(Message, frozen=True):
-    """``Deliver``, ``Feed`` or ``Answer`` with these ids have arrived."""
+    """``Deliver``, ``Feed``, ``Answer`` or ``Sample`` with these ids have arrived."""
 
     ids: Acks
 
@@ -438,6 +451,6 @@ AnyMessage = (
     | Cancel | Reply
     | Stalled | Detour | Relay
     | Deliver | Feed | Answer | Ack | ListDevices | Devices | ListModels | Models
-    | Lacks
+    | Lacks | Check | Sample | Checked | Doubtful
     | Join | Joined | Wait | Admitted | AddToken | Approve | Expel | ListAdmitted | AdmittedNow
 )  # fmt: skip

@@ -11,6 +11,7 @@ from meshinfer.protocol.board import Board
 from meshinfer.protocol.records import (
     Count,
     Facts,
+    Label,
     Link,
     Message,
     ModelInfo,
@@ -18,6 +19,7 @@ from meshinfer.protocol.records import (
     Record,
     Seconds,
     Text,
+    Word,
 )
 
 
@@ -29,14 +31,15 @@ class DeviceInfo(Record, frozen=True):
     ``state``: ready, suspect, excluded, quarantined, draining or dead; ``cause``: why it is so, or
     how its last process ended; ``returns_s``: until it is ready again by itself. ``computing``:
     what its compute thread does, for ``computing_s``; ``stale_tasks``: those that nobody wanted any
-    more when they were done, which were dropped; ``board``: how warm it is, if it tells.
+    more when they were done, which were dropped. ``blobs``: how many submodels and weights it was
+    handed since it joined; ``board``: how warm it is, if it tells.
     """
 
     device: Name
-    state: str
+    state: Word
     facts: Facts
     heard_s: Seconds
-    computing: str = ""
+    computing: Label = ""
     tasks_done: Count = 0
     link: Link | None = None
     links: Annotated[tuple[Link, ...], Meta(max_length=limits.DEVICES)] = ()
@@ -46,6 +49,7 @@ class DeviceInfo(Record, frozen=True):
     computing_s: Seconds = 0.0
     port: Annotated[int, Meta(ge=0, le=65535)] = 0
     stale_tasks: Count = 0
+    blobs: Count = 0
     board: Board | None = None
 
 
@@ -60,7 +64,7 @@ class Devices(Message, frozen=True):
     """Answer to ``ListDevices``."""
 
     call: Name
-    devices: tuple[DeviceInfo, ...]
+    devices: Annotated[tuple[DeviceInfo, ...], Meta(max_length=limits.LISTED)]
 
 
 class ListModels(Message, frozen=True):
@@ -73,4 +77,4 @@ class Models(Message, frozen=True):
     """Answer to ``ListModels``."""
 
     call: Name
-    models: tuple[ModelInfo, ...]
+    models: Annotated[tuple[ModelInfo, ...], Meta(max_length=limits.LISTED)]

@@ -12,10 +12,18 @@ from meshinfer.plan import Shard
 
 Name = Annotated[str, Meta(min_length=1, max_length=limits.NAME_CHARS)]
 Text = Annotated[str, Meta(max_length=limits.PLAN_TEXT_BYTES)]
+Word = Annotated[str, Meta(max_length=limits.NAME_CHARS)]
+Label = Annotated[str, Meta(max_length=limits.LABEL_CHARS)]
 Count = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Hex = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 Hash = Annotated[str, Meta(max_length=32)]
 """xxh3-128 of tensors, against mistakes and not against malice; empty where nobody told it."""
+
+Signature = Annotated[bytes, Meta(min_length=64, max_length=64)]
+"""Ed25519, of what ``manifest`` says; zeros where nobody has signed yet, so that no signature makes
+a message longer than it was found to be."""
+
+UNSIGNED = bytes(64)
 
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
 """No NaN and no infinity: a deadline that never comes would hold a request for ever."""
@@ -68,16 +76,16 @@ class Facts(Record, frozen=True, forbid_unknown_fields=False):
     ``paced``: it sleeps to be as slow as it says.
     """
 
-    host: str = ""
+    host: Word = ""
     cores: Count = 0
     memory_bytes: Count = 0
-    architecture: str = ""
-    processor: str = ""
-    system: str = ""
-    engine: str = ""
-    version: str = ""
+    architecture: Word = ""
+    processor: Word = ""
+    system: Word = ""
+    engine: Word = ""
+    version: Word = ""
     threads: Count = 1
-    last_exit: str = ""
+    last_exit: Label = ""
     flops_per_s: Rate = 0.0
     cpu_quota: Rate = 0.0
     rates: Annotated[tuple[Rate, ...], Meta(max_length=limits.OPERATOR_KINDS)] = ()
@@ -100,7 +108,7 @@ class Ended(Record, frozen=True, forbid_unknown_fields=False):
 
     cause: Annotated[str, Meta(max_length=limits.CAUSE_CHARS)]
     killed: bool = False
-    request: Annotated[str, Meta(max_length=limits.NAME_CHARS)] = ""
+    request: Word = ""
     attempt: Count = 0
     place: Place = (0, 0)
 
@@ -147,6 +155,9 @@ class Tensor(Record, frozen=True):
     shape: Shape
 
 
+Tensors = Annotated[tuple[Tensor, ...], Meta(max_length=limits.LISTED)]
+
+
 class Piece(Record, frozen=True):
     """One awaited part of an input value; ``slot`` is its number among all that its task awaits.
     ``half``: it may come as float16 of a float32 value."""
@@ -158,16 +169,20 @@ class Piece(Record, frozen=True):
 
 
 class Value(Record, frozen=True):
-    """An input value of a task: its box, and the pieces that it is merged from."""
+    """An input value of a task: its box, and the pieces that it is merged from. ``dtype``: of its
+    elements, as a numpy type string; empty where nobody said."""
 
     name: Name
     box: Shard
-    pieces: tuple[Piece, ...]
+    pieces: Annotated[tuple[Piece, ...], Meta(max_length=limits.LISTED)]
+    dtype: Annotated[str, Meta(max_length=16)] = ""
 
 
 Assigned = tuple[int, int, int]
 """A task (stage, task) of several devices, and which of them takes it for this attempt: its
 position among the task's devices. Two entries of one task: both do."""
+
+Assignment = Annotated[tuple[Assigned, ...], Meta(max_length=2 * limits.LISTED)]
 
 
 class Send(Record, frozen=True):
@@ -182,7 +197,7 @@ class Send(Record, frozen=True):
     device: Name
     consumer: Place
     slot: Count
-    others: tuple[Name, ...] = ()
+    others: Names = ()
     half: bool = False
     spare: bool = False
 
@@ -203,12 +218,12 @@ class Program(Record, frozen=True):
     """
 
     place: Place
-    devices: tuple[Name, ...] = ()
+    devices: Names = ()
     model: Hex | None = None
-    weights: tuple[Hex, ...] = ()
-    inputs: tuple[Value, ...] = ()
-    outputs: tuple[Output, ...] = ()
-    sends: tuple[Send, ...] = ()
+    weights: Annotated[tuple[Hex, ...], Meta(max_length=limits.LISTED)] = ()
+    inputs: Annotated[tuple[Value, ...], Meta(max_length=limits.LISTED)] = ()
+    outputs: Annotated[tuple[Output, ...], Meta(max_length=limits.LISTED)] = ()
+    sends: Annotated[tuple[Send, ...], Meta(max_length=limits.LISTED)] = ()
     spare: bool = False
 
     @property
@@ -254,7 +269,7 @@ class ModelInfo(Record, frozen=True):
     version: Count
     digest: Hex
     current: bool
-    inputs: tuple[Name, ...] = ()
-    outputs: tuple[Name, ...] = ()
+    inputs: Annotated[tuple[Name, ...], Meta(max_length=limits.LISTED)] = ()
+    outputs: Annotated[tuple[Name, ...], Meta(max_length=limits.LISTED)] = ()
     image: Text | None = None
-    plans: tuple[Text, ...] = ()
+    plans: Annotated[tuple[Text, ...], Meta(max_length=limits.LISTED)] = ()

@@ -7,7 +7,7 @@ from typing import Annotated
 from msgspec import Meta
 
 from meshinfer import limits
-from meshinfer.protocol.records import Assigned, Count, Message, Name, Place
+from meshinfer.protocol.records import Assignment, Count, Message, Name, Place, Word
 
 Places = Annotated[tuple[Place, ...], Meta(max_length=limits.PLAN_TASKS)]
 
@@ -20,8 +20,8 @@ class Assign(Message, frozen=True):
     request: Name
     attempt: Count
     deployment: Count
-    assigned: tuple[Assigned, ...]
-    head: str = ""
+    assigned: Assignment
+    head: Word = ""
     asked: Places = ()
 
 

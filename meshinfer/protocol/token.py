@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import re
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -25,6 +26,7 @@ SECRET_BYTES = 16
 _PREFIX = "mi1."
 _CHECK_BYTES = 4
 _GROUP = 4
+_KEY = re.compile(r"([0-9A-Za-z.\-:+=^!/*?&<>()\[\]{}@%$#]{40})?")  # Z85 (ZeroMQ RFC 32)
 _SHORT_GROUPS = 3
 _HINT = "paste the whole line that the coordinator or `meshinfer token` printed"
 
@@ -73,9 +75,9 @@ def parse_token(text: str) -> Token:
         cluster, role, coordinator, secret, places = msgspec.msgpack.decode(
             body, type=tuple[str, Role, str, bytes, tuple[str, ...]]
         )
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise AuthError("the token is of another release", hint=_HINT) from error
-    if len(secret) != SECRET_BYTES or len(coordinator) not in (0, 40):
+    if len(secret) != SECRET_BYTES or not _KEY.fullmatch(coordinator):
         raise AuthError("the token is damaged", hint=_HINT)
     return Token(cluster, role, coordinator, secret, places)
 

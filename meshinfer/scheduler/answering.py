@@ -7,7 +7,7 @@ that an older attempt has merged is as good, since tasks are pure.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 from msgspec import structs
@@ -18,6 +18,7 @@ from meshinfer.scheduler import outcomes
 from meshinfer.scheduler.admission import other_body, refuse, same_body, signature_of, unavailable
 from meshinfer.scheduler.balance import Balance
 from meshinfer.scheduler.catalogue import Catalogue, Deployment, Model
+from meshinfer.scheduler.checks import Checks
 from meshinfer.scheduler.covering import Covering
 from meshinfer.scheduler.events import Effect, Plane, Send, Signature
 from meshinfer.scheduler.fallback import Fallback
@@ -26,6 +27,7 @@ from meshinfer.scheduler.journal import Journal
 from meshinfer.scheduler.load import Load, nbytes_of
 from meshinfer.scheduler.membership import Device, Membership
 from meshinfer.scheduler.poison import Poison
+from meshinfer.scheduler.releasing import release
 from meshinfer.scheduler.request import Answered, Request, Try
 from meshinfer.scheduler.silence import Silence
 
@@ -42,6 +44,7 @@ class Answering:
         journal: Journal,
         *,
         first_attempt: int,
+        draw: Callable[[], float],
     ) -> None:
         self.open: OrderedDict[str, Request] = OrderedDict()
         self._members = members
@@ -54,6 +57,7 @@ class Answering:
         self._load = Load(self.open, members, heads)
         self._covering = Covering(self.open, members.health)
         self.fallback = Fallback(members, catalogue, self.open)
+        self.checks = Checks(self.open, members, draw)
         self.silence = Silence(self.open, members, self.fallback)
 
     # --- messages
@@ -126,7 +130,7 @@ class Answering:
         if (
             request is not None
             and request.merged is None
-            and message.attempt in request.tried
+            and request.since <= message.attempt in request.tried
             and request.tried[message.attempt].merges_at(peer, self._head(), request.client)
         ):
             request.merged, request.outcome = (now, message.attempt), message.digest
@@ -191,6 +195,7 @@ class Answering:
 
     def retired(self, made: Deployment) -> None:
         self._covering.forget(made)
+        self.checks.forget(made)
         for request in self.open.values():
             if request.deployment is made:
                 request.deployment = None
@@ -236,7 +241,7 @@ class Answering:
     # --- the rules
 
     def end_overdue(self, now: float) -> list[Effect]:
-        effects: list[Effect] = []
+        effects = self.checks.due(now)
         for request in [r for r in self.open.values() if r.deadline <= now]:
             effects += self._fail(request, outcomes.overdue(request), now)
         return effects
@@ -251,6 +256,7 @@ class Answering:
             known = known or self.silence.tells_no_more(tried)
             if known and self._journal.has(request.id):
                 reply = outcomes.answered(request, tried, self._members, now)
+                effects += self.checks.begin(request, tried, now)  # before its client lets go
                 effects += self._end(request, reply)
                 self._load.answered(now)
                 self.silence.took(tried, now)
@@ -323,6 +329,7 @@ class Answering:
 
     def next_deadlines(self) -> list[float]:
         times = self._covering.next_deadlines() + self.silence.next_deadlines()
+        times += self.checks.next_deadlines()
         times += [request.deadline for request in self.open.values()]
         for request in self.open.values():
             if request.held_until:
@@ -375,18 +382,14 @@ class Answering:
             answered = Answered(reply, head, request.client)
             effects += self._journal.ended(answered, request.outcome, _to(request.client, reply))
         took_part = {name for t in request.tried.values() for name in t.devices()}
-        return effects + self._release(request.id, request.client, request.turn, took_part)
+        releases = self._release(request.id, request.client, request.turn, took_part)
+        return effects + self.checks.put_off(request.id, releases)
 
     def _release(
         self, request: str, client: str, turn: int, names: Iterable[str] = ()
     ) -> list[Effect]:
-        """To those that took part, and to the head, which may hold the inputs."""
-        release = m.Release(request=request, attempt=self._attempts, client=client, turn=turn)
-        fed = turn > 1 or not self._heads.stands(client)  # maybe in the turn before it stood
-        head = self._members.head if fed else None
-        at = {*names, *(() if head is None else (head.name,))}
-        devices = self._members.devices
-        return [_to(devices[name].peer, release) for name in sorted(at) if name in devices]
+        word = m.Release(request=request, attempt=self._attempts, client=client, turn=turn)
+        return release(self._members, self._heads, word, names)
 
     def _head(self) -> str:
         head = self._members.head

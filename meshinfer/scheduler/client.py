@@ -15,6 +15,7 @@ from msgspec import structs
 from meshinfer import limits
 from meshinfer.protocol import messages as m
 from meshinfer.protocol.codec import ProtocolError, array_of, describe, payload_of
+from meshinfer.scheduler.checking import Checking
 from meshinfer.scheduler.computing import Computing
 from meshinfer.scheduler.detours import Detours
 from meshinfer.scheduler.events import (
@@ -62,6 +63,7 @@ class _Request:
     sent: bool = False
     reply: m.Reply | None = None
     answers: dict[int, dict[str, Array]] = field(default_factory=dict)
+    whole: tuple[int, Mapping[str, Array]] = (-1, {})
 
 
 @dataclass(slots=True)
@@ -96,6 +98,7 @@ class ClientCore:
         self._acts_as = name
         self._installing = Installing(name)
         self._computing = Computing(name, self._installing.deployments, self._peer, self._merged)
+        self._checking = Checking(name, self._computing, self._installing)
         self._computing.outbox.follow(self._outbox)
         self._detours = Detours(self._peer)  # to say who is late; it then goes by the head
         self._outbox, self._acks = self._computing.outbox, self._computing.acks
@@ -174,7 +177,7 @@ class ClientCore:
                 return []
             case m.Chunk() | m.Gone():
                 return self._on_device.arrived(event.peer, message, event.payload, now)
-            case m.Want():
+            case m.Want() if self._welcome is not None and event.peer == self._welcome.bulk.id:
                 return [ServeBlob(event.peer, message.digest, message.offset, message.length)]
             case m.Probe():
                 return []
@@ -219,6 +222,8 @@ class ClientCore:
                 return self._computing.start(message, now)
             case m.Assign() if self._acts_as:
                 return self._computing.assign(message, now)
+            case m.Check() if self._acts_as:
+                return self._checking.asked(message, now)
             case m.Install() if self._acts_as:
                 return self._installing.install(message)
             case m.Forget() if self._acts_as:
@@ -306,26 +311,25 @@ class ClientCore:
             return [Note("warning", "bad answer", {"request": message.request, "why": str(error)})]
         answers = request.answers.setdefault(message.attempt, {})
         answers[message.tensor.name] = array
-        if len(answers) < message.count:
-            return []
-        request.answers = {-1: answers}  # whole; any attempt's answer is right
-        return self._try_resolve(message.request, request)
+        whole = len(answers) == message.count
+        return self._merged(message.request, message.attempt, answers) if whole else []
 
-    def _merged(self, name: str, outputs: dict[str, Array]) -> list[Effect]:
-        """This client was the sink itself."""
+    def _merged(self, name: str, attempt: int, outputs: Mapping[str, Array]) -> list[Effect]:
+        """All outputs of an attempt are here. Any is right that is not from before a liar's end."""
         request = self._requests.get(name)
         if request is None:
             return []
-        request.answers = {-1: outputs}
+        request.answers = {a: each for a, each in request.answers.items() if a > attempt}
+        request.whole = max(request.whole, (attempt, outputs), key=lambda each: each[0])
         return self._try_resolve(name, request)
 
     def _try_resolve(self, name: str, request: _Request) -> list[Effect]:
         reply = request.reply
-        if reply is None or (reply.failure is None and -1 not in request.answers):
+        if reply is None or (reply.failure is None and request.whole[0] < reply.since):
             return []
         del self._requests[name]
         self._forget_feeds(name, request.turn)
-        effects: list[Effect] = [Resolve(name, reply, request.answers.get(-1, {}))]
+        effects: list[Effect] = [Resolve(name, reply, request.whole[1])]
         if request.turn > 1:  # the header of the last turn may be lost, and its inputs held
             effects.append(told(m.Cancel(request=name, turn=request.turn)))
         return effects
@@ -356,10 +360,8 @@ class ClientCore:
     def _give_up(self, name: str) -> list[Effect]:
         request = self._requests.pop(name)
         self._forget_feeds(name, request.turn)
-        if self._welcome is None:
-            failure = silence()
-        else:
-            failure = overdue(request.header.deadline_s)
+        late = overdue(request.header.deadline_s)
+        failure = silence() if self._welcome is None else late
         return [
             told(m.Cancel(request=name, turn=request.turn)),
             Resolve(name, m.Reply(request=name, failure=failure), {}),

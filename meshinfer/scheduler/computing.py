@@ -13,6 +13,7 @@ from meshinfer import limits
 from meshinfer.protocol import messages as m
 from meshinfer.protocol.codec import ProtocolError, array_of, describe, digest_of, payload_of
 from meshinfer.scheduler.acks import AckBox
+from meshinfer.scheduler.comparing import doubts
 from meshinfer.scheduler.events import Array, Compute, Computed, Effect, Note
 from meshinfer.scheduler.held import Held
 from meshinfer.scheduler.holding import Holding
@@ -37,7 +38,7 @@ class Computing:
         device: str,
         deployments: Mapping[int, Deployment],
         own: str = "",
-        merged: Callable[[str, dict[str, Array]], list[Effect]] = lambda name, outputs: [],
+        merged: Callable[[str, int, dict[str, Array]], list[Effect]] = lambda *_: [],
     ) -> None:
         self.outbox = Outbox()
         self.acks = AckBox()
@@ -126,13 +127,13 @@ class Computing:
         """The coordinator may have forgotten all that it had told this device."""
         self.holding.reset(keep_inputs=keep_inputs)
         self._queue.clear()
-        self.outbox.forget(lambda message: isinstance(message, m.Deliver))
+        self.outbox.forget(lambda message: isinstance(message, m.Deliver | m.Sample))
 
     def _drop_work(self, name: str) -> None:
         """What is queued and what is under way to other tasks; answers to the client stay."""
 
         def piece(message: Numbered) -> bool:
-            return isinstance(message, m.Deliver) and message.request == name
+            return isinstance(message, m.Deliver | m.Sample) and message.request == name
 
         self._queue = deque(c for c in self._queue if c.request != name)
         self.outbox.forget(piece)
@@ -184,6 +185,7 @@ class Computing:
         except ProtocolError as error:
             fields = {"request": name, "peer": peer, "why": str(error)}
             return [*effects, Note("warning", "bad piece", fields)]
+        effects += doubts(self._deployments[message.deployment], message, peer, array)
         return effects + self._place(name, request, message.consumer, message.slot, array, now)
 
     def _learn(
@@ -246,7 +248,7 @@ class Computing:
         request.pieces.pop(place, None)
         merged = told(m.Merged(request=name, attempt=request.attempt, digest=digest_of(outputs)))
         if request.client == self._own:
-            return [*self._merged(name, outputs), merged]
+            return [*self._merged(name, request.attempt, outputs), merged]
         effects: list[Effect] = []
         try:
             tensors = [describe(value, array) for value, array in outputs.items()]

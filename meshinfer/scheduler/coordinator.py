@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
+from collections.abc import Callable
 
 from meshinfer import limits
 from meshinfer.protocol import messages as m
@@ -31,12 +32,12 @@ from meshinfer.scheduler.events import (
     Recorded,
     RecordFailed,
     Send,
-    ServeBlob,
     Stop,
     StopRequested,
     Ticked,
 )
 from meshinfer.scheduler.faults import Faults, of_end
+from meshinfer.scheduler.handing import hand
 from meshinfer.scheduler.heads import Heads
 from meshinfer.scheduler.journal import Journal
 from meshinfer.scheduler.ledger import Ledger
@@ -51,7 +52,8 @@ from meshinfer.scheduler.request import Request
 class CoordinatorCore:
     """``handle`` is the only gate; ``next_deadline`` says when to tick. ``door``: None where
     nobody has a key (in plaintext, keys are said). ``ledger``: what an earlier coordinator wrote
-    down; without one nothing is, and a restart remembers nothing."""
+    down; without one nothing is, and a restart remembers nothing. ``draw``: a number in [0, 1), by
+    which tasks are chosen to be checked."""
 
     def __init__(
         self,
@@ -60,6 +62,7 @@ class CoordinatorCore:
         bulk: m.Peer,
         door: Door | None,
         ledger: Ledger | None = None,
+        draw: Callable[[], float] = lambda: 1.0,
     ) -> None:
         self.members = Membership(cluster, version, faults=Faults(bulk.incarnation))
         # Numbers of an earlier coordinator must mean nothing here: its workers may join late.
@@ -71,7 +74,7 @@ class CoordinatorCore:
         # What belongs to an attempt of an earlier coordinator is older than all that is made here.
         before = 0 if ledger is None else ledger.starts - 1
         parts = (self.members, self.catalogue, self._balance, self._heads)
-        self._answering = Answering(*parts, self._journal, first_attempt=before << 32)
+        self._answering = Answering(*parts, self._journal, first_attempt=before << 32, draw=draw)
         self._deploying = Deploying(*parts, self._journal, self._answering)
         self._reaching = Reaching(self.members, self._heads, self._answering, self._deploying)
         self._enrolment = Enrolment(door, ledger, self._journal, self.members)
@@ -150,9 +153,8 @@ class CoordinatorCore:
         times = [*self._answering.next_deadlines(), *self._deploying.next_deadlines()]
         times += self._answering.fallback.next_deadlines()
         parts = (self.members, self._links, self._journal)
-        for other in (*(part.next_deadline() for part in parts), self._stop_due):
-            if other is not None:
-                times.append(other)
+        others = (*(part.next_deadline() for part in parts), self._stop_due)
+        times += [other for other in others if other is not None]
         if self.members.devices:
             times.append(self._ruled + limits.HEARTBEAT_S)  # so that it knows when it stood still
         return min((t for t in times if t > self._now), default=None)
@@ -177,7 +179,7 @@ class CoordinatorCore:
             case m.Hello():
                 return self._hello(peer, message, now)
             case m.Want():
-                return [ServeBlob(peer, message.digest, message.offset, message.length)]
+                return hand(self.catalogue, self.members, self._heads, peer, message)
             case m.Chunk():
                 return self._deploying.fetching.chunk(peer, message, event.payload, now)
             case m.Gone():
@@ -206,6 +208,9 @@ class CoordinatorCore:
                 return self._answering.merged(peer, message, now)
             case m.TaskFailed() if runs:
                 return self._answering.task_failed(message, now)
+            case m.Checked() | m.Doubtful() if runs:
+                effects, out = self._answering.checks.heard(peer, message, now)
+                return effects + [e for n in out for e in self._deploying.out_of_service(n, now)]
             case m.Stalled() if runs:
                 return self._reaching.stalled(peer, message)
             case m.Unreachable() if runs:

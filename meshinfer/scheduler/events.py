@@ -127,6 +127,7 @@ class Computed:
     outputs: tuple[Array, ...]
     compute_s: float
     error: str | None = None
+    again: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,12 +276,14 @@ class WriteBlob:
 
 @dataclass(frozen=True, slots=True)
 class ServeBlob:
-    """Send a ``Chunk`` (or ``Gone``) from the store to a peer."""
+    """Send a ``Chunk`` (or ``Gone``) from the store to a peer. ``model``: whose it is, where the
+    peer is a device that computes with it or a client that may: that is logged."""
 
     peer: str
     digest: str
     offset: int
     length: int
+    model: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,13 +303,15 @@ class Discard:
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """Run a prepared program in the compute thread -> ``Computed``."""
+    """Run a prepared program in the compute thread -> ``Computed``. ``again``: to see whether
+    another device was right."""
 
     request: str
     attempt: int
     deployment: int
     place: Place
     inputs: Mapping[str, Array]
+    again: bool = False
 
 
 @dataclass(frozen=True, slots=True)

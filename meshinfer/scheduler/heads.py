@@ -6,7 +6,7 @@ answers itself, so that no tensor passes through another process on the way.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from meshinfer import limits
 from meshinfer.protocol import messages as m
@@ -135,6 +135,13 @@ class Heads:
                     effects.append(Send(Plane.CONTROL, peer, m.Revoke(deployment=number)))
         return effects
 
+    def programs_granted(self, peer: str) -> Iterator[tuple[str, m.Program]]:
+        """All that a client may compute, and of which model."""
+        for made in self._granted.get(peer, {}).values():
+            only = None if made is None else only_task(made)
+            if made is not None and only is not None:
+                yield made.model.name, only[1]
+
     def granted(self, peer: str, deployment: int) -> Deployment | None:
         """What a client may compute, if it still may."""
         return self._granted.get(peer, {}).get(deployment)
@@ -176,4 +183,5 @@ def _install(
         peers=peers,
         head=made.head,
         keep_bytes=keep_bytes,
+        model=made.model.name,
     )

@@ -50,6 +50,7 @@ class Health:
         self.starved: set[str] = set()
         self._silent_since: dict[str, float] = {}
         self._resting: dict[str, float] = {}
+        self.liars: dict[str, tuple[float, str]] = {}
 
     # --- deaths
 
@@ -130,6 +131,11 @@ class Health:
     def quarantined_until(self, device: str) -> float:
         record = self._records.get(device)
         return 0.0 if record is None else record.until
+
+    def lies(self, device: str, now: float) -> tuple[float, str] | None:
+        """Until when a device works no more because its results are wrong, and why."""
+        until, why = self.liars.get(device, (0.0, ""))
+        return (until, why) if now < until else None
 
     def next_deadline(self, now: float) -> float | None:
         """When a quarantine ends."""

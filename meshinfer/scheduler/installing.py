@@ -29,7 +29,8 @@ from meshinfer.scheduler.telling import told
 class Deployment:
     """``peers``: device -> peer id, for what the programs send; ``tasks``: how many programs
     compute in each request; ``head``: the plan's source and sink; ``keep_bytes``: as in
-    ``Install``; ``missing``: blobs to come; ``parts``: of it that were told of."""
+    ``Install``; ``missing``: blobs to come; ``parts``: of it that were told of; ``odd``: tasks
+    whose results are not all finite, as was told."""
 
     programs: dict[m.Place, m.Program] = field(default_factory=dict)
     recipes: dict[m.Place, Recipe] = field(default_factory=dict)
@@ -39,6 +40,7 @@ class Deployment:
     keep_bytes: int = limits.KEPT_BYTES
     missing: set[str] = field(default_factory=set)
     parts: int = 0
+    odd: set[m.Place] = field(default_factory=set)
 
     def add(self, message: m.Install, device: str) -> None:
         """The programs come in two parts: this device's own, then those that it may take over."""
@@ -73,12 +75,12 @@ class Installing:
             if program.model is not None
             for digest in (program.model, *program.weights)
         }
-        effects = self._connect(message.peers)
+        effects = self.connect(message.peers)
         if not digests:
             return [*effects, told(m.Installed(deployment=message.deployment))]
         return [*effects, FindBlobs(str(message.deployment), tuple(sorted(digests)))]
 
-    def _connect(self, peers: tuple[m.Peer, ...]) -> list[Effect]:
+    def connect(self, peers: tuple[m.Peer, ...]) -> list[Effect]:
         """A device that has started anew is another peer; the old one never comes back."""
         effects: list[Effect] = []
         for peer in peers:

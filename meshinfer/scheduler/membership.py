@@ -26,6 +26,7 @@ class Device:
     since when. ``excluded_for``: why it gets no work until then. ``computing``: what its compute
     thread did as it was last heard, for ``computing_s`` then. ``wasted``: tasks that it has
     done in vain, as it says; ``stale``: those that it told of when their attempt was over.
+    ``blobs``: how many it was handed.
     """
 
     hello: m.Hello
@@ -43,6 +44,7 @@ class Device:
     tasks_done: int = 0
     wasted: int = 0
     stale: int = 0
+    blobs: int = 0
     links: dict[str, m.Link] = field(default_factory=dict)
     board: m.Board | None = None
 
@@ -258,12 +260,14 @@ class Membership:
         return next((d for d in self.devices.values() if d.hello.facts.head), None)
 
     def ready(self, now: float) -> tuple[str, ...]:
-        """Names of the devices that may get work, in order; the last two whatever they did."""
+        """Names of the devices that may get work, in order; the last two whatever they did,
+        unless their results are wrong."""
         until = self.health.quarantined_until
         here = [
             (until(name), name)
             for name, d in self.devices.items()
             if d.hello.facts.computes and d.state(now) == "ready"
+            if self.health.lies(name, now) is None
         ]
         names = [name for ends, name in here if ends <= now]
         if len(names) < len(here):
@@ -305,6 +309,9 @@ class Membership:
     def standing(self, d: Device, now: float) -> tuple[str, float, str]:
         """A device's state, until when it is so if it ends by itself, and its cause."""
         state, until, cause = d.state(now), 0.0, self.health.cause(d.name)
+        lies = self.health.lies(d.name, now)
+        if lies is not None:
+            return "quarantined", *lies
         if state == "excluded":
             until, cause = d.excluded_until, d.excluded_for
         elif state == "ready" and d.hello.facts.computes:
@@ -328,6 +335,7 @@ class Membership:
             computing_s=d.computes_s(now) if d.computing else 0.0,
             tasks_done=d.tasks_done,
             stale_tasks=d.wasted + d.stale,
+            blobs=d.blobs,
             where=d.where,
             port=d.bulk.port,
             cause=cause,

@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 
 from meshinfer import limits
 from meshinfer.protocol.codec import Buffer
-from meshinfer.protocol.messages import Answer, Deliver, Feed
+from meshinfer.protocol.messages import Answer, Deliver, Feed, Sample
 from meshinfer.scheduler.events import Effect, Plane, Send
 
 _NEVER = float("inf")
 
-Numbered = Deliver | Feed | Answer
+Numbered = Deliver | Feed | Answer | Sample
 """Messages that are acknowledged by their ``id``."""
 
 

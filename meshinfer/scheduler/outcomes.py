@@ -25,6 +25,7 @@ def answered(request: Request, tried: Try, members: Membership, now: float) -> m
         degraded=bool(reasons),
         reasons=reasons,
         lost=tuple(request.lost),
+        since=request.since,
         added_s=max(0.0, tried.since - request.started, request.hurt_at - request.started),
     )
 

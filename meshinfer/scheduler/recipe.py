@@ -24,8 +24,8 @@ _Where = tuple[slice, ...]
 class Slot:
     """Where an awaited piece goes: which input, and which part of it (None: it is all of it).
 
-    ``shape``: of the piece; None where it is known only when it comes. ``half``: it is float32 and
-    may come as float16.
+    ``shape``: of the piece; None where it is known only when it comes; ``dtype``: of its elements,
+    empty where nobody said. ``half``: it is float32 and may come as float16.
     """
 
     shard: Shard
@@ -33,6 +33,13 @@ class Slot:
     where: _Where | None
     shape: tuple[int, ...] | None
     half: bool = False
+    dtype: str = ""
+
+    def fits(self, array: Array) -> bool:
+        """Whether a piece is of the shape and the type that are awaited."""
+        dtype = array.dtype.str
+        same = dtype == self.dtype or not self.dtype or (self.half and dtype == "<f2")
+        return same and self.shape in (None, array.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +67,8 @@ class Cut:
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """``shapes``: of each input that is put together from several pieces, else None; ``sums``: the
-    inputs whose pieces are added; ``passes``: whether another device may take a reader's task."""
+    inputs whose pieces are added; ``passes``: whether another device may take this task or
+    a reader's, so that what it makes is kept."""
 
     program: m.Program
     slots: Mapping[int, Slot]
@@ -84,9 +92,11 @@ class Recipe:
                 box = piece.shard.box
                 where = None if alone else box.within(whole)
                 shape = box.shape if box.axes else None
-                slots[piece.slot] = Slot(piece.shard, position, where, shape, piece.half)
+                slots[piece.slot] = Slot(
+                    piece.shard, position, where, shape, piece.half, value.dtype
+                )
         cuts = tuple(_cut(program, send) for send in program.sends)
-        passes = any(send.others for send in program.sends)
+        passes = bool(program.devices) or any(send.others for send in program.sends)
         return Recipe(program, slots, tuple(shapes), frozenset(sums), cuts, passes)
 
 
@@ -127,7 +137,7 @@ class Gathering:
     def put(self, number: int, array: Array) -> bool:
         """Whether somebody awaits such a piece. One that comes again changes nothing."""
         slot = self.recipe.slots.get(number)
-        if slot is None or (slot.shape is not None and slot.shape != array.shape):
+        if slot is None or not slot.fits(array):
             return False
         if number not in self._missing:
             return True

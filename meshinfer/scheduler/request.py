@@ -106,7 +106,8 @@ class Request:
     ``crashes``: the processes that its tasks ended, by those that came after them; ``together``: no
     one device can hold it, as was found at this attempt.
     ``losses``: how many devices were; ``unheard``: those whose next process has not said why yet;
-    ``held_until``: it may have ended them, and waits to hear of it.
+    ``held_until``: it may have ended them, and waits to hear of it. ``since``: the first attempt
+    without a device whose results are wrong.
     """
 
     header: m.Submit
@@ -131,6 +132,7 @@ class Request:
     crashes: dict[str, str] = field(default_factory=dict)
     together: int | None = None
     held_until: float = 0.0
+    since: int = 0
 
     @property
     def alone(self) -> bool:

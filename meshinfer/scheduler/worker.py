@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from meshinfer import limits
 from meshinfer.protocol import messages as m
+from meshinfer.scheduler.checking import Checking
 from meshinfer.scheduler.computing import SOURCE, Computing
 from meshinfer.scheduler.detours import Detours
 from meshinfer.scheduler.events import (
@@ -26,7 +27,6 @@ from meshinfer.scheduler.events import (
     Plane,
     Prepared,
     Send,
-    ServeBlob,
     Stop,
     StopRequested,
     Ticked,
@@ -49,6 +49,7 @@ class WorkerCore:
         self._coordinator: m.Peer | None = None
         self._installing = Installing(hello.device)
         self._computing = Computing(hello.device, self._installing.deployments)
+        self._checking = Checking(hello.device, self._computing, self._installing)
         self._links = LinkMeter()
         self._detours = Detours("" if hello.bulk is None else hello.bulk.id)
         self._hello_due = 0.0
@@ -60,7 +61,8 @@ class WorkerCore:
     # --- the gate
 
     def handle(self, event: Event, now: float) -> list[Effect]:
-        return self._detours.redirect(self._handle(event, now))
+        effects = self._handle(event, now) + self._checking.begin(now)
+        return self._detours.redirect(effects)
 
     def _handle(self, event: Event, now: float) -> list[Effect]:
         match event:
@@ -68,6 +70,8 @@ class WorkerCore:
                 return self._arrived(event, now)
             case Ticked():
                 return self._tick(now)
+            case Computed(again=True):
+                return self._checking.computed(event)
             case Computed():
                 return self._computing.computed(event, now)
             case Prepared():
@@ -92,6 +96,7 @@ class WorkerCore:
         soonest = self._beat_due if self.joined else self._hello_due
         for other in (
             self._computing.next_deadline(),
+            self._checking.next_deadline(),
             self._installing.next_deadline(),
             self._links.next_deadline(),
             self._detours.next_deadline(),
@@ -105,7 +110,8 @@ class WorkerCore:
     def idle(self) -> bool:
         """Whether nothing is held or under way; tests and draining look at it."""
         half = self._computing
-        return half.idle and self._installing.idle and not half.outbox and not half.acks
+        idle = half.idle and self._installing.idle and not self._checking
+        return idle and not half.outbox and not half.acks
 
     # --- messages
 
@@ -116,6 +122,8 @@ class WorkerCore:
         match message:
             case m.Deliver():
                 return self._computing.deliver(peer, message, event.payload, now)
+            case m.Sample():
+                return self._checking.sampled(peer, message, event.payload, now)
             case m.Feed():
                 return self._computing.feed(peer, message, event.payload, now)
             case m.Relay():
@@ -139,8 +147,6 @@ class WorkerCore:
                 if self._coordinator is None or peer != self._coordinator.id:
                     return []
                 return self._installing.blob_failed(message.digest, "the coordinator has lost it")
-            case m.Want():
-                return [ServeBlob(peer, message.digest, message.offset, message.length)]
             case m.Probe():
                 return []
             case _:
@@ -156,11 +162,15 @@ class WorkerCore:
                 return self._computing.assign(message, now)
             case m.Release():
                 self._computing.holding.release(message)
+                self._checking.release(message.request)
                 return []
+            case m.Check():
+                return self._checking.asked(message, now)
             case m.Install():
                 return self._installing.install(message)
             case m.Forget():
                 self._computing.holding.forget(message.deployment)
+                self._checking.forget(message.deployment)
                 return self._installing.forget(message.deployment)
             case m.Admitted():
                 return [Admit(message.members)]
@@ -192,6 +202,7 @@ class WorkerCore:
 
     def _welcome(self, message: m.Welcome, now: float) -> list[Effect]:
         """What was told before this welcome may have been lost, so the coordinator starts anew."""
+        self._checking.reset()
         self._computing.reset(keep_inputs=True)  # given since this device said hello
         effects = self._installing.reset()
         if self._coordinator is not None and self._coordinator.id != message.bulk.id:
@@ -212,6 +223,7 @@ class WorkerCore:
         self._hello_due, self._left = when, when
         self._links.reset()
         self._detours.reset()
+        self._checking.reset()
         self._computing.reset(keep_inputs=False)  # the coordinator has clients give them again
         if self._stop_due is not None:
             return self._end()

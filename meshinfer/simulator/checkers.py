@@ -80,13 +80,29 @@ def right_or_typed(world: Simulation, calm: bool) -> None:
         if data is None or world.datas.index(data) < oldest:
             which = None if data is None else world.datas.index(data) + 1
             raise Broken(f"{asked.request} is answered by version {which}", asked.request)
+        if _may_be_wrong(world, asked):
+            continue
         if not world.kernels.is_right(data, asked.seed, arrays):
             raise Broken(f"{asked.request} is answered wrong", asked.request)
 
 
+def _may_be_wrong(world: Simulation, asked: Asked) -> bool:
+    """Whether a device lies that was not found yet when this was asked first."""
+    since = min(a.at for a in world.asked if a.request == asked.request)
+    found = any(name == world.liar and at < since for at, name, _ in world.found)
+    return bool(world.liar) and not found
+
+
+def believed(world: Simulation, calm: bool) -> None:
+    """Who is honest is never proven a liar; nor even suspected where nobody lies."""
+    for name, proven in world.accused:
+        if name != world.liar and (proven or not world.liar):
+            raise Broken(f"{name} is taken for a liar, proven: {proven}")
+
+
 def no_mixing(world: Simulation, calm: bool) -> None:
-    """No kernel is ever given what belongs to another request, attempt or model."""
-    if world.wrong:
+    """No kernel is ever given what belongs to another request, attempt or model; but for lies."""
+    if world.wrong and not world.liar:
         raise Broken(*world.wrong[0])
 
 
@@ -293,7 +309,7 @@ def healthy(world: Simulation) -> bool:
 ALWAYS: tuple[Checker, ...] = (bounded,)
 AT_THE_END: tuple[Checker, ...] = (
     one_outcome, no_mixing, right_or_typed, errors_explained, deadlines, few_attempts,
-    calm_never_resends, cancelled_stop, contained, written, counted_once,
+    calm_never_resends, cancelled_stop, contained, written, counted_once, believed,
 )  # fmt: skip
 
 

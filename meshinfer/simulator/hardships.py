@@ -3,7 +3,8 @@ own stream, so that what other faults a seed has does not change.
 
 Requests that fail their kernels, that end their workers, a disk that is full, partitions that
 outlast a connection, tasks that hang on a device which is well otherwise, a device that is lost or
-silent while another is, and clients on a device's host, which may compute requests themselves.
+silent while another is, a device whose results are wrong (of three, or more), and clients on a
+device's host, which may compute requests themselves.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ KINDS = (
 )  # fmt: skip
 CHANCE = 0.12
 _BESIDE_CHANCE = 0.2
+_LIAR_CHANCE, _LIAR_REQUESTS = 0.15, 40
 _BESIDE_A_FREEZE = ("freeze", "crash", "power", "partition", "cut")
 _LONG = ("partition", "partition", "one way", "partition of workers", "client away")
 
@@ -33,6 +35,9 @@ class Hardships:
         rng = self._rng = world.streams["hardships"]
         draws = [(kind, rng.random()) for kind in KINDS]
         self.kinds = () if calm else tuple(kind for kind, draw in draws if draw < CHANCE)
+        lies = world.streams["liar"]
+        self._lies = not calm and len(hosts) >= 3 and lies.random() < _LIAR_CHANCE
+        world.spares = world.spares or self._lies
         beside = self._where = world.streams["beside devices"]
         self._beside = beside.random() < _BESIDE_CHANCE
         if self._beside and beside.random() < 0.7:
@@ -48,6 +53,8 @@ class Hardships:
     def begin(self, length_s: float) -> None:
         """Trouble lasts so long."""
         world, rng = self._world, self._rng
+        if self._lies:
+            self._lie(length_s)
         for kind in self.kinds:
             world.tell_story(lambda kind=kind: f"HARDSHIP {kind}")  # type: ignore[misc]
             since = world.now + rng.random() * length_s
@@ -73,6 +80,15 @@ class Hardships:
                         at = max(world.now, since - rng.random() * 0.3)
                         seconds = rng.uniform(1.0, 5.0)
                         world.at(at, lambda w=what, s=seconds: self._faults.strike(w, s))  # type: ignore[misc]
+
+    def _lie(self, length_s: float) -> None:
+        """From now on, to the end. More is asked, so that more is checked."""
+        world, rng = self._world, self._world.streams["liar"]
+        world.liar, world.lies = rng.choice(self._hosts), rng.choice([1.0, 0.3])
+        world.tell_story(lambda: f"HARDSHIP {world.liar} lies, {world.lies:.0%}")
+        for _ in range(_LIAR_REQUESTS):
+            world.at(world.now + rng.random() * length_s, self._users.submit)
+        world.mishaps.append(Mishap("liar", world.now, world.now + length_s))
 
     def _fill_disk(self, seconds: float) -> None:
         world = self._world

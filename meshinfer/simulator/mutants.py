@@ -15,6 +15,7 @@ from msgspec import structs
 from meshinfer.protocol import messages as m
 from meshinfer.scheduler import events as e
 from meshinfer.scheduler.answering import Answering
+from meshinfer.scheduler.checks import Checks
 from meshinfer.scheduler.client import ClientCore
 from meshinfer.scheduler.computing import Computing
 from meshinfer.scheduler.deploying import Deploying
@@ -28,6 +29,7 @@ from meshinfer.scheduler.on_device import OnDevice
 from meshinfer.scheduler.outbox import Outbox
 from meshinfer.scheduler.poison import Poison
 from meshinfer.scheduler.request import Answered, Try
+from meshinfer.scheduler.trust import Trust
 
 _Method = Callable[..., Any]
 
@@ -263,6 +265,24 @@ def _revoke_ignored(told: _Method) -> _Method:
     return mutant
 
 
+def _honest_kept_out(proven: _Method) -> _Method:
+    """Of those that differ, one that is right works no more."""
+
+    def mutant(self: Trust, liar: str, others: set[str]) -> Any:
+        return proven(self, min(others), {liar})
+
+    return mutant
+
+
+def _check_never_over(due: _Method) -> _Method:
+    """A check that comes to nothing holds what its request needs for ever."""
+
+    def mutant(self: Checks, now: float) -> Any:
+        return []
+
+    return mutant
+
+
 MUTANTS: Mapping[str, tuple[type, str, Callable[[_Method], _Method]]] = {
     "no dedup of Deliver": (Computing, "_place", _no_dedup),
     "ack before handled": (Computing, "feed", _ack_before_handled),
@@ -287,6 +307,8 @@ MUTANTS: Mapping[str, tuple[type, str, Callable[[_Method], _Method]]] = {
     "poison never proven": (Poison, "_blame", _never_proven),
     "unwritten ids kept": (Journal, "failed", _kept_unwritten),
     "Revoke ignored": (OnDevice, "told", _revoke_ignored),
+    "honest device kept out": (Trust, "_proven", _honest_kept_out),
+    "check never over": (Checks, "due", _check_never_over),
 }
 """Name -> class, method, and what makes the mutant of it."""
 

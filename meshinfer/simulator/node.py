@@ -12,7 +12,10 @@ from meshinfer.scheduler.coordinator import CoordinatorCore
 from meshinfer.scheduler.on_device import OwnTask
 from meshinfer.scheduler.worker import WorkerCore
 
-BULK = (m.Deliver, m.Feed, m.Answer, m.Ack, m.Echo, m.Echoed, m.Want, m.Chunk, m.Gone, m.Relay)
+BULK = (
+    m.Deliver, m.Feed, m.Answer, m.Sample, m.Ack, m.Echo, m.Echoed, m.Want, m.Chunk, m.Gone,
+    m.Relay,
+)  # fmt: skip
 """Messages of the bulk plane; all others are of the control plane."""
 
 AnyCore = CoordinatorCore | WorkerCore | ClientCore

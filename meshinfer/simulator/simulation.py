@@ -13,6 +13,7 @@ from meshinfer.protocol import messages as m
 from meshinfer.protocol.codec import describe, digest_of
 from meshinfer.protocol.token import Role
 from meshinfer.scheduler import events as e
+from meshinfer.scheduler.checks import PROVEN, SUSPECT
 from meshinfer.scheduler.enrolment import Door
 from meshinfer.scheduler.worker import COORDINATOR
 from meshinfer.simulator.granted import Granted
@@ -78,6 +79,13 @@ class Simulation(Network):
         self.deaths: defaultdict[tuple[str, str], Counter[int]] = defaultdict(Counter)
         """Processes that each attempt has ended, by request and the coordinator's process."""
         self._ended: dict[str, m.Ended] = {}
+        self.liar, self.lies = "", 0.0
+        """A device whose results are wrong, and how often."""
+        self.found: list[tuple[float, str, bool]]
+        """Devices that work no more for that, since when, and whether it is proven; a coordinator
+        that starts again knows of none."""
+        self.accused: list[tuple[str, bool]] = []
+        """All that ever were."""
         self.disk_full_until = 0.0
         self.disk_refused: set[str] = set()
         """Coordinators that were told that their disk is full."""
@@ -216,6 +224,10 @@ class Simulation(Network):
                 self.granted.counted[node.id] += ran.count
             case e.Note(_, "joined" | "coordinator lost"):  # it has forgotten what it had begun
                 self._begun = {key for key in self._begun if key[0] != node.id}
+            case e.Note(_, text, fields) if text in (PROVEN, SUSPECT):
+                proven = text == PROVEN
+                self.accused.append((str(fields["device"]), proven))
+                self.found.append((self.now, *self.accused[-1]))
             case e.Settle(_, m.Deployed() as answer) if answer.failure is None:
                 self.on_deployed(answer)
             case e.Send(_, _, m.Deliver() | m.Feed() | m.Answer() as message):
@@ -284,28 +296,41 @@ class Simulation(Network):
 
     def _compute(self, node: Node, job: e.Compute, took: float) -> e.Computed:
         prepared = node.prepared[job.deployment][job.place]
-        seed = self._by_seed[job.request]
+        seed, ids = self._by_seed[job.request], (job.request, job.attempt, job.place)
         self.computed[job.request].append(self.now)
         key = (node.id, job.request, job.attempt, job.place)
-        if key in self._begun:
+        if key in self._begun and not job.again:
             why = f"{node} computes {job.place} of {job.request} once more"
             self.wrong.append((why, job.request))
             self.tell_story(lambda: f"    ONCE MORE {why}")
-        self._begun.add(key)
+        if not job.again:
+            self._begun.add(key)
         if self.fails(seed):
             self.kernel_failures[job.request] += 1
             self.mishaps.append(Mishap("kernel error", self.now, self.now))
-            return e.Computed(job.request, job.attempt, job.place, (), 0.0, "a kernel failed")
+            return e.Computed(*ids, (), 0.0, "a kernel failed", job.again)
         before = len(self.kernels.wrong)
         try:
             outputs = self.kernels.run(prepared, job.inputs, seed)
         except EngineError as error:
-            return e.Computed(job.request, job.attempt, job.place, (), 0.0, str(error))
+            return e.Computed(*ids, (), 0.0, str(error), job.again)
         if len(self.kernels.wrong) > before:
             why = f"{node} {job.request}: {self.kernels.wrong[-1]}"
             self.wrong.append((why, job.request))
             self.tell_story(lambda: f"    WRONG INPUT {why}")
-        return e.Computed(job.request, job.attempt, job.place, outputs, took)
+        if node.name == self.liar and self.streams["lies"].random() < self.lies:
+            self.tell_story(lambda: f"    LIE {node} {job.place} of {job.request}")
+            outputs = tuple(a + 1 for a in outputs)
+        return e.Computed(*ids, outputs, took, again=job.again)
+
+    def _chance(self) -> float:
+        """As it is outside; more is checked where somebody lies, since seeds are short."""
+        drawn: float = self.streams["checks"].random()
+        return drawn**3 if self.liar else drawn
+
+    def _coordinator(self, bulk: m.Peer) -> Node:
+        self.found = []
+        return super()._coordinator(bulk)
 
     def fails(self, seed: int) -> bool:
         """Whether a kernel raises, given this input."""

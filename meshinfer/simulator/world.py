@@ -103,9 +103,11 @@ class World(Shells):
         for hash_, token in ledger.tokens.items():
             left = max(0.0, token.ttl_s - (self.now - self._made_at[hash_]))
             ledger.tokens[hash_] = replace(token, ttl_s=left)
-        return self._add(
-            COORDINATOR, bulk.id, CoordinatorCore("home", "0", bulk, self.door, ledger)
-        )
+        core = CoordinatorCore("home", "0", bulk, self.door, ledger, self._chance)
+        return self._add(COORDINATOR, bulk.id, core)
+
+    def _chance(self) -> float:
+        return 1.0  # chosen to be checked is nothing
 
     def _add(self, name: str, peer: str, core: AnyCore) -> Node:
         before = self.nodes.get(name)

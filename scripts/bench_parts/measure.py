@@ -77,7 +77,9 @@ class Answers:
         for result in results:
             key = (folder / result["answer"], result["request"])
             if key not in self._known:
-                self._known[key] = self._is_identical(key[1], dict(np.load(key[0])))
+                self._known[key] = self._is_identical(
+                    key[1], dict(np.load(key[0], allow_pickle=False))
+                )
             identical &= self._known[key]
         return identical
 

@@ -135,7 +135,7 @@ def pictures(width: int, height: int) -> list[Array]:
         pass
     cat = files("cluster").joinpath("data/photo.jpg")
     with cat.open("rb") as file:
-        chelsea = np.asarray(Image.open(file).convert("RGB"))
+        chelsea = np.asarray(Image.open(file, formats=["JPEG"]).convert("RGB"))
     found += [chelsea, np.ascontiguousarray(chelsea[:, ::-1])]
     return [
         np.asarray(Image.fromarray(p).resize((width, height), Image.Resampling.BICUBIC))

@@ -20,7 +20,7 @@ class Plain:
     """What a user would run instead: a session with default options and so many threads."""
 
     def __init__(self, options: dict[str, Any]) -> None:
-        self.feeds = [dict(np.load(path)) for path in options["inputs"]]
+        self.feeds = [dict(np.load(path, allow_pickle=False)) for path in options["inputs"]]
         self.idle, _ = memory()
         forget_peak()
         settings = ort.SessionOptions()

@@ -224,5 +224,5 @@ def _memory(series: Series, plain: Mapping[str, Any]) -> dict[str, Any]:
 
 def output_bytes_of(series: Series) -> int:
     """Of one answer."""
-    outputs = dict(np.load(series.rig.folder / series.results[0]["answer"]))
+    outputs = dict(np.load(series.rig.folder / series.results[0]["answer"], allow_pickle=False))
     return sum(int(array.nbytes) for array in outputs.values())

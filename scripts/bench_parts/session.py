@@ -112,7 +112,7 @@ class Session:
         """The pictures that are asked from now on; their number."""
         self.requests = []
         for path in inputs:
-            arrays = dict(np.load(path))
+            arrays = dict(np.load(path, allow_pickle=False))
             self.requests.append(arrays.get("picture", arrays))
         return len(self.requests)
 

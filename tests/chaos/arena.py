@@ -62,6 +62,7 @@ class Arena:
         devices: Sequence[DeviceSpec] | None = None,
         plaintext: bool = False,
         gates: bool = False,
+        discovery: bool = False,
         environment: Callable[[], dict[str, str]] = dict,
     ) -> None:
         self.folder = folder
@@ -80,6 +81,7 @@ class Arena:
             self.cluster: LabCluster = self.lab.start_cluster(
                 log_level="info",
                 plaintext=plaintext,
+                discovery=discovery,
                 log=self.log,
                 environment=self.environment,
                 ways=self._ways if gates else None,

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from chaos import clocks, deaths, disks, load, loading, network, soak
+from chaos import clocks, deaths, disks, lies, load, loading, network, soak, strangers
 from chaos.arena import Arena, Run
 from chaos.checker import Verdict, judge
 
@@ -141,6 +141,19 @@ CASES = {
             ci=False,
         ),
         Case(
+            "C17",
+            "300 idle connections, 4 GiB frame claims, garbage on every port",
+            "p99 ≤ 3 T, RSS + ≤ 50 MiB",
+            strangers.crowd,
+        ),
+        Case(
+            "C18",
+            "10,000 spoofed mDNS records; multicast filtered",
+            "static addresses work, 0 unauthorised sessions",
+            strangers.records,
+            own={"discovery": True},
+        ),
+        Case(
             "C21",
             "model load killed at each tenth; corrupted blobs",
             "never served",
@@ -153,6 +166,14 @@ CASES = {
             "nothing changes",
             clocks.jumps,
             own={"environment": clocks.environment},
+        ),
+        Case(
+            "C23",
+            "a worker that computes wrong, always or 10 %",
+            "found by spot checks (1 %), 0 wrong from then on, nobody else accused",
+            lies.liars,
+            own={},
+            ci=False,
         ),
     )
 }

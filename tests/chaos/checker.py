@@ -21,6 +21,9 @@ from meshinfer import limits
 
 SETTLED_S: Final = 10.0
 CRASHES: Final = ("C4", "C11", "C15")
+LIES: Final = ("always", "tenth")
+"""Phases in which answers may be wrong until the liar is found."""
+
 CALM: Final = ("warm", "calm", "without", "peak")
 
 
@@ -214,7 +217,7 @@ class Book:
         requests = self.view.requests
         lost = sum(r.outcome is None for r in requests)
         twice = sum(r.outcomes > 1 for r in requests)
-        wrong = sum(r.wrong for r in requests if r.phase != "poison")  # its truth is nobody's
+        wrong = sum(r.wrong for r in requests if r.phase not in ("poison", *LIES))
         vague = [r for r in requests if r.outcome and not r.answered and not r.outcome["typed"]]
         late = [r for r in requests if r.outcome and r.took_s > r.deadline_s + 2.0]
         self.want(not lost, f"{lost} lost")
@@ -350,6 +353,34 @@ def overload(book: Book) -> None:
     book.want(after <= 1.2 * before, f"RSS {after / before:.2f} of before ({after >> 20} MiB)")
 
 
+def crowd(book: Book) -> None:
+    """C17."""
+    view = book.view
+    book.nothing_lost()
+    book.slower(3.0)
+    grown = view.memory("faults") - view.memory("calm")
+    book.want(grown <= 50 << 20, f"RSS {grown / 2**20:+.1f} MiB")
+    saw = view.faults("stranger saw")[0]
+    book.want(saw["made"] > 0, f"{saw['made']} connections, {saw['most']} at once")
+    book.say(f"on {view.faults('crowd')[0]['ports']} ports; {saw['closed']} were closed")
+
+
+def records(book: Book) -> None:
+    """C18."""
+    view = book.view
+    book.nothing_lost()
+    saw = view.faults("stranger saw")[0]
+    book.want(saw["sent"] >= view.faults("records")[0]["count"], f"{saw['sent']} records")
+    book.say(f"{saw['came']} connections to the impostor")  # none, if the true one is heard first
+    book.want(saw["sessions"] == 0, f"{saw['sessions']} unauthorised sessions")
+    known = {"head", *view.run["devices"]}
+    others = {name for e in view.of("devices") for name in e["states"]} - known
+    book.want(not others, f"{len(others)} unknown devices")
+    told = view.faults("anew")[1:]  # the first had to look for it
+    back_s = [view.back_s(e["at"], e["name"]) for e in told]
+    book.want(max(back_s) <= 10.0, f"told devices back {max(back_s):.1f} s after they started")
+
+
 def states(book: Book) -> None:
     """C3."""
     book.nothing_lost()
@@ -435,6 +466,25 @@ def loads(book: Book) -> None:
     book.want(bool(rot) and rot[0]["blobs"] > 0, f"{rot[0]['blobs'] if rot else 0} rotten blobs")
 
 
+def liars(book: Book) -> None:
+    """C23."""
+    view = book.view
+    book.nothing_lost()
+    found = {e["name"]: e["at"] for e in view.faults("found")}
+    for e in view.faults("lies"):
+        name, at = e["name"], found.get(e["name"], math.inf)
+        mine = [r for r in view.phase(e["phase"]) if r.at >= e["at"]]
+        before = [r for r in mine if r.at <= at]
+        text = "found" if name in found else "not found"
+        text = f"{name}, {e['phase']}: {text} after {len(before)} requests"
+        book.want(name in found, f"{text}, {sum(r.wrong for r in before)} of them wrong")
+        then = sum(r.wrong for r in mine if r.at > at)
+        book.want(not then, f"{then} wrong then")
+    seen = [e["states"] for e in view.of("devices")]
+    accused = sorted({n for states in seen for n, s in states.items() if s == "quarantined"})
+    book.want(accused == sorted(found), f"quarantined: {', '.join(accused)}")
+
+
 def jumps(book: Book) -> None:
     """C22."""
     view = book.view
@@ -514,8 +564,11 @@ JUDGES: dict[str, Judge] = {
     "C14": disks,
     "C15": poisoned,
     "C16": overload,
+    "C17": crowd,
+    "C18": records,
     "C21": loads,
     "C22": jumps,
+    "C23": liars,
     "C24": soak,
 }
 
