@@ -169,7 +169,7 @@ class Computing:
     def deliver(
         self, peer: str, message: m.Deliver, payload: memoryview, now: float
     ) -> list[Effect]:
-        self.outbox.acknowledge(message.acks)
+        self.outbox.acknowledge(peer, message.acks)
         self.acks.add(peer, message.id, len(payload), now)
         # Pieces are sent when all devices have installed: an unknown deployment is a retired one.
         if message.deployment not in self._deployments:
