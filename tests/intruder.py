@@ -23,11 +23,13 @@ Word = TypeVar("Word", bound=m.AnyMessage)
 
 
 class Intruder:
-    """``ring``: what it was admitted with; ``name``: what it calls itself."""
+    """``ring``: what it was admitted with; ``name``: what it calls itself; ``source``: where it comes from."""
 
-    def __init__(self, ring: Keyring, control: tuple[str, int], name: str = "") -> None:
+    def __init__(
+        self, ring: Keyring, control: tuple[str, int], name: str = "", source: str = ""
+    ) -> None:
         worker = ring.role == "worker"
-        self.ring, self.control = ring, control
+        self.ring, self.control, self._source = ring, control, source
         self.device = name or (ring.name if worker else f"{client_name(ring.key.public)}-evil")
         self.peer = f"{self.device}#1"
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -41,7 +43,8 @@ class Intruder:
         new.curve_publickey = self.ring.key.public.encode()
         new.curve_secretkey = self.ring.key.secret.encode()
         new.curve_serverkey = key.encode()
-        new.connect(f"tcp://{host}:{port}")
+        source = f"{self._source}:0;" if self._source else ""
+        new.connect(f"tcp://{source}{host}:{port}")
         self._sockets[to] = new
 
     def reach(self, peer: m.Peer) -> None:

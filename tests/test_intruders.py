@@ -1,8 +1,9 @@
-"""Members that turned bad, with raw sockets against a live cluster: what they say is judged by whose
-key says it, and nobody's request or process is theirs."""
+"""Members that turned bad, with raw sockets against a live cluster: what they say is judged by
+whose key says it, and nobody else's request or process is theirs."""
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 
 import numpy as np
@@ -70,3 +71,14 @@ def test_no_piece_of_a_client_ends_a_process(cluster: mi.LocalCluster, client: I
             assert client.hear(m.Echoed, of=peer.id) is not None, f"{peer.id} is gone"
         admin.infer("m", image())
         assert {d.device: d.facts for d in admin.devices()} == before
+
+
+def test_a_client_elsewhere_is_not_given_the_part_of_a_device(cluster: mi.LocalCluster) -> None:
+    """To say that it is beside the coordinator got a client the weights of a plan of one task."""
+    with intruder(cluster, "client") as near:
+        for source, acts_as in (("127.0.0.2", ""), ("127.0.0.1", "head")):
+            for where in (BESIDE_COORDINATOR, f"{socket.gethostname()} 127.0.0.1"):
+                far = Intruder(near.ring, near.control, source=source)
+                welcome = far.hello(where=where)
+                far.close()
+                assert welcome is not None and welcome.acts_as == acts_as, (source, where)

@@ -206,7 +206,8 @@ def test_a_piece_of_an_older_attempt_is_acknowledged_but_never_used() -> None:
     value = m.Value(name="x", box=shard, pieces=(m.Piece(shard=shard, producer=SOURCE, slot=0),))
     program = m.Program(place=(0, 0), model="a" * 64, inputs=(value,))
     told(core, welcome(), 0.0)
-    told(core, m.Install(deployment=5, programs=(program,), peers=()), 0.0)
+    makers = ((SOURCE, ("head",)),)
+    told(core, m.Install(deployment=5, programs=(program,), peers=(), makers=makers), 0.0)
     told(core, m.Start(request="r", attempt=2, deployment=5, client="ann#1"), 0.5)
     made: list[list[int]] = []
     for attempt in (1, 2):

@@ -171,10 +171,11 @@ class Computing:
     ) -> list[Effect]:
         self.outbox.acknowledge(peer, message.acks)
         self.acks.add(peer, message.id, len(payload), now)
-        # Pieces are sent when all devices have installed: an unknown deployment is a retired one.
-        if message.deployment not in self._deployments:
+        made, name = self._deployments.get(message.deployment), message.request
+        if made is None:  # pieces are sent when all have installed: it is a retired one
             return []
-        name = message.request
+        if not made.may_send(peer, message.consumer, message.slot, message.head):
+            return [Note("warning", "a piece of another's", {"request": name, "peer": peer})]
         request = self.holding.current(name, message.attempt, message.deployment, now)
         if request is None:
             return []
@@ -183,9 +184,8 @@ class Computing:
         try:
             array = array_of(message.tensor, payload)
         except ProtocolError as error:
-            fields = {"request": name, "peer": peer, "why": str(error)}
-            return [*effects, Note("warning", "bad piece", fields)]
-        effects += doubts(self._deployments[message.deployment], message, peer, array)
+            return [*effects, Note("warning", "bad piece", {"peer": peer, "why": str(error)})]
+        effects += doubts(made, message, peer, array)
         return effects + self._place(name, request, message.consumer, message.slot, array, now)
 
     def _learn(
