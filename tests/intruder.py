@@ -23,7 +23,8 @@ Word = TypeVar("Word", bound=m.AnyMessage)
 
 
 class Intruder:
-    """``ring``: what it was admitted with; ``name``: what it calls itself; ``source``: where it comes from."""
+    """``ring``: what it was admitted with; ``name``: what it calls itself; ``source``: where it
+    comes from."""
 
     def __init__(
         self, ring: Keyring, control: tuple[str, int], name: str = "", source: str = ""
