@@ -384,5 +384,17 @@ def test_what_others_have_computed_is_not_blamed_on_a_device() -> None:
         effects += told(core, check, 1.1) if asked else core.handle(e.Ticked(), 1.1)
         found = any(isinstance(x, e.Compute) for x in effects)
         assert found is compares, (giver, maker, asked)
-        late = core.next_deadline()
-        assert late > 1.1, "it does not spin on a check that comes to nothing"
+        core.handle(e.Ticked(), 1.2)
+        assert core.next_deadline() > 1.2, "it does not spin on a check that comes to nothing"
+
+
+def test_inputs_are_of_who_asked() -> None:
+    """Once it has begun, nobody else's count: they would be what its next attempt computes."""
+    core = alone()
+    told(core, welcome(), 0.0)
+    program = m.Program(place=SOURCE)
+    told(core, m.Install(deployment=5, programs=(program,), peers=()), 0.0)
+    feed(core, 1, "ann#1")
+    told(core, m.Start(request="r", attempt=1, deployment=5, client="ann#1"), 0.5)
+    assert [type(x) for x in feed(core, 2, "mallory#1")] == [e.Note], "and not acknowledged"
+    assert messages(feed(core, 2, "ann#2")) == ["Ack"]  # the same user's next process

@@ -65,6 +65,8 @@ class Computing:
         if not stale and name not in self._requests and len(self._requests) >= limits.FED_REQUESTS:
             # Not acknowledged: the client sends it again later.
             return [Note("warning", "too many inputs wait here", {"request": name})]
+        if name in self._requests and not self._requests[name].may_give(peer):
+            return [Note("warning", "inputs of another's request", {"request": name, "peer": peer})]
         self.acks.add(peer, message.id, len(payload), now)
         if stale:
             return []
@@ -73,12 +75,8 @@ class Computing:
         except ProtocolError as error:
             return [Note("warning", "bad input", {"request": name, "why": str(error)})]
         request = self.holding.request(name, now)
-        if peer == request.giver and message.turn < request.turn:
+        if not request.take(peer, message.turn, message.tensor.name, array):
             return []
-        if (peer, message.turn) != (request.giver, request.turn):
-            request.giver, request.turn = peer, message.turn
-            request.fed.clear()
-        request.fed[message.tensor.name] = array
         return self._scatter(name, request, now)
 
     def feed_here(
