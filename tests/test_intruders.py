@@ -3,8 +3,10 @@ whose key says it, and nobody else's request or process is theirs."""
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,8 @@ from intruder import Intruder, intruder
 from processes import image, small_model
 
 import meshinfer as mi
+from cluster.processes import hold_folder
+from meshinfer.errors import ConfigurationError
 from meshinfer.protocol import messages as m
 from meshinfer.protocol.codec import describe, payload_of
 from meshinfer.protocol.records import BESIDE_COORDINATOR
@@ -82,3 +86,15 @@ def test_a_client_elsewhere_is_not_given_the_part_of_a_device(cluster: mi.LocalC
                 welcome = far.hello(where=where)
                 far.close()
                 assert welcome is not None and welcome.acts_as == acts_as, (source, where)
+
+
+def test_a_folder_that_all_may_write_in_keeps_no_keys(tmp_path: Path) -> None:
+    """Whoever may put another journal there admits whom they like."""
+    folder = tmp_path / "state"
+    folder.mkdir()
+    folder.chmod(0o777)
+    with pytest.raises(ConfigurationError, match="all may write") as caught:
+        hold_folder(folder)
+    assert "chmod 700" in str(caught.value.hint)
+    folder.chmod(0o755)
+    os.close(hold_folder(folder))
