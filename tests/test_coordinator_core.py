@@ -165,8 +165,9 @@ def test_only_who_has_a_part_in_an_attempt_may_say_that_it_fails() -> None:
 
 def client_hello(name: str, where: str) -> m.Hello:
     return m.Hello(
-        role="client", device=name, incarnation="1", cluster="home", protocol=m.PROTOCOL, where=where
-    )
+        role="client", device=name, incarnation="1", cluster="home", protocol=m.PROTOCOL,
+        where=where,
+    )  # fmt: skip
 
 
 def test_only_the_head_may_say_that_an_answer_is_merged() -> None:
