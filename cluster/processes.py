@@ -138,6 +138,6 @@ def hold_folder(folder: Path) -> int:
         os.close(lock)
         raise ConfigurationError(
             f"another process works in {folder}",
-            hint="stop it, or give this one another --name or --state-dir",
+            hint="stop it, or give this one another --state-dir (or a worker another --name)",
         ) from error
     return lock
