@@ -20,7 +20,7 @@ from cluster import notify
 from cluster.discovery import browse
 from cluster.keyring import Keyring
 from cluster.keys import KeyPair
-from cluster.locate import Where, parse_address
+from cluster.locate import NOT_FOUND_HINT, Where, parse_address
 from cluster.sockets import CANNOT_CONNECT, FINAL, NO_ROUTE, WRONG_KEY, Endpoint, Lost, Plane
 from cluster.transport import Transport
 from meshinfer import limits
@@ -95,7 +95,7 @@ def enrol(key: KeyPair, wish: Wish) -> tuple[Keyring, Where]:
             structlog.get_logger().warning("passed over", where=str(place), why=joined.message)
     raise told or ClusterUnavailable(
         f"no coordinator of cluster {wish.cluster!r} answers to be joined",
-        hint="is it running, and on this network? Say where: --coordinator HOST:PORT",
+        hint=NOT_FOUND_HINT,
     )
 
 
@@ -148,7 +148,12 @@ class _Search:
                 self._say_whom_it_believes(place)
                 return place
         if not self._in_vain:
-            structlog.get_logger().info("no coordinator yet", cluster=wish.cluster)
+            structlog.get_logger().info(
+                "no coordinator yet",
+                cluster=wish.cluster,
+                asked=", ".join(wish.places) or "mDNS",
+                hint=NOT_FOUND_HINT,
+            )
         self._in_vain.clear()
         return None
 

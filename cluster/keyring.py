@@ -31,7 +31,10 @@ log = structlog.get_logger(__name__)
 _CLUSTER_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _COORDINATOR_FILE: Final = "coordinator.json"
 KEYRING_FILE: Final = "keyring.json"
-_JOIN_HINT: Final = "join with a token: meshinfer token, on the coordinator's machine, prints one"
+_JOIN_HINT: Final = (
+    "join with a token that is made on the coordinator's machine: `meshinfer token` for meshinfer "
+    "worker, `meshinfer token --role client` for meshinfer join"
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import Final
 
 import msgspec
 
@@ -19,6 +20,10 @@ from meshinfer.protocol.records import BESIDE_COORDINATOR
 
 DEFAULT_PORT = 7433
 VARIABLE = "MESHINFER_COORDINATOR"
+NOT_FOUND_HINT: Final = (
+    "start meshinfer coordinator, or give its address: --coordinator HOST:PORT; "
+    "`meshinfer doctor` with that, run here, tells why it is not found"
+)
 _CONNECT_S, _POLL_S = 1.0, 0.01
 _PEER = "coordinator"
 

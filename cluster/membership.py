@@ -19,7 +19,7 @@ from cluster.identity import own_identity
 from cluster.joining import Wish, enrol
 from cluster.keyring import KEYRING_FILE, Keyring, read_keyring, write_keyring
 from cluster.keys import KeyPair
-from cluster.locate import VARIABLE, Where, find_coordinator, parse_address
+from cluster.locate import NOT_FOUND_HINT, VARIABLE, Where, find_coordinator, parse_address
 from cluster.tokens import forget_token, left_token
 from meshinfer.errors import AuthError, ClusterUnavailable, ConfigurationError, InvalidInput
 from meshinfer.protocol.token import Token, client_name, parse_token
@@ -182,7 +182,7 @@ def find_as_client(
     if found is None:
         raise ClusterUnavailable(
             f"no coordinator of cluster {ring.cluster!r} was found over mDNS",
-            hint="start meshinfer coordinator, or give its address",
+            hint=NOT_FOUND_HINT,
         )
     return ring, found
 

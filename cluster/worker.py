@@ -30,7 +30,7 @@ from cluster.board import Watch
 from cluster.doing import Doing
 from cluster.forgetting import remove_blobs
 from cluster.keyring import Keyring
-from cluster.locate import Where, find_coordinator, local_address
+from cluster.locate import NOT_FOUND_HINT, Where, find_coordinator, local_address
 from cluster.loop import Loop, Post, start_thread
 from cluster.measuring import measured_apart
 from cluster.membership import worker_keyring
@@ -295,7 +295,7 @@ def _locate(options: WorkerOptions, ring: Keyring, last: Where | None) -> tuple[
         )
         if found is not None:
             return found
-        log.info("no coordinator yet", cluster=ring.cluster)
+        log.info("no coordinator yet", cluster=ring.cluster, hint=NOT_FOUND_HINT)
 
 
 def _wait_for_stop_signals() -> None:
@@ -321,7 +321,8 @@ def main(arguments: list[str]) -> int:
     if failure.error == AuthError.__name__:
         # Whom the cluster does not admit (any more) keeps nothing of its models.
         removed = remove_blobs(Path(options.state_dir))
-        log.warning("submodels and weights removed", files=removed)
+        if removed > 0:  # a newcomer that is refused had none
+            log.warning("submodels and weights removed", files=removed)
     log.error(failure.message, hint=failure.hint)
     return error_of(failure).exit_code
 

@@ -43,4 +43,6 @@ def forget_all(state: Path, *, yes: bool) -> None:
         typer.confirm(f"Remove the weights, keys and membership in {state}?", abort=True)
     for left in forget(state):
         typer.echo(f"{left} stays: no worker wrote it")
-    typer.echo("forgotten; have the cluster forget it too: meshinfer devices revoke NAME")
+    typer.echo(
+        "forgotten; have the cluster forget it too, by its name: meshinfer devices revoke NAME"
+    )

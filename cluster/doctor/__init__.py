@@ -144,7 +144,7 @@ class _Examination:
         except MeshInferError as error:
             return None, of_error("keyring", error)
         plain = "; NOT ENCRYPTED" if ring.plaintext else ""
-        return ring, ok("keyring", f"{path} is a {ring.role}'s of cluster {ring.cluster!r}{plain}")
+        return ring, ok("keyring", f"{path} has the role {ring.role} in {ring.cluster!r}{plain}")
 
     def _target(self) -> _Target | None:
         """As given, else the coordinator that runs on this machine."""
