@@ -68,7 +68,7 @@ ORDER = (
 
 PURE = frozenset(
     """
-    test_architectures test_architectures_exact test_arrays test_calls test_checks
+    test_architectures test_architectures_exact test_arrays test_board test_calls test_checks
     test_client_core test_cluster_cores test_coordinator_core test_cost test_credits
     test_deadlines test_detours test_draw test_enrolment test_exact test_fuzz_import
     test_geometry test_halves test_handing test_heads test_health test_importers test_links

@@ -171,7 +171,7 @@ def test_an_empty_token_file_is_told_as_such(tmp_path: Path) -> None:
 
 
 def test_the_shell_scripts_are_clean() -> None:
-    scripts = [DEPLOY / "install.sh", DEPLOY / "docker" / "healthy"]
+    scripts = [DEPLOY / "install.sh", DEPLOY / "try_units", DEPLOY / "docker" / "healthy"]
     done = run(tool("shellcheck"), *map(str, scripts))
     assert done.returncode == 0, done.stdout
 

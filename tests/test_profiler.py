@@ -150,6 +150,16 @@ def test_a_group_or_its_parent_grants_less_than_the_machine_has(
     assert granted.memory_limit(root, own) == 400_000_000
 
 
+def test_from_where_a_group_is_slowed_down_is_its_limit(tmp_path: Path) -> None:
+    """MemoryHigh= of a service: beyond it every allocation waits for memory to be taken back."""
+    own, group = tmp_path / "own", tmp_path / "groups" / "service"
+    own.write_text("0::/service\n")
+    group.mkdir(parents=True)
+    (group / "memory.max").write_text("400000000\n")
+    (group / "memory.high").write_text("300000000\n")
+    assert granted.memory_limit(tmp_path / "groups", own) == 300_000_000
+
+
 def test_without_groups_the_machine_is_the_limit(tmp_path: Path) -> None:
     assert granted.cpu_quota(tmp_path, tmp_path / "nothing") is None
     assert granted.memory_limit(tmp_path, tmp_path / "nothing") > 0
