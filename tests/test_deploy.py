@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DEPLOY = ROOT / "deploy"
 UNITS = sorted((DEPLOY / "systemd").glob("*.service"))
 PROGRAM = Path("/opt/meshinfer/bin/meshinfer")
-EXPOSED = 2.0
+EXPOSED = 1.5
 
 
 def tool(name: str) -> str:

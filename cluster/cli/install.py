@@ -161,7 +161,6 @@ def write(path: Path, file: File) -> None:
         mode = 0o600 if file.secret else 0o644
         end = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
         with os.fdopen(end, "w", encoding="utf-8") as out:
-            os.fchmod(end, mode)
             out.write(file.text)
         os.replace(part, path)
     except OSError as error:
