@@ -11,7 +11,6 @@ import secrets
 import tempfile
 import threading
 import time
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from cluster.loop import Loop
 from cluster.membership import find_as_client
 from cluster.offers import Offers
 from cluster.on_device import OnDevice
+from cluster.ray_backend.address import MayBeRay
 from cluster.results import Deployment, Result, closed_error
 from cluster.signing import Verifying
 from cluster.sockets import Endpoint
@@ -71,13 +71,13 @@ class _Open:
     wanted: tuple[str, ...] | None
 
 
-class Client:
+class Client(MayBeRay):
     """A connection to a coordinator.
 
-    ``address``: HOST:PORT; else $MESHINFER_COORDINATOR; else mDNS for ``cluster``. ``keyring``:
-    of an admin or a client; else $MESHINFER_KEYRING; else that of this machine's coordinator, or
-    what ``meshinfer join`` has written. ``token``: joins with it, once, and keeps its keyring;
-    else, where there is no keyring, $MESHINFER_TOKEN.
+    ``address``: HOST:PORT (``ray://...`` makes a ``RayClient``); else $MESHINFER_COORDINATOR; else
+    mDNS for ``cluster``. ``keyring``: of an admin or a client; else $MESHINFER_KEYRING; else that
+    of this machine's coordinator, or what ``meshinfer join`` has written. ``token``: joins with it,
+    once, and keeps its keyring; else, where there is no keyring, $MESHINFER_TOKEN.
     Raises ``ClusterUnavailable`` when none answers within ``timeout_s``, ``AuthError``.
     """
 
@@ -286,23 +286,10 @@ class Client:
         version: int | None = None,
         deadline_s: float | None = None,
     ) -> Iterator[Result]:
-        """Results in order, with at most ``max_in_flight`` requests open.
-
-        A slow one does not hold up those behind it: up to ``limits.MAP_AHEAD`` times as many
-        results wait here for their turn.
-        """
-        open_: deque[Future[Result]] = deque()
-        wanted: dict[str, Any] = {"outputs": outputs, "version": version, "deadline_s": deadline_s}
-        try:
-            for each in data:
-                while results.full(open_, max_in_flight):
-                    yield open_.popleft().result()
-                open_.append(self.submit(model, each, **wanted))
-            while open_:
-                yield open_.popleft().result()
-        finally:  # one failed, or nobody wants the rest
-            for future in open_:
-                future.cancel()
+        """Results in order, with at most ``max_in_flight`` requests open. A slow one does not hold
+        up those behind it: up to ``limits.MAP_AHEAD`` times as many wait here for their turn."""
+        submit = partial(self.submit, outputs=outputs, version=version, deadline_s=deadline_s)
+        return results.in_order(submit, model, data, max_in_flight)
 
     # --- the end
 

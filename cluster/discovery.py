@@ -41,7 +41,7 @@ SERVICE: Final = "_meshinfer._tcp.local."
 STATIC_HINT: Final = "static addresses still work: --coordinator HOST:PORT"
 
 _VIRTUAL: Final = re.compile(r"docker|veth|br-")  # by the name's beginning
-_HOST_CHARS: Final = 24  # an instance label has 63 bytes: cluster, '@', host, and room for '-2'
+_HOST_CHARS: Final = 20  # an instance label has 63 bytes: cluster, '@', host, '-', port, and '-2'
 _RESOLVE_MS: Final = 300
 _RESOLVE_TRIES: Final = 3
 
@@ -188,7 +188,7 @@ def announce(
     def info(addresses: list[str]) -> ServiceInfo:
         return ServiceInfo(
             SERVICE,
-            f"{cluster}@{host}.{SERVICE}",
+            f"{cluster}@{host}-{port}.{SERVICE}",  # two of a host are two services
             port=port,
             properties=properties,
             parsed_addresses=addresses,

@@ -85,6 +85,15 @@ class Port(sockets.Ends):
         route = self._routes.get(peer)
         return None if route is None else route.wire
 
+    def ends_of(self, peer: str) -> tuple[str, str]:
+        """The addresses of a peer's connection, its end and ours; empty where nobody knows."""
+        route = self._routes.get(peer)
+        number = UNKNOWN if route is None else route.connection
+        with sockets.connection_at(number) as each, suppress(OSError):
+            if each is not None and each.family == socket.AF_INET:
+                return str(each.getpeername()[0]), str(each.getsockname()[0])
+        return "", ""
+
     # --- who speaks -----------------------------------------------------------------------
 
     def accept(self, frames: list[zmq.Frame]) -> Received | None:

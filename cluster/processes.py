@@ -108,6 +108,16 @@ def end_session(session: int) -> None:
         time.sleep(_END_POLL_S)
 
 
+def _check_owner(folder: Path) -> None:
+    """Whoever may put a file in place of one there admits whom they like."""
+    found = folder.stat()
+    if found.st_uid not in (0, os.geteuid()) or found.st_mode & 0o002:
+        raise ConfigurationError(
+            f"the folder {folder} is another user's, or all may write in it",
+            hint=f"chmod 700 {folder}, or choose another state folder with --state-dir",
+        )
+
+
 def hold_folder(folder: Path) -> int:
     """Make a state folder ours until this process ends; the lock's descriptor.
 
@@ -115,6 +125,7 @@ def hold_folder(folder: Path) -> int:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _check_owner(folder)
         lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise ConfigurationError(

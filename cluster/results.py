@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 
@@ -228,6 +229,26 @@ def chosen(known: Sequence[m.ModelInfo], model: str, version: int | None) -> m.M
         f"no model {what!r} is deployed",
         hint=f"deployed are {sorted({i.name for i in known})[:8]}",
     )
+
+
+def in_order(
+    submit: Callable[[str, object], Future[Result]],
+    model: str,
+    data: Iterable[object],
+    max_in_flight: int,
+) -> Iterator[Result]:
+    """The results of ``Client.map``."""
+    open_: deque[Future[Result]] = deque()
+    try:
+        for each in data:
+            while full(open_, max_in_flight):
+                yield open_.popleft().result()
+            open_.append(submit(model, each))
+        while open_:
+            yield open_.popleft().result()
+    finally:  # one failed, or nobody wants the rest
+        for future in open_:
+            future.cancel()
 
 
 def full(open_: Sequence[Future[Result]], most: int) -> bool:

@@ -174,6 +174,10 @@ class Transport:
         first, link.greeted = not link.greeted, not link.up
         return link.up or first
 
+    def ends_of(self, plane: Plane, peer: str) -> tuple[str, str]:
+        """The addresses of the connection that a peer made to us: its end and ours."""
+        return self._ports[plane].ends_of(peer)
+
     def disconnect(self, peer: str) -> None:
         """Close our connections to this peer and forget what was not sent to it."""
         self._check_thread()

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from cluster.client import Client as Client
     from cluster.client import Result as Result
     from cluster.local import LocalCluster as LocalCluster
+    from cluster.ray_backend.batch import batch as batch
     from meshinfer.executor import run_plan as run_plan
     from meshinfer.image import ImageSpec as ImageSpec
     from meshinfer.importers import from_torch as from_torch
@@ -27,6 +28,7 @@ _HOMES = {
     "Client": "cluster.client",
     "Result": "cluster.client",
     "LocalCluster": "cluster.local",
+    "batch": "cluster.ray_backend.batch",
     "run_plan": "meshinfer.executor",
     "ImageSpec": "meshinfer.image",
     "load": "meshinfer.importers",

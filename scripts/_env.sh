@@ -59,7 +59,7 @@ install_env() { # base|dev; called in a subshell, under the lock
   if is_installed "$kind" "$fingerprint"; then return 0; fi
   if ! is_usable; then create_venv || return 1; fi
   if [[ "$kind" == dev ]]; then target='.[dev]'; fi
-  say "installing MeshInfer ($kind) into .venv; the first time takes a minute, and dev's torch more"
+  say "installing MeshInfer ($kind) into .venv; the first time takes a minute, and dev's torch and Ray more"
   cd "$ROOT" || return 1 # the caller's own folder stays: this is a subshell
   "$VENV/bin/python" -m pip install -qq --disable-pip-version-check --no-input \
     --constraint constraints.txt --editable "$target" >&2 || return 1

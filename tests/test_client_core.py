@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from cores import Cluster, kind
 
 from meshinfer import limits
 from meshinfer.protocol import messages as m
+from meshinfer.protocol.codec import describe, payload_of
 from meshinfer.scheduler import events as e
 from meshinfer.scheduler.client import LATE_S
 from meshinfer.scheduler.telling import COORDINATOR
@@ -150,3 +152,17 @@ def test_an_admin_s_call_that_fails_is_told_as_a_failure() -> None:
     assert isinstance(failed.answer, m.AdmittedNow)
     assert failed.failure is not None and failed.failure.error == "ConfigurationError"
     assert isinstance(listed.answer, m.Models) and listed.failure is None
+
+
+def test_an_answer_is_of_the_head_alone() -> None:
+    """Others that it is connected to could make it up, under a later attempt."""
+    cluster = Cluster()
+    cluster.deployed()
+    cluster.delay(kind(m.Answer), 1.0)
+    request = cluster.submit()
+    cluster.pass_time(0.1)
+    forged = np.zeros((1,), np.float32)
+    for peer in ("pi-1#1", "coordinator#1", "head#2"):
+        answer = m.Answer(id=1, request=request, attempt=99, tensor=describe("y", forged), count=1)
+        cluster.inject(cluster.nodes["ann"], peer, answer, bytes(payload_of(forged)))
+    cluster.check(request)

@@ -7,6 +7,7 @@ from cores import Cluster, image, kind
 
 from meshinfer import limits
 from meshinfer.protocol import messages as m
+from meshinfer.protocol.records import BESIDE_COORDINATOR
 from meshinfer.scheduler import events as e
 from meshinfer.scheduler.coordinator import CoordinatorCore
 
@@ -138,6 +139,35 @@ def test_news_of_a_stale_attempt_changes_nothing() -> None:
         cluster.inject(cluster.coordinator, "pi-1#1", message)
     assert cluster.core.requests[request].attempt == before
     cluster.check(request)
+
+
+def test_only_who_has_a_part_in_an_attempt_may_say_that_it_fails() -> None:
+    """1. a piece is slow; 2. a client on a device's host, and one that is nobody's, say so."""
+    cluster = Cluster()
+    cluster.deployed()
+    eve = e.Arrived("eve#1", client_hello("eve", where=BESIDE_COORDINATOR))
+    cluster.core.handle(eve, cluster.now)
+    assert cluster.core._heads.stands("eve#1")
+    cluster.delay(kind(m.Deliver), 5.0)
+    request = cluster.submit()
+    cluster.pass_time(0.1)
+    attempt = cluster.core.requests[request].attempt
+    for message in (
+        m.TaskFailed(request=request, attempt=attempt, place=(0, 0), text="no"),
+        m.NotKept(request=request, attempt=attempt),
+        m.Unreachable(request=request, attempt=attempt, peer="pi-2#1"),
+    ):
+        for peer in ("eve#1", "mallory#1"):
+            cluster.inject(cluster.coordinator, peer, message)
+        assert cluster.core.requests[request].deployment is not None, message
+    assert cluster.check(request).attempts == 1
+
+
+def client_hello(name: str, where: str) -> m.Hello:
+    return m.Hello(
+        role="client", device=name, incarnation="1", cluster="home", protocol=m.PROTOCOL,
+        where=where,
+    )  # fmt: skip
 
 
 def test_only_the_head_may_say_that_an_answer_is_merged() -> None:

@@ -34,12 +34,14 @@ def test_what_has_no_credit_waits_for_acknowledgements_in_its_order(outbox: Outb
     sent = [ids(outbox.send("a", answer(outbox), BODY, 0.0)) for _ in range(5)]
     assert sent == [[1], [2], [], [], []]
     assert ids(outbox.resend_due(1.0)[0]) == []
-    outbox.acknowledge([1])
+    outbox.acknowledge("b", [1])  # anybody can count
+    assert ids(outbox.resend_due(0.0)[0]) == []
+    outbox.acknowledge("a", [1])
     assert outbox.next_deadline() is not None and outbox.next_deadline() <= 1.0
     assert ids(outbox.resend_due(1.0)[0]) == [3]
-    outbox.acknowledge([2, 3])
+    outbox.acknowledge("a", [2, 3])
     assert ids(outbox.resend_due(1.0)[0]) == [4, 5]
-    outbox.acknowledge([4, 5])
+    outbox.acknowledge("a", [4, 5])
     assert len(outbox) == 0 and outbox.next_deadline() is None
 
 
@@ -98,16 +100,15 @@ def test_any_order_of_sends_and_acks_ends_with_all_sent_once_and_nothing_held(
         for _ in range(60):
             if under_way and rng.random() < 0.5:
                 number = rng.choice(sorted(under_way))
-                del under_way[number]
-                outbox.acknowledge([number])
+                outbox.acknowledge(under_way.pop(number)[0], [number])
                 note(outbox.resend_due(0.0)[0])
             else:
                 message, peer = answer(outbox), rng.choice("ab")
                 sizes[message.id] = (peer, rng.choice([1, 300, 700, 2000]))
                 note(outbox.send(peer, message, bytes(sizes[message.id][1]), 0.0))
         while under_way:
-            number = under_way.popitem()[0]
-            outbox.acknowledge([number])
+            number, (peer, _) = under_way.popitem()
+            outbox.acknowledge(peer, [number])
             note(outbox.resend_due(0.0)[0])
         assert sorted(sent) == sorted(sizes) and len(outbox) == 0, f"seed {seed}"
 

@@ -96,19 +96,35 @@ def test_a_piece_that_was_lost_once_takes_a_detour_and_comes_back() -> None:
 def test_a_relay_is_passed_on_to_no_one_but_the_receiver_and_never_back() -> None:
     detours = Detours("head#1")
     relay = m.Relay(to="b#1", origin="a#1", message=m.Ack(ids=(1,)))
-    (sent,) = detours.relayed("a#1", relay, memoryview(b""), 0.0)
+    (sent,) = detours.pass_on("a#1", relay, memoryview(b""))
     assert isinstance(sent, e.Send) and sent.peer == "b#1" and sent.message == relay
-    assert detours.relayed("b#1", relay, memoryview(b""), 0.0) == []
-    mine = m.Relay(to="head#1", origin="a#1", message=m.Ack(ids=(1,)))
-    assert detours.relayed("x#1", mine, memoryview(b""), 0.0) == [] and detours.is_mine(mine)
+    for other in ("b#1", "x#1"):  # who gets it believes that the origin said it
+        assert kinds(detours.pass_on(other, relay, memoryview(b""))) == ["Note"]
+
+
+def test_only_the_head_relays_to_a_device() -> None:
+    """Else any member could have all that goes to another come to itself."""
+    detours, mine = Detours("b#1"), m.Relay(to="b#1", origin="a#1", message=m.Ack(ids=(1,)))
+    head = m.Peer(device="head", incarnation="1", host="h", port=1, key="k" * 40)
+    assert not detours.is_for_us("head#1", mine, 0.0)  # nobody has said who that is
+    detours.trust(head)
+    assert not detours.is_for_us("x#1", mine, 0.0) and not detours.goes("a#1")
+    assert detours.is_for_us("head#1", mine, 0.0) and detours.goes("a#1")
+    other = m.Relay(to="c#1", origin="a#1", message=m.Ack(ids=(1,)))
+    assert not detours.is_for_us("head#1", other, 0.0)
+
+
+def kinds(effects: list[e.Effect]) -> list[str]:
+    return [type(effect).__name__ for effect in effects]
 
 
 def test_ways_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "DEVICES", 3)
     detours = Detours("me#1")
+    detours.trust(m.Peer(device="head", incarnation="1", host="h", port=1, key="k" * 40))
     for i in range(9):
         relay = m.Relay(to="me#1", origin=f"pi-{i}#1", message=m.Ack(ids=(1,)))
-        detours.relayed("head#1", relay, memoryview(b""), 0.0)
+        assert detours.is_for_us("head#1", relay, 0.0)
     assert [detours.goes(f"pi-{i}#1") for i in range(9)] == [False] * 6 + [True] * 3
 
 

@@ -206,7 +206,8 @@ def test_a_piece_of_an_older_attempt_is_acknowledged_but_never_used() -> None:
     value = m.Value(name="x", box=shard, pieces=(m.Piece(shard=shard, producer=SOURCE, slot=0),))
     program = m.Program(place=(0, 0), model="a" * 64, inputs=(value,))
     told(core, welcome(), 0.0)
-    told(core, m.Install(deployment=5, programs=(program,), peers=()), 0.0)
+    makers = ((SOURCE, ("head",)),)
+    told(core, m.Install(deployment=5, programs=(program,), peers=(), makers=makers), 0.0)
     told(core, m.Start(request="r", attempt=2, deployment=5, client="ann#1"), 0.5)
     made: list[list[int]] = []
     for attempt in (1, 2):
@@ -317,3 +318,83 @@ def test_a_stream_of_requests_needs_far_fewer_acknowledgements_than_pieces() -> 
     sent = cluster.sent - before
     pieces = sent["Deliver"] + sent["Feed"] + sent["Answer"]
     assert pieces > 100 and sent["Ack"] < pieces / 2
+
+
+@pytest.mark.parametrize(
+    ("peer", "head", "counts"),
+    [
+        ("head#1", "", True),
+        ("ann#1", "ann#1", True),  # the source itself
+        ("ann#1", "", False),
+        ("mallory#1", "ann#1", False),
+        ("pi-2#1", "", False),
+    ],
+)
+def test_a_piece_is_of_whom_the_plan_has_make_it(peer: str, head: str, counts: bool) -> None:
+    core = alone()
+    array = np.zeros((2,), np.float32)
+    shard = Shard("x", Box.whole(array.shape))
+    value = m.Value(name="x", box=shard, pieces=(m.Piece(shard=shard, producer=SOURCE, slot=0),))
+    program = m.Program(place=(0, 0), model="a" * 64, inputs=(value,))
+    told(core, welcome(), 0.0)
+    makers = ((SOURCE, ("head",)),)
+    told(core, m.Install(deployment=5, programs=(program,), peers=(), makers=makers), 0.0)
+    for attempt, deployment in ((0, 5), (1, 5)):
+        piece = m.Deliver(
+            id=1, request="r", attempt=attempt, deployment=deployment, consumer=(0, 0), slot=0,
+            tensor=describe("x", array), head=head,
+        )  # fmt: skip
+        effects = core.handle(e.Arrived(peer, piece, payload_of(array)), 1.0)
+        assert any(isinstance(x, e.Compute) for x in effects) is (counts and attempt > 0)
+    core._computing.acks.flush()
+    assert core.idle is not counts, "nothing is held of what another says"
+
+
+def test_what_others_have_computed_is_not_blamed_on_a_device() -> None:
+    """A check compares what its coordinator asked for, by those whose it is, or nothing."""
+    array = np.zeros((2,), np.float32)
+    shard = Shard("x", Box.whole(array.shape))
+    value = m.Value(name="x", box=shard, pieces=(m.Piece(shard=shard, producer=SOURCE, slot=0),))
+    out = m.Output(name="y", shard=Shard("y", Box.whole(array.shape)))
+    program = m.Program(
+        place=(0, 0), devices=("pi-2", "pi"), model="a" * 64, inputs=(value,), outputs=(out,)
+    )
+    own = m.Peer(device="pi", incarnation="1", host="h", port=1, key="k" * 40)
+    check = m.Check(
+        request="r", attempt=1, deployment=5, place=(0, 0), of="pi-2", by=own, head="ann#1"
+    )
+    for giver, maker, asked, compares in (
+        ("ann#1", "pi-2#1", True, True),
+        ("head#1", "pi-2#1", True, True),
+        ("ann#1", "pi-2#1", False, False),
+        ("mallory#1", "pi-2#1", True, False),
+        ("ann#1", "mallory#1", True, False),
+    ):
+        core = alone()
+        told(core, welcome(), 0.0)
+        makers = ((SOURCE, ("head",)),)
+        told(core, m.Install(deployment=5, programs=(program,), peers=(), makers=makers), 0.0)
+        effects: list[e.Effect] = []
+        for made, peer in ((False, giver), (True, maker)):
+            sample = m.Sample(
+                id=1, request="r", attempt=1, deployment=5, place=(0, 0), slot=0, made=made,
+                tensor=describe("x", array),
+            )  # fmt: skip
+            effects += core.handle(e.Arrived(peer, sample, payload_of(array)), 1.0)
+        effects += told(core, check, 1.1) if asked else core.handle(e.Ticked(), 1.1)
+        found = any(isinstance(x, e.Compute) for x in effects)
+        assert found is compares, (giver, maker, asked)
+        core.handle(e.Ticked(), 1.2)
+        assert core.next_deadline() > 1.2, "it does not spin on a check that comes to nothing"
+
+
+def test_inputs_are_of_who_asked() -> None:
+    """Once it has begun, nobody else's count: they would be what its next attempt computes."""
+    core = alone()
+    told(core, welcome(), 0.0)
+    program = m.Program(place=SOURCE)
+    told(core, m.Install(deployment=5, programs=(program,), peers=()), 0.0)
+    feed(core, 1, "ann#1")
+    told(core, m.Start(request="r", attempt=1, deployment=5, client="ann#1"), 0.5)
+    assert [type(x) for x in feed(core, 2, "mallory#1")] == [e.Note], "and not acknowledged"
+    assert messages(feed(core, 2, "ann#2")) == ["Ack"]  # the same user's next process

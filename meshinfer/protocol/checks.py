@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from meshinfer.protocol.records import Count, Message, Name, Peer, Place, Rate, Tensor, Text
+from meshinfer.protocol.records import Count, Message, Name, Peer, Place, Rate, Tensor, Text, Word
 
 
 class Check(Message, frozen=True):
     """A request is answered, and its task ``place`` is to be computed again, by the device at
     ``by``: whoever holds what the task was given sends that there, and ``of``, whose task it was,
-    what it had made. What is held until the release serves; nobody is told before."""
+    what it had made. What is held until the release serves; nobody is told before. ``head``: the
+    client that gave the inputs, where that is the source itself."""
 
     request: Name
     attempt: Count
@@ -16,6 +17,7 @@ class Check(Message, frozen=True):
     place: Place
     of: Name
     by: Peer
+    head: Word = ""
 
 
 class Sample(Message, frozen=True):

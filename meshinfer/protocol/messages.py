@@ -30,8 +30,9 @@ from meshinfer.protocol.records import (
     Assigned as Assigned, Assignment as Assignment, Blob as Blob, Budgets as Budgets,
     Count as Count, DeviceInfo as DeviceInfo, Done as Done, Ended as Ended, Facts as Facts,
     Failure as Failure, Hash as Hash, Hex as Hex, Label as Label, Link as Link,
-    Message as Message, ModelInfo as ModelInfo, Name as Name, Output as Output, Peer as Peer,
-    Piece as Piece, Pins as Pins, Place as Place, Program as Program, Rate as Rate,
+    Message as Message, ModelInfo as ModelInfo, Name as Name, Names as Names,
+    Output as Output, Peer as Peer, Piece as Piece, Pins as Pins, Place as Place,
+    Program as Program, Rate as Rate,
     Record as Record, Seconds as Seconds, Send as Send, Shape as Shape, Signature as Signature,
     TaskTime as TaskTime, Tensor as Tensor, Tensors as Tensors, Text as Text, UNSIGNED as UNSIGNED,
     Value as Value, Word as Word,
@@ -197,8 +198,9 @@ class Deployed(Message, frozen=True):
 class Install(Message, frozen=True):
     """Prepare these programs, beside those of this deployment that are there already. ``peers``:
     where their sends go; ``head``: the plan's source and sink, in whose place a request's own may
-    be. ``keep_bytes``: of what was made may be kept for devices that take over. ``signature``: of
-    all this for this peer, as ``manifest`` says; whoever sends it has it signed at the last."""
+    be. ``keep_bytes``: of what was made may be kept for devices that take over. ``makers``: the
+    devices that may send what each task before these makes. ``signature``: of all this for this
+    peer, as ``manifest`` says; whoever sends it has it signed at the last."""
 
     deployment: Count
     programs: Annotated[tuple[Program, ...], Meta(max_length=limits.LISTED)]
@@ -206,6 +208,7 @@ class Install(Message, frozen=True):
     head: Word = ""
     keep_bytes: Count = limits.KEPT_BYTES
     model: Annotated[str, Meta(max_length=limits.NAME_CHARS)] = ""
+    makers: Annotated[tuple[tuple[Place, Names], ...], Meta(max_length=limits.LISTED)] = ()
     signature: Signature = UNSIGNED
 
 

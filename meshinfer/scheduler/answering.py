@@ -28,7 +28,7 @@ from meshinfer.scheduler.load import Load, nbytes_of
 from meshinfer.scheduler.membership import Device, Membership
 from meshinfer.scheduler.poison import Poison
 from meshinfer.scheduler.releasing import release
-from meshinfer.scheduler.request import Answered, Request, Try
+from meshinfer.scheduler.request import Answered, Request, Try, told_by
 from meshinfer.scheduler.silence import Silence
 
 
@@ -136,9 +136,9 @@ class Answering:
             request.merged, request.outcome = (now, message.attempt), message.digest
         return []
 
-    def task_failed(self, message: m.TaskFailed, now: float) -> list[Effect]:
-        request = self.open.get(message.request)
-        if request is None or request.deployment is None or request.attempt != message.attempt:
+    def task_failed(self, peer: str, message: m.TaskFailed, now: float) -> list[Effect]:
+        request = told_by(self.open, peer, message)
+        if request is None:
             return []
         request.kernel_failures += 1
         request.deployment = None
@@ -148,22 +148,20 @@ class Answering:
             return [note]
         return [note, *self._fail(request, outcomes.kernel_failed(request, message.text), now)]
 
-    def unreachable(self, message: m.Unreachable) -> bool:
+    def unreachable(self, peer: str, message: m.Unreachable) -> bool:
         """Whether this is news of an attempt that runs; it starts again.
 
         None of one that goes on without that peer.
         """
-        request = self.open.get(message.request)
-        if request is None or request.deployment is None or request.attempt != message.attempt:
-            return False
-        if message.peer not in request.tried[request.attempt].peers().values():
+        request = told_by(self.open, peer, message)
+        if request is None or message.peer not in request.tried[request.attempt].peers().values():
             return False
         request.deployment = None
         return True
 
-    def not_kept(self, message: m.NotKept) -> list[Effect]:
-        request = self.open.get(message.request)
-        if request is not None and request.attempt == message.attempt and request.merged is None:
+    def not_kept(self, peer: str, message: m.NotKept) -> list[Effect]:
+        request = told_by(self.open, peer, message)
+        if request is not None and request.merged is None:
             request.deployment = None
         return []
 

@@ -25,7 +25,8 @@ _Key = tuple[str, int, m.Place]
 @dataclass(slots=True)
 class _Check:
     """``theirs``: what the task's own device made, as it comes; ``whole_at``: since when nothing is
-    missing; ``inputs``: since it is computed."""
+    missing; ``inputs``: since it is computed. ``asked``: what the coordinator said of it;
+    ``givers``: peers that gave the source's pieces, and devices that say they made the result."""
 
     deployment: int
     gathering: Gathering
@@ -33,6 +34,14 @@ class _Check:
     theirs: dict[int, Array] = field(default_factory=dict)
     whole_at: float | None = None
     inputs: Mapping[str, Array] | None = None
+    asked: m.Check | None = None
+    givers: set[tuple[str, bool]] = field(default_factory=set)
+
+    @property
+    def honest(self) -> bool:
+        """Whether all is from those whose it is; else somebody tries to have another blamed."""
+        word = self.asked
+        return word is not None and self.givers <= {(word.head, False), (word.of, True)}
 
 
 class Checking:
@@ -50,6 +59,10 @@ class Checking:
     def asked(self, check: m.Check, now: float) -> list[Effect]:
         """Send what was made here, if it is still here: of the task's inputs, and the task's own
         output."""
+        if check.by.device == self._device:
+            mine = self._check_of(check.request, check.attempt, check.deployment, check.place, now)
+            if mine is not None:
+                mine.asked = check
         held = self._computing.holding.requests.get(check.request)
         made = self._installing.deployments.get(check.deployment)
         if held is None or made is None or not held.runs(check.attempt, check.deployment):
@@ -100,23 +113,41 @@ class Checking:
         except ProtocolError as error:
             fields = {"request": message.request, "peer": peer, "why": str(error)}
             return [Note("warning", "bad sample", fields)]
+        check = self._check_of(
+            message.request, message.attempt, message.deployment, message.place, now
+        )
+        if check is None:
+            return []
+        made, device = self._installing.deployments[message.deployment], peer.partition("#")[0]
+        if message.made:
+            check.givers.add((device, True))
+        elif not made.may_send(peer, message.place, message.slot, peer):
+            return [Note("warning", "a sample of another's", {"peer": peer})]
+        elif not made.may_send(peer, message.place, message.slot, ""):
+            check.givers.add((peer, False))
         self._take(message, array, now)
         return []
 
-    def _take(self, message: m.Sample, array: Array, now: float) -> None:
-        key = (message.request, message.attempt, message.place)
-        made = self._installing.deployments.get(message.deployment)
-        recipe = None if made is None else made.recipes.get(message.place)
+    def _check_of(
+        self, request: str, attempt: int, deployment: int, place: m.Place, now: float
+    ) -> _Check | None:
+        """A check that this device can do, whoever speaks of it first."""
+        made = self._installing.deployments.get(deployment)
+        recipe = None if made is None else made.recipes.get(place)
         if recipe is None or self._device not in recipe.program.devices:
-            return
-        check = self._checks.get(key)
-        if check is None:
-            if len(self._checks) >= limits.CHECKS_HELD:
-                return
-            check = self._checks[key] = _Check(message.deployment, Gathering(recipe), now)
-        if check.whole_at is not None:
+            return None
+        key = (request, attempt, place)
+        if key not in self._checks and len(self._checks) < limits.CHECKS_HELD:
+            self._checks[key] = _Check(deployment, Gathering(recipe), now)
+        return self._checks.get(key)
+
+    def _take(self, message: m.Sample, array: Array, now: float) -> None:
+        check = self._check_of(
+            message.request, message.attempt, message.deployment, message.place, now
+        )
+        if check is None or check.whole_at is not None:
             return  # it came twice
-        outputs = len(recipe.program.outputs)
+        outputs = len(check.gathering.recipe.program.outputs)
         if message.made and message.slot < outputs:
             check.theirs[message.slot] = array
         elif not message.made:
@@ -132,7 +163,7 @@ class Checking:
         if self._computes:
             return []
         for (request, attempt, place), check in self._checks.items():
-            if check.whole_at is None:
+            if check.whole_at is None or not check.honest:
                 continue
             if self._computing.running is None or now >= check.whole_at + limits.CHECK_IDLE_S:
                 check.inputs = check.gathering.inputs()
@@ -176,6 +207,6 @@ class Checking:
     def next_deadline(self) -> float | None:
         times = [check.since + limits.CHECK_S for check in self._checks.values()]
         if not self._computes:
-            whole = (check.whole_at for check in self._checks.values())
+            whole = (check.whole_at for check in self._checks.values() if check.honest)
             times += [at + limits.CHECK_IDLE_S for at in whole if at is not None]
         return min(times, default=None)

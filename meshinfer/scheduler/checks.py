@@ -111,6 +111,7 @@ class Checks:
             place=place,
             of=of,
             by=by.bulk,
+            head=tried.head,
         )
         tried.took.add(by.name)  # it is released there, too
         told = [Send(Plane.CONTROL, peer, check) for _, peer in sorted(tried.peers().items())]

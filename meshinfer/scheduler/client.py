@@ -88,7 +88,7 @@ class ClientCore:
         self._hello_due = 0.0
         self._beat_due = 0.0
         self._heard = 0.0
-        self._ever_welcome = False
+        self._ever_welcome, self._head = False, ""
         self._connected: set[str] = set()
         self._on_device = OnDevice()
         self.full = Full(self._requests)
@@ -166,14 +166,14 @@ class ClientCore:
             case m.Deliver() if message.request in self._requests and self._acts_as:
                 return self._computing.deliver(event.peer, message, event.payload, now)
             case m.Deliver():  # of what is over here
-                self._outbox.acknowledge(message.acks)
+                self._outbox.acknowledge(event.peer, message.acks)
                 self._acks.add(event.peer, message.id, len(event.payload), now)
                 return []
             case m.Answer():
                 self._acks.add(event.peer, message.id, len(event.payload), now)
-                return self._answered(message, event.payload)
+                return self._answered(event.peer, message, event.payload)
             case m.Ack():
-                self._outbox.acknowledge(message.ids)
+                self._outbox.acknowledge(event.peer, message.ids)
                 return []
             case m.Chunk() | m.Gone():
                 return self._on_device.arrived(event.peer, message, event.payload, now)
@@ -251,7 +251,7 @@ class ClientCore:
         peers = {peer.id: peer for peer in (message.bulk, message.head)}
         left = sorted(self._connected - set(peers))
         self._connected = set(peers)
-        self._welcome = message
+        self._welcome, self._head = message, message.head.id
         self._ever_welcome = True
         self.full.over()
         self._beat_due = now
@@ -301,9 +301,9 @@ class ClientCore:
                 effects.append(told(question.message))
         return effects
 
-    def _answered(self, message: m.Answer, payload: memoryview) -> list[Effect]:
+    def _answered(self, peer: str, message: m.Answer, payload: memoryview) -> list[Effect]:
         request = self._requests.get(message.request)
-        if request is None:
+        if request is None or peer != self._head:  # devices send pieces, and to a head alone
             return []
         try:
             array = array_of(message.tensor, payload)

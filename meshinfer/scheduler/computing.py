@@ -65,6 +65,8 @@ class Computing:
         if not stale and name not in self._requests and len(self._requests) >= limits.FED_REQUESTS:
             # Not acknowledged: the client sends it again later.
             return [Note("warning", "too many inputs wait here", {"request": name})]
+        if name in self._requests and not self._requests[name].may_give(peer):
+            return [Note("warning", "inputs of another's request", {"request": name, "peer": peer})]
         self.acks.add(peer, message.id, len(payload), now)
         if stale:
             return []
@@ -73,12 +75,8 @@ class Computing:
         except ProtocolError as error:
             return [Note("warning", "bad input", {"request": name, "why": str(error)})]
         request = self.holding.request(name, now)
-        if peer == request.giver and message.turn < request.turn:
+        if not request.take(peer, message.turn, message.tensor.name, array):
             return []
-        if (peer, message.turn) != (request.giver, request.turn):
-            request.giver, request.turn = peer, message.turn
-            request.fed.clear()
-        request.fed[message.tensor.name] = array
         return self._scatter(name, request, now)
 
     def feed_here(
@@ -169,12 +167,13 @@ class Computing:
     def deliver(
         self, peer: str, message: m.Deliver, payload: memoryview, now: float
     ) -> list[Effect]:
-        self.outbox.acknowledge(message.acks)
+        self.outbox.acknowledge(peer, message.acks)
         self.acks.add(peer, message.id, len(payload), now)
-        # Pieces are sent when all devices have installed: an unknown deployment is a retired one.
-        if message.deployment not in self._deployments:
+        made, name = self._deployments.get(message.deployment), message.request
+        if made is None:  # pieces are sent when all have installed: it is a retired one
             return []
-        name = message.request
+        if not made.may_send(peer, message.consumer, message.slot, message.head):
+            return [Note("warning", "a piece of another's", {"request": name, "peer": peer})]
         request = self.holding.current(name, message.attempt, message.deployment, now)
         if request is None:
             return []
@@ -183,9 +182,8 @@ class Computing:
         try:
             array = array_of(message.tensor, payload)
         except ProtocolError as error:
-            fields = {"request": name, "peer": peer, "why": str(error)}
-            return [*effects, Note("warning", "bad piece", fields)]
-        effects += doubts(self._deployments[message.deployment], message, peer, array)
+            return [*effects, Note("warning", "bad piece", {"peer": peer, "why": str(error)})]
+        effects += doubts(made, message, peer, array)
         return effects + self._place(name, request, message.consumer, message.slot, array, now)
 
     def _learn(

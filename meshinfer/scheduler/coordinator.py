@@ -203,11 +203,11 @@ class CoordinatorCore:
             case m.Lacks() if runs:
                 return self._answering.fallback.lacks(peer, message)
             case m.NotKept() if runs:
-                return self._answering.not_kept(message)
+                return self._answering.not_kept(peer, message)
             case m.Merged() if runs:
                 return self._answering.merged(peer, message, now)
             case m.TaskFailed() if runs:
-                return self._answering.task_failed(message, now)
+                return self._answering.task_failed(peer, message, now)
             case m.Checked() | m.Doubtful() if runs:
                 effects, out = self._answering.checks.heard(peer, message, now)
                 return effects + [e for n in out for e in self._deploying.out_of_service(n, now)]

@@ -34,6 +34,7 @@ class Detours:
 
     def __init__(self, own: str) -> None:
         self._own = own
+        self._relay = ""
         self._ways: dict[str, _Way] = {}
         self._asked: dict[str, float] = {}
         self._number = _FIRST
@@ -51,8 +52,14 @@ class Detours:
 
     def begin(self, message: m.Detour, now: float) -> list[Effect]:
         """The coordinator says how to go."""
+        self.trust(message.via)
         self._go_by(message.peer.id, message.via.id, now)
         return [Connect(message.via)]
+
+    def trust(self, head: m.Peer | None) -> None:
+        """The coordinator names its head: what this relays is from whom it says, since it looks."""
+        if head is not None:
+            self._relay = head.id
 
     def _go_by(self, peer: str, via: str, now: float) -> None:
         if peer not in self._ways:
@@ -78,18 +85,18 @@ class Detours:
         relay = m.Relay(to=effect.peer, origin=self._own, message=effect.message)
         return Send(Plane.BULK, way.via, relay, effect.payload)
 
-    def relayed(self, peer: str, message: m.Relay, payload: memoryview, now: float) -> list[Effect]:
-        """A message that was not sent to us: pass it on. One for us: its answers go back that
-        way."""
-        if message.to == self._own:
-            self._go_by(message.origin, peer, now)
-            return []
-        if message.to == peer:
-            return []
+    def pass_on(self, peer: str, message: m.Relay, payload: memoryview) -> list[Effect]:
+        """The head's part. Whoever gets it believes the head, so it looks who says so."""
+        if message.origin != peer or message.to == peer:
+            return [Note("warning", "it relays nothing for others", {"peer": peer})]
         return [Send(Plane.BULK, message.to, message, payload)]
 
-    def is_mine(self, message: m.Relay) -> bool:
-        return message.to == self._own
+    def is_for_us(self, peer: str, message: m.Relay, now: float) -> bool:
+        """Whether it is a message for this device, by its head: the answers go back that way."""
+        if message.to != self._own or peer != self._relay:
+            return False
+        self._go_by(message.origin, peer, now)
+        return True
 
     def echoed(self, peer: str, number: int) -> list[Effect]:
         """A straight echo has come back: so does what is sent straight."""

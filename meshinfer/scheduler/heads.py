@@ -17,6 +17,8 @@ from meshinfer.scheduler.membership import Membership
 from meshinfer.scheduler.on_device import grant, has_room, only_task
 from meshinfer.scheduler.request import Request
 
+Names = tuple[str, ...]
+
 
 class Heads:
     """Mutable: owned by the coordinator's core. ``_with``: of each client that stands for the head,
@@ -184,4 +186,12 @@ def _install(
         head=made.head,
         keep_bytes=keep_bytes,
         model=made.model.name,
+        makers=_makers(made, programs),
     )
+
+
+def _makers(made: Deployment, programs: tuple[m.Program, ...]) -> tuple[tuple[m.Place, Names], ...]:
+    """Of each task that these programs read: whoever has it."""
+    read = {x.producer for p in programs for value in p.inputs for x in value.pieces}
+    found = {p.place: p.devices or (name,) for name, each in made.programs.items() for p in each}
+    return tuple((place, found[place]) for place in sorted(read))

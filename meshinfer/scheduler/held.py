@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from meshinfer.protocol import messages as m
+from meshinfer.scheduler.authority import names_of
 from meshinfer.scheduler.events import Array
 from meshinfer.scheduler.recipe import Gathering, Recipe
 
@@ -40,6 +41,21 @@ class Held:
     made: dict[m.Place, Sequence[Array]] = field(default_factory=dict)
     kept_bytes: int = 0
     not_kept: set[m.Place] = field(default_factory=set)
+
+    def may_give(self, peer: str) -> bool:
+        """Whether inputs may come from a peer: once it has begun, from its client's holder alone,
+        whose next process may ask again."""
+        return not self.client or names_of(peer)[1] == names_of(self.client)[1]
+
+    def take(self, peer: str, turn: int, name: str, array: Array) -> bool:
+        """An input, unless its giver has given it anew since; those of another turn are dropped."""
+        if peer == self.giver and turn < self.turn:
+            return False
+        if (peer, turn) != (self.giver, self.turn):
+            self.giver, self.turn = peer, turn
+            self.fed.clear()
+        self.fed[name] = array
+        return True
 
     def runs(self, attempt: int, deployment: int) -> bool:
         """Whether this is what it is at now."""

@@ -36,11 +36,14 @@ class Holding:
         return self.requests[name]
 
     def current(self, name: str, attempt: int, deployment: int, now: float) -> Held | None:
-        """The request under this attempt; None when the attempt is stale."""
+        """The request under this attempt; None when the attempt is stale, or is no attempt of this
+        deployment: a member may say anything."""
         if attempt <= self._released.get(name, _NEVER)[0]:
             return None
         request = self.request(name, now)
         if attempt < request.attempt:
+            return None
+        if attempt == request.attempt and deployment != request.deployment:
             return None
         if attempt > request.attempt:
             self._drop(name)

@@ -29,8 +29,9 @@ from meshinfer.scheduler.telling import told
 class Deployment:
     """``peers``: device -> peer id, for what the programs send; ``tasks``: how many programs
     compute in each request; ``head``: the plan's source and sink; ``keep_bytes``: as in
-    ``Install``; ``missing``: blobs to come; ``parts``: of it that were told of; ``odd``: tasks
-    whose results are not all finite, as was told."""
+    ``Install``; ``makers``: of each task, who may send what it makes; ``missing``: blobs to come;
+    ``parts``: of it that were told of; ``odd``: tasks whose results are not all finite,
+    as was told."""
 
     programs: dict[m.Place, m.Program] = field(default_factory=dict)
     recipes: dict[m.Place, Recipe] = field(default_factory=dict)
@@ -38,6 +39,7 @@ class Deployment:
     tasks: int = 0
     head: str = ""
     keep_bytes: int = limits.KEPT_BYTES
+    makers: dict[m.Place, tuple[str, ...]] = field(default_factory=dict)
     missing: set[str] = field(default_factory=set)
     parts: int = 0
     odd: set[m.Place] = field(default_factory=set)
@@ -48,10 +50,22 @@ class Deployment:
             self.programs[program.place] = program
             self.recipes[program.place] = Recipe.of(program)
         self.peers |= {peer.device: peer.id for peer in message.peers}
+        self.makers |= dict(message.makers)
         own = (p for p in self.programs.values() if p.is_own(device))
         self.tasks = sum(p.model is not None for p in own)
         self.head, self.keep_bytes = message.head, message.keep_bytes
         self.parts += 1
+
+    def may_send(self, peer: str, consumer: m.Place, slot: int, head: str) -> bool:
+        """Whether such a piece is a peer's to send: a task's is of the devices that have it, the
+        source's is also of the client ``head`` that stands there."""
+        recipe = self.recipes.get(consumer)
+        awaited = None if recipe is None else recipe.slots.get(slot)
+        if awaited is None:
+            return False
+        device = peer.partition("#")[0]
+        its = device in self.makers.get(awaited.producer, ())
+        return its or (awaited.producer[0] < 0 and peer == head)
 
 
 class Installing:

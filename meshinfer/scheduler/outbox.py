@@ -93,9 +93,12 @@ class Outbox:
                 del self._waiting[peer]
         return effects
 
-    def acknowledge(self, numbers: Iterable[int]) -> None:
+    def acknowledge(self, peer: str, numbers: Iterable[int]) -> None:
+        """By whom they went to: anybody can count."""
         for number in numbers:
-            self._drop(number)
+            entry = self._entries.get(number)
+            if entry is not None and entry.peer == peer:
+                self._drop(number)
 
     def forget(self, which: Callable[[Numbered], bool]) -> None:
         """Nobody needs these any more."""

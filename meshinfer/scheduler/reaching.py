@@ -32,7 +32,7 @@ class Reaching:
     def unreachable(self, peer: str, message: m.Unreachable, now: float) -> list[Effect]:
         """A device does not get what another sends: plan without it for a while. Where one end is a
         client, it goes by the head instead."""
-        if not self._answering.unreachable(message):
+        if not self._answering.unreachable(peer, message):
             return []
         client = self._heads.among(peer, message.peer)
         if client is not None:

@@ -25,7 +25,8 @@ class Slot:
     """Where an awaited piece goes: which input, and which part of it (None: it is all of it).
 
     ``shape``: of the piece; None where it is known only when it comes; ``dtype``: of its elements,
-    empty where nobody said. ``half``: it is float32 and may come as float16.
+    empty where nobody said. ``half``: it is float32 and may come as float16. ``producer``: the task
+    that makes it.
     """
 
     shard: Shard
@@ -34,6 +35,7 @@ class Slot:
     shape: tuple[int, ...] | None
     half: bool = False
     dtype: str = ""
+    producer: m.Place = (-1, 0)
 
     def fits(self, array: Array) -> bool:
         """Whether a piece is of the shape and the type that are awaited."""
@@ -93,7 +95,7 @@ class Recipe:
                 where = None if alone else box.within(whole)
                 shape = box.shape if box.axes else None
                 slots[piece.slot] = Slot(
-                    piece.shard, position, where, shape, piece.half, value.dtype
+                    piece.shard, position, where, shape, piece.half, value.dtype, piece.producer
                 )
         cuts = tuple(_cut(program, send) for send in program.sends)
         passes = bool(program.devices) or any(send.others for send in program.sends)

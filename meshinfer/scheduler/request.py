@@ -156,6 +156,16 @@ class Request:
         return self.deployment is not None and self.merged is None
 
 
+def told_by(
+    open_: Mapping[str, Request], peer: str, word: m.TaskFailed | m.Unreachable | m.NotKept
+) -> Request | None:
+    """The request whose present attempt this tells of, if its sender has a part in it."""
+    request = open_.get(word.request)
+    if request is None or request.deployment is None or request.attempt != word.attempt:
+        return None
+    return request if peer in request.tried[request.attempt].peers().values() else None
+
+
 def running(open_: Mapping[str, Request]) -> list[Request]:
     """Those that have begun and are not merged; most may wait."""
     return [r for r in open_.values() if r.deployment is not None and r.merged is None]

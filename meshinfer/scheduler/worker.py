@@ -122,12 +122,13 @@ class WorkerCore:
             case m.Feed():
                 return self._computing.feed(peer, message, event.payload, now)
             case m.Relay():
-                effects = self._detours.relayed(peer, message, event.payload, now)
-                if not self._detours.is_mine(message):
-                    return effects
+                if self.hello.facts.head:
+                    return self._detours.pass_on(peer, message, event.payload)
+                if not self._detours.is_for_us(peer, message, now):
+                    return [Note("warning", "relayed by another than the head", {"peer": peer})]
                 return self._arrived(Arrived(message.origin, message.message, event.payload), now)
             case m.Ack():
-                self._computing.outbox.acknowledge(message.ids)
+                self._computing.outbox.acknowledge(peer, message.ids)
                 return []
             case m.Echo():
                 return [Send(Plane.BULK, peer, m.Echoed(id=message.id))]
@@ -204,6 +205,7 @@ class WorkerCore:
             self._computing.holding.forget_other_coordinator()
             effects.append(Disconnect(self._coordinator.id))
         self._coordinator = message.bulk
+        self._detours.trust(message.head)
         self.joined = True
         self._beat_due = now
         effects += [Connect(message.bulk), Note("info", "joined", self._ids)]

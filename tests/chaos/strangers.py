@@ -86,6 +86,7 @@ def records(run: Run) -> None:
     ):
         run.fault("records", AT, count=RECORDS)
         run.pause(2.0)
+        (run.cluster.state / run.names[2] / "place.json").unlink()  # where it was last time
         _start_anew(run, 2)
         run.cluster._discovery = False  # from now on devices are told
         run.pause(2.0)
