@@ -419,7 +419,8 @@ def test_a_name_belongs_to_one_key() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["coordinator", "client-x", "a#1", "a~1", "a\x1b[2J", " a", "x" * 65, "a\n"]
+    "name",
+    ["coordinator", "client-x", "a#1", "a~1", "a\x1b[2J", " a", "x" * 65, "a\n", "p\u0456-1"],
 )
 def test_a_name_that_could_be_taken_for_something_else_is_refused(name: str) -> None:
     desk = Desk()

@@ -67,7 +67,7 @@ class NodeActor:
         actor, which its errors tell."""
         import ray
 
-        return socket.gethostname(), ray.get_runtime_context().get_actor_id()
+        return socket.gethostname(), ray.get_runtime_context().get_actor_id() or ""
 
     def measure(self) -> bytes:
         """``Facts``, measured as a worker daemon measures itself."""

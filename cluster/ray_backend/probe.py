@@ -6,6 +6,7 @@ its faults end the process. Here the first word of either is the answer.
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -78,7 +79,7 @@ def main(address: str, parent: int) -> None:
 
     processes.watch_parent(parent, lambda: os._exit(0))
     try:
-        ray.init(address=address, log_to_driver=False, logging_level="error")
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         outcome = "ok"
     except Exception as error:
         outcome = f"{type(error).__name__}: {error}"

@@ -4,6 +4,7 @@ the last client that made it is closed. Who has called ``ray.init`` before keeps
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import socket
@@ -99,7 +100,7 @@ def _init(ray: Any, where: str) -> None:
 
     def init() -> None:
         try:
-            ray.init(address=where, log_to_driver=False, logging_level="error")
+            ray.init(address=where, log_to_driver=False, logging_level=logging.ERROR)
         except Exception as error:
             failed.append(error)
 

@@ -41,6 +41,7 @@ def name_refusal(name: str) -> m.Failure | None:
     """Why no device can have this name: it is shown to people, and is a part of a peer's id."""
     if (
         len(name) <= limits.DEVICE_NAME_CHARS
+        and name.isascii()  # no two that look alike
         and name.isprintable()
         and name == name.strip()
         and not set(name) & set("#~")
@@ -51,8 +52,8 @@ def name_refusal(name: str) -> m.Failure | None:
     return m.Failure(
         error="ConfigurationError",
         message=f"no device may have the name {name[: limits.DEVICE_NAME_CHARS]!r}",
-        hint=f"choose one of 1 to {limits.DEVICE_NAME_CHARS} printable characters with --name; "
-        f"without # and ~, not {COORDINATOR} and not beginning with {_RESERVED}",
+        hint=f"choose one of 1 to {limits.DEVICE_NAME_CHARS} printable ASCII characters with "
+        f"--name; without # and ~, not {COORDINATOR} and not beginning with {_RESERVED}",
     )
 
 
