@@ -53,6 +53,9 @@ from meshinfer.scheduler.worker import COORDINATOR, WorkerCore
 HEAD = "head"
 """Name of the coordinator's own device, the source and the sink of requests."""
 
+PARTS = ("loop", HEAD)
+"""What has to be alive for the service manager, as ``notify`` names it."""
+
 EVERYWHERE, LOOPBACK = "0.0.0.0", "127.0.0.1"
 _LOOK_S = 2.5
 _POLL_S = 0.02
@@ -102,7 +105,6 @@ def run_coordinator(
     """
     state = Path(options.state_dir)
     processes.hold_folder(state)
-    notify.enable(("loop", HEAD), of_another=bool(options.parent))
     address = state / ADDRESS_FILE
     address.unlink(missing_ok=True)  # of one that was killed
     keyring, own = load_or_create_coordinator(state, options.cluster, plaintext=options.plaintext)
@@ -142,14 +144,12 @@ def run_coordinator(
         else:
             planning.put(effect)
 
-    beat = partial(notify.alive, f"listens at port {port}", ready=True)
-    signed = Signing(core, signing, incarnation)
+    signed, beat = Signing(core, signing, incarnation), partial(_alive, port)
     loop = Loop(signed, lambda: transport, perform, None, beat)
     writing = JournalThread(journal, loop.post)
     planning = PlanningThread(store, loop.post, options.log_level, options.log_form)
     head = Head(keyring, own, options.cluster, here, options.host, port, store, loop.post)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: _drain(loop))
+    _drain_at_signals(loop)
     listening = Address(host=here, port=port, join_port=join_port, pid=os.getpid())
     _tell(address, listening, options, own.public)
     head.start()
@@ -165,9 +165,17 @@ def run_coordinator(
         writing.close()
 
 
-def _drain(loop: Loop) -> None:
-    notify.stopping()
-    loop.post(StopRequested())
+def _alive(port: int) -> None:
+    notify.alive(f"listens at port {port}", ready=True)
+
+
+def _drain_at_signals(loop: Loop) -> None:
+    def drain(*_: object) -> None:
+        notify.stopping()
+        loop.post(StopRequested())
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, drain)
 
 
 def _bind(transport: Transport, options: CoordinatorOptions) -> tuple[int, int, int]:
@@ -361,6 +369,7 @@ def main(arguments: list[str]) -> int:
     telemetry.configure(options.log_level, options.log_form, name=COORDINATOR)
     if options.parent:
         processes.watch_parent(options.parent, lambda: os._exit(0))
+    notify.enable(PARTS, of_another=bool(options.parent))
     try:
         failure = run_coordinator(options)
     except MeshInferError as error:

@@ -192,12 +192,9 @@ def run_worker(options: WorkerOptions) -> m.Failure | None:
         else:
             storing.put(effect)
 
-    def each_step() -> None:
-        _tell(plain, coordinator)
-        watch.look(time.monotonic())
-
-    loop = Loop(core, lambda: transport, perform, coordinator, each_step)
     watch = Watch(lambda board: loop.post(BoardRead(board), wake=False))
+    each_step = partial(_each_step, plain, coordinator, watch)
+    loop = Loop(core, lambda: transport, perform, coordinator, each_step)
     storing = StoreThread(store, lambda: engine, loop.post)
     doing = Doing(options.doing)
     compute = ComputeThread(storing, loop.post, partial(_speed, options), doing)
@@ -258,8 +255,10 @@ def _hello(
     )
 
 
-def _tell(core: WorkerCore, coordinator: Endpoint) -> None:
-    """Let the service manager know that the loop lives, and whether it has joined."""
+def _each_step(core: WorkerCore, coordinator: Endpoint, watch: Watch) -> None:
+    """Let the service manager know that the loop lives, and whether it has joined; and look how
+    warm the board is."""
+    watch.look(time.monotonic())
     where = f"the coordinator at {coordinator.host}:{coordinator.port}"
     if core.joined:
         notify.alive(f"joined {where}", ready=True)

@@ -157,6 +157,15 @@ def test_a_dry_run_shows_all_but_the_token(tmp_path: Path) -> None:
     assert text not in done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("option", [("--state-dir", "x"), ("--forget",), ("--blob-key-file", "x")])
+def test_what_a_service_cannot_have_is_refused_and_not_left_out(
+    tmp_path: Path, option: tuple[str, ...]
+) -> None:
+    done = meshinfer("worker", "--install", "--dry-run", *option, home=tmp_path)
+    assert done.returncode == 2
+    assert f"a service cannot have {option[0]}" in done.stderr
+
+
 def test_an_empty_token_file_is_told_as_such(tmp_path: Path) -> None:
     """As of the service, where there is no /etc/meshinfer/token."""
     (tmp_path / "token").write_text("\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import os
 import re
@@ -25,6 +24,7 @@ from cluster.cli.options import (
     Interfaces,
     LogForm,
     LogLevel,
+    check_insecure,
     is_default,
 )
 from meshinfer.errors import AuthError, ClusterUnavailable, ConfigurationError
@@ -96,7 +96,7 @@ def coordinator(
 
     telemetry.configure(log_level, log_form, name="coordinator")
     check_cluster_name(cluster)
-    _check_insecure(host, insecure, insecure_anywhere)
+    check_insecure(host, insecure, insecure_anywhere)
     state = state_dir or coordinator_state(cluster)
     secret = new_secret()
     options = CoordinatorOptions(
@@ -123,7 +123,8 @@ def coordinator(
 
 def _serve(options: CoordinatorOptions, beside: _Beside | None, secret: bytes, *, qr: bool) -> None:
     """``secret``: of the token in the line that it prints."""
-    from cluster.coordinator import run_coordinator
+    from cluster import notify
+    from cluster.coordinator import PARTS, run_coordinator
     from cluster.keyring import KEYRING_FILE, read_keyring
     from cluster.tokens import places_of, token_for
     from meshinfer.protocol.codec import error_of
@@ -135,6 +136,7 @@ def _serve(options: CoordinatorOptions, beside: _Beside | None, secret: bytes, *
         places = places_of(options.host, address.join_port)
         show_line(token_for(ring, "worker", secret, places), options.log_form, qr=qr)
 
+    notify.enable(PARTS)
     try:
         failure = run_coordinator(options, listening)
     finally:
@@ -332,29 +334,6 @@ class _Beside:
                 return
         process.kill()
         process.wait()
-
-
-def _check_insecure(host: str, insecure: bool, anywhere: bool) -> None:
-    """Without encryption on this machine only, unless it is asked for twice."""
-    if anywhere and not insecure:
-        raise ConfigurationError(
-            "--insecure-anywhere says where --insecure may be, and that is not given",
-            hint="leave it out: all connections are encrypted",
-        )
-    if insecure and not (anywhere or _is_loopback(host)):
-        where = host or "all addresses"
-        raise ConfigurationError(
-            f"--insecure at {where} would let anyone in who reaches this machine",
-            hint="give --host 127.0.0.1, or --insecure-anywhere too if that is what you want",
-        )
-
-
-def _is_loopback(host: str) -> bool:
-    """Of addresses only: what a name stands for may change."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _interfaces(given: list[str] | None, mdns: bool) -> tuple[str, ...] | None:

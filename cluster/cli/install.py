@@ -39,8 +39,12 @@ _VARIABLES = {
     "threads": "MESHINFER_WORKER_THREADS",
     "memory": "MESHINFER_WORKER_MEMORY",
     "log_level": "MESHINFER_LOG_LEVEL",
+    "encrypt_blobs": "MESHINFER_WORKER_ENCRYPT_BLOBS",
 }
 """Options that the service is to have, and how its environment says them."""
+
+_NOT_OF_IT = frozenset(("state_dir", "keyring", "blob_key_file", "speed", "forget"))
+"""Options whose files a service's own user does not see, or that are for once."""
 
 Install = Annotated[
     bool,
@@ -96,15 +100,20 @@ def files_of(
 
 def install_with(ctx: typer.Context, token: Token | None, *, dry_run: bool) -> None:
     """As ``install``, with the options that were given to ``meshinfer worker``."""
+    sources = {name: ctx.get_parameter_source(name) for name in ctx.params}
     given = {
         name: value
         for name, value in ctx.params.items()
-        if (source := ctx.get_parameter_source(name)) is not None and source.name != "DEFAULT"
+        if (source := sources[name]) is not None and source.name != "DEFAULT"
     }
-    if "state_dir" in given:
-        raise InvalidInput(
-            "a service keeps its state in /var/lib/meshinfer-worker", hint="leave --state-dir out"
-        )
+    for name in sorted(given.keys() & _NOT_OF_IT):
+        source = sources[name]
+        if source is not None and source.name == "COMMANDLINE":
+            raise InvalidInput(
+                f"a service cannot have --{name.replace('_', '-')}",
+                hint="leave it out: the service has a user and a folder of its own, "
+                "/var/lib/meshinfer-worker",
+            )
     settings = {
         variable: " ".join(value) if isinstance(value, list | tuple) else value
         for name, variable in _VARIABLES.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -303,3 +304,26 @@ def size(nbytes: float) -> str:
         if nbytes >= scale:
             return f"{nbytes / scale:.3g} {unit}"
     return f"{nbytes:.0f} B"
+
+
+def check_insecure(host: str, insecure: bool, anywhere: bool) -> None:
+    """Without encryption on this machine only, unless it is asked for twice."""
+    if anywhere and not insecure:
+        raise ConfigurationError(
+            "--insecure-anywhere says where --insecure may be, and that is not given",
+            hint="leave it out: all connections are encrypted",
+        )
+    if insecure and not (anywhere or _is_loopback(host)):
+        where = host or "all addresses"
+        raise ConfigurationError(
+            f"--insecure at {where} would let anyone in who reaches this machine",
+            hint="give --host 127.0.0.1, or --insecure-anywhere too if that is what you want",
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    """Of addresses only: what a name stands for may change."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
