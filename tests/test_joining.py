@@ -171,7 +171,8 @@ def test_a_liar_on_mdns_whose_key_nobody_has_is_passed_over_by_who_has_no_token(
 ) -> None:
     key = generate_keypair().public
     places = {"join_port": home.join_port, "protocol": (1, 9), "interfaces": list(LO)}
-    liar = announce(home.cluster, home.port, key=key, **places)  # type: ignore[arg-type]
+    # By its port another service; of one name there would be a race, or only one.
+    liar = announce(home.cluster, home.join_port, key=key, **places)  # type: ignore[arg-type]
     try:
         assert len(browse(home.cluster, timeout_s=LONG_S, interfaces=LO, until=2)) == 2
         with daemon("cluster.worker", home.worker(tmp_path / "misled")):
