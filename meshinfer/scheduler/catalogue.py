@@ -164,9 +164,10 @@ class Deployment:
         return min((room for room in (memory_bytes, budget) if room), default=0)
 
     def keep_members(self) -> None:
-        """Of all that might have been, those of the plan and those that stand by for one."""
+        """Of all that might have been, those of the plan and those that stand by for one; of a plan
+        that an earlier coordinator had, one that stood by may not have come back."""
         programs = (p for each in self.programs.values() for p in each)
-        spares = sorted({name for p in programs for name in p.spares})
+        spares = sorted({name for p in programs for name in p.spares} & self.members.keys())
         self.spares.peers = {name: self.members[name] for name in spares}
         self.members = {name: self.members[name] for name in (*self.programs, *spares)}
 
