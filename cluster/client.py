@@ -169,27 +169,24 @@ class Client(MayBeRay):
         plan keeps, ``NotEnoughMemory`` with numbers when no plan fits, ``ClusterUnavailable`` when
         no worker can compute.
         """
-        from cluster.models import model_and_shapes, offer_model  # onnx is heavy
+        from cluster.models import deploy_message, model_and_shapes, offer_model  # onnx is heavy
 
         with self._lock:
             self._refuse_when_closed()
         given, fixed = model_and_shapes(model, example, shapes)
         with self._offers.held(partial(offer_model, given)) as offer:
-            message = m.Deploy(
-                call=secrets.token_hex(12),
-                name=name,
-                digest=offer.digest,
-                nbytes=offer.nbytes,
-                weights=tuple(m.Blob(digest=d, nbytes=n) for d, n in offer.weights.items()),
-                plan=None if plan is None else str(plan),
-                image=None if image is None else image.to_json(),
-                shapes=fixed,
+            message = deploy_message(
+                name,
+                offer,
+                fixed,
+                plan=plan,
+                image=image,
+                memory=memory,
+                pin=pin,
                 objective=objective,
                 spread=spread,
                 strict=strict,
                 half_transfers=half_transfers,
-                pin=None if pin is None else {v: tuple(names) for v, names in pin.items()},
-                memory=memory if memory is None or isinstance(memory, int) else dict(memory),
             )
             answer = self._ask(message, timeout_s)
         assert isinstance(answer, m.Deployed)

@@ -14,12 +14,13 @@ from cluster.keys import (
     KeyPair,
     check_fields,
     generate_keypair,
+    make_folder,
     pair_fields,
     pair_of,
     read_private,
     write_private,
 )
-from meshinfer.errors import AuthError, ConfigurationError
+from meshinfer.errors import AuthError
 from meshinfer.protocol.token import device_id
 
 log = structlog.get_logger(__name__)
@@ -33,13 +34,7 @@ def own_identity(state_dir: Path) -> KeyPair:
     made on another machine."""
     path = state_dir / IDENTITY_FILE
     hint = f"restore {path} from a backup, or remove it: the device then has to join anew"
-    try:
-        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigurationError(
-            f"cannot create the state folder {state_dir}: {error.strerror}",
-            hint="choose another state folder, or fix its permissions",
-        ) from error
+    make_folder(state_dir)
     machine = machine_id()
     if path.exists():
         fields = read_private(path, "identity", hint)

@@ -17,6 +17,7 @@ from cluster.keys import (
     check_fields,
     generate_keypair,
     key_of,
+    make_folder,
     pair_fields,
     pair_of,
     read_private,
@@ -128,13 +129,7 @@ def load_or_create_coordinator(
     check_cluster_name(cluster)
     own_path, ring_path = state_dir / _COORDINATOR_FILE, state_dir / KEYRING_FILE
     lost_hint = f"restore it from a backup, or empty {state_dir} to start a new cluster"
-    try:
-        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigurationError(
-            f"cannot create the state folder {state_dir}: {error.strerror}",
-            hint="choose another state folder, or fix its permissions",
-        ) from error
+    make_folder(state_dir)
     if not own_path.exists():
         if ring_path.exists():  # it speaks of a coordinator: never replaced by a stranger's
             raise AuthError(f"{ring_path} is there, but {own_path} is not", hint=lost_hint)

@@ -34,6 +34,17 @@ def generate_keypair() -> KeyPair:
     return KeyPair(public.decode("ascii"), secret.decode("ascii"))
 
 
+def make_folder(state_dir: Path) -> None:
+    """A state folder that only its owner looks into, unless it is there. ``ConfigurationError``."""
+    try:
+        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(
+            f"cannot create the state folder {state_dir}: {error.strerror}",
+            hint="choose another state folder, or fix its permissions",
+        ) from error
+
+
 def is_key(text: object) -> bool:
     """Whether this is the Z85 form of 32 bytes."""
     if not isinstance(text, str) or len(text) != _KEY_CHARS or not text.isascii():

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -18,9 +20,12 @@ from google.protobuf.message import EncodeError
 from cluster.offers import Offer, Put
 from meshinfer import limits
 from meshinfer.errors import InvalidInput
+from meshinfer.image import ImageSpec
 from meshinfer.importers import Source, from_torch, is_torch_module, open_model
 from meshinfer.importers.checks import is_external, tensors_of
 from meshinfer.importers.external import Segment, name_weights
+from meshinfer.plan import Plan
+from meshinfer.protocol import messages as m
 
 
 def model_and_shapes(
@@ -69,6 +74,33 @@ def offer_model(model: object, put: Put, least: int = limits.WEIGHT_FILE_BYTES) 
     digest = hashlib.sha256(data).hexdigest()
     put(digest, data)
     return Offer(digest, len(data), weights, files)
+
+
+def deploy_message(
+    name: str,
+    offer: Offer,
+    shapes: dict[str, tuple[int, ...]] | None,
+    *,
+    plan: Plan | str | None,
+    image: ImageSpec | None,
+    memory: int | Mapping[str, int] | None,
+    pin: Mapping[str, Sequence[str]] | None = None,
+    **options: Any,
+) -> m.Deploy:
+    """What ``Client.deploy`` was asked for, as a message; ``options``: its other fields."""
+    return m.Deploy(
+        call=secrets.token_hex(12),
+        name=name,
+        digest=offer.digest,
+        nbytes=offer.nbytes,
+        weights=tuple(m.Blob(digest=d, nbytes=n) for d, n in offer.weights.items()),
+        plan=None if plan is None else str(plan),
+        image=None if image is None else image.to_json(),
+        shapes=shapes,
+        pin=None if pin is None else {v: tuple(names) for v, names in pin.items()},
+        memory=memory if memory is None or isinstance(memory, int) else dict(memory),
+        **options,
+    )
 
 
 def _given(model: object, proto: onnx.ModelProto) -> bytes:

@@ -193,7 +193,7 @@ def run_worker(options: WorkerOptions) -> m.Failure | None:
             storing.put(effect)
 
     watch = Watch(lambda board: loop.post(BoardRead(board), wake=False))
-    each_step = partial(_each_step, plain, coordinator, watch)
+    each_step = _each_step(plain, coordinator, watch)
     loop = Loop(core, lambda: transport, perform, coordinator, each_step)
     storing = StoreThread(store, lambda: engine, loop.post)
     doing = Doing(options.doing)
@@ -255,15 +255,17 @@ def _hello(
     )
 
 
-def _each_step(core: WorkerCore, coordinator: Endpoint, watch: Watch) -> None:
-    """Let the service manager know that the loop lives, and whether it has joined; and look how
+def _each_step(core: WorkerCore, coordinator: Endpoint, watch: Watch) -> Callable[[], None]:
+    """Lets the service manager know that the loop lives, and whether it has joined; and looks how
     warm the board is."""
-    watch.look(time.monotonic())
     where = f"the coordinator at {coordinator.host}:{coordinator.port}"
-    if core.joined:
-        notify.alive(f"joined {where}", ready=True)
-    else:
-        notify.alive(f"waits for {where}")
+    joined, waits = f"joined {where}", f"waits for {where}"  # once: each message is a step
+
+    def step() -> None:
+        watch.look(time.monotonic())
+        notify.alive(joined if core.joined else waits, ready=core.joined)
+
+    return step
 
 
 def _speed(options: WorkerOptions) -> float:

@@ -101,7 +101,7 @@ class RayClient:
     ) -> Deployment:
         """As ``Client.deploy``. ``pin`` raises ``InvalidInput``: Ray decides where its objects lie,
         and sends small ones by way of this process."""
-        from cluster.models import model_and_shapes  # onnx is heavy
+        from cluster.models import deploy_message, model_and_shapes  # onnx is heavy
 
         if pin:
             raise InvalidInput(
@@ -110,20 +110,17 @@ class RayClient:
             )
         given, fixed = model_and_shapes(model, example, shapes)
         offer = self._stored(given)
-        message = m.Deploy(
-            call=secrets.token_hex(12),
-            name=name,
-            digest=offer.digest,
-            nbytes=offer.nbytes,
-            weights=tuple(m.Blob(digest=d, nbytes=n) for d, n in offer.weights.items()),
-            plan=None if plan is None else str(plan),
-            image=None if image is None else image.to_json(),
-            shapes=fixed,
+        message = deploy_message(
+            name,
+            offer,
+            fixed,
+            plan=plan,
+            image=image,
+            memory=memory,
             objective=objective,
             spread=spread,
             strict=strict,
             half_transfers=half_transfers,
-            memory=memory if memory is None or isinstance(memory, int) else dict(memory),
         )
         answer = self._coordinator.deploy(message, timeout_s)
         spec = results.image_of(answer)
