@@ -119,6 +119,7 @@ class Deployment:
     ``head``: the device that is source and sink, where the client is not.
     ``links``: how often links had changed when it was planned. ``ready_at``: since when it serves.
     ``alone``: the one request that runs under it, on one device; it is not what serves.
+    ``tasks``: how many a request computes, on whichever devices.
     """
 
     number: int
@@ -150,6 +151,7 @@ class Deployment:
     alone: str = ""
     ready_at: float = 0.0
     spares: Spares = field(default_factory=Spares)
+    tasks: int = 0
 
     def held(self, name: str) -> tuple[int, int]:
         """Bytes that a device is expected to hold at most: of its own, and of others' tasks."""
@@ -211,10 +213,10 @@ class Deployment:
         """Requests that may run under it at once."""
         return min(max(self.window, limits.RUNNING_REQUESTS), limits.WINDOW)
 
-    @property
-    def tasks(self) -> int:
-        """How many tasks a request computes."""
-        return len({p.place for each in self.programs.values() for p in each if p.model})
+    def run_by(self, programs: Mapping[str, tuple[m.Program, ...]]) -> None:
+        """The devices' programs, from now on. What is asked for each reply is counted once."""
+        self.programs = programs
+        self.tasks = len({p.place for each in programs.values() for p in each if p.model})
 
 
 @dataclass(slots=True)

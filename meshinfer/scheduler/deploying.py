@@ -138,8 +138,8 @@ class Deploying:
         if event.kept:
             return self._keep(made)
         made.plan, made.report, made.window = event.plan, event.report, event.window
-        made.programs, made.choices = event.programs, choices_of(event.programs)
-        made.expected = event.expected
+        made.run_by(event.programs)
+        made.choices, made.expected = choices_of(event.programs), event.expected
         made.keep_members()
         made.phase, made.waiting, made.since = Phase.INSTALLING, set(event.programs), now
         sends = [

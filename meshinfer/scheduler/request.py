@@ -60,10 +60,16 @@ class Try:
         return {**peers, made.head: self.head} if self.head else peers
 
     def devices(self) -> list[str]:
-        """Those of the plan, but for a head whose place the client took, and who took over."""
+        """Those that have a part in it: of the plan, but for a head whose place the client took,
+        and who took over. Of many that may take a task, those that were given it."""
         made = self.deployment
-        own = {name for name in made.programs if not self.head or name != made.head}
-        return sorted(own | self.took)
+        own = {
+            name
+            for name, programs in made.programs.items()
+            if any(not p.free or not p.inputs for p in programs)
+        }
+        own -= {made.head} if self.head else set()
+        return sorted(own.union(self.took, *self.assigned.values()))
 
     def first(self) -> list[str]:
         """Those that do not wait for a piece: source and sink, and tasks of weights alone."""
