@@ -38,6 +38,7 @@ from cluster.signing import Signing, Verifying, load_or_create_key
 from cluster.sockets import Endpoint, Plane
 from cluster.storing import StoreThread
 from cluster.transport import Transport
+from meshinfer import limits
 from meshinfer.errors import ClusterUnavailable, ConfigurationError, MeshInferError
 from meshinfer.protocol import messages as m
 from meshinfer.protocol.codec import error_of, failure_of
@@ -63,6 +64,8 @@ _REFRESH_S = 30.0
 _WARN_S = 60.0
 _JOIN_S = 5.0
 _LAST_PORT = 65535
+_DESCRIPTORS = 4 * limits.DEVICES + 512
+"""A device has three connections, to control, bulk and the head; clients and strangers a few."""
 
 
 class CoordinatorOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -104,6 +107,7 @@ def run_coordinator(
     ``on_listening`` is called once, from when on devices can join.
     """
     state = Path(options.state_dir)
+    processes.open_more(_DESCRIPTORS)
     processes.hold_folder(state)
     address = state / ADDRESS_FILE
     address.unlink(missing_ok=True)  # of one that was killed

@@ -1,4 +1,4 @@
-"""A cluster of many devices to which nothing happens, and what its coordinator hears, says and takes.
+"""Many devices to which nothing happens, and what their coordinator hears, says and takes.
 
 The cores, the codec and the plans are the real ones. Links have rates, a task takes what its plan
 expects, and its results are zeros: no kernel runs, and nothing is held against an oracle.
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from meshinfer.protocol import messages as m
-from meshinfer.protocol.codec import Buffer, describe, digest_of
+from meshinfer.protocol.codec import Buffer, describe
 from meshinfer.scheduler import events as e
 from meshinfer.scheduler.coordinator import CoordinatorCore
 from meshinfer.scheduler.enrolment import Door
@@ -46,13 +46,28 @@ Plans = Callable[[e.OpenModel | e.MakePlan], Planned]
 @dataclass(slots=True)
 class Meter:
     """Of the coordinator, by kinds of messages (and of other events): how many it heard and said,
-    their bytes, and the seconds that it took over what it heard, with what it said to that."""
+    their bytes, and the seconds that it took over what it heard, with what it said to that.
+    ``longest``: bytes of the longest that it said, ever."""
 
     heard: Counter[str] = field(default_factory=Counter)
     said: Counter[str] = field(default_factory=Counter)
     heard_bytes: Counter[str] = field(default_factory=Counter)
     said_bytes: Counter[str] = field(default_factory=Counter)
-    seconds: Counter[str] = field(default_factory=Counter)
+    seconds: dict[str, float] = field(default_factory=dict)
+    longest: dict[str, int] = field(default_factory=dict)
+
+    def took(self, kind: str, seconds: float) -> None:
+        self.seconds[kind] = self.seconds.get(kind, 0.0) + seconds
+
+    def copy(self) -> Meter:
+        return Meter(
+            Counter(self.heard),
+            Counter(self.said),
+            Counter(self.heard_bytes),
+            Counter(self.said_bytes),
+            dict(self.seconds),
+            dict(self.longest),
+        )
 
     def since(self, before: Meter) -> Meter:
         """What came since a copy was made."""
@@ -61,7 +76,8 @@ class Meter:
             self.said - before.said,
             self.heard_bytes - before.heard_bytes,
             self.said_bytes - before.said_bytes,
-            self.seconds - before.seconds,
+            {kind: s - before.seconds.get(kind, 0.0) for kind, s in self.seconds.items()},
+            dict(self.longest),
         )
 
 
@@ -74,7 +90,7 @@ class Metered(CoordinatorCore):
     def handle(self, event: e.Event, now: float) -> list[e.Effect]:
         begun = self.cpu()
         effects = super().handle(event, now)
-        self.meter.seconds[kind_of(event)] += self.cpu() - begun
+        self.meter.took(kind_of(event), self.cpu() - begun)
         return effects
 
 
@@ -102,7 +118,7 @@ class Crowd(World):
         self.devices = tuple(f"pi-{i:04}" for i in range(devices))
         self.meter, self.warm = Meter(), False
         self.link_bytes: Counter[str] = Counter()
-        """Sent and received by each host over its link, by plane and direction."""
+        """Sent and received by each host over its link; ``here`` is the coordinator's."""
         self.fetched_bytes: Counter[str] = Counter()
         """Of blobs that each device was sent, or would have been."""
         self.between = 0
@@ -110,7 +126,7 @@ class Crowd(World):
         self.search_s = 0.0
         self._plans, self._blob, self._cpu, self._rate = plans, blob, cpu, rate
         self._current, self._drawn = "", 0.0
-        self._free: Counter[tuple[str, str]] = Counter()
+        self._free: dict[tuple[str, str], float] = {}
         self._queue: list[tuple[float, int, Node]] = []
         self._numbers = itertools.count()
         self._zeros: dict[tuple[int, ...], Array] = {}
@@ -141,6 +157,12 @@ class Crowd(World):
             byte_s=5e-9,
         )
         return self.join(name, facts)
+
+    def forget_blobs(self) -> None:
+        """Devices' disks are empty; what they have prepared stays."""
+        for name in self.nodes.keys() - HERE:
+            self.nodes[name].blobs.clear()
+        self.fetched_bytes.clear()
 
     def _coordinator(self, bulk: m.Peer) -> Node:
         self.ledger.starts += 1
@@ -180,10 +202,6 @@ class Crowd(World):
         self._handle(self.user, e.Submitted(request, header, arrays))
         return request
 
-    @staticmethod
-    def digest(arrays: Mapping[str, Array]) -> str:
-        return digest_of(arrays)
-
     # --- the codec, metered at the coordinator
 
     def _encoded(self, sender: Node, send: e.Send) -> list[Buffer]:
@@ -191,10 +209,11 @@ class Crowd(World):
             return super()._encoded(sender, send)
         begun = self._cpu()
         frames = super()._encoded(sender, send)
-        self.meter.seconds[self._current] += self._cpu() - begun
-        kind = type(send.message).__name__
+        self.meter.took(self._current, self._cpu() - begun)
+        kind, nbytes = type(send.message).__name__, sum(map(len, frames))
         self.meter.said[kind] += 1
-        self.meter.said_bytes[kind] += sum(map(len, frames))
+        self.meter.said_bytes[kind] += nbytes
+        self.meter.longest[kind] = max(nbytes, self.meter.longest.get(kind, 0))
         return frames
 
     def _decoded(self, receiver: Node, frames: list[Buffer]) -> tuple[m.AnyMessage, memoryview]:
@@ -202,7 +221,7 @@ class Crowd(World):
         message, payload = super()._decoded(receiver, frames)
         if receiver.name == COORDINATOR:
             kind = type(message).__name__
-            self.meter.seconds[kind] += self._cpu() - begun
+            self.meter.took(kind, self._cpu() - begun)
             self.meter.heard[kind] += 1
             self.meter.heard_bytes[kind] += sum(map(len, frames))
         return message, payload
@@ -225,15 +244,14 @@ class Crowd(World):
         if ends[0] != ends[1]:
             nbytes = sum(map(len, frames))
             took = nbytes / self._rate
-            ways = list(zip(ends, ("out", "in"), strict=True))
-            for host, way in ways:
-                self.link_bytes[f"{host} {plane.value} {way}"] += nbytes
+            for host in ends:
+                self.link_bytes[host] += nbytes
             extra = took
             if plane is e.Plane.BULK:
                 begins = self.now
-                for end in ways:
-                    begins = max(begins, self._free[end])
-                    self._free[end] = begins + took  # type: ignore[assignment]
+                for end in zip(ends, ("out", "in"), strict=True):
+                    begins = max(begins, self._free.get(end, 0.0))
+                    self._free[end] = begins + took
                 extra = begins + took - self.now
         self._deliver(sender, receiver, plane, what.message, what.payload, extra)
 

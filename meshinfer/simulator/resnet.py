@@ -16,9 +16,11 @@ class _Net:
         self.nodes: list[NodeProto] = []
         self.weights: list[TensorProto] = []
 
-    def op(self, kind: str, *inputs: str, **attributes: object) -> str:
+    def op(self, kind: str, *inputs: str, **attributes: list[int]) -> str:
         name = f"{kind.lower()}_{len(self.nodes)}"
-        self.nodes.append(helper.make_node(kind, inputs, [name], name, **attributes))
+        node = helper.make_node(kind, inputs, [name], name)
+        node.attribute.extend(helper.make_attribute(k, v) for k, v in attributes.items())
+        self.nodes.append(node)
         return name
 
     def weight(self, *shape: int) -> str:
