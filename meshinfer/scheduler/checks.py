@@ -114,8 +114,7 @@ class Checks:
             head=tried.head,
         )
         tried.took.add(by.name)  # it is released there, too
-        parts, peers = {made.head, *tried.devices()}, sorted(tried.peers().items())
-        told = [Send(Plane.CONTROL, peer, check) for name, peer in peers if name in parts]
+        told = [Send(Plane.CONTROL, peer, check) for _, peer in sorted(tried.peers().items())]
         fields = {"request": request.id, "task": str(place), "of": of, "by": by.name}
         return [Note("debug", "a task is computed again", fields), *told]
 

@@ -55,8 +55,8 @@ class Try:
     def peers(self) -> dict[str, str]:
         """Who is to hear of it, by the names in the plan."""
         made = self.deployment
-        took = self.took & made.members.keys()
-        peers = {name: made.members[name] for name in (*made.programs, *took)}
+        here = made.members.keys() & self.devices()
+        peers = {name: made.members[name] for name in sorted(here)}
         return {**peers, made.head: self.head} if self.head else peers
 
     def devices(self) -> list[str]:
