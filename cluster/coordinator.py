@@ -107,7 +107,6 @@ def run_coordinator(
     ``on_listening`` is called once, from when on devices can join.
     """
     state = Path(options.state_dir)
-    processes.open_more(_DESCRIPTORS)
     processes.hold_folder(state)
     address = state / ADDRESS_FILE
     address.unlink(missing_ok=True)  # of one that was killed
@@ -183,7 +182,8 @@ def _drain_at_signals(loop: Loop) -> None:
 
 
 def _bind(transport: Transport, options: CoordinatorOptions) -> tuple[int, int, int]:
-    """The ports of control, join and bulk."""
+    """The ports of control, join and bulk, and descriptors for all that will connect."""
+    processes.open_more(_DESCRIPTORS)
     host = options.host or EVERYWHERE
     control = transport.bind(Plane.CONTROL, host, options.port)
     after = options.port + 1 if 0 < options.port < _LAST_PORT else 0
