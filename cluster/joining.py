@@ -65,10 +65,14 @@ class _Place:
         return f"{self.host}:{self.port}"
 
 
+class TokenVoid(AuthError):
+    """The coordinator itself says that the token is good for nothing, now and later."""
+
+
 def enrol(key: KeyPair, wish: Wish) -> tuple[Keyring, Where]:
     """Ask until admitted: the keyring, and where the coordinator is.
 
-    Raises ``AuthError`` when refused, ``ProtocolMismatch``, ``ClusterUnavailable`` when nobody
+    Raises ``AuthError`` when refused, as ``TokenVoid`` for good, ``ProtocolMismatch``, ``ClusterUnavailable`` when nobody
     answered within ``patience_s``.
     """
     deadline = None if wish.patience_s is None else time.monotonic() + wish.patience_s
@@ -220,6 +224,8 @@ class _Asking:
                         case m.Refused(failure=failure) if failure.error == "QueueFull":
                             ask_at = time.monotonic() + limits.WAITS_S
                             silent_at = ask_at + _PLACE_S
+                        case m.Refused(failure=failure, void=True):
+                            raise TokenVoid(failure.message, hint=failure.hint)
                         case m.Refused(failure=failure):
                             raise error_of(failure)
                         case m.Wait(id=own, again_s=again_s):

@@ -121,6 +121,45 @@ def test_a_reusable_token_lets_any_number_in_until_it_expires(home: Home, tmp_pa
     assert code == 77 and "expired" in words
 
 
+def test_a_token_that_is_refused_for_good_is_forgotten(home: Home, tmp_path: Path) -> None:
+    """Of who never joined, which then waits, and of who had joined before, which goes on."""
+    old = home.admin.admitting.token(reusable=True, ttl_s=0.0)
+    code, words = end_after(home, tmp_path / "never", old)
+    assert code == 77 and "forgotten" in words and "waits to be approved" in words
+    assert not (tmp_path / "never" / TOKEN_FILE).exists()
+    with daemon("cluster.worker", home.worker(tmp_path / "never")):
+        assert eventually(lambda: home.waits("never") is not None, LONG_S)
+    leave_token(tmp_path / "in", home.admin.admitting.token())
+    with daemon("cluster.worker", home.worker(tmp_path / "in")):
+        assert eventually(lambda: home.has("in"), LONG_S)
+    code, words = end_after(home, tmp_path / "in", home.admin.admitting.token("client"))
+    assert code == 77 and "for a client" in words and "let in before" in words
+    with daemon("cluster.worker", home.worker(tmp_path / "in")):
+        assert eventually(lambda: home.has("in"), LONG_S)
+
+
+def test_a_token_that_may_be_good_later_is_kept(home: Home, tmp_path: Path) -> None:
+    """Where nobody answers, and where another has the name; that one is revoked, and it is in."""
+    good = home.admin.admitting.token()
+    nobody = replace(good, cluster=f"nobody-{os.getpid()}", places=("127.0.0.1:1",))
+    leave_token(tmp_path / "alone", nobody)
+    options = home.worker(tmp_path / "alone", cluster=nobody.cluster)
+    with daemon("cluster.worker", options) as worker:
+        assert worker.stderr is not None
+        while "no coordinator yet" not in (line := worker.stderr.readline()):
+            assert line, "it ended"
+    assert (tmp_path / "alone" / TOKEN_FILE).exists()
+    leave_token(tmp_path / "of-name", home.admin.admitting.token())
+    with daemon("cluster.worker", home.worker(tmp_path / "of-name")):
+        assert eventually(lambda: home.has("of-name"), LONG_S)
+    second = tmp_path / "another" / "of-name"
+    code, words = end_after(home, second, good)
+    assert code == 77 and "belongs to another key" in words and (second / TOKEN_FILE).exists()
+    home.admin.admitting.revoke("of-name")
+    with daemon("cluster.worker", home.worker(second)):
+        assert eventually(lambda: home.has("of-name"), LONG_S)
+
+
 def test_a_token_of_another_coordinator_ends_with_what_is_wrong(home: Home, tmp_path: Path) -> None:
     """It names another key: whoever answers instead is not told the secret."""
     ring, _ = new_keyring(home.cluster)
