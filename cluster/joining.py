@@ -72,8 +72,8 @@ class TokenVoid(AuthError):
 def enrol(key: KeyPair, wish: Wish) -> tuple[Keyring, Where]:
     """Ask until admitted: the keyring, and where the coordinator is.
 
-    Raises ``AuthError`` when refused, as ``TokenVoid`` for good, ``ProtocolMismatch``, ``ClusterUnavailable`` when nobody
-    answered within ``patience_s``.
+    Raises ``AuthError`` when refused (``TokenVoid``: for good), ``ProtocolMismatch``,
+    ``ClusterUnavailable`` when nobody answered within ``patience_s``.
     """
     deadline = None if wish.patience_s is None else time.monotonic() + wish.patience_s
     search = _Search(wish)

@@ -67,7 +67,7 @@ class Health:
             self._records.popitem(last=False)
 
     def left(self, device: str) -> None:
-        """It was dismissed: that is no death, and all is forgotten."""
+        """It was dismissed, or said that it leaves: that is no death, and all is forgotten."""
         self._records.pop(device, None)
         self.well(device)
         self._unasked(device)

@@ -197,7 +197,7 @@ class Membership:
         return next((d for d in self.devices.values() if d.peer == peer), None)
 
     def remove(self, device: Device, why: str, now: float) -> None:
-        if device.dismissed:
+        if device.dismissed or device.draining:
             self.health.left(device.name)
         else:
             info = structs.replace(self._info(device, now), state="dead", cause=why)
