@@ -451,6 +451,16 @@ def test_the_line_that_the_coordinator_prints_adds_a_device(tmp_path: Path) -> N
         refused(meshinfer(here, "devices", "revoke", "nobody-here", *admin), 2, "nobody-here")
 
 
+def test_where_nobody_waits_that_is_said_with_what_to_do(home: Home, tmp_path: Path) -> None:
+    admin = ("--coordinator", home.address, "--keyring", home.folder / "keyring.json")
+    assert eventually(lambda: not home.admin.admitting.listed().waiting, LONG_S)
+    done = meshinfer(tmp_path, "devices", "--waiting", *admin)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert "nobody waits" in done.stderr and "meshinfer token" in done.stderr
+    done = meshinfer(tmp_path, "devices", "--waiting", "--json", *admin)
+    assert json.loads(done.stdout) == [] and not done.stderr
+
+
 def test_tokens_by_command(home: Home, tmp_path: Path) -> None:
     admin = ("--coordinator", home.address, "--keyring", home.folder / "keyring.json")
     made = meshinfer(tmp_path, "token", "--role", "client", "--ttl", "90s", "--qr", *admin)
