@@ -22,6 +22,7 @@ from test_daemons import address_of, coordinator_options, daemon, end_of
 
 import meshinfer as mi
 from cluster.discovery import announce, browse
+from cluster.joining import Wish, enrol
 from cluster.keyring import new_keyring, read_keyring
 from cluster.keys import generate_keypair
 from cluster.profiler import Measured
@@ -238,6 +239,43 @@ def test_without_a_token_a_device_waits_until_it_is_approved(home: Home, tmp_pat
         assert device_id(admission.key) == own
         assert eventually(lambda: home.has("p"), LONG_S)
         assert home.waits("p") is None
+
+
+def test_where_too_many_wait_one_more_is_told_so_and_when_to_ask_again(tmp_path: Path) -> None:
+    """1. Two wait, and there is room for two; 2. a third hears that it is full and for how long,
+    and 3. so says a worker, that asks again and waits as soon as one of the two is let in."""
+    options = coordinator_options(tmp_path / "c", cluster=f"full-{os.getpid()}", interfaces=LO)
+    room = "from meshinfer import limits\nlimits.WAITING_KEYS, limits.WAITS_S = 2, 300.0"
+    with daemon("cluster.coordinator", options, room):
+        found = address_of(tmp_path / "c")
+        ring = tmp_path / "c" / "keyring.json"
+        wish = Wish(
+            options.cluster, "worker", "one", read_keyring(ring).coordinator_public,
+            places=(f"127.0.0.1:{found['join_port']}",), interfaces=(), patience_s=2.0,
+        )  # fmt: skip
+        for name in ("one", "two"):
+            with pytest.raises(mi.ClusterUnavailable):
+                enrol(generate_keypair(), replace(wish, name=name))
+        with pytest.raises(mi.QueueFull, match="too many devices wait") as told:
+            enrol(generate_keypair(), replace(wish, name="three"))
+        assert told.value.retry_after_s == 300.0 and "approve" in told.value.hint
+        with mi.Client(f"127.0.0.1:{found['port']}", keyring=ring) as admin:
+            waits = {each.name: each.id for each in admin.admitting.listed().waiting}
+            assert set(waits) == {"one", "two"}
+            three = WorkerOptions(
+                name="three", cluster=options.cluster, state_dir=str(tmp_path / "three"),
+                interfaces=LO, parent=os.getpid(),
+            )  # fmt: skip
+            soon = "from meshinfer import limits\nlimits.WAITS_S = 0.2"
+            with daemon("cluster.worker", three, soon) as worker:
+                assert worker.stderr is not None
+                while "asks again to join" not in (line := worker.stderr.readline()):
+                    assert line, "it ended"
+                assert "too many devices wait" in line and "approve" in line
+                admin.admitting.approve(waits["one"])
+                assert eventually(
+                    lambda: "three" in {w.name for w in admin.admitting.listed().waiting}, LONG_S
+                )
 
 
 def test_a_device_that_is_told_whom_to_trust_asks_nobody_else(home: Home, tmp_path: Path) -> None:
