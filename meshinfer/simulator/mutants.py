@@ -20,7 +20,6 @@ from meshinfer.scheduler.client import ClientCore
 from meshinfer.scheduler.computing import Computing
 from meshinfer.scheduler.deploying import Deploying
 from meshinfer.scheduler.fallback import Fallback
-from meshinfer.scheduler.health import Health
 from meshinfer.scheduler.held import Held
 from meshinfer.scheduler.installing import Installing
 from meshinfer.scheduler.journal import Journal
@@ -28,6 +27,7 @@ from meshinfer.scheduler.membership import Membership
 from meshinfer.scheduler.on_device import OnDevice
 from meshinfer.scheduler.outbox import Outbox
 from meshinfer.scheduler.poison import Poison
+from meshinfer.scheduler.presence import Presence
 from meshinfer.scheduler.request import Answered, Try
 from meshinfer.scheduler.trust import Trust
 
@@ -214,7 +214,7 @@ def _silently_moved(lacks: _Method) -> _Method:
 
     def mutant(self: Fallback, peer: str, message: m.Lacks) -> Any:
         effects = lacks(self, peer, message)
-        silent = self._members.health.silent
+        silent = self._members.presence.silent
         return [x for x in effects if not silent or not isinstance(x, e.Send)]
 
     return mutant
@@ -223,7 +223,7 @@ def _silently_moved(lacks: _Method) -> _Method:
 def _silent_for_ever(heard: _Method) -> _Method:
     """A device that was silent once gets no work any more, whatever it says."""
 
-    def mutant(self: Health, device: str, now: float) -> None:
+    def mutant(self: Presence, device: str, now: float) -> None:
         silent = device in self.silent
         heard(self, device, now)
         if silent:
@@ -313,7 +313,7 @@ MUTANTS: Mapping[str, tuple[type, str, Callable[[_Method], _Method]]] = {
     "answer of a dead client": (Answered, "reaches", _answer_of_the_dead),
     "lost device kept": (Deploying, "out_of_service", _lost_device_kept),
     "silent device's tasks untold": (Fallback, "lacks", _silently_moved),
-    "silent for ever": (Health, "heard", _silent_for_ever),
+    "silent for ever": (Presence, "heard", _silent_for_ever),
     "first spare told for the second": (Try, "on_wire", _first_spare_told),
     "poison never proven": (Poison, "_blame", _never_proven),
     "unwritten ids kept": (Journal, "failed", _kept_unwritten),
