@@ -219,7 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="N",
         help="no faults, but so many devices (none given: 8, 64, 250 and 1000): what planning, "
         "joining, resting and each request take of the coordinator, with ResNet-50 for latency and "
-        "for throughput; a minute or two for 1000",
+        "for throughput; some minutes for 1000",
     )
     parser.add_argument("--side", type=int, default=crowd.SIDE, help="of the image, for --devices")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
