@@ -182,7 +182,7 @@ def test_a_device_that_cannot_compute_gets_nothing_and_is_named() -> None:
     planned = make_plan(g, [*devices(3), silent, broken], DeviceId("head"), DeviceId("far"))
     assert not {"head", "broken", "far"} & set(planned.plan.devices())
     assert (planned.plan.source, planned.plan.sink) == ("head", "far")
-    assert "head idle: it does not compute" in planned.notes
+    assert not any(note.startswith("head idle") for note in planned.notes), "nobody expects it to"
     assert "broken idle: it does not compute" in planned.notes
 
 
