@@ -475,7 +475,7 @@ def test_memory_and_pins_of_a_deployment_are_kept_or_refused(
 ) -> None:
     fits = ("deploy", "fits", small)
     running.refuses(
-        ((*fits, "--memory", "1kB"), 75, ("would need", "of 0.0 MB")),
+        ((*fits, "--memory", "1kB"), 75, ("would need", "of 1.0 kB")),
         ((*fits, "--memory", "ghost=1MB"), 2, ("'ghost'",)),
         ((*fits, "--memory", "much"), 2, ("write --memory 384MB",)),
         ((*fits, "--pin", "c=ghost"), 2, ("'ghost'",)),

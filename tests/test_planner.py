@@ -308,7 +308,7 @@ def test_a_model_too_large_for_one_device_runs_on_several() -> None:
 
 
 def test_a_model_too_large_for_all_is_an_error_with_numbers() -> None:
-    with pytest.raises(mi.NotEnoughMemory, match=r"would need .* MB of 0\.0 MB") as caught:
+    with pytest.raises(mi.NotEnoughMemory, match=r"would need .* MB of 10\.0 kB") as caught:
         make_plan(graph("vgg16"), devices(3, memory_bytes=10_000), PI0, PI0)
     assert caught.value.hint
 

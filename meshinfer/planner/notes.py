@@ -157,12 +157,15 @@ def too_large(choice: Choice, best: Candidate) -> NotEnoughMemory:
     for use in best.timeline.devices:
         p = choice.by_id.get(use.id)
         if p is not None and p.memory_bytes and use.peak_bytes > p.memory_bytes:
-            mb = f"{use.peak_bytes / 1e6:.1f} MB of {p.memory_bytes / 1e6:.1f} MB"
-            over.append(f"{use.id} would need {mb}")
+            over.append(f"{use.id} would need {_size(use.peak_bytes)} of {_size(p.memory_bytes)}")
     return NotEnoughMemory(
         f"no plan fits the devices' memory: at best {', '.join(over)}",
         hint="add a device, grant more memory (--memory), or use a smaller model or image",
     )
+
+
+def _size(nbytes: float) -> str:
+    return f"{nbytes / 1e6:.1f} MB" if nbytes >= 1e6 else f"{nbytes / 1e3:.1f} kB"
 
 
 def pinned_fast(choice: Choice) -> InvalidInput:
