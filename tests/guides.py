@@ -37,6 +37,7 @@ BLOCK_S = 120.0
 _FENCE = re.compile(r"^```([^\n`]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _PICTURE = re.compile(r"\]\(pictures/([\w.-]+)\)")
 _NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[-+]?\d+)?")
+_DIGEST = re.compile(r"\b[0-9a-f]{12,}\b")
 _DIRECTLY = ["```", "```text"]
 _OPERATOR = re.compile(r"[;&|<>()]+|do|then|\\n")
 
@@ -92,8 +93,9 @@ def pictures(page: str) -> list[str]:
 
 
 def masked(text: str) -> str:
-    """Without numbers and widths, which differ from run to run and between machines."""
-    lines = [" ".join(_NUMBER.sub("0", line).split()) for line in text.strip().splitlines()]
+    """Without numbers, digests and widths, which differ from run to run and between machines."""
+    text = _NUMBER.sub("0", _DIGEST.sub("0", text.strip()))
+    lines = [" ".join(line.split()) for line in text.splitlines()]
     return "\n".join(lines)
 
 
