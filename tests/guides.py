@@ -167,7 +167,7 @@ class _Shell:
                     each.kill()
         self._process.kill()
         self._process.wait()
-        self._reader.join()  # all that had its stdout has ended
+        self._reader.join(timeout=10)  # all that had its stdout has ended
         for pipe in (self._process.stdin, self._process.stdout):
             assert pipe is not None
             with contextlib.suppress(BrokenPipeError):
