@@ -1,0 +1,315 @@
+"""What members invent, on devices: attempts, heads, requests and samples that the coordinator never
+told of. It waits aside within bounds, voids nothing that is there, and pushes out nobody else's."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from cores import Cluster, image, kind
+from test_worker_core import alone, messages, told, welcome
+
+from meshinfer import limits
+from meshinfer.geometry import Box
+from meshinfer.plan import Shard
+from meshinfer.protocol import messages as m
+from meshinfer.protocol.codec import describe, payload_of
+from meshinfer.scheduler import events as e
+from meshinfer.scheduler.shares import Bounds, Shares
+from meshinfer.scheduler.worker import SOURCE, WorkerCore
+
+ARRAY = np.zeros((2,), np.float32)
+WHOLE = Shard("x", Box.whole(ARRAY.shape))
+EVIL = 1 << 40
+"""An attempt that no coordinator has come to."""
+
+
+def device(slots: int = 1) -> WorkerCore:
+    """With a task that awaits pieces of the source (0), and of a task of pi-2 (1)."""
+    places = (SOURCE, (0, 1))[:slots]
+    values = tuple(
+        m.Value(name=f"x{i}", box=WHOLE, pieces=(m.Piece(shard=WHOLE, producer=place, slot=i),))
+        for i, place in enumerate(places)
+    )
+    out = m.Output(name="y", shard=Shard("y", Box.whole(ARRAY.shape)))
+    send = m.Send(piece=out.shard, device="head", consumer=(1, 0), slot=0)
+    program = m.Program(
+        place=(0, 0), model="a" * 64, inputs=values, outputs=(out,), sends=(send,)
+    )  # fmt: skip
+    head = m.Peer(device="head", incarnation="1", host="h", port=1, key="k" * 40)
+    core = alone()
+    told(core, welcome(), 0.0)
+    makers = ((SOURCE, ("head",)), ((0, 1), ("pi-2",)))
+    word = m.Install(
+        deployment=5, programs=(program,), peers=(head,), head="head", makers=makers
+    )  # fmt: skip
+    told(core, word, 0.0)
+    return core
+
+
+def start(core: WorkerCore, attempt: int, head: str = "") -> list[e.Effect]:
+    word = m.Start(request="r", attempt=attempt, deployment=5, client="ann#1", head=head)
+    return told(core, word, 1.0)
+
+
+def piece(
+    core: WorkerCore,
+    peer: str,
+    attempt: int,
+    *,
+    slot: int = 0,
+    number: int = 1,
+    request: str = "r",
+    array: np.ndarray = ARRAY,
+    now: float = 1.0,
+) -> list[e.Effect]:
+    """What comes of it, with its acknowledgement, if there is one."""
+    message = m.Deliver(
+        id=number, request=request, attempt=attempt, deployment=5, consumer=(0, 0), slot=slot,
+        tensor=describe("x", array),
+    )  # fmt: skip
+    effects = core.handle(e.Arrived(peer, message, payload_of(array)), now)
+    return effects + core._computing.acks.flush()
+
+
+def computes(effects: list[e.Effect]) -> list[int]:
+    return [x.attempt for x in effects if isinstance(x, e.Compute)]
+
+
+@pytest.mark.parametrize(
+    ("peer", "head", "counts"),
+    [
+        ("head#1", "", True),
+        ("head#1", "ann#1", True),
+        ("ann#1", "ann#1", True),  # the source itself
+        ("ann#1", "", False),
+        ("mallory#1", "ann#1", False),
+        ("pi-2#1", "", False),
+    ],
+)
+def test_a_piece_is_of_whom_the_plan_has_make_it(peer: str, head: str, counts: bool) -> None:
+    """And who stands in the head's place, the coordinator says: no piece has a word of that."""
+    core = device()
+    start(core, 1, head)
+    effects = piece(core, peer, 1)
+    assert messages(effects) == ["Ack"] and (computes(effects) == [1]) is counts
+
+
+def test_a_piece_that_runs_ahead_of_its_start_is_used_then_and_acknowledged_then() -> None:
+    core = device()
+    assert piece(core, "ann#1", 3) == [] and not core.idle
+    effects = start(core, 3, "ann#1")
+    assert computes(effects) == [3]
+    assert messages(core._computing.acks.flush()) == ["Ack"]
+
+
+def test_an_attempt_that_a_device_invents_voids_nothing() -> None:
+    """1. one of two pieces is here; 2. pi-2, which has a part, speaks of a huge attempt, and ann
+    of an even larger one; 3. the other piece comes: it is computed, and so is the next attempt."""
+    core = device(2)
+    start(core, 1)
+    piece(core, "head#1", 1)
+    assert piece(core, "pi-2#1", EVIL, slot=1, number=7) == []
+    assert piece(core, "ann#1", EVIL + 1, number=8) == []
+    assert computes(piece(core, "pi-2#1", 1, slot=1, number=2)) == [1]
+    start(core, 2)
+    piece(core, "head#1", 2, number=3)
+    core.handle(e.Computed("r", 1, (0, 0), (), 0.1), 1.0)
+    assert computes(piece(core, "pi-2#1", 2, slot=1, number=4)) == [2]
+
+
+def test_what_is_made_goes_to_the_head_that_the_coordinator_named() -> None:
+    core = device()
+    start(core, 1, "ann#1")
+    piece(core, "ann#1", 1)
+    effects = core.handle(e.Computed("r", 1, (0, 0), (ARRAY,), 0.1), 1.0)
+    sent = [x.peer for x in effects if isinstance(x, e.Send) and isinstance(x.message, m.Deliver)]
+    assert sent == ["ann#1"]
+
+
+def test_pieces_of_requests_that_never_were_are_bounded_and_push_out_nobody_else_s(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(limits, "AHEAD_EACH", 4)
+    monkeypatch.setattr(limits, "AHEAD", 8)
+    core = device()
+    piece(core, "head#1", 1)
+    said = []
+    for i in range(100):
+        said += piece(core, f"swift-red-fox-runs-{i}#1", EVIL, request=f"none {i}", number=i)
+        for other in ("eve#1", "pi-2#1"):
+            said += piece(core, other, EVIL, request=f"of {other} {i}", number=i)
+        assert len(core._computing._aside) <= 8
+    notes = [x for x in said if isinstance(x, e.Note)]
+    assert messages(said) == [] and len(notes) == 9, "told of at 1, 2, 4, 8 .. that had to go"
+    assert notes[-1].fields["in_all"] == 256
+    assert computes(start(core, 1)) == [1], "the head's is still there"
+
+
+def test_large_pieces_are_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    large = np.zeros((1000,), np.float32)
+    monkeypatch.setattr(limits, "AHEAD_BYTES_EACH", 3 * large.nbytes)
+    monkeypatch.setattr(limits, "AHEAD_BYTES", 5 * large.nbytes)
+    core = device()
+    for i in range(20):
+        for peer in ("mallory#1", "eve#1", "bob#1"):
+            piece(core, peer, EVIL, request=f"{peer} {i}", number=i, array=large)
+        kept = core._computing._aside._kept.values()
+        assert sum(len(k.payload) for each in kept for k in each.values()) <= 5 * large.nbytes
+
+
+def test_pieces_that_wait_for_too_long_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    core = device()
+    piece(core, "mallory#1", EVIL)
+    core.handle(e.Ticked(), 1.0 + limits.AHEAD_S)
+    assert not core.idle
+    core.handle(e.Ticked(), 1.1 + limits.AHEAD_S)
+    assert core.idle and messages(core._computing.acks.flush()) == []
+
+
+def test_a_release_drops_what_waits_of_its_request() -> None:
+    core = device()
+    piece(core, "mallory#1", 7)
+    told(core, m.Release(request="r", attempt=7, client="ann#1"), 1.0)
+    assert messages(core._computing.acks.flush()) == ["Ack"] and core.idle
+    assert messages(piece(core, "mallory#1", 7)) == ["Ack"] and core.idle
+
+
+@pytest.mark.parametrize("room", [0, 1000])
+def test_honest_pieces_that_race_ahead_or_had_to_go_cost_no_attempt(
+    room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1. pi-2 hears late that a request begins, when its pieces are there; 2. if there is no room,
+    all of a sender but the last have had to go; 3. they are sent again."""
+    monkeypatch.setattr(limits, "AHEAD_EACH", room)
+    monkeypatch.setattr(limits, "AHEAD", room)
+    cluster = Cluster()
+    cluster.deployed()
+    cluster.delay(kind(m.Start, to="pi-2"), 0.2)
+    requests = [cluster.submit(image(i)) for i in range(4)]
+    replies = [cluster.check(request, image(i)) for i, request in enumerate(requests)]
+    assert [reply.attempts for reply in replies] == [1] * 4
+    resent = max(reply.total_s for reply in replies) > limits.ACK_TIMEOUT_S
+    assert resent is (room == 0)
+    core = cluster.nodes["pi-2"].core
+    assert isinstance(core, WorkerCore)
+    assert (core._computing._aside._shares.gone > 0) is (room == 0)
+    cluster.check_idle()
+
+
+# --- inputs
+
+
+def feed(core: WorkerCore, peer: str, request: str, nbytes: int) -> list[e.Effect]:
+    array = np.zeros((nbytes,), np.uint8)
+    message = m.Feed(id=1, request=request, tensor=describe("x", array), turn=1)
+    return core.handle(e.Arrived(peer, message, payload_of(array)), 1.0)
+
+
+def head(monkeypatch: pytest.MonkeyPatch, nbytes: int) -> WorkerCore:
+    """With room for so many bytes of one client's, and twice that."""
+    monkeypatch.setattr(limits, "QUEUE_BYTES", nbytes)
+    monkeypatch.setattr(limits, "CREDIT_BYTES", 0)
+    core = alone(head=True)
+    told(core, welcome(), 0.0)
+    return core
+
+
+def held(core: WorkerCore) -> dict[str, int]:
+    found = core._computing._requests.items()
+    return {name: sum(a.nbytes for a in each.fed.values()) for name, each in found}
+
+
+def test_inputs_of_requests_that_never_were_push_out_their_own_sender_s(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    core = head(monkeypatch, 100_000)
+    feed(core, "ann#1", "ann's", 60_000)
+    for i in range(50):
+        feed(core, f"swift-red-fox-runs-{i}#1", f"none {i}", 40_000)  # one key's names
+        assert sum(held(core).values()) <= 200_000
+    assert held(core) == {"ann's": 60_000, "none 48": 40_000, "none 49": 40_000}
+    notes = [x for x in feed(core, "swift-red-fox-runs-0#2", "more", 99_000) if
+             isinstance(x, e.Note)]  # fmt: skip
+    assert notes == [] and "none 48" not in held(core), "told of now and then, and counted"
+
+
+def test_many_small_inputs_are_bounded_in_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "QUEUE_REQUESTS", 10)
+    monkeypatch.setattr(limits, "FED_REQUESTS", 20)
+    core = head(monkeypatch, 1 << 20)
+    feed(core, "ann#1", "ann's", 0)
+    for i in range(50):
+        for peer in ("eve#1", "mallory#1"):
+            feed(core, peer, f"{peer} {i}", 0)
+            assert len(held(core)) <= 20
+    assert "ann's" in held(core)
+
+
+def test_an_input_by_many_names_takes_room_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    core = head(monkeypatch, 100 * limits.NAME_CHARS)
+    nothing = np.zeros((0,), np.uint8)
+    for i in range(101):
+        word = m.Feed(id=i, request="r", tensor=describe(f"x{i}", nothing), turn=1)
+        core.handle(e.Arrived("mallory#1", word, payload_of(nothing)), 1.0)
+    feed(core, "mallory#1", "next", 1)
+    assert list(held(core)) == ["next"]
+
+
+@pytest.mark.parametrize("when", ["it waits", "it runs"])
+def test_inputs_that_had_to_go_are_given_again(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1. requests wait behind one another, or for their last input; 2. two members fill the head;
+    3. all are answered all the same, and nothing is left of those that never were."""
+    nbytes = image()["x"].nbytes
+    monkeypatch.setattr(limits, "QUEUE_BYTES", 10 * nbytes)
+    monkeypatch.setattr(limits, "CREDIT_BYTES", 10 * nbytes)
+    monkeypatch.setattr(limits, "RUNNING_REQUESTS", 1)
+    cluster = Cluster()
+    cluster.deployed()
+    core = cluster.nodes["head"].core
+    assert isinstance(core, WorkerCore)
+    cluster.delay(kind(m.Deliver), 1.0 if when == "it waits" else 0.0)
+    requests = [cluster.submit(image(i), deadline_s=30.0) for i in range(8)]
+    cluster.settle(lambda: len(core._computing._requests) == 8)
+    body = np.zeros((nbytes,), np.uint8)
+    for i in range(40):
+        for peer in ("eve#1", "mallory#1"):
+            word = m.Feed(id=i, request=f"{peer} {i}", tensor=describe("x", body), turn=1)
+            cluster.inject(cluster.nodes["head"], peer, word, bytes(body))
+    assert core._computing.holding.pushed_out > 40
+    for i, request in enumerate(requests):
+        cluster.check(request, image(i))
+    left = set(core._computing._requests)
+    assert left and not left & set(requests)
+    cluster.pass_time(limits.ORPHAN_INPUT_S + 1.0)
+    cluster.check_idle()
+
+
+def test_inputs_that_another_gave_before_it_began_are_not_what_it_computes() -> None:
+    """1. mallory knows an id, and gives inputs last; 2. it begins, for ann: hers are asked for."""
+    core = alone(head=True)
+    told(core, welcome(), 0.0)
+    out = m.Output(name="x", shard=WHOLE)
+    program = m.Program(place=SOURCE, outputs=(out,))
+    told(core, m.Install(deployment=5, programs=(program,), peers=()), 0.0)
+    feed(core, "ann#1", "r", 8)
+    feed(core, "mallory#1", "r", 8)
+    assert messages(start(core, 1)) == ["NotKept"] and held(core) == {"r": 0}
+
+
+# --- room
+
+
+def test_who_has_the_most_gives_way_its_oldest_first_and_the_newest_has_room() -> None:
+    shares: Shares[str] = Shares(Bounds(100, 3, 150, 5))
+    assert shares.put("a1", "ann#1", 60) == [] and shares.put("b1", "bob#1", 60) == []
+    assert shares.put("a2", "ann#2", 60) == ["a1"], "of its own, beyond its part"
+    assert shares.put("a3", "ann#1", 10) == [] and shares.put("a4", "ann#1", 10) == []
+    assert shares.put("a5", "ann#1", 0) == ["a2"], "a fourth entry"
+    assert shares.put("c1", "cy#1", 500) == ["b1", "a3", "a4", "a5"] and len(shares) == 1
+    assert shares.put("c1", "cy#1", 90) == [], "the same, not once more"
+    shares.pop("c1")
+    assert shares.put("d1", "dan#1", 70) == [] and shares.put("b2", "bob#1", 70) == []
+    assert shares.put("e1", "eve#1", 70) == ["d1"] and shares.gone == 7
+    shares.pop("b2")
+    shares.pop("e1")
+    assert len(shares) == 0 and shares._of == {} == shares._bytes
