@@ -296,6 +296,115 @@ def test_inputs_that_another_gave_before_it_began_are_not_what_it_computes() -> 
     assert messages(start(core, 1)) == ["NotKept"] and held(core) == {"r": 0}
 
 
+# --- samples
+
+
+def checker() -> WorkerCore:
+    """Stands by for a task of pi-2, which reads the source (0) and what pi-3 or pi-4 makes (1)."""
+    values = tuple(
+        m.Value(name=f"x{i}", box=WHOLE, pieces=(m.Piece(shard=WHOLE, producer=place, slot=i),))
+        for i, place in enumerate((SOURCE, (0, 1)))
+    )
+    out = m.Output(name="y", shard=Shard("y", Box.whole(ARRAY.shape)))
+    program = m.Program(
+        place=(1, 0), devices=("pi-2", "pi"), model="a" * 64, inputs=values, outputs=(out,),
+        spare=True,
+    )  # fmt: skip
+    core = alone()
+    told(core, welcome(), 0.0)
+    makers = ((SOURCE, ("head",)), ((0, 1), ("pi-3", "pi-4")))
+    for number in (5, 6):
+        told(core, m.Install(deployment=number, programs=(program,), peers=(), makers=makers), 0.0)
+    return core
+
+
+def check(core: WorkerCore, request: str = "r", head: str = "") -> list[e.Effect]:
+    own = m.Peer(device="pi", incarnation="1", host="h", port=1, key="k" * 40)
+    word = m.Check(
+        request=request, attempt=1, deployment=5, place=(1, 0), of="pi-2", by=own, head=head,
+        makers=(((0, 1), "pi-3"),),
+    )  # fmt: skip
+    return told(core, word, 1.0)
+
+
+def sample(
+    core: WorkerCore, peer: str, slot: int = 0, *, made: bool = False, request: str = "r",
+    array: np.ndarray = ARRAY, deployment: int = 5,
+) -> list[e.Effect]:  # fmt: skip
+    """What comes of it, with its acknowledgement, if there is one."""
+    message = m.Sample(
+        id=slot + 1, request=request, attempt=1, deployment=deployment, place=(1, 0), slot=slot,
+        made=made, tensor=describe("x", array),
+    )  # fmt: skip
+    effects = core.handle(e.Arrived(peer, message, payload_of(array)), 1.0)
+    return effects + core._computing.acks.flush()
+
+
+def honest(core: WorkerCore, head: str = "head#1") -> list[e.Effect]:
+    effects = sample(core, head)
+    effects += sample(core, "pi-3#1", 1)
+    return effects + sample(core, "pi-2#1", made=True)
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["asked before", "samples come first"])
+def test_what_others_have_computed_is_not_blamed_on_a_device(first: bool) -> None:
+    """Whatever others send, first or last, the check compares what those sent whose it is, and is
+    not ended by it either: who lies had only to have somebody send one sample."""
+    core, false = checker(), np.ones((2,), np.float32)
+    said = [] if first else check(core)
+    for made, peer, slot in (
+        (True, "mallory#1", 0), (True, "pi-3#1", 0), (False, "mallory#1", 0), (False, "pi-2#1", 0),
+        (False, "mallory#1", 1), (False, "pi-4#1", 1),  # which stands by, and has not made it
+    ):  # fmt: skip
+        said += sample(core, peer, slot, made=made, array=false)
+    said += sample(core, "pi-3#1", 1, array=false, deployment=6)
+    said += honest(core)
+    said += check(core) if first else []
+    (job,) = [x for x in said if isinstance(x, e.Compute)]
+    assert all((array == 0).all() for array in job.inputs.values())
+    result = e.Computed("r", 1, (1, 0), (ARRAY,), 0.1, again=True)
+    (word,) = [x.message for x in core.handle(result, 1.1) if isinstance(x, e.Send)]
+    assert isinstance(word, m.Checked) and word.error == 0.0 and not word.unequal
+    core.handle(e.Ticked(), 1.2)
+    assert core.next_deadline() > 1.2, "it does not spin on a check that is over"
+    told(core, m.Release(request="r", attempt=1), 1.3)
+    core._computing.acks.flush()
+    assert core.idle
+
+
+def test_a_client_that_is_the_source_gives_samples_of_its_inputs_and_no_other() -> None:
+    core = checker()
+    check(core, head="ann#1")
+    sample(core, "eve#1", array=np.ones((2,), np.float32))
+    (job,) = [x for x in honest(core, "ann#1") if isinstance(x, e.Compute)]
+    assert (job.inputs["x0"] == 0).all()
+
+
+def test_samples_that_nobody_asked_for_keep_no_check_away() -> None:
+    """They took the few checks that a device has at once: whoever sent some was not checked."""
+    core = checker()
+    for i in range(10 * limits.CHECKS_HELD):
+        assert sample(core, "mallory#1", made=True, request=f"none {i}") == []
+    said = check(core) + honest(core)
+    assert [x.request for x in said if isinstance(x, e.Compute)] == ["r"]
+    core.handle(e.Ticked(), 1.1 + limits.AHEAD_S)
+    assert not core._checking._aside
+
+
+def test_a_result_of_another_shape_is_not_held_and_is_a_difference() -> None:
+    core, large = checker(), np.zeros((100_000,), np.float32)
+    check(core)
+    sample(core, "head#1")
+    sample(core, "pi-3#1", 1)
+    said = sample(core, "pi-2#1", made=True, array=large)
+    assert [x.request for x in said if isinstance(x, e.Compute)] == ["r"]
+    (held,) = core._checking._checks.values()
+    assert sum(array.nbytes for array in held.theirs.values()) == 0
+    result = e.Computed("r", 1, (1, 0), (ARRAY,), 0.1, again=True)
+    (word,) = [x.message for x in core.handle(result, 1.1) if isinstance(x, e.Send)]
+    assert isinstance(word, m.Checked) and word.unequal
+
+
 # --- room
 
 
