@@ -255,33 +255,47 @@ def test_an_input_by_many_names_takes_room_for_each(monkeypatch: pytest.MonkeyPa
     assert list(held(core)) == ["next"]
 
 
-@pytest.mark.parametrize("when", ["it waits", "it runs"])
-def test_inputs_that_had_to_go_are_given_again(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """1. requests wait behind one another, or for their last input; 2. two members fill the head;
-    3. all are answered all the same, and nothing is left of those that never were."""
-    nbytes = image()["x"].nbytes
+def test_inputs_that_had_to_go_are_given_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1. requests wait for a plan; 2. so many members fill the head that ann has the most there;
+    3. as hers begin, she is asked to give them again, and they are answered."""
+    nbytes = image()["x"].nbytes + limits.NAME_CHARS
     monkeypatch.setattr(limits, "QUEUE_BYTES", 10 * nbytes)
     monkeypatch.setattr(limits, "CREDIT_BYTES", 10 * nbytes)
-    monkeypatch.setattr(limits, "RUNNING_REQUESTS", 1)
     cluster = Cluster()
+    cluster.spares, cluster.plan_s = False, 1.0
     cluster.deployed()
+    cluster.kill("pi-2")
     core = cluster.nodes["head"].core
     assert isinstance(core, WorkerCore)
-    cluster.delay(kind(m.Deliver), 1.0 if when == "it waits" else 0.0)
     requests = [cluster.submit(image(i), deadline_s=30.0) for i in range(8)]
     cluster.settle(lambda: len(core._computing._requests) == 8)
-    body = np.zeros((nbytes,), np.uint8)
-    for i in range(40):
-        for peer in ("eve#1", "mallory#1"):
+    assert all(request.waiting for request in cluster.core.requests.values())
+    body = np.zeros((nbytes - limits.NAME_CHARS,), np.uint8)
+    for i in range(7):
+        for peer in (f"eve-{k}#1" for k in range(8)):
             word = m.Feed(id=i, request=f"{peer} {i}", tensor=describe("x", body), turn=1)
             cluster.inject(cluster.nodes["head"], peer, word, bytes(body))
-    assert core._computing.holding.pushed_out > 40
+    left = set(requests) & set(core._computing._requests)
+    assert len(core._computing._requests) == 40 and len(left) < 6
     for i, request in enumerate(requests):
         cluster.check(request, image(i))
-    left = set(core._computing._requests)
-    assert left and not left & set(requests)
     cluster.pass_time(limits.ORPHAN_INPUT_S + 1.0)
     cluster.check_idle()
+
+
+def test_an_attempt_that_waits_for_inputs_that_had_to_go_begins_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """1. one of two inputs is here, and it begins; 2. that one has to go."""
+    core = head(monkeypatch, 10_000)
+    outputs = tuple(m.Output(name=name, shard=WHOLE) for name in ("x", "y"))
+    program = m.Program(place=SOURCE, outputs=outputs)
+    told(core, m.Install(deployment=5, programs=(program,), peers=()), 0.0)
+    feed(core, "ann#1", "r", 9_000)
+    start(core, 1)
+    said = [x for peer in ("eve#1", "bob#1") for x in feed(core, peer, f"of {peer}", 8_000)]
+    assert [x.message for x in said if isinstance(x, e.Send)] == [m.NotKept(request="r", attempt=1)]
+    assert "r" in held(core) and messages(start(core, 2)) == [], "it was told once"
 
 
 def test_inputs_that_another_gave_before_it_began_are_not_what_it_computes() -> None:
@@ -403,6 +417,54 @@ def test_a_result_of_another_shape_is_not_held_and_is_a_difference() -> None:
     result = e.Computed("r", 1, (1, 0), (ARRAY,), 0.1, again=True)
     (word,) = [x.message for x in core.handle(result, 1.1) if isinstance(x, e.Send)]
     assert isinstance(word, m.Checked) and word.unequal
+
+
+# --- what was sent, and by which way
+
+
+def waits_for_ack(core: WorkerCore) -> int:
+    return len(core._computing.outbox)
+
+
+def test_only_who_got_a_message_acknowledges_it() -> None:
+    """Anybody can count; alone, or along with a piece."""
+    core = device(2)
+    start(core, 1)
+    piece(core, "head#1", 1)
+    piece(core, "pi-2#1", 1, slot=1, number=2)
+    core.handle(e.Computed("r", 1, (0, 0), (ARRAY,), 0.1), 1.0)
+    assert waits_for_ack(core) == 1
+    ids = tuple(range(1, 9))
+    core.handle(e.Arrived("pi-2#1", m.Ack(ids=ids)), 1.0)
+    message = m.Deliver(
+        id=9, request="r", attempt=1, deployment=5, consumer=(0, 0), slot=1, acks=ids,
+        tensor=describe("x", ARRAY),
+    )  # fmt: skip
+    core.handle(e.Arrived("pi-2#1", message, payload_of(ARRAY)), 1.0)
+    assert waits_for_ack(core) == 1
+    core.handle(e.Arrived("head#1", m.Ack(ids=ids)), 1.0)
+    assert waits_for_ack(core) == 0
+
+
+def test_a_device_believes_the_head_alone_who_it_is_that_speaks_and_passes_nothing_on() -> None:
+    core = device(2)
+    relay = m.Peer(device="head", incarnation="1", host="h", port=1, key="k" * 40)
+    told(core, m.Detour(peer=m.Peer(device="pi-2", incarnation="1", host="h", port=2, key="k" * 40),
+                        via=relay), 0.5)  # fmt: skip
+    start(core, 1)
+    piece(core, "head#1", 1)
+    message = m.Deliver(
+        id=9, request="r", attempt=1, deployment=5, consumer=(0, 0), slot=1,
+        tensor=describe("x", ARRAY),
+    )  # fmt: skip
+    for peer, to, believed in (
+        ("mallory#1", "pi#1", False), ("pi-2#1", "pi#1", False), ("head#1", "pi-3#1", False),
+        ("pi-2#1", "pi-3#1", False), ("head#1", "pi#1", True),
+    ):  # fmt: skip
+        word = m.Relay(to=to, origin="pi-2#1", message=message)
+        effects = core.handle(e.Arrived(peer, word, payload_of(ARRAY)), 1.0)
+        assert messages(effects) == [], (peer, to)
+        assert (computes(effects) == [1]) is believed, (peer, to)
 
 
 # --- room

@@ -50,8 +50,6 @@ class Holding:
         request = self.request(name, now)
         if attempt < request.attempt:
             return None
-        if attempt == request.attempt and deployment != request.deployment:
-            return None
         if attempt > request.attempt:
             self._drop(name)
             request.renew(attempt, deployment, now)
