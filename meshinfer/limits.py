@@ -257,8 +257,9 @@ MODELS: Final = 64
 OPEN_DEPLOYS: Final = 16
 PLANS_AT_ONCE: Final = 4
 ANSWERED_IDS_KEPT: Final = 1024
-FED_REQUESTS: Final = 2 * QUEUE_REQUESTS
-"""Whose inputs a head holds: as many as may be open, and as many that one member invents."""
+FED_REQUESTS: Final = 4 * QUEUE_REQUESTS
+"""Whose inputs a head holds of one client: as many as may be open, and more that came with them and
+are refused; twice that of all."""
 STALE_REQUESTS_KEPT: Final = 1024
 
 # The coordinator's journal.

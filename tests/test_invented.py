@@ -234,8 +234,7 @@ def test_inputs_of_requests_that_never_were_push_out_their_own_sender_s(
 
 
 def test_many_small_inputs_are_bounded_in_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "QUEUE_REQUESTS", 10)
-    monkeypatch.setattr(limits, "FED_REQUESTS", 20)
+    monkeypatch.setattr(limits, "FED_REQUESTS", 10)
     core = head(monkeypatch, 1 << 20)
     feed(core, "ann#1", "ann's", 0)
     for i in range(50):

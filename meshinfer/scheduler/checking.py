@@ -157,7 +157,8 @@ class Checking:
         if check is None or made is None or check.over or check.whole_at is not None:
             return []  # it came twice
         if not check.may_send(made, peer, message):
-            return [Note("warning", "a sample of another's", {"peer": peer})]
+            # Or two have made it, of which the coordinator names the first.
+            return [Note("debug", "a sample of another's", {"peer": peer})]
         outputs = check.gathering.recipe.program.outputs
         if not message.made:
             check.gathering.put(message.slot, array)

@@ -44,7 +44,10 @@ class Hearing:
             device.tasks_done += len(message.tasks)
             device.stale += len(message.tasks)
             return []
-        tasks = tuple(done for done in message.tasks if tried.has_part(device.name, done.place))
+        tasks = message.tasks
+        if not all(tried.has_part(device.name, done.place) for done in tasks):
+            fields = {**device.ids, "request": message.request}
+            return [Note("warning", "tasks of others are told of", fields)]
         device.tasks_done += len(tasks)
         if not self._catalogue.searching:  # which is slow itself: not the cause of the next
             self._balance.note(tried.deployment, device.name, tasks, now)
@@ -52,10 +55,7 @@ class Hearing:
         for done in tasks:  # of two that took a task, the first is who did it
             took = m.TaskTime(device=device.name, **structs.asdict(done))
             tried.tasks.setdefault(done.place, took)
-        if len(tasks) == len(message.tasks):
-            return []
-        fields = {**device.ids, "request": message.request}
-        return [Note("warning", "tasks of others are told of", fields)]
+        return []
 
     def merged(self, peer: str, message: m.Merged, now: float) -> list[Effect]:
         request = self._open.get(message.request)

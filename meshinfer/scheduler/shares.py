@@ -25,11 +25,12 @@ class Bounds:
 
 
 def of_inputs(granted_bytes: int) -> Bounds:
-    """Of inputs on a head, whose host grants so much: twice what the coordinator lets be open, and
-    what may be under way besides, so that one who invents requests pushes nobody's out."""
+    """Of inputs on a head, whose host grants so much: for each client what the coordinator lets be
+    open, and what may be on its way besides; twice that in all, so that one who invents requests
+    pushes nobody's out."""
     room = int(granted_bytes * limits.QUEUE_SHARE) if granted_bytes else limits.MESSAGE_BYTES
     each = min(room, limits.QUEUE_BYTES) + limits.CREDIT_BYTES
-    return Bounds(each, limits.QUEUE_REQUESTS, 2 * each, limits.FED_REQUESTS)
+    return Bounds(each, limits.FED_REQUESTS, 2 * each, 2 * limits.FED_REQUESTS)
 
 
 class Shares(Generic[Key]):
