@@ -23,8 +23,8 @@ def two_of_three(**fields: object) -> Cluster:
     cluster = Cluster(NAMES, **fields)  # type: ignore[arg-type]
     cluster.spares = False
     cluster.deployed(plan=str(pipeline(graph(), NAMES[:2])))
-    eve = e.Arrived("eve#1", client_hello("eve", where=BESIDE_COORDINATOR))
-    cluster.core.handle(eve, cluster.now)
+    hello = client_hello("eve", where=BESIDE_COORDINATOR)
+    cluster.core.handle(e.Arrived("eve#1", hello, ends=("h", "h")), cluster.now)
     assert cluster.core._heads.stands("eve#1")
     return cluster
 
@@ -146,8 +146,8 @@ def test_a_task_is_told_of_by_who_had_it() -> None:
 def test_who_was_not_asked_lacks_nothing() -> None:
     """1. pi-2 is lost, all are asked what they await; 2. eve awaits all of it."""
     cluster = ready(NAMES, pipeline(graph()))
-    eve = e.Arrived("eve#1", client_hello("eve", where=BESIDE_COORDINATOR))
-    cluster.core.handle(eve, cluster.now)
+    hello = client_hello("eve", where=BESIDE_COORDINATOR)
+    cluster.core.handle(e.Arrived("eve#1", hello, ends=("h", "h")), cluster.now)
     request, attempt = begun(cluster)
     cluster.kill("pi-2")
     tried = cluster.core.requests[request].tried[attempt]
