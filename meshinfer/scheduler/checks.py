@@ -216,7 +216,7 @@ class Checks:
             return [], []
         device, place = self._members.by_peer(message.peer), message.place
         its = device is not None and tried.has_part(device.name, place)
-        if not its and place != SOURCE:
+        if not its and (place != SOURCE or not message.why):
             return [], []
         if not message.why:
             self._wanted[request.id] = place
