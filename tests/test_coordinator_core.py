@@ -19,7 +19,7 @@ def sends(effects: list[e.Effect], kind_: type) -> list[e.Send]:
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
-        ({"protocol": (7, 9)}, "ProtocolMismatch", ["7 to 9", "4 to 4", "version 0"]),
+        ({"protocol": (7, 9)}, "ProtocolMismatch", ["7 to 9", "5 to 5", "version 0"]),
         ({"cluster": "away"}, "ConfigurationError", ["'away'", "'home'"]),
         ({"role": "boss"}, "InvalidInput", ["'boss'"]),
         ({"bulk": None}, "InvalidInput", []),

@@ -236,8 +236,8 @@ class Fallback:
             return []
         tried = request.tried[request.attempt]
         question = tried.question
-        if question is None or question.asked != message.asked:
-            return []  # another device was lost meanwhile: they were asked anew
+        if question is None or question.asked != message.asked or peer not in question.awaiting:
+            return []  # another device was lost meanwhile: they were asked anew; or it was not
         question.lacked |= set(message.lacked)
         question.awaiting.discard(peer)
         if question.awaiting:

@@ -208,5 +208,4 @@ def _install(
 def _makers(made: Deployment, programs: tuple[m.Program, ...]) -> tuple[tuple[m.Place, Names], ...]:
     """Of each task that these programs read: whoever has it."""
     read = {x.producer for p in programs for value in p.inputs for x in value.pieces}
-    found = {p.place: p.devices or (name,) for name, each in made.programs.items() for p in each}
-    return tuple((place, found[place]) for place in sorted(read))
+    return tuple((place, made.takers[place]) for place in sorted(read))

@@ -71,11 +71,18 @@ class Try:
         own -= {made.head} if self.head else set()
         return sorted(own.union(self.took, *self.assigned.values()))
 
-    def first(self) -> list[str]:
-        """Those that do not wait for a piece: source and sink, and tasks of weights alone."""
+    def in_order(self) -> list[str]:
+        """All that are to begin with it, those first that do not wait for a piece: source and sink,
+        and tasks of weights alone."""
         own = ((p, name) for name, each in self.deployment.programs.items() for p in each)
-        found = {self.moved.get(p.place, n) for p, n in own if p.model is None or not p.inputs}
-        return sorted(found)
+        first = {self.moved.get(p.place, n) for p, n in own if p.model is None or not p.inputs}
+        return sorted(self.peers(), key=lambda name: (name not in first, name))
+
+    def has_part(self, name: str, place: m.Place) -> bool:
+        """Whether a task is, or was, a device's to do in this attempt."""
+        devices = self.deployment.takers.get(place, ())
+        its = name in self.assigned.get(place, devices[:1]) or name in self.took
+        return its and name in devices
 
     @property
     def all_told(self) -> bool:

@@ -20,6 +20,7 @@ from meshinfer.scheduler.client import ClientCore
 from meshinfer.scheduler.computing import Computing
 from meshinfer.scheduler.deploying import Deploying
 from meshinfer.scheduler.fallback import Fallback
+from meshinfer.scheduler.giving import Giving
 from meshinfer.scheduler.held import Held
 from meshinfer.scheduler.installing import Installing
 from meshinfer.scheduler.journal import Journal
@@ -47,9 +48,9 @@ def _no_dedup(place: _Method) -> _Method:
 def _ack_before_handled(feed: _Method) -> _Method:
     """An input for which there is no room is acknowledged, and dropped: here, every third."""
 
-    def mutant(self: Computing, peer: str, message: m.Feed, payload: Any, now: float) -> Any:
+    def mutant(self: Giving, peer: str, message: m.Feed, payload: Any, now: float) -> Any:
         if message.id % 3 == 0:
-            self.acks.add(peer, message.id, len(payload), now)
+            self._acks.add(peer, message.id, len(payload), now)
             return []
         return feed(self, peer, message, payload, now)
 
@@ -295,7 +296,7 @@ def _check_never_over(due: _Method) -> _Method:
 
 MUTANTS: Mapping[str, tuple[type, str, Callable[[_Method], _Method]]] = {
     "no dedup of Deliver": (Computing, "_place", _no_dedup),
-    "ack before handled": (Computing, "feed", _ack_before_handled),
+    "ack before handled": (Giving, "feed", _ack_before_handled),
     "stale attempt accepted": (Computing, "deliver", _stale_attempt),
     "resend dropped": (Outbox, "resend_due", _no_resend),
     "deaf connection kept": (Outbox, "resend_due", _deaf_kept),
