@@ -59,9 +59,9 @@ class Arm:
     python: Path
     about: str
 
-    def environment(self, **more: str) -> dict[str, str]:
+    def environment(self) -> dict[str, str]:
         """For a process there: MeshInfer is that of this checkout, the rest is what pip chose."""
-        return {**os.environ, "PYTHONPATH": str(ROOT), **more}
+        return {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
 @contextmanager
