@@ -14,13 +14,19 @@ from collections.abc import Callable
 from typing import Protocol
 
 import structlog
-from msgspec.structs import replace
 
 from cluster.sockets import FINAL, REFUSED, Endpoint, Lost, Received
 from cluster.sockets import Plane as Wire
 from cluster.transport import Transport
 from meshinfer.errors import MeshInferError
-from meshinfer.protocol.codec import ProtocolError, decode, encode, failure_of, is_of_the_disk
+from meshinfer.protocol.codec import (
+    ChecksumError,
+    ProtocolError,
+    decode,
+    encode,
+    failure_of,
+    is_of_the_disk,
+)
 from meshinfer.protocol.messages import Failure, Hello, Join, Joined, Probe, Refused, Wait
 from meshinfer.protocol.records import BESIDE_COORDINATOR
 from meshinfer.scheduler.events import (
@@ -34,6 +40,7 @@ from meshinfer.scheduler.events import (
     Note,
     PeerLost,
     Plane,
+    Renew,
     Send,
     Stop,
     Ticked,
@@ -142,10 +149,15 @@ class Loop:
         except ProtocolError as error:
             self.dropped[str(error)[:60]] += 1
             self._log.warning("dropped", peer=incoming.peer, why=str(error))
+            if not isinstance(error, ChecksumError):
+                assert self._transport is not None
+                self._transport.renew(incoming.plane, incoming.peer)
             return None
         if incoming.plane is not Wire.JOIN:
             if isinstance(message, Hello) and incoming.inbound and message.where:
-                message = self._placed(incoming, message)
+                assert self._transport is not None
+                ends = self._transport.ends_of(incoming.plane, incoming.peer)
+                return Arrived(incoming.peer, message, payload, ends)
             return Arrived(incoming.peer, message, payload)
         if incoming.inbound and isinstance(message, Join):
             return Knocked(incoming.peer, incoming.key, message)
@@ -153,17 +165,6 @@ class Loop:
             return Arrived(incoming.peer, message, payload)
         self.dropped["not of the join socket"] += 1
         return None
-
-    def _placed(self, incoming: Received, hello: Hello) -> Hello:
-        """A client on a device's host gets that device's part of a model: so it is there only if
-        its connection comes from there."""
-        assert self._transport is not None
-        theirs, ours = self._transport.ends_of(incoming.plane, incoming.peer)
-        where = ours if hello.where == BESIDE_COORDINATOR else hello.where.rpartition(" ")[2]
-        if theirs and theirs == where:
-            return hello
-        self._log.warning("a client is not where it says", peer=incoming.peer, where=hello.where)
-        return replace(hello, where="")
 
     def _handle(self, event: Event) -> None:
         for effect in self._core.handle(event, time.monotonic()):
@@ -185,6 +186,9 @@ class Loop:
             case Disconnect(peer_id):
                 assert self._transport is not None
                 self._transport.disconnect(peer_id)
+            case Renew(peer_id):
+                assert self._transport is not None
+                self._transport.renew(Wire.BULK, peer_id)
             case Admit(members):
                 assert self._transport is not None
                 self._transport.admit(members)

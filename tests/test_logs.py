@@ -147,6 +147,34 @@ def test_a_refusal_at_the_door_is_no_warning(monkeypatch: pytest.MonkeyPatch) ->
     assert not of(told(cluster), "request failed")
 
 
+def test_a_program_that_uses_us_keeps_its_stdout_and_its_own_logging() -> None:
+    program = """
+import sys, structlog
+from cluster import telemetry
+if sys.argv[1:]:
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stdout))
+import meshinfer as mi
+try:
+    mi.Client("127.0.0.1:1", keyring="nowhere", timeout_s=0.1)
+except mi.MeshInferError as error:
+    print(type(error).__name__)
+structlog.get_logger().info("a detail")
+structlog.get_logger().warning("a warning")
+"""
+
+    def run(*argv: str) -> tuple[str, str]:
+        done = subprocess.run(
+            [sys.executable, "-c", program, *argv], capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout, done.stderr
+
+    out, err = run()
+    assert out.split() == ["AuthError"] and "a warning" in err and "detail" not in err
+    out, err = run("own")
+    assert "a warning" in out and "a detail" in out and not err
+
+
 # --- by the daemons
 
 
@@ -241,3 +269,26 @@ def test_the_logs_of_daemons_lead_from_an_answer_to_the_death_behind_it(tmp_path
     theirs = {line["incarnation"] for line in own if line["event"] == "joined"}
     died = {line["incarnation"] for line in lost.values() if line["device"] == "a"}  # b was stopped
     assert died <= theirs
+
+
+def test_a_worker_that_is_stopped_as_systemd_does_has_left_and_is_not_lost(tmp_path: Path) -> None:
+    folder, log = tmp_path / "c", tmp_path / "c.log"
+    common: Line = {"cluster": "left", "parent": os.getpid(), "log_form": "json"}
+    coordinator = CoordinatorOptions(
+        state_dir=str(folder), host="127.0.0.1", port=0, interfaces=(), **common
+    )
+    with daemon("cluster.coordinator", coordinator, log):
+        assert eventually((folder / "address.json").exists, 30.0)
+        where = f"127.0.0.1:{json.loads((folder / 'address.json').read_text())['port']}"
+        let_in(where, folder / "keyring.json", tmp_path / "a")
+        options = WorkerOptions(
+            name="a", state_dir=str(tmp_path / "a"), coordinator=where,
+            measured=Measured((1e9,), 1e9, 0.0, 0.001), **common,
+        )  # fmt: skip
+        with daemon("cluster.supervisor", options, tmp_path / "a.log") as supervisor:
+            assert eventually(lambda: bool(of(read(tmp_path / "a.log"), "joined")), 30.0)
+            supervisor.terminate()
+            assert supervisor.wait(30.0) == 0
+        assert eventually(lambda: bool(of(read(log), "device left", "device lost")), 30.0)
+        (line,) = of(read(log), "device left", "device lost")
+    assert (line["event"], line["device"], line["level"]) == ("device left", "a", "info")

@@ -144,7 +144,7 @@ def test_damaged_payloads_are_dropped_by_the_real_codec_and_sent_again() -> None
 
 def test_every_hardship_strikes_some_seed_and_is_borne() -> None:
     """A checker that never sees its fault checks nothing."""
-    here = told = ended = failed = refused = silent = 0
+    here = told = ended = failed = refused = silent = swallowed = 0
     for seed in (2, 3, 7, 19, 24, 29):
         scenario = Scenario(seed, Symbolic(), story=False)
         scenario.run()
@@ -154,5 +154,7 @@ def test_every_hardship_strikes_some_seed_and_is_borne() -> None:
         failed += world.kernel_failures.total()
         refused += len(world.disk_refused)
         notes = (note.text for node in world.nodes.values() for note in node.notes)
+        swallowed += world.swallowed
         silent += sum(text == "a device says nothing" for text in notes)
     assert here >= told > 0 and ended > 0 and failed > 0 and refused > 0 and silent > 0
+    assert swallowed > 0

@@ -78,9 +78,9 @@ def test_who_took_over_may_be_silent_in_its_turn(first: str) -> None:
     else:
         freeze(cluster, "pi-2", 1.5)
         cluster.check(cluster.submit(image(1)), image(1))
-        while "pi-2" in cluster.core.members.health.away:
+        while "pi-2" in cluster.core.members.presence.away:
             cluster.pass_time(0.05)
-        assert "pi-2" in cluster.core.members.health.resting(cluster.now)
+        assert "pi-2" in cluster.core.members.presence.resting(cluster.now)
         taker = cluster.core._answering.fallback.takers(made, {"pi-2"})[0, 1]
     freeze(cluster, taker, limits.SILENT_MOST_S - 1.0)
     since = cluster.now
@@ -100,10 +100,10 @@ def test_who_is_through_with_a_request_is_not_stuck_in_it(other_s: float) -> Non
     cluster.when(kind(m.TasksDone, by="pi-1"), lambda: told.append(cluster.now))
     request = cluster.submit(image(1))
     cluster.settle(lambda: bool(told))
-    assert cluster.core.members.health.away == {"pi-1"}
+    assert cluster.core.members.presence.away == {"pi-1"}
     cluster.pass_time(0.005)
     while request not in cluster.nodes["ann"].resolved:
-        assert "pi-1" not in cluster.core.members.health.away
+        assert "pi-1" not in cluster.core.members.presence.away
         cluster.pass_time(0.01)
 
 

@@ -83,9 +83,11 @@ class Welcome(Message, frozen=True):
 
 
 class Refused(Message, frozen=True, forbid_unknown_fields=False):
-    """The coordinator does not admit the peer; both sides print the text."""
+    """The coordinator does not admit the peer; both sides print the text. ``void``: the token that
+    it showed is good for nothing, now and later."""
 
     failure: Failure
+    void: bool = False
 
 
 class Heartbeat(Message, frozen=True):

@@ -55,7 +55,7 @@ class Answering:
         self._journal = journal
         self._poison = Poison()
         self._load = Load(self.open, members, heads)
-        self._covering = Covering(self.open, members.health)
+        self._covering = Covering(self.open, members.presence)
         self.fallback = Fallback(members, catalogue, self.open)
         self.checks = Checks(self.open, members, draw)
         self.silence = Silence(self.open, members, self.fallback)

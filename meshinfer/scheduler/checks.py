@@ -89,7 +89,7 @@ class Checks:
         own = made.programs.keys() & program.devices[:1]
         here = own | made.spares.ready if program.spare else made.members.keys()
         late = own if place in tried.moved else set(tried.assigned.get(place, ()))
-        may = set(self._members.ready(now)) & here - late - self._members.health.away - {of}
+        may = set(self._members.ready(now)) & here - late - self._members.presence.away - {of}
         rivals = self.trust.rivals(of)
         found = [self._members.devices[name] for name in program.devices if name in may]
         return min(

@@ -38,7 +38,7 @@ from meshinfer.scheduler.events import (
 )
 from meshinfer.scheduler.faults import Faults, of_end
 from meshinfer.scheduler.handing import hand
-from meshinfer.scheduler.heads import Heads
+from meshinfer.scheduler.heads import Heads, where_it_is
 from meshinfer.scheduler.journal import Journal
 from meshinfer.scheduler.ledger import Ledger
 from meshinfer.scheduler.links import LinkRounds
@@ -177,7 +177,8 @@ class CoordinatorCore:
             return denied
         match message:
             case m.Hello():
-                return self._hello(peer, message, now)
+                hello, effects = where_it_is(peer, message, event.ends)
+                return effects + self._hello(peer, hello, now)
             case m.Want():
                 return hand(self.catalogue, self.members, self._heads, peer, message)
             case m.Chunk():

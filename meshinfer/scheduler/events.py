@@ -45,11 +45,14 @@ class Plane(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Arrived:
-    """A message came in; ``payload`` is what stood behind its header."""
+    """A message came in; ``payload`` is what stood behind its header. ``ends``: of a hello that
+    says where its peer is, the addresses of the connection it came by, the peer's and ours; empty
+    where nobody knows."""
 
     peer: str
     message: AnyMessage
     payload: memoryview = field(default_factory=lambda: memoryview(b""))
+    ends: tuple[str, str] = ("", "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,6 +252,13 @@ class Disconnect:
 
 
 @dataclass(frozen=True, slots=True)
+class Renew:
+    """End the bulk connections with a peer, and have them made anew: what is on its way is lost."""
+
+    peer: str
+
+
+@dataclass(frozen=True, slots=True)
 class Admit:
     """From now on these keys may connect, each only under its name; all others are refused, and
     their connections end."""
@@ -432,6 +442,7 @@ class Stop:
 
 
 Effect = (
-    Send | Connect | Disconnect | Admit | FindBlobs | WriteBlob | ServeBlob | Prepare | Discard
-    | Compute | OpenModel | MakePlan | Record | Resolve | Settle | Granted | Lease | Note | Stop
+    Send | Connect | Disconnect | Renew | Admit | FindBlobs | WriteBlob | ServeBlob | Prepare
+    | Discard | Compute | OpenModel | MakePlan | Record | Resolve | Settle | Granted | Lease | Note
+    | Stop
 )  # fmt: skip

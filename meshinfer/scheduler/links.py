@@ -106,8 +106,8 @@ class LinkRounds:
     def _starved(self, members: Membership, now: float) -> None:
         """Devices to which messages come late: their links with the head are in doubt. What a
         client beside it sends is not watched as transfers between devices are."""
-        names, head = members.health.starved, members.head
-        members.health.starved = set()
+        names, head = members.presence.starved, members.head
+        members.presence.starved = set()
         if head is None:
             return
         for name in sorted(names & members.devices.keys()):

@@ -15,6 +15,7 @@ from meshinfer.protocol import messages as m
 from meshinfer.scheduler.events import Candidate
 from meshinfer.scheduler.faults import Faults
 from meshinfer.scheduler.health import Health
+from meshinfer.scheduler.presence import Presence
 
 
 @dataclass(slots=True)
@@ -118,6 +119,7 @@ class Membership:
     links_changed: int = 0
     apart: dict[tuple[str, str], bool] = field(default_factory=dict)
     health: Health = field(default_factory=Health)
+    presence: Presence = field(default_factory=Presence)
     faults: Faults = field(default_factory=Faults)
 
     def refusal(self, hello: m.Hello, now: float) -> m.Failure | None:
@@ -181,13 +183,13 @@ class Membership:
             return False
         device.heard, device.computing, device.computing_s = now, beat.computing, beat.since_s
         device.wasted, device.board = beat.wasted, beat.board
-        self.health.computes(device.name, beat.computing)
+        self.presence.computes(device.name, beat.computing)
         return True
 
     def speaks(self, peer: str, now: float) -> bool:
         """Anything has come from a peer: whether a device that was asked gives a sign of life."""
-        device = self.by_peer(peer) if self.health.doubts else None
-        return device is not None and self.health.heard(device.name, now)
+        device = self.by_peer(peer) if self.presence.doubts else None
+        return device is not None and self.presence.heard(device.name, now)
 
     def everybody(self) -> list[str]:
         """The peers that have joined."""
@@ -197,7 +199,8 @@ class Membership:
         return next((d for d in self.devices.values() if d.peer == peer), None)
 
     def remove(self, device: Device, why: str, now: float) -> None:
-        if device.dismissed:
+        self.presence.gone(device.name)
+        if device.dismissed or device.draining:
             self.health.left(device.name)
         else:
             info = structs.replace(self._info(device, now), state="dead", cause=why)
@@ -318,7 +321,7 @@ class Membership:
             until = self.health.quarantined_until(d.name)
             if until > now and d.name not in self.ready(now):
                 state = "quarantined"
-            elif d.name in self.health.suspects(now):
+            elif d.name in self.presence.suspects(now):
                 state = "suspect"
         return state, until, cause or d.hello.facts.last_exit
 

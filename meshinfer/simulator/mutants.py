@@ -20,7 +20,6 @@ from meshinfer.scheduler.client import ClientCore
 from meshinfer.scheduler.computing import Computing
 from meshinfer.scheduler.deploying import Deploying
 from meshinfer.scheduler.fallback import Fallback
-from meshinfer.scheduler.health import Health
 from meshinfer.scheduler.held import Held
 from meshinfer.scheduler.installing import Installing
 from meshinfer.scheduler.journal import Journal
@@ -28,6 +27,7 @@ from meshinfer.scheduler.membership import Membership
 from meshinfer.scheduler.on_device import OnDevice
 from meshinfer.scheduler.outbox import Outbox
 from meshinfer.scheduler.poison import Poison
+from meshinfer.scheduler.presence import Presence
 from meshinfer.scheduler.request import Answered, Try
 from meshinfer.scheduler.trust import Trust
 
@@ -75,6 +75,16 @@ def _no_resend(resend_due: _Method) -> _Method:
     def mutant(self: Outbox, now: float) -> Any:
         self._soonest = float("inf")
         return [], []
+
+    return mutant
+
+
+def _deaf_kept(resend_due: _Method) -> _Method:
+    """A connection that carries nothing more is used for ever."""
+
+    def mutant(self: Outbox, now: float) -> Any:
+        effects, lost = resend_due(self, now)
+        return [effect for effect in effects if not isinstance(effect, e.Renew)], lost
 
     return mutant
 
@@ -204,7 +214,7 @@ def _silently_moved(lacks: _Method) -> _Method:
 
     def mutant(self: Fallback, peer: str, message: m.Lacks) -> Any:
         effects = lacks(self, peer, message)
-        silent = self._members.health.silent
+        silent = self._members.presence.silent
         return [x for x in effects if not silent or not isinstance(x, e.Send)]
 
     return mutant
@@ -213,7 +223,7 @@ def _silently_moved(lacks: _Method) -> _Method:
 def _silent_for_ever(heard: _Method) -> _Method:
     """A device that was silent once gets no work any more, whatever it says."""
 
-    def mutant(self: Health, device: str, now: float) -> None:
+    def mutant(self: Presence, device: str, now: float) -> None:
         silent = device in self.silent
         heard(self, device, now)
         if silent:
@@ -288,6 +298,7 @@ MUTANTS: Mapping[str, tuple[type, str, Callable[[_Method], _Method]]] = {
     "ack before handled": (Computing, "feed", _ack_before_handled),
     "stale attempt accepted": (Computing, "deliver", _stale_attempt),
     "resend dropped": (Outbox, "resend_due", _no_resend),
+    "deaf connection kept": (Outbox, "resend_due", _deaf_kept),
     "wrong incarnation told": (Installing, "install", _old_incarnation),
     "wrong incarnation heard": (Membership, "by_peer", _late_news_kills),
     "cancel ignored": (Answering, "cancel", _cancel_ignored),
@@ -302,7 +313,7 @@ MUTANTS: Mapping[str, tuple[type, str, Callable[[_Method], _Method]]] = {
     "answer of a dead client": (Answered, "reaches", _answer_of_the_dead),
     "lost device kept": (Deploying, "out_of_service", _lost_device_kept),
     "silent device's tasks untold": (Fallback, "lacks", _silently_moved),
-    "silent for ever": (Health, "heard", _silent_for_ever),
+    "silent for ever": (Presence, "heard", _silent_for_ever),
     "first spare told for the second": (Try, "on_wire", _first_spare_told),
     "poison never proven": (Poison, "_blame", _never_proven),
     "unwritten ids kept": (Journal, "failed", _kept_unwritten),

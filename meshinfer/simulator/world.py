@@ -29,7 +29,7 @@ from meshinfer.scheduler.enrolment import Door
 from meshinfer.scheduler.ledger import Ledger
 from meshinfer.scheduler.on_device import OwnTask
 from meshinfer.scheduler.worker import COORDINATOR, WorkerCore
-from meshinfer.simulator.node import BULK, AnyCore, Clock, Node, Timing
+from meshinfer.simulator.node import BULK, AnyCore, Clock, Node, Timing, honest_ends
 from meshinfer.simulator.shells import Shells
 
 _LIST_S = 1e-4
@@ -313,7 +313,7 @@ class World(Shells):
                 message: m.AnyMessage, payload: memoryview) -> None:  # fmt: skip
         control = plane is e.Plane.CONTROL and sender is self.coordinator
         peer = COORDINATOR if control else sender.id
-        event = e.Arrived(peer, message, payload)
+        event = e.Arrived(peer, message, payload, honest_ends(message))
         heapq.heappush(self._events, (at, next(self._order), receiver, event))
 
     # --- effects
