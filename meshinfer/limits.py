@@ -51,6 +51,9 @@ LINK_DEVIATION: Final = 1.5
 LINK_DOUBT_S: Final = 5.0
 LINKED_DEVICES: Final = 12
 """Up to so many devices the links of all pairs are measured; of more, those with the head."""
+LINK_AGAIN_S: Final = 5.0
+"""From one link with the head that is measured anew to the next, where there are more devices: of
+a thousand each minute, at 4 MB each, the head's own link would have no end of it."""
 SLOWEST_LINK_BYTES_PER_S: Final = 250_000
 PULLS_AT_ONCE: Final = 4
 GENTLE_PAUSE_TIMES: Final = 9.0
@@ -334,6 +337,7 @@ LAB_LINK_BITS_PER_S: Final = (1e5, 1e10)
 
 assert BLOB_CHUNK_BYTES <= FRAME_BYTES * FRAMES_PER_MESSAGE
 assert LINK_MEASURE_S < LINK_ASKED_S
+assert LINK_AGAIN_S * LINKED_DEVICES <= LINK_AGE_S
 assert HEARTBEAT_S * 3 <= DEAD_AFTER_S < SILENT_MOST_S
 assert ACK_DELAY_S * 3 <= ACK_TIMEOUT_S
 assert PACE_SAMPLES <= LATE_SAMPLES

@@ -12,8 +12,10 @@ from test_silence import AT_ONCE_S, SILENT_AFTER_S, USUAL, freeze, used
 
 from meshinfer import limits
 from meshinfer.graph import Graph
+from meshinfer.identity import DeviceId
 from meshinfer.protocol import messages as m
 from meshinfer.scheduler import events as e
+from meshinfer.simulator.models import for_any
 
 SOON_S = 2 * (SILENT_AFTER_S + AT_ONCE_S)
 FIVE = ("pi-1", "pi-2", "pi-3", "pi-4", "pi-5")
@@ -28,6 +30,19 @@ def made_usual(cluster: Watched) -> Watched:
     for i in range(USUAL):
         cluster.check(cluster.submit(image(i)), image(i))
     return cluster
+
+
+def test_of_many_that_may_take_a_task_only_who_did_is_told_that_its_request_is_over() -> None:
+    cluster = Cluster(FIVE)
+    cluster.planner = lambda g, names: for_any(
+        g, tuple(map(DeviceId, names)), DeviceId("head"), [0, len(g.ops)], 1, window=4
+    )
+    cluster.deployed()
+    before = cluster.sent["Release"]
+    replies = [cluster.check(cluster.submit(image(i)), image(i)) for i in range(3)]
+    cluster.pass_time(1.0)
+    assert cluster.sent["Release"] - before == 2 * len(replies)  # its taker, and the head
+    cluster.check_idle()
 
 
 def moved(cluster: Cluster) -> set[str]:

@@ -116,7 +116,7 @@ class Deployment:
     much when a search failed. ``in_vain``: how often another plan was looked for since, and was no
     better. ``search_s``: of the coordinator's processor that the last search for it took;
     ``share``: of it that the search may take. ``asked``: requests begun since.
-    ``head``: the device that is source and sink, where the client is not.
+    ``head``: the device that is source and sink, where the client is not. ``tasks``: of a request.
     ``links``: how often links had changed when it was planned. ``ready_at``: since when it serves.
     ``alone``: the one request that runs under it, on one device; it is not what serves.
     """
@@ -151,6 +151,7 @@ class Deployment:
     alone: str = ""
     ready_at: float = 0.0
     spares: Spares = field(default_factory=Spares)
+    tasks: int = 0
 
     def held(self, name: str) -> tuple[int, int]:
         """Bytes that a device is expected to hold at most: of its own, and of others' tasks."""
@@ -167,7 +168,7 @@ class Deployment:
     def take_on(self, plan: Mapping[str, tuple[m.Program, ...]]) -> None:
         """Its programs; of all that might have been, theirs are its members and who stands by for
         one. Of an earlier coordinator's plan, one that stood by may not have come back."""
-        self.programs = plan
+        self.run_by(plan)
         self.takers = {p.place: p.devices or (name,) for name, each in plan.items() for p in each}
         programs = (p for each in plan.values() for p in each)
         spares = sorted({name for p in programs for name in p.spares} & self.members.keys())
@@ -180,8 +181,7 @@ class Deployment:
 
     def spare_programs(self, name: str) -> tuple[m.Program, ...]:
         """Those of others that a device prepares, should one of these be lost."""
-        programs = (p for each in self.programs.values() for p in each)
-        return tuple(p for p in programs if name in p.spares)
+        return tuple(p for each in self.programs.values() for p in each if name in p.spares)
 
     @property
     def longest_s(self) -> float:
@@ -214,10 +214,10 @@ class Deployment:
         """Requests that may run under it at once."""
         return min(max(self.window, limits.RUNNING_REQUESTS), limits.WINDOW)
 
-    @property
-    def tasks(self) -> int:
-        """How many tasks a request computes."""
-        return len({p.place for each in self.programs.values() for p in each if p.model})
+    def run_by(self, programs: Mapping[str, tuple[m.Program, ...]]) -> None:
+        """The devices' programs, from now on. What is asked for each reply is counted once."""
+        self.programs = programs
+        self.tasks = len({p.place for each in programs.values() for p in each if p.model})
 
 
 @dataclass(slots=True)

@@ -124,7 +124,7 @@ class Fallback:
             if taker:
                 programs[taker] = (*programs.get(taker, ()), program)
                 made.spares.moved[program.place] = taker
-        made.programs = programs
+        made.run_by(programs)
         for request in self._open.values():
             if request.deployment is made and request.runs:
                 effects += self._ask(request, request.tried[request.attempt])

@@ -8,6 +8,7 @@ for being killed after having answered. Who is killed so again and again rests a
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Container
 from dataclasses import dataclass, field
 
 from msgspec import structs
@@ -117,6 +118,15 @@ class Health:
     def quarantined_until(self, device: str) -> float:
         record = self._records.get(device)
         return 0.0 if record is None else record.until
+
+    @property
+    def in_question(self) -> set[str]:
+        """Devices that may be quarantined: all others are not."""
+        return self.liars.keys() | self._records.keys()
+
+    def quarantines(self, devices: Container[str]) -> list[float]:
+        """Until when each of these that ever was quarantined is, or was."""
+        return [r.until for name, r in self._records.items() if r.until and name in devices]
 
     def lies(self, device: str, now: float) -> tuple[float, str] | None:
         """Until when a device works no more because its results are wrong, and why."""

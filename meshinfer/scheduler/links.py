@@ -54,7 +54,7 @@ class _Doubt:
 @dataclass(slots=True)
 class LinkRounds:
     """The coordinator's half. Mutable: owned by its core. ``asked``: the one under way, and since
-    when. ``_known_at``: when each device's link with the head was last measured.
+    when. ``_known_at``: when each device's link with the head was last measured, oldest first.
     """
 
     asked: tuple[str, str, float] | None = None
@@ -86,6 +86,7 @@ class LinkRounds:
         device, other = pair
         self.asked = (device.name, other.name, now)
         if other is members.head:
+            self._known_at.pop(device.name, None)
             self._known_at[device.name] = now
         return [Send(Plane.CONTROL, device.peer, m.MeasureLink(peer=other.bulk))]
 
@@ -96,6 +97,9 @@ class LinkRounds:
         for name in [name for name in self._known_at if name not in members.devices]:
             del self._known_at[name]
         if head is None:
+            return None
+        many = len(self._known_at) > limits.LINKED_DEVICES
+        if many and now < max(self._known_at.values()) + limits.LINK_AGAIN_S:
             return None
         for name, since in self._known_at.items():
             device = members.devices[name]

@@ -70,10 +70,14 @@ class Parting:
         return effects
 
     def with_the_drained(self) -> list[Effect]:
+        here = self._members.devices.values()
+        leaving = [device for device in here if device.draining and not device.dismissed]
+        if not leaving:
+            return []
         busy = {name for d in self._catalogue.deployments.values() for name in d.members}
         effects: list[Effect] = []
-        for device in self._members.devices.values():
-            if device.draining and not device.dismissed and device.name not in busy:
+        for device in leaving:
+            if device.name not in busy:
                 device.dismissed = True
                 effects.append(_to(device.peer, m.Dismiss()))
         return effects

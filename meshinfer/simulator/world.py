@@ -19,7 +19,7 @@ import xxhash
 
 from meshinfer import limits
 from meshinfer.protocol import messages as m
-from meshinfer.protocol.codec import Buffer, decode, encode
+from meshinfer.protocol.codec import Buffer
 from meshinfer.protocol.records import BESIDE_COORDINATOR
 from meshinfer.protocol.token import Role
 from meshinfer.scheduler import events as e
@@ -244,7 +244,7 @@ class World(Shells):
             self._stranger_told(send.peer, send.message)
             return
         receiver = self._receiver(sender, send)
-        frames = [f if len(f) >= _COPIED else bytes(f) for f in encode(send.message, send.payload)]
+        frames = [f if len(f) >= _COPIED else bytes(f) for f in self._encoded(sender, send)]
         self.log.update(frames[0])
         assert len(frames[0]) <= limits.CONTROL_FRAME_BYTES
         if receiver is None:
@@ -262,7 +262,7 @@ class World(Shells):
             self.tell_story(lambda: f"{sender} -> {receiver} (NOT LET IN) {send.message}")
             self._not_let_in(sender, receiver, send)
             return
-        message, payload = decode(frames)
+        message, payload = self._decoded(receiver, frames)
         assert message == send.message, "the codec changed it"
         self.sent[type(message).__name__] += 1
         self.tell_story(lambda: f"{sender} -> {receiver} {message}")
