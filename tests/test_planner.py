@@ -188,6 +188,20 @@ def test_a_device_that_cannot_compute_gets_nothing_and_is_named() -> None:
     assert "broken idle: it does not compute" in planned.notes
 
 
+def test_the_notes_say_that_devices_of_two_numeric_classes_compute_unless_the_graph_is_strict() -> (
+    None
+):
+    g = graph("unet")
+    alike = [replace(p, numeric_class="ort/aarch64") for p in devices(3)]
+    mixed = [*alike[:2], replace(alike[2], numeric_class="ort/x86_64")]
+    said = "2 numeric classes compute (ort/aarch64, ort/x86_64)"
+    assert any(said in note for note in make_plan(g, mixed, PI0, PI0).notes)
+    for others, it in ((alike, g), (mixed, g.as_strict())):
+        planned = make_plan(it, others, PI0, PI0)
+        assert len(planned.plan.devices()) > 1
+        assert not any("numeric classes" in note for note in planned.notes)
+
+
 def test_awful_links_leave_everything_on_one_device_and_the_notes_say_what_others_cost() -> None:
     g = graph("vgg16")
     planned = make_plan(g, devices(4, bandwidth_bytes_per_s=2e3, latency_s=0.2), PI0, PI0)

@@ -41,6 +41,12 @@ def notes_of(choice: Choice, best: Candidate, course: Timeline, spread: bool) ->
         yield f"spread over all devices{short}, as was asked, even if fewer were faster"
     else:
         yield from _idle(choice, best)
+    kinds = sorted({p.numeric_class for p in order if p.id in used})
+    if len(kinds) > 1:
+        yield (
+            f"devices of {len(kinds)} numeric classes compute ({', '.join(kinds)}): answers are as "
+            "exact, but not bit for bit what one of them computes; strict uses one class"
+        )
     for p in choice.profiles:
         if not p.able:
             if p.id not in choice.ends:  # of which nobody expects it
