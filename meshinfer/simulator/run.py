@@ -172,6 +172,7 @@ class Scenario:
                 raise Broken(f"after healing: {reply.failure or reply.attempts}", asked.request)
         self._pass(3.0)
         checkers.empty(world, self.calm)
+        checkers.forgotten(world, self.calm)
         if not checkers.healthy(self.world):
             raise Broken("after healing it was well, and then no more")
         return world.now - begun
@@ -184,6 +185,7 @@ class Scenario:
             return False
         try:
             checkers.empty(self.world, self.calm)
+            checkers.forgotten(self.world, self.calm)
         except Broken:
             return False
         return True
@@ -206,6 +208,7 @@ class Scenario:
             devices = self.world.core.members.devices.values()
             why += f"; {[(d.peer, d.state(now)) for d in devices]}"
             checkers.empty(self.world, self.calm)
+            checkers.forgotten(self.world, self.calm)
         raise Broken(why, request)
 
     def _pass(self, seconds: float) -> None:

@@ -22,6 +22,7 @@ from meshinfer.simulator.models import STYLES, Made, graph_of, made
 from meshinfer.simulator.network import Network, Noise
 from meshinfer.simulator.node import Clock, Node, Timing
 from meshinfer.simulator.streams import Streams
+from meshinfer.simulator.word import Word
 
 HEAD = "head"
 KNOWN: Mapping[Role, tuple[str, ...]] = {
@@ -92,6 +93,7 @@ class Simulation(Network):
         self.unwritten: list[str] = []
         """Ids that were answered, and were not on disk."""
         self.granted = Granted(self)
+        self.word = Word()
         self.styles: tuple[str, ...] = STYLES
         self.spares = True
         """Whether devices prepare tasks of others, for the loss of one."""
@@ -207,8 +209,15 @@ class Simulation(Network):
 
     # --- effects
 
+    def _handle(self, node: Node, event: e.Event, at_least: float = 0.0) -> None:
+        if node.name == COORDINATOR:
+            self.word.heard(event)
+        super()._handle(node, event, at_least)
+
     def _perform(self, node: Node, effect: e.Effect) -> None:
         super()._perform(node, effect)
+        if node.name == COORDINATOR:
+            self.word.said(effect)
         match effect:
             case e.Resolve(request):
                 for asked in self.asked:
