@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from meshinfer.scheduler.worker import COORDINATOR
 from meshinfer.simulator.faults import Faults
+from meshinfer.simulator.granted import STALE_S
 from meshinfer.simulator.simulation import HEAD, Mishap, Simulation
 from meshinfer.simulator.users import Users
 
@@ -18,6 +19,7 @@ KINDS = (
     "kernel error", "bad input", "poison", "disk full", "long partition", "hang", "two at once",
 )  # fmt: skip
 CHANCE = 0.12
+_COPIES_CHANCE, _COPIES_LOSSES, _COPIES_S = 0.2, 4, 0.1
 _BESIDE_CHANCE = 0.2
 _LIAR_CHANCE, _LIAR_REQUESTS = 0.15, 40
 _BESIDE_A_FREEZE = ("freeze", "crash", "power", "partition", "cut")
@@ -38,6 +40,10 @@ class Hardships:
         lies = world.streams["liar"]
         self._lies = not calm and len(hosts) >= 3 and lies.random() < _LIAR_CHANCE
         world.spares = world.spares or self._lies
+        copies = world.streams["late copies"]
+        self._calm = calm
+        self._copies = not calm and not self._lies and copies.random() < _COPIES_CHANCE
+        world.spares = world.spares and not self._copies
         beside = self._where = world.streams["beside devices"]
         self._beside = beside.random() < _BESIDE_CHANCE
         if self._beside and beside.random() < 0.7:
@@ -55,6 +61,15 @@ class Hardships:
         world, rng = self._world, self._rng
         if self._lies:
             self._lie(length_s)
+        if self._copies:
+            self._copy(length_s)
+        if self._beside:
+            self._supersede(length_s)
+        answered = world.streams["answered"]
+        if not self._calm and answered.random() < CHANCE:
+            since = world.now + answered.random() * length_s
+            world.at(since, self._crash_who_is_answered)
+            world.at(since, self._users.submit)
         for kind in self.kinds:
             world.tell_story(lambda kind=kind: f"HARDSHIP {kind}")  # type: ignore[misc]
             since = world.now + rng.random() * length_s
@@ -90,6 +105,37 @@ class Hardships:
             world.at(world.now + rng.random() * length_s, self._users.submit)
         world.mishaps.append(Mishap("liar", world.now, world.now + length_s))
 
+    def _copy(self, length_s: float) -> None:
+        """Requests begin again under other plans, and pieces of the first ones come late."""
+        world, rng = self._world, self._world.streams["late copies"]
+        world.copied = rng.choice([0.3, 1.0])
+        faults = Faults(world, self._users.deploy, self._users.crash, (), "late copies strike")
+        for _ in range(_COPIES_LOSSES):
+            at = world.now + rng.random() * (length_s - _COPIES_S)
+            world.at(at, self._users.submit)
+            world.at(at + rng.random() * _COPIES_S, lambda: faults.strike("crash"))
+
+    def _supersede(self, length_s: float) -> None:
+        """What a client may compute itself is of a version that ends, and it goes on asking."""
+        world, rng = self._world, self._where
+        at = rng.random() * length_s / 2
+        world.at(world.now + at, self._users.deploy)
+        for when in (at / 2, at / 2, at + STALE_S + rng.random()):
+            if when < length_s:
+                world.at(world.now + when, self._users.submit)
+
+    def _crash_who_is_answered(self) -> None:
+        """The next client that is sent an answer ends before it hears of it, and asks again."""
+        world = self._world
+
+        def crash(peer: str) -> None:
+            world.word.on_answered = lambda client: None
+            name = peer.partition("#")[0]
+            world.mishaps.append(Mishap("client crash", world.now, world.now))
+            world.at(world.now, lambda: world.nodes[name].id == peer and self._users.crash(name))
+
+        world.word.on_answered = crash
+
     def _fill_disk(self, seconds: float) -> None:
         world = self._world
         world.disk_full_until = world.now + seconds
@@ -108,3 +154,5 @@ class Hardships:
         """The trouble is over. What hangs still ends at its time; poison stays poison."""
         self._world.kernel_errors = self._world.disk_full_until = 0.0
         self._world.hung.clear()
+        self._world.copied = 0.0
+        self._world.word.on_answered = lambda client: None
