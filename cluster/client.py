@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import meshinfer
-from cluster import results
+from cluster import results, telemetry
 from cluster.admitting import Admitting
 from cluster.blobs import BlobStore
 from cluster.locate import own_place
@@ -91,6 +91,7 @@ class Client(MayBeRay):
         timeout_s: float = 10.0,
         interfaces: Sequence[str] | None = None,
     ) -> None:
+        telemetry.configure_guest()
         ring, found = find_as_client(
             None if keyring is None else Path(keyring),
             cluster,

@@ -21,11 +21,13 @@ from cluster.sockets import (
     NOT_YET,
     PLAINTEXT,
     REFUSED,
+    UNKNOWN,
     WRONG_KEY,
     Endpoint,
     Ends,
     Frames,
     Plane,
+    end_connection,
     frame_size,
 )
 from meshinfer import limits
@@ -55,6 +57,13 @@ class Link(Ends):
     greeted: bool = False
     failing: bool = False  # the handshake of this connection
     failures: int = 0  # of handshakes in a row, without a reason
+    connection: int = UNKNOWN
+    spoiled: bool = False  # nothing that this connection still has to say counts
+
+    def end(self, peer: str) -> None:
+        """End the connection with it; libzmq makes another."""
+        self.spoiled = True
+        end_connection(self.connection)
 
 
 @dataclass(slots=True, eq=False)
@@ -80,7 +89,9 @@ class Backlog:
 def heard_of(link: Link, event: int, value: int) -> str:
     """Note what a link's monitor says. The reason to call it lost, if it is one that is new."""
     reason = ""
-    if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+    if event == zmq.EVENT_CONNECTED:
+        link.connection, link.spoiled = value, False
+    elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
         link.up, link.said, link.greeted, link.failures = True, "", False, 0
     elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
         # ZAP: 400 refused, 500 busy (300, try again, closes without a word).

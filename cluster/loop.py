@@ -20,7 +20,14 @@ from cluster.sockets import FINAL, REFUSED, Endpoint, Lost, Received
 from cluster.sockets import Plane as Wire
 from cluster.transport import Transport
 from meshinfer.errors import MeshInferError
-from meshinfer.protocol.codec import ProtocolError, decode, encode, failure_of, is_of_the_disk
+from meshinfer.protocol.codec import (
+    ChecksumError,
+    ProtocolError,
+    decode,
+    encode,
+    failure_of,
+    is_of_the_disk,
+)
 from meshinfer.protocol.messages import Failure, Hello, Join, Joined, Probe, Refused, Wait
 from meshinfer.protocol.records import BESIDE_COORDINATOR
 from meshinfer.scheduler.events import (
@@ -34,6 +41,7 @@ from meshinfer.scheduler.events import (
     Note,
     PeerLost,
     Plane,
+    Renew,
     Send,
     Stop,
     Ticked,
@@ -142,6 +150,9 @@ class Loop:
         except ProtocolError as error:
             self.dropped[str(error)[:60]] += 1
             self._log.warning("dropped", peer=incoming.peer, why=str(error))
+            if not isinstance(error, ChecksumError):
+                assert self._transport is not None
+                self._transport.renew(incoming.plane, incoming.peer)
             return None
         if incoming.plane is not Wire.JOIN:
             if isinstance(message, Hello) and incoming.inbound and message.where:
@@ -185,6 +196,9 @@ class Loop:
             case Disconnect(peer_id):
                 assert self._transport is not None
                 self._transport.disconnect(peer_id)
+            case Renew(peer_id):
+                assert self._transport is not None
+                self._transport.renew(Wire.BULK, peer_id)
             case Admit(members):
                 assert self._transport is not None
                 self._transport.admit(members)

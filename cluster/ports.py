@@ -39,13 +39,15 @@ def draw_wire_id(identity: str, said_key: str = "") -> bytes:
 class Route:
     """How to reach a peer: its routing id on the wire, and the connection it last spoke by.
 
-    ``retired``: the routing ids before; what still comes from them is older, and too late."""
+    ``retired``: the routing ids before; what still comes from them is older, and too late.
+    ``spoiled``: a connection that we ended."""
 
     peer: str
     wire: bytes
     key: str
     connection: int = UNKNOWN
     gone: bool = False
+    spoiled: int = UNKNOWN
     retired: deque[bytes] = field(default_factory=lambda: deque(maxlen=limits.RETIRED_KEPT))
 
 
@@ -111,6 +113,9 @@ class Port(sockets.Ends):
             self._untold = self._untold or connection == UNKNOWN
             if self._is_work:
                 self._strangers.pop(connection, None)
+        if connection == route.spoiled != UNKNOWN:
+            self._counters["of a connection that was ended"] += 1
+            return None
         most = limits.FRAMES_PER_MESSAGE if self._is_work else limits.JOIN_FRAMES
         if not 0 < len(parts) <= most:
             self._counters["frames per message"] += 1
@@ -183,6 +188,13 @@ class Port(sockets.Ends):
     def _forget(self, route: Route) -> None:
         del self._routes[route.peer], self._by_wire[route.wire]
 
+    def end(self, peer: str) -> None:
+        """End the connection by which this peer last spoke; what it still says does not count."""
+        route = self._routes.get(peer)
+        if route is not None:
+            route.spoiled = route.connection
+            self._end(route.connection)
+
     # --- connections ----------------------------------------------------------------------
 
     def watch(self) -> list[tuple[str, str]]:
@@ -197,6 +209,9 @@ class Port(sockets.Ends):
 
     def _accepted(self, connection: int) -> None:
         self._connections.add(connection)
+        for route in self._routes.values():
+            if route.spoiled == connection:  # another one, by a number that was free again
+                route.spoiled = UNKNOWN
         now = time.monotonic()
         host = _host_of(connection)
         self._strangers.pop(connection, None)
@@ -271,12 +286,7 @@ class Port(sockets.Ends):
     def _end(self, connection: int) -> None:
         """Shut a connection of this port down; libzmq's I/O thread then closes it. Looked at
         first: the number may be another's by now."""
-        if connection == UNKNOWN:
-            return
-        with sockets.connection_at(connection) as each, suppress(OSError):
-            ours = each is not None and each.family == socket.AF_INET
-            if each is not None and ours and each.getsockname()[1] == self.number:
-                each.shutdown(socket.SHUT_RDWR)
+        sockets.end_connection(connection, port=self.number)
 
 
 def _host_of(connection: int) -> str:

@@ -305,6 +305,17 @@ def connection_at(descriptor: int) -> Iterator[socket.socket | None]:
             found.close()
 
 
+def end_connection(descriptor: int, port: int = 0) -> None:
+    """Shut it down; libzmq's I/O thread then closes it. ``port``: only if this end of it is bound
+    there."""
+    if descriptor == UNKNOWN:
+        return
+    with connection_at(descriptor) as each, contextlib.suppress(OSError):
+        ours = each is not None and each.family == socket.AF_INET
+        if each is not None and ours and port in (0, each.getsockname()[1]):
+            each.shutdown(socket.SHUT_RDWR)
+
+
 def _resend_soon(descriptor: int) -> None:
     """Where a connection has only few packets under way, as with most of our messages, one that is
     lost time and again is resent every 200 ms, not after 200, 400, 800 ms (Linux; RFC 6298 doubles,

@@ -43,6 +43,13 @@ def configure(level: str = "info", form: str = "text", *, name: str = "") -> Non
     )
 
 
+def configure_guest() -> None:
+    """Within somebody's program: its stdout is its own, and so is how structlog is set up, where
+    it does that. Else warnings go to stderr."""
+    if not structlog.is_configured():
+        configure("warning")
+
+
 class _Lines:
     """stderr; a line that it does not take, for a full disk or a reader that has gone, is lost, and
     the daemon goes on."""

@@ -178,12 +178,18 @@ class Transport:
         """The addresses of the connection that a peer made to us: its end and ours."""
         return self._ports[plane].ends_of(peer)
 
+    def renew(self, plane: Plane, peer: str) -> None:
+        """End the connections with a peer; they are made anew, what is on its way is lost."""
+        self.counters["connections begun anew"] += 1
+        for ends in (self._links.get((plane, peer)), self._ports.get(plane)):
+            if ends is not None:
+                ends.end(peer)
+
     def disconnect(self, peer: str) -> None:
         """Close our connections to this peer and forget what was not sent to it."""
         self._check_thread()
         for plane in Plane:
-            link = self._links.get((plane, peer))
-            if link is not None:
+            if link := self._links.get((plane, peer)):
                 self._drop(link)
             self._backlogs.pop((plane, peer), None)
 
@@ -203,10 +209,8 @@ class Transport:
             self._gatekeeper.stop()
         self._waker.close()
         self._context.term()  # waits for linger at most
-        self._links.clear()
-        self._ports.clear()
-        self._data.clear()
-        self._backlogs.clear()
+        for kept in (self._links, self._ports, self._data, self._backlogs):
+            kept.clear()
 
     # --- messages -------------------------------------------------------------------------
 
@@ -344,6 +348,9 @@ class Transport:
             return source.accept(frames)
         if not 0 < len(frames) <= limits.FRAMES_PER_MESSAGE:
             self.counters["frames per message"] += 1
+            return None
+        if source.spoiled:
+            self.counters["of a connection that was ended"] += 1
             return None
         views = [frame.buffer.toreadonly() for frame in frames]
         return Received(source.plane, source.peer, views, source.endpoint.key)

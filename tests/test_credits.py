@@ -66,6 +66,38 @@ def test_what_waits_is_neither_resent_nor_given_up_and_may_be_forgotten(outbox: 
     assert ids(outbox.resend_due(1.0)[0]) == [5]
 
 
+def renewed(effects: list[e.Effect]) -> list[str]:
+    return [effect.peer for effect in effects if isinstance(effect, e.Renew)]
+
+
+def test_a_connection_by_which_nothing_is_acknowledged_is_made_anew_before_it_is_used_again(
+    outbox: Outbox,
+) -> None:
+    for peer in "aab":
+        outbox.send(peer, answer(outbox), BODY, 0.0)
+    outbox.acknowledge("b", [3])
+    outbox.send("b", answer(outbox), BODY, 0.0)
+    effects, lost = outbox.resend_due(4.0)
+    assert renewed(effects) == ["a", "b"] and ids(effects) == [1, 2, 4] and not lost
+    kinds = [type(each) for each in effects if not isinstance(each, e.Note)]
+    assert kinds == [e.Renew, e.Send, e.Send, e.Renew, e.Send]
+    outbox.acknowledge("a", [1])  # it hears us: what else it owes takes its time
+    outbox.send("b", answer(outbox), BODY, 7.0)
+    effects, _ = outbox.resend_due(8.0)
+    assert renewed(effects) == ["b"] and ids(effects) == [2, 4]
+
+
+def test_a_slow_link_has_twice_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    outbox, now, body = Outbox(), 0.0, bytes(limits.FRAME_BYTES + 1)
+    outbox.send("a", answer(outbox), body, now)
+    times: list[float] = []
+    for _ in range(400):
+        now += 0.1
+        times += [now for _ in renewed(outbox.resend_due(now)[0])]
+    patience = limits.ACK_TIMEOUT_S + len(body) / limits.SLOWEST_LINK_BYTES_PER_S
+    assert times and 2 * patience <= times[0] <= 2 * patience + 0.3
+
+
 def test_what_is_given_up_makes_room(outbox: Outbox) -> None:
     for _ in range(3):
         outbox.send("a", answer(outbox), BODY, 0.0)

@@ -147,6 +147,34 @@ def test_a_refusal_at_the_door_is_no_warning(monkeypatch: pytest.MonkeyPatch) ->
     assert not of(told(cluster), "request failed")
 
 
+def test_a_program_that_uses_us_keeps_its_stdout_and_its_own_logging() -> None:
+    program = """
+import sys, structlog
+from cluster import telemetry
+if sys.argv[1:]:
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stdout))
+import meshinfer as mi
+try:
+    mi.Client("127.0.0.1:1", keyring="nowhere", timeout_s=0.1)
+except mi.MeshInferError as error:
+    print(type(error).__name__)
+structlog.get_logger().info("a detail")
+structlog.get_logger().warning("a warning")
+"""
+
+    def run(*argv: str) -> tuple[str, str]:
+        done = subprocess.run(
+            [sys.executable, "-c", program, *argv], capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout, done.stderr
+
+    out, err = run()
+    assert out.split() == ["AuthError"] and "a warning" in err and "detail" not in err
+    out, err = run("own")
+    assert "a warning" in out and "a detail" in out and not err
+
+
 # --- by the daemons
 
 

@@ -145,7 +145,7 @@ def test_damaged_payloads_are_dropped_by_the_real_codec_and_sent_again() -> None
 
 def test_every_hardship_strikes_some_seed_and_is_borne() -> None:
     """A checker that never sees its fault checks nothing."""
-    here = told = ended = failed = refused = silent = again = crashed = 0
+    here = told = ended = failed = refused = silent = swallowed = again = crashed = 0
     for seed in (2, 3, 7, 11, 19, 24, 29):
         scenario = Scenario(seed, Symbolic(), story=False)
         scenario.run()
@@ -158,6 +158,8 @@ def test_every_hardship_strikes_some_seed_and_is_borne() -> None:
         if "client crash" not in scenario.kinds:  # but as it was answered
             crashed += sum(mishap.what == "client crash" for mishap in world.mishaps)
         notes = (note.text for node in world.nodes.values() for note in node.notes)
+        swallowed += world.swallowed
         silent += sum(text == "a device says nothing" for text in notes)
     assert here >= told > 0 and ended > 0 and failed > 0 and refused > 0 and silent > 0
     assert again > 0 and crashed > 0
+    assert swallowed > 0

@@ -395,6 +395,29 @@ def test_connecting_twice_changes_nothing_and_disconnecting_forgets(net: Net) ->
 # --- full pipes --------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("server", [True, False], ids=["inbound", "outbound"])
+def test_a_connection_that_is_renewed_ends_with_all_it_had_to_say_and_comes_back(
+    net: Net, server: bool
+) -> None:
+    hub, endpoints = net.server()
+    device = net.client("pi-1#1", endpoints)
+    greet(hub, device)
+    hub.send(Plane.BULK, "pi-1#1", [b"there"])
+    assert len(received(pump(device, hub))) == 1
+    one, other, name, of = (
+        (hub, device, "pi-1#1", "hub") if server else (device, hub, "hub", "pi-1#1")
+    )
+    for _ in range(8):
+        assert other.send(Plane.BULK, of, [b"old"])
+    time.sleep(0.2)  # they are there, and not read
+    one.renew(Plane.BULK, name)
+    end, heard = time.monotonic() + 5.0, []
+    while (Plane.BULK, name, [b"new"]) not in heard and time.monotonic() < end:
+        other.send(Plane.BULK, of, [b"new"])
+        heard += received(pump(one, other, within_s=0.1))
+    assert {frames[0] for _, _, frames in heard} == {b"new"}
+
+
 @pytest.mark.parametrize("who", ["dealer", "router"])
 def test_a_backlog_is_bounded_and_arrives_in_order_once_there_is_room(
     net: Net, monkeypatch: pytest.MonkeyPatch, who: str

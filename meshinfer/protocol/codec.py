@@ -31,6 +31,10 @@ class ProtocolError(Exception):
     """Frames that are no message of ours; they are counted and dropped."""
 
 
+class ChecksumError(ProtocolError):
+    """A message of ours whose payload is not what was sent: what comes behind it may well be."""
+
+
 class _Envelope(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
     message: AnyMessage
     nbytes: int = 0
@@ -73,7 +77,7 @@ def decode(frames: Sequence[Buffer]) -> tuple[AnyMessage, memoryview]:
         return envelope.message, memoryview(b"")
     payload = memoryview(frames[1] if len(frames) == 2 else b"".join(frames[1:])).toreadonly()
     if xxhash.xxh3_64_intdigest(payload) != envelope.checksum:
-        raise ProtocolError("the payload's checksum is wrong")
+        raise ChecksumError("the payload's checksum is wrong")
     return envelope.message, payload
 
 

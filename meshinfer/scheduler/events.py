@@ -249,6 +249,13 @@ class Disconnect:
 
 
 @dataclass(frozen=True, slots=True)
+class Renew:
+    """End the bulk connections with a peer, and have them made anew: what is on its way is lost."""
+
+    peer: str
+
+
+@dataclass(frozen=True, slots=True)
 class Admit:
     """From now on these keys may connect, each only under its name; all others are refused, and
     their connections end."""
@@ -432,6 +439,7 @@ class Stop:
 
 
 Effect = (
-    Send | Connect | Disconnect | Admit | FindBlobs | WriteBlob | ServeBlob | Prepare | Discard
-    | Compute | OpenModel | MakePlan | Record | Resolve | Settle | Granted | Lease | Note | Stop
+    Send | Connect | Disconnect | Renew | Admit | FindBlobs | WriteBlob | ServeBlob | Prepare
+    | Discard | Compute | OpenModel | MakePlan | Record | Resolve | Settle | Granted | Lease | Note
+    | Stop
 )  # fmt: skip

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from meshinfer import limits
 from meshinfer.protocol.codec import Buffer
 from meshinfer.protocol.messages import Answer, Deliver, Feed, Sample
-from meshinfer.scheduler.events import Effect, Plane, Send
+from meshinfer.scheduler.events import Effect, Note, Plane, Renew, Send
 
 _NEVER = float("inf")
 
@@ -25,13 +25,14 @@ Numbered = Deliver | Feed | Answer | Sample
 @dataclass(frozen=True, slots=True)
 class Unacknowledged:
     """A message on its way to ``peer``, first sent at ``since``, due again at ``due``; never while
-    it waits for credit."""
+    it waits for credit. ``heard``: how much the peer had acknowledged when it was last sent."""
 
     peer: str
     message: Numbered
     payload: Buffer
     since: float
     due: float
+    heard: int = 0
 
 
 class Outbox:
@@ -44,6 +45,7 @@ class Outbox:
         self._entries: dict[int, Unacknowledged] = {}
         self._last = 0
         self._under_way: dict[str, int] = {}
+        self._heard: dict[str, int] = {}
         self._soonest = _NEVER
 
     def __len__(self) -> int:
@@ -71,7 +73,8 @@ class Outbox:
         self._under_way[peer] = self._under_way.get(peer, 0) + len(payload)
         due = now + self._patience(peer)
         self._soonest = min(self._soonest, due)
-        self._entries[message.id] = Unacknowledged(peer, message, payload, now, due)
+        heard = self._heard.setdefault(peer, 0)
+        self._entries[message.id] = Unacknowledged(peer, message, payload, now, due, heard)
         return Send(Plane.BULK, peer, message, payload)
 
     def _has_credit(self, peer: str, payload: Buffer) -> bool:
@@ -98,6 +101,7 @@ class Outbox:
         for number in numbers:
             entry = self._entries.get(number)
             if entry is not None and entry.peer == peer:
+                self._heard[peer] = self._heard.get(peer, 0) + 1
                 self._drop(number)
 
     def forget(self, which: Callable[[Numbered], bool]) -> None:
@@ -118,8 +122,13 @@ class Outbox:
 
     def resend_due(self, now: float) -> tuple[list[Effect], list[Unacknowledged]]:
         """Send again what is overdue, and for the first time what waited for credit; and what is
-        given up, since it was overdue for too long."""
+        given up, since it was overdue for too long.
+
+        A peer that acknowledged nothing since may well be there, behind a connection that carries
+        no more messages: with a byte too few, it waits for the rest of one for ever. So it is made
+        anew. A slow link gets more time, for what is half on its way begins again then."""
         lost: list[Unacknowledged] = []
+        renewed: set[str] = set()
         self.late.clear()
         if now < self._soonest:
             return [], lost
@@ -132,7 +141,14 @@ class Outbox:
                 lost.append(entry)
                 self._drop(number)
                 continue
-            self._entries[number] = replace(entry, due=now + patience)
+            peer, heard = entry.peer, self._heard.get(entry.peer, 0)
+            few = self._under_way.get(peer, 0) <= limits.FRAME_BYTES
+            deaf = heard == entry.heard and (few or now - entry.since >= 2 * patience)
+            if deaf and peer not in renewed:
+                renewed.add(peer)
+                said = "acknowledges nothing: the connection begins anew"
+                effects += [Note("warning", said, {"peer": peer}), Renew(peer)]
+            self._entries[number] = replace(entry, due=now + patience, heard=heard)
             effects.append(Send(Plane.BULK, entry.peer, entry.message, entry.payload))
             if isinstance(entry.message, Deliver):
                 self.late.add(entry.peer)
@@ -160,6 +176,7 @@ class Outbox:
             self._under_way[entry.peer] = left
         else:
             self._under_way.pop(entry.peer, None)  # peers come and go
+            self._heard.pop(entry.peer, None)
 
     def _patience(self, peer: str) -> float:
         under_way = self._under_way.get(peer, 0)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from meshinfer import limits
 from meshinfer.protocol.messages import Chunk, Want
-from meshinfer.scheduler.events import Effect, Plane, Send, WriteBlob
+from meshinfer.scheduler.events import Effect, Plane, Renew, Send, WriteBlob
 
 _PATIENCE_S = (
     limits.ACK_TIMEOUT_S
@@ -107,9 +107,11 @@ class Puller:
         self._active.clear()
 
     def due(self, now: float) -> tuple[list[Effect], list[str]]:
-        """Ask again for what is late; and the digests that never came."""
+        """Ask again for what is late, by a new connection where a peer sends nothing at all; and
+        the digests that never came."""
         effects: list[Effect] = []
         failed = []
+        renewed: set[str] = set()
         for digest in list(self._active):
             pull = self._pulls[digest]
             if pull.due > now:
@@ -117,9 +119,16 @@ class Puller:
             if now - pull.since >= limits.ACK_TRIES * _PATIENCE_S:
                 failed.append(digest)
                 self.done(digest)
-            else:
-                effects.append(self._ask(digest, now))
+                continue
+            if pull.peer not in renewed and self._is_deaf(pull.peer, now):
+                renewed.add(pull.peer)
+                effects.append(Renew(pull.peer))
+            effects.append(self._ask(digest, now))
         return effects + self._fill(now), failed
+
+    def _is_deaf(self, peer: str, now: float) -> bool:
+        pulls = (self._pulls[digest] for digest in self._active)
+        return all(now - pull.since >= _PATIENCE_S for pull in pulls if pull.peer == peer)
 
     def __len__(self) -> int:
         return len(self._pulls)

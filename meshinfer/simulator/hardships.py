@@ -5,7 +5,8 @@ Requests that fail their kernels, that end their workers, a disk that is full, p
 outlast a connection, tasks that hang on a device which is well otherwise, a device that is lost or
 silent while another is, a device whose results are wrong (of three, or more), pieces that come late
 for the next attempt, a client that ends as it is answered, and clients on a device's host, which
-may compute requests themselves until another version serves.
+may compute requests themselves until another version serves. A stream between two devices that
+carries nothing more until the connection is made anew.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ KINDS = (
 CHANCE = 0.12
 _COPIES_LOSSES, _COPIES_S = 4, 0.1
 _BESIDE_CHANCE = 0.2
+_DEAF_CHANCE, _DEAF_AFTER_S = 0.1, 0.7
 _LIAR_CHANCE, _LIAR_REQUESTS = 0.15, 40
 _BESIDE_A_FREEZE = ("freeze", "crash", "power", "partition", "cut")
 _LONG = ("partition", "partition", "one way", "partition of workers", "client away")
@@ -38,6 +40,7 @@ class Hardships:
         rng = self._rng = world.streams["hardships"]
         draws = [(kind, rng.random()) for kind in KINDS]
         self.kinds = () if calm else tuple(kind for kind, draw in draws if draw < CHANCE)
+        self._deaf = not calm and world.streams["deaf"].random() < _DEAF_CHANCE
         lies = world.streams["liar"]
         self._lies = not calm and len(hosts) >= 3 and lies.random() < _LIAR_CHANCE
         world.spares = world.spares or self._lies
@@ -73,6 +76,8 @@ class Hardships:
             since = world.now + answered.random() * length_s
             world.at(since, self._crash_who_is_answered)
             world.at(since, self._users.submit)
+        if self._deaf:
+            world.at(world.now + _DEAF_AFTER_S * length_s, self._deafen)
         for kind in self.kinds:
             world.tell_story(lambda kind=kind: f"HARDSHIP {kind}")  # type: ignore[misc]
             since = world.now + rng.random() * length_s
@@ -98,6 +103,14 @@ class Hardships:
                         at = max(world.now, since - rng.random() * 0.3)
                         seconds = rng.uniform(1.0, 5.0)
                         world.at(at, lambda w=what, s=seconds: self._faults.strike(w, s))  # type: ignore[misc]
+
+    def _deafen(self) -> None:
+        """Between two of those who are there, one of them perhaps the head. Nothing heals it."""
+        world, rng = self._world, self._world.streams["deaf"]
+        names = [node.name for node in world.workers()]
+        if len(names) > 1:
+            world.deafen(*rng.sample(names, 2))
+            world.mishaps.append(Mishap("deaf", world.now, world.now))
 
     def _lie(self, length_s: float) -> None:
         """From now on, to the end. More is asked, so that more is checked."""

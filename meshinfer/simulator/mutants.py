@@ -79,6 +79,16 @@ def _no_resend(resend_due: _Method) -> _Method:
     return mutant
 
 
+def _deaf_kept(resend_due: _Method) -> _Method:
+    """A connection that carries nothing more is used for ever."""
+
+    def mutant(self: Outbox, now: float) -> Any:
+        effects, lost = resend_due(self, now)
+        return [effect for effect in effects if not isinstance(effect, e.Renew)], lost
+
+    return mutant
+
+
 def _old_incarnation(install: _Method) -> _Method:
     """A device sends to the first process of another that it has known."""
 
@@ -288,6 +298,7 @@ MUTANTS: Mapping[str, tuple[type, str, Callable[[_Method], _Method]]] = {
     "ack before handled": (Computing, "feed", _ack_before_handled),
     "stale attempt accepted": (Computing, "deliver", _stale_attempt),
     "resend dropped": (Outbox, "resend_due", _no_resend),
+    "deaf connection kept": (Outbox, "resend_due", _deaf_kept),
     "wrong incarnation told": (Installing, "install", _old_incarnation),
     "wrong incarnation heard": (Membership, "by_peer", _late_news_kills),
     "cancel ignored": (Answering, "cancel", _cancel_ignored),

@@ -66,7 +66,8 @@ class Network(World):
         self.noise = noise
         self.keeps_story = False
         self.story: deque[tuple[float, str]] = deque(maxlen=200_000)
-        self.damaged = 0
+        self.damaged = self.swallowed = 0
+        self._deaf: set[tuple[str, str]] = set()
         self._blocks: dict[tuple[str, str], Block] = {}
         self._held: defaultdict[tuple[str, str], list[Held]] = defaultdict(list)
         self._undelivered: list[tuple[Node, e.Send]] = []
@@ -120,6 +121,10 @@ class Network(World):
     ) -> None:
         noise, draw = self.noise, self._draw
         message, payload = what.message, what.payload
+        if (sender.id, receiver.id) in self._deaf:
+            self.swallowed += 1
+            self.tell_story(lambda: "    ... SWALLOWED")
+            return
         if draw["loss"]() < noise.loss:
             self.tell_story(lambda: "    ... LOST")
             return
@@ -288,6 +293,19 @@ class Network(World):
             )
         )
         self._bulk_lost(one, other)
+
+    def deafen(self, sender: str, receiver: str) -> None:
+        """A stream has lost a byte: what follows is never a whole message again, until the
+        connection is made anew."""
+        one, other = self.nodes[sender], self.nodes[receiver]
+        self.tell_story(lambda: f"DEAF {one} -> {other}")
+        self._deaf.add((one.id, other.id))
+
+    def _renew(self, node: Node, peer: str) -> None:
+        self._deaf -= {(node.id, peer), (peer, node.id)}
+        other = next((n for n in self.nodes.values() if n.id == peer), None)
+        if other is not None and other.here:
+            self.cut_bulk(node.name, other.name)
 
     def _gone(self, node: Node) -> None:
         """Its connections are reset: what it sent last may be lost with it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 from meshinfer.protocol import messages as m
 from meshinfer.scheduler import events as e
@@ -21,6 +22,9 @@ class Shells(ABC):
 
     @abstractmethod
     def post(self, node: Node, event: e.Event, after: float) -> None: ...
+
+    @abstractmethod
+    def tell_story(self, line: Callable[[], str]) -> None: ...
 
     @abstractmethod
     def _send(self, sender: Node, send: e.Send) -> None: ...
@@ -54,8 +58,14 @@ class Shells(ABC):
                 if effect.share < 1.0:
                     self.search = effect.deployment
                 self.post(node, self._plan(node, effect), self._search_s() / effect.share)
+            case e.Renew(peer):
+                self._renew(node, peer)
             case _:
                 raise AssertionError(f"no shell performs {effect}")
+
+    def _renew(self, node: Node, peer: str) -> None:
+        """A connection is made anew; where none is broken it loses nothing."""
+        self.tell_story(lambda: f"{node} begins its connection with {peer} anew")
 
     def _record(self, node: Node, effect: e.Record) -> None:
         failure = self._disk(effect)
