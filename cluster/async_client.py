@@ -5,9 +5,31 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from cluster.admitting import Admitting
 from cluster.client import Client
 from cluster.results import Deployment, Result, closed_error
 from meshinfer.protocol import messages as m
+from meshinfer.protocol.token import Role, Token
+
+
+class AsyncAdmitting:
+    """``Admitting`` for asyncio: the same methods, awaited."""
+
+    def __init__(self, admitting: Admitting) -> None:
+        self._admitting = admitting
+
+    async def token(self, role: Role = "worker", **options: Any) -> Token:
+        """See ``Admitting.token``, with ``ttl_s=`` and ``reusable=`` as there."""
+        return await asyncio.to_thread(self._admitting.token, role, **options)
+
+    async def approve(self, who: str) -> tuple[m.Admission, ...]:
+        return await asyncio.to_thread(self._admitting.approve, who)
+
+    async def revoke(self, who: str) -> tuple[m.Admission, ...]:
+        return await asyncio.to_thread(self._admitting.revoke, who)
+
+    async def listed(self) -> m.AdmittedNow:
+        return await asyncio.to_thread(self._admitting.listed)
 
 
 class AsyncClient:
@@ -30,6 +52,11 @@ class AsyncClient:
         if self._client is None:
             raise closed_error()
         return self._client
+
+    @property
+    def admitting(self) -> AsyncAdmitting:
+        """Tokens, and who may connect; for admins. See ``Client.admitting``."""
+        return AsyncAdmitting(self._open.admitting)
 
     async def deploy(self, name: str, model: object, **options: Any) -> Deployment:
         return await asyncio.to_thread(self._open.deploy, name, model, **options)

@@ -38,6 +38,7 @@ from cluster.signing import Signing, Verifying, load_or_create_key
 from cluster.sockets import Endpoint, Plane
 from cluster.storing import StoreThread
 from cluster.transport import Transport
+from meshinfer import limits
 from meshinfer.errors import ClusterUnavailable, ConfigurationError, MeshInferError
 from meshinfer.protocol import messages as m
 from meshinfer.protocol.codec import error_of, failure_of
@@ -63,6 +64,8 @@ _REFRESH_S = 30.0
 _WARN_S = 60.0
 _JOIN_S = 5.0
 _LAST_PORT = 65535
+_DESCRIPTORS = 4 * limits.DEVICES + 512
+"""A device has three connections, to control, bulk and the head; clients and strangers a few."""
 
 
 class CoordinatorOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -179,7 +182,8 @@ def _drain_at_signals(loop: Loop) -> None:
 
 
 def _bind(transport: Transport, options: CoordinatorOptions) -> tuple[int, int, int]:
-    """The ports of control, join and bulk."""
+    """The ports of control, join and bulk, and descriptors for all that will connect."""
+    processes.open_more(_DESCRIPTORS)
     host = options.host or EVERYWHERE
     control = transport.bind(Plane.CONTROL, host, options.port)
     after = options.port + 1 if 0 < options.port < _LAST_PORT else 0

@@ -65,11 +65,15 @@ class _Place:
         return f"{self.host}:{self.port}"
 
 
+class TokenVoid(AuthError):
+    """The coordinator itself says that the token is good for nothing, now and later."""
+
+
 def enrol(key: KeyPair, wish: Wish) -> tuple[Keyring, Where]:
     """Ask until admitted: the keyring, and where the coordinator is.
 
-    Raises ``AuthError`` when refused, ``ProtocolMismatch``, ``ClusterUnavailable`` when nobody
-    answered within ``patience_s``.
+    Raises ``AuthError`` when refused (``TokenVoid``: for good), ``ProtocolMismatch``; when
+    ``patience_s`` are over, ``QueueFull`` where there was no room, else ``ClusterUnavailable``.
     """
     deadline = None if wish.patience_s is None else time.monotonic() + wish.patience_s
     search = _Search(wish)
@@ -179,6 +183,7 @@ class _Asking:
 
     def __init__(self, key: KeyPair, wish: Wish, place: _Place) -> None:
         self._key, self._wish, self._place = key, wish, place
+        self._full: m.Failure | None = None
         self.waited = False
 
     def until_answered(self, deadline: float | None) -> m.Joined | AuthError | None:
@@ -202,6 +207,8 @@ class _Asking:
                 transport.connect(Plane.JOIN, COORDINATOR, endpoint)  # anew, if it was too busy
                 transport.send(Plane.JOIN, COORDINATOR, encode(self._message()))
                 ask_at = now + limits.JOIN_AGAIN_S
+            if deadline is not None and now >= deadline and self._full is not None:
+                raise error_of(self._full)  # somebody answers: that is no silence
             if now >= silent_at or (deadline is not None and now >= deadline):
                 return None
             until = min(ask_at, silent_at if deadline is None else min(silent_at, deadline))
@@ -218,11 +225,16 @@ class _Asking:
                         case m.Joined() as joined:
                             return joined
                         case m.Refused(failure=failure) if failure.error == "QueueFull":
-                            ask_at = time.monotonic() + limits.WAITS_S
+                            self._finds_it_full(failure)
+                            again_s = failure.retry_after_s or limits.WAITS_S
+                            ask_at = time.monotonic() + min(again_s, limits.WAITS_S)
                             silent_at = ask_at + _PLACE_S
+                        case m.Refused(failure=failure, void=True):
+                            raise TokenVoid(failure.message, hint=failure.hint)
                         case m.Refused(failure=failure):
                             raise error_of(failure)
                         case m.Wait(id=own, again_s=again_s):
+                            self._full = None
                             self._waits(own)
                             ask_at = time.monotonic() + again_s
                             silent_at = ask_at + _PLACE_S
@@ -244,6 +256,13 @@ class _Asking:
             version=meshinfer.__version__,
             secret=wish.secret,
         )
+
+    def _finds_it_full(self, failure: m.Failure) -> None:
+        notify.alive(f"asks again to join: {failure.message}")
+        if self._full is None:
+            where = {"coordinator": str(self._place), "hint": failure.hint}
+            structlog.get_logger().warning("asks again to join", why=failure.message, **where)
+        self._full = failure
 
     def _waits(self, own: str) -> None:
         if self.waited:

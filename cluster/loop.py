@@ -14,7 +14,6 @@ from collections.abc import Callable
 from typing import Protocol
 
 import structlog
-from msgspec.structs import replace
 
 from cluster.sockets import FINAL, REFUSED, Endpoint, Lost, Received
 from cluster.sockets import Plane as Wire
@@ -156,7 +155,9 @@ class Loop:
             return None
         if incoming.plane is not Wire.JOIN:
             if isinstance(message, Hello) and incoming.inbound and message.where:
-                message = self._placed(incoming, message)
+                assert self._transport is not None
+                ends = self._transport.ends_of(incoming.plane, incoming.peer)
+                return Arrived(incoming.peer, message, payload, ends)
             return Arrived(incoming.peer, message, payload)
         if incoming.inbound and isinstance(message, Join):
             return Knocked(incoming.peer, incoming.key, message)
@@ -164,17 +165,6 @@ class Loop:
             return Arrived(incoming.peer, message, payload)
         self.dropped["not of the join socket"] += 1
         return None
-
-    def _placed(self, incoming: Received, hello: Hello) -> Hello:
-        """A client on a device's host gets that device's part of a model: so it is there only if
-        its connection comes from there."""
-        assert self._transport is not None
-        theirs, ours = self._transport.ends_of(incoming.plane, incoming.peer)
-        where = ours if hello.where == BESIDE_COORDINATOR else hello.where.rpartition(" ")[2]
-        if theirs and theirs == where:
-            return hello
-        self._log.warning("a client is not where it says", peer=incoming.peer, where=hello.where)
-        return replace(hello, where="")
 
     def _handle(self, event: Event) -> None:
         for effect in self._core.handle(event, time.monotonic()):

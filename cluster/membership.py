@@ -16,7 +16,7 @@ import structlog
 
 from cluster.config import default_keyring, user_state
 from cluster.identity import own_identity
-from cluster.joining import Wish, enrol
+from cluster.joining import TokenVoid, Wish, enrol
 from cluster.keyring import KEYRING_FILE, Keyring, read_keyring, write_keyring
 from cluster.keys import KeyPair
 from cluster.locate import NOT_FOUND_HINT, VARIABLE, Where, find_coordinator, parse_address
@@ -26,6 +26,7 @@ from meshinfer.protocol.token import Token, client_name, parse_token
 
 TOKEN_VARIABLE: Final = "MESHINFER_TOKEN"  # noqa: S105 (its name)
 _PLACE_FILE: Final = "place.json"
+_MAKE_HINT: Final = "have one made by `meshinfer token` at the coordinator"
 
 
 # --- workers
@@ -42,9 +43,12 @@ def worker_keyring(
     proxy: str = "",
 ) -> tuple[Keyring, Where | None]:
     """The keyring of a worker with this state folder, and where the coordinator was last if that
-    is known: what it has, or what it gets by joining, for which it waits as long as it takes."""
+    is known: what it has, or what it gets by joining, for which it waits as long as it takes.
+
+    A token that can never let it in is forgotten, and told so once by an ``AuthError``."""
     token, ring = left_token(state), kept_keyring(state)
-    if token is None and ring is not None and (ring.cluster, ring.name) == (cluster, name):
+    known = ring is not None and (ring.cluster, ring.name) == (cluster, name)
+    if token is None and ring is not None and known:
         return ring, _remembered(state)
     if token is not None and token.cluster != cluster:
         raise ConfigurationError(
@@ -52,10 +56,8 @@ def worker_keyring(
             hint=f"start it with --cluster {token.cluster}",
         )
     if token is not None and token.role != "worker":
-        raise AuthError(
-            f"the token is for a {token.role}, not for a worker",
-            hint="make one with meshinfer token",
-        )
+        error = AuthError(f"the token is for a {token.role}, not for a worker", hint=_MAKE_HINT)
+        raise _without_it(state, error, known=known)
     address = coordinator or os.environ.get(VARIABLE)
     wish = Wish(
         cluster=cluster,
@@ -68,13 +70,26 @@ def worker_keyring(
         interfaces=interfaces,
         proxy=proxy,
     )
-    ring, where = enrol(own_identity(state), wish)
+    try:
+        ring, where = enrol(own_identity(state), wish)
+    except TokenVoid as error:
+        raise _without_it(state, error, known=known) from error
     _keep(state / KEYRING_FILE, ring, where)
     forget_token(state)
     structlog.get_logger().info(
         "admitted; from now on it needs no token", cluster=ring.cluster, coordinator=str(where)
     )
     return ring, where
+
+
+def _without_it(state: Path, error: AuthError, *, known: bool) -> AuthError:
+    """Forget a token that is refused for good, or each start would end by it; what to say."""
+    forget_token(state)
+    then = "goes on with the key that was let in before" if known else "waits to be approved"
+    return AuthError(
+        f"{error.message}; it is forgotten here",
+        hint=f"{error.hint}, and give it with --token; a start without one {then}",
+    )
 
 
 def kept_keyring(state: Path) -> Keyring | None:

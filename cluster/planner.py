@@ -32,7 +32,7 @@ from meshinfer.errors import InvalidInput
 from meshinfer.graph import Graph
 from meshinfer.identity import DeviceId
 from meshinfer.image import ImageSpec
-from meshinfer.importers import Source, inputs_needed, load, open_model
+from meshinfer.importers import Source, check_image, inputs_needed, load, open_model
 from meshinfer.legality import as_asked, refuse_sums, validate
 from meshinfer.plan import Plan
 from meshinfer.planner import Spares, find_spares, make_plan, pins_of, refuse_pinned
@@ -154,6 +154,8 @@ class Planner:
             image = effect.image
             if image is None and source.image is not None:
                 image = source.image.to_json()
+            if image is not None:
+                check_image(source.proto, ImageSpec.from_json(image))
             inputs = {v.name: _input(v) for v in source.inputs}
             outputs = inputs_needed(source.proto)
             shapes, weights = source.static_shapes(), source.weight_files

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import resource
 import select
 import signal
 import threading
@@ -116,6 +117,17 @@ def _check_owner(folder: Path) -> None:
             f"the folder {folder} is another user's, or all may write in it",
             hint=f"chmod 700 {folder}, or choose another state folder with --state-dir",
         )
+
+
+def open_more(descriptors: int) -> None:
+    """Let this process open so many, as far as the system does: the soft limit is often 1024, and
+    once it is reached libzmq tries again for ever to take the next connection."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= descriptors:
+        return
+    most = descriptors if hard == resource.RLIM_INFINITY else min(descriptors, hard)
+    with contextlib.suppress(OSError, ValueError):  # it goes on with what it has
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def hold_folder(folder: Path) -> int:

@@ -1,5 +1,5 @@
-"""Runs simulations: one with its story, many on all cores, or with planted bugs. See
-``scripts/simulate``."""
+"""Runs simulations: one with its story, many on all cores, with planted bugs, or of many devices.
+See ``scripts/simulate``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
+from cluster import crowd
 from meshinfer.engine.ort import OrtEngine
+from meshinfer.errors import InvalidInput
 from meshinfer.simulator.kernels import Array, Kernels, Symbolic, Tensors
 from meshinfer.simulator.mutants import MUTANTS, planted
 from meshinfer.simulator.run import Failed, Result, run
@@ -189,6 +191,15 @@ def _mutants(names: Sequence[str], count: int, jobs: int) -> int:
     return 1 if missed else 0
 
 
+def _crowd(counts: Sequence[int], side: int) -> int:
+    try:
+        crowd.tell(counts, _say, side)
+    except InvalidInput as error:
+        sys.stderr.write(f"{error.message}: {error.hint}\n")
+        return error.exit_code
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="scripts/simulate", description=__doc__)
@@ -201,15 +212,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--kept", type=Path, help="run the seeds of this file")
     parser.add_argument("--mutants", nargs="*", metavar="NAME", help="plant bugs, one at a time")
+    parser.add_argument(
+        "--devices",
+        nargs="*",
+        type=int,
+        metavar="N",
+        help="no faults, but so many devices (none given: 8, 64, 250 and 1000): what planning, "
+        "joining, resting and each request take of the coordinator, with ResNet-50 for latency and "
+        "for throughput; some minutes for 1000",
+    )
+    parser.add_argument("--side", type=int, default=crowd.SIDE, help="of the image, for --devices")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
     options = parser.parse_args(arguments)
     if options.mutants is not None:
         names = options.mutants or list(MUTANTS)
         return _mutants(names, options.seeds or MUTANT_SEEDS, options.jobs)
+    if options.devices is not None:
+        return _crowd(options.devices or crowd.COUNTS, options.side)
     if options.kept is not None:
         return max((_replay(seed) for seed in read_kept(options.kept)), default=0)
     if options.seeds:
         return _many(options.first, options.seeds, options.jobs, tensors=options.tensors)
     if options.seed is None:
-        parser.error("give a seed, --seeds or --mutants")
+        parser.error("give a seed, --seeds, --mutants or --devices")
     return _replay(Seed(options.seed, options.tensors))

@@ -76,11 +76,12 @@ class WorkerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     proportion to the CPU time it took. ``speed_file``, once it is there, holds the speed from now
     on, whatever the device said as it joined. ``measured``: this device's speeds; None measures.
     ``memory_bytes``: what MeshInfer may use; 0 for what the kernel grants. ``interfaces``:
-    addresses for mDNS; None chooses. ``ended`` and ``doing`` come from the supervisor: how the last
-    worker process ended, and where to write what this one computes. ``parent``: process to end
-    with. ``beside``: on the host of a coordinator that listens at all addresses; so does
-    this worker. ``gate``: what a test can stop its connections with. ``encrypt_blobs``: on its
-    disk, under a key that ends with the process, or that of ``blob_key_file``.
+    addresses for mDNS, at one of which it listens; None chooses. ``ended`` and ``doing`` come from
+    the supervisor: how the last worker process ended, and where to write what this one computes.
+    ``parent``: process to end with. ``beside``: on the host of a coordinator that listens at all
+    addresses; so does this worker. ``gate``: what a test can stop its connections with.
+    ``encrypt_blobs``: on its disk, under a key that ends with the process, or that of
+    ``blob_key_file``.
     """
 
     name: str
@@ -166,7 +167,7 @@ def run_worker(options: WorkerOptions) -> m.Failure | None:
     if keyring.plaintext:
         telemetry.warn_of_plaintext()
     host, port = _locate(options, keyring, last)
-    address = BESIDE_COORDINATOR if options.beside else local_address(host)
+    address = BESIDE_COORDINATOR if options.beside else _listens_at(options, host)
     gate = options.gate
     transport = Transport(
         identity,
@@ -278,6 +279,22 @@ def _speed(options: WorkerOptions) -> float:
 
 def _proxy(options: WorkerOptions, address: str) -> str:
     return "" if options.gate is None else f"{address}:{options.gate.outbound}"
+
+
+def _listens_at(options: WorkerOptions, coordinator: str) -> str:
+    """The address by which others reach this device: towards the coordinator, where that is among
+    those that it may listen at."""
+    towards = local_address(coordinator)
+    if not options.interfaces or towards in options.interfaces:
+        return towards
+    chosen = options.interfaces[0]
+    structlog.get_logger().warning(
+        "listens at another address than the coordinator is reached from",
+        listens_at=chosen,
+        reached_from=towards,
+        hint=f"if others cannot reach it there, give --interface {towards}",
+    )
+    return chosen
 
 
 def _locate(options: WorkerOptions, ring: Keyring, last: Where | None) -> tuple[str, int]:

@@ -51,6 +51,9 @@ LINK_DEVIATION: Final = 1.5
 LINK_DOUBT_S: Final = 5.0
 LINKED_DEVICES: Final = 12
 """Up to so many devices the links of all pairs are measured; of more, those with the head."""
+LINK_AGAIN_S: Final = 5.0
+"""From one link with the head that is measured anew to the next, where there are more devices: of
+a thousand each minute, at 4 MB each, the head's own link would have no end of it."""
 SLOWEST_LINK_BYTES_PER_S: Final = 250_000
 PULLS_AT_ONCE: Final = 4
 GENTLE_PAUSE_TIMES: Final = 9.0
@@ -240,6 +243,14 @@ POISON_S: Final = 600.0
 POISON_BODIES: Final = 256
 REASONS: Final = 16
 ORPHAN_INPUT_S: Final = 600.0
+AHEAD_BYTES_EACH: Final = CREDIT_BYTES
+"""Of one sender, of attempts that the coordinator has not told of (yet): they are not acknowledged,
+so that an honest one has no more under way."""
+AHEAD_BYTES: Final = 4 * AHEAD_BYTES_EACH
+AHEAD_EACH: Final = 1024
+AHEAD: Final = 4 * AHEAD_EACH
+AHEAD_S: Final = 15.0
+"""Word of an attempt comes about when its pieces do; those that wait for longer are sent again."""
 REQUEST_DEADLINE_S: Final = 300.0
 SHAPES_PER_MODEL: Final = 8
 EXITS_PER_MODEL: Final = 8
@@ -249,7 +260,9 @@ MODELS: Final = 64
 OPEN_DEPLOYS: Final = 16
 PLANS_AT_ONCE: Final = 4
 ANSWERED_IDS_KEPT: Final = 1024
-FED_REQUESTS: Final = 2 * QUEUE_REQUESTS
+FED_REQUESTS: Final = 4 * QUEUE_REQUESTS
+"""Whose inputs a head holds of one client: as many as may be open, and more that came with them and
+are refused; twice that of all."""
 STALE_REQUESTS_KEPT: Final = 1024
 
 # The coordinator's journal.
@@ -324,6 +337,7 @@ LAB_LINK_BITS_PER_S: Final = (1e5, 1e10)
 
 assert BLOB_CHUNK_BYTES <= FRAME_BYTES * FRAMES_PER_MESSAGE
 assert LINK_MEASURE_S < LINK_ASKED_S
+assert LINK_AGAIN_S * LINKED_DEVICES <= LINK_AGE_S
 assert HEARTBEAT_S * 3 <= DEAD_AFTER_S < SILENT_MOST_S
 assert ACK_DELAY_S * 3 <= ACK_TIMEOUT_S
 assert PACE_SAMPLES <= LATE_SAMPLES
@@ -336,6 +350,7 @@ assert 1.0 / (1.0 - SEARCH_SHARE) < PACE_DEVIATION
 assert SEARCH_SHARE < SEARCH_SHARE_GRAVE and 1.0 / (1.0 - SEARCH_SHARE_GRAVE) < PACE_GRAVE
 assert CRASHES_TOGETHER < CRASHES_PER_REQUEST
 assert CRASHES_PER_REQUEST < ATTEMPTS_PER_REQUEST
+assert ACK_TIMEOUT_S < AHEAD_S < ORPHAN_INPUT_S
 assert CREDIT_BYTES <= BACKLOG_BYTES  # else a full pipe would drop what has credit
 assert ACK_BYTES * 4 <= CREDIT_BYTES  # or the sender would wait for acknowledgements
 assert RETRY_AFTER_LEAST_S < RETRY_AFTER_S < RETRY_AFTER_MOST_S

@@ -71,13 +71,13 @@ PURE = frozenset(
     test_architectures test_architectures_exact test_arrays test_board test_calls test_checks
     test_client_core test_cluster_cores test_coordinator_core test_cost test_credits
     test_deadlines test_detours test_draw test_enrolment test_exact test_fuzz_import
-    test_geometry test_halves test_handing test_heads test_health test_importers test_links
-    test_manifest test_nothing_executes test_onnx_operators test_ops_conv_transpose
-    test_ops_gather test_ops_normalise test_ops_pad test_ops_pool test_ops_quant test_ops_resize
-    test_pictures test_plan test_planner test_planner_borders test_planner_search
-    test_planner_wishes test_planted test_poison test_protocol test_random_schedules test_recipe
-    test_restart_core test_silence test_simulator test_strict test_style test_token test_torch
-    test_upscaler test_worker_core
+    test_fuzz_manifest test_geometry test_halves test_handing test_heads test_health test_hearing
+    test_importers test_invented test_links test_manifest test_nothing_executes
+    test_onnx_operators test_ops_conv_transpose test_ops_gather test_ops_normalise test_ops_pad
+    test_ops_pool test_ops_quant test_ops_resize test_pictures test_plan test_planner
+    test_planner_borders test_planner_search test_planner_wishes test_planted test_poison
+    test_protocol test_random_schedules test_recipe test_restart_core test_silence test_simulator
+    test_strict test_style test_token test_torch test_upscaler test_worker_core
     """.split()
 )
 """Files whose tests start no process of ours, open no socket and measure nothing: they may run, at

@@ -248,10 +248,24 @@ def test_a_plan_as_json_says_what_is_expected_of_it(small: Path) -> None:
     assert str(Plan.parse(fields["plan"])) == fields["plan"]
 
 
+def test_a_small_model_stays_where_its_input_is_and_the_plan_says_what_others_would_cost(
+    small: Path,
+) -> None:
+    arguments = ["plan", str(small), "--devices", "2", "--mbit", "1", "--head-computes"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.stderr
+    assert "on-device: 0.00 MB a request cross links" in result.stderr
+    assert "worker-1 idle: would add" in result.stderr
+    lines = result.stderr.splitlines()
+    assert len(set(lines)) == len(lines)
+    assert not any(line.startswith("head idle") for line in lines)
+
+
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
         (["plan", "nowhere.onnx"], "nowhere.onnx"),
+        (["plan", "upscale"], "--coordinator HOST:PORT"),
         (["plan", str(UPSCALER)], "dynamic shape"),
         (["plan", str(UPSCALER), "--shape", "image:1"], "no shape"),
         (["plan", str(UPSCALER), "--speeds", "1,x"], "no speeds"),
@@ -461,7 +475,7 @@ def test_memory_and_pins_of_a_deployment_are_kept_or_refused(
 ) -> None:
     fits = ("deploy", "fits", small)
     running.refuses(
-        ((*fits, "--memory", "1kB"), 75, ("would need", "of 0.0 MB")),
+        ((*fits, "--memory", "1kB"), 75, ("would need", "of 1.0 kB")),
         ((*fits, "--memory", "ghost=1MB"), 2, ("'ghost'",)),
         ((*fits, "--memory", "much"), 2, ("write --memory 384MB",)),
         ((*fits, "--pin", "c=ghost"), 2, ("'ghost'",)),

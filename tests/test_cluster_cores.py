@@ -479,6 +479,42 @@ def test_a_worker_that_leaves_is_dismissed_and_costs_no_attempt() -> None:
     assert {t.device for t in cluster.check(cluster.submit()).tasks} == {"pi-1"}
 
 
+def parted(cluster: Cluster) -> list[tuple[str, str, bool]]:
+    """What the log says of members that are gone: level, words, whether it is a fault."""
+    notes = cluster.coordinator.notes
+    words = [n for n in notes if n.text.startswith(("device left", "device lost"))]
+    return [(n.level, n.text, "cause" in n.fields) for n in words]
+
+
+def test_the_log_says_that_a_stopped_worker_left_and_that_a_killed_one_was_lost() -> None:
+    cluster = Cluster(("pi-1", "pi-2", "pi-3"))
+    cluster.deployed()
+    cluster.stop("pi-2")
+    cluster.pass_time(2.0)
+    assert parted(cluster) == [("info", "device left", False)]
+    cluster.kill("pi-3")
+    cluster.pass_time(2.0)
+    assert parted(cluster)[1:] == [("warning", "device lost", True)]
+    assert [info.device for info in cluster.core.members.health.gone(cluster.now)] == ["pi-3"]
+
+
+def test_a_worker_stopped_twice_leaves_work_behind_which_is_a_fault_but_no_death() -> None:
+    """1. a request is at pi-2, which 2. is told to stop, and at once: 3. others answer it."""
+    cluster = Cluster(("pi-1", "pi-2", "pi-3"))
+    cluster.deployed()
+
+    def stop() -> None:
+        cluster.stop("pi-2")
+        cluster.stop("pi-2")
+
+    cluster.when(kind(m.Deliver, by="pi-2"), stop)
+    asked = [cluster.submit(image(i)) for i in range(4)]
+    for i, request in enumerate(asked):
+        cluster.check(request, image(i))
+    assert parted(cluster) == [("warning", "device left with work in hand", True)]
+    assert cluster.core.members.health.gone(cluster.now) == []
+
+
 def test_the_last_worker_finishes_and_goes() -> None:
     """1. its requests are answered; 2. it is dismissed; 3. what comes later is told so."""
     cluster = Cluster(("pi-1",))

@@ -19,7 +19,7 @@ def sends(effects: list[e.Effect], kind_: type) -> list[e.Send]:
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
-        ({"protocol": (7, 9)}, "ProtocolMismatch", ["7 to 9", "4 to 4", "version 0"]),
+        ({"protocol": (7, 9)}, "ProtocolMismatch", ["7 to 9", "5 to 5", "version 0"]),
         ({"cluster": "away"}, "ConfigurationError", ["'away'", "'home'"]),
         ({"role": "boss"}, "InvalidInput", ["'boss'"]),
         ({"bulk": None}, "InvalidInput", []),
@@ -145,8 +145,8 @@ def test_only_who_has_a_part_in_an_attempt_may_say_that_it_fails() -> None:
     """1. a piece is slow; 2. a client on a device's host, and one that is nobody's, say so."""
     cluster = Cluster()
     cluster.deployed()
-    eve = e.Arrived("eve#1", client_hello("eve", where=BESIDE_COORDINATOR))
-    cluster.core.handle(eve, cluster.now)
+    hello = client_hello("eve", where=BESIDE_COORDINATOR)
+    cluster.core.handle(e.Arrived("eve#1", hello, ends=("h", "h")), cluster.now)
     assert cluster.core._heads.stands("eve#1")
     cluster.delay(kind(m.Deliver), 5.0)
     request = cluster.submit()

@@ -16,13 +16,14 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import psutil
 import pytest
 from architectures import squeezenet1_1
 from oracle import assert_exact
 from processes import alive, eventually, image, let_in, small_model
 
 import meshinfer as mi
-from cluster.coordinator import CoordinatorOptions
+from cluster.coordinator import CoordinatorOptions, await_address
 from cluster.identity import IDENTITY_FILE, machine_id
 from cluster.keyring import KEYRING_FILE, Keyring, new_keyring, read_keyring, write_keyring
 from cluster.keys import generate_keypair, write_private
@@ -34,6 +35,19 @@ from meshinfer.protocol import messages as m
 MODEL, IMAGE = small_model(), image()
 SPEC = mi.ImageSpec(input="image", output="y", mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
 WITHIN_S = 30.0
+
+
+def test_a_coordinator_may_open_what_a_thousand_devices_take(tmp_path: Path) -> None:
+    """Three connections each, where the soft limit of 1024 would be reached by 300 of them."""
+    options = CoordinatorOptions(state_dir=str(tmp_path), host="127.0.0.1", port=0, interfaces=())
+    few = (
+        "from resource import RLIMIT_NOFILE as kind, getrlimit, setrlimit\n"
+        "setrlimit(kind, (512, getrlimit(kind)[1]))"
+    )
+    with daemon("cluster.coordinator", options, few) as process:
+        await_address(process, tmp_path, WITHIN_S)
+        soft, hard = psutil.Process(process.pid).rlimit(psutil.RLIMIT_NOFILE)
+    assert soft == min(hard, 4 * limits.DEVICES + 512) > 512
 
 
 @pytest.fixture(scope="module")

@@ -574,7 +574,9 @@ def test_each_role_says_what_it_may_and_no_more(role: str, message: m.AnyMessage
     assert device is None or not device.draining
     if isinstance(message, m.Submit | m.Deploy | m.AddToken | m.Approve | m.Expel | m.ListAdmitted):
         (failure,) = denied
-        assert f"role {role}" in failure.message and "--role" in failure.hint
+        assert f"role {role}" in failure.message and "meshinfer token --role" in failure.hint
+        assert "ing " in failure.message.partition(" needs ")[0]  # what is done, in words
+        assert type(message).__name__ not in failure.message and "join" in failure.hint
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from cores import Cluster, conv_net, image
 from oracle import assert_exact
 
 from meshinfer.protocol import messages as m
+from meshinfer.protocol.records import BESIDE_COORDINATOR
 from meshinfer.scheduler import events as e
 from meshinfer.scheduler.client import ClientCore
 
@@ -59,6 +60,37 @@ def test_a_client_on_a_workers_host_is_its_own_head_and_another_is_not() -> None
     assert _core(cluster)._acts_as == "head"
     other = cluster.nodes["bob"].core
     assert isinstance(other, ClientCore) and other._acts_as == ""
+
+
+@pytest.mark.parametrize(
+    ("where", "ends", "there"),
+    [
+        (BESIDE_COORDINATOR, ("10.0.0.1", "10.0.0.1"), True),
+        (BESIDE_COORDINATOR, ("10.0.0.9", "10.0.0.1"), False),
+        ("pi-1 h", ("h", "10.0.0.1"), True),
+        ("pi-1 h", ("10.0.0.9", "10.0.0.1"), False),
+        ("pi-1 h", ("10.0.0.9", "h"), False),  # our end says nothing of where it is
+        ("pi-1 h", ("", ""), False),  # its connection is gone, or nobody knows
+        (BESIDE_COORDINATOR, ("", ""), False),
+        ("elsewhere g", ("g", "10.0.0.1"), False),  # truly there, where no device is
+    ],
+)
+def test_a_client_is_believed_to_be_where_its_connection_comes_from(
+    where: str, ends: tuple[str, str], there: bool
+) -> None:
+    cluster = Cluster(clients=())
+    hello = cluster.hello("eve", "client", where=where)
+    effects = cluster.core.handle(e.Arrived(f"eve#{hello.incarnation}", hello, ends=ends), 1.0)
+    (acts_as,) = (
+        effect.message.acts_as
+        for effect in effects
+        if isinstance(effect, e.Send) and isinstance(effect.message, m.Welcome)
+    )
+    assert acts_as == ("head" if there else "")
+    notes = [x for x in effects if isinstance(x, e.Note) and x.text.endswith("not where it says")]
+    lied = ends[0] != (ends[1] if where == BESIDE_COORDINATOR else where.split()[1])
+    assert len(notes) == (lied or not ends[0])
+    assert all((n.level, n.fields["comes_from"]) == ("warning", ends[0]) for n in notes)
 
 
 def test_a_client_is_given_a_plans_programs_once_and_forgets_them_with_it() -> None:

@@ -19,7 +19,7 @@ from meshinfer.errors import InvalidInput
 from meshinfer.graph import Graph
 from meshinfer.identity import DeviceId
 from meshinfer.image import ImageSpec
-from meshinfer.importers import open_model
+from meshinfer.importers import check_image, open_model
 from meshinfer.plan import Plan, Shard, Stage, Task
 
 PI = DeviceId("pi-1")
@@ -558,6 +558,20 @@ def identity(layout: str) -> ModelProto:
         dims = [d if isinstance(d, int) else None for d in shape]
         value.CopyFrom(helper.make_tensor_value_info(value.name, TensorProto.FLOAT, dims))
     return made
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        (ImageSpec("picture"), "input 'picture'"),
+        (ImageSpec("y"), "input 'y'"),
+        (ImageSpec("image", output="image"), "output 'image'"),
+    ],
+)
+def test_a_spec_of_what_the_model_lacks_is_refused(spec: ImageSpec, words: str) -> None:
+    model = identity("NCHW")
+    check_image(model, ImageSpec("image", output="y"))
+    refused(words, lambda: check_image(model, spec))
 
 
 @pytest.mark.parametrize("colour", ["RGB", "BGR"])

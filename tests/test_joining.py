@@ -22,6 +22,7 @@ from test_daemons import address_of, coordinator_options, daemon, end_of
 
 import meshinfer as mi
 from cluster.discovery import announce, browse
+from cluster.joining import Wish, enrol
 from cluster.keyring import new_keyring, read_keyring
 from cluster.keys import generate_keypair
 from cluster.profiler import Measured
@@ -121,6 +122,45 @@ def test_a_reusable_token_lets_any_number_in_until_it_expires(home: Home, tmp_pa
     assert code == 77 and "expired" in words
 
 
+def test_a_token_that_is_refused_for_good_is_forgotten(home: Home, tmp_path: Path) -> None:
+    """Of who never joined, which then waits, and of who had joined before, which goes on."""
+    old = home.admin.admitting.token(reusable=True, ttl_s=0.0)
+    code, words = end_after(home, tmp_path / "never", old)
+    assert code == 77 and "forgotten" in words and "waits to be approved" in words
+    assert not (tmp_path / "never" / TOKEN_FILE).exists()
+    with daemon("cluster.worker", home.worker(tmp_path / "never")):
+        assert eventually(lambda: home.waits("never") is not None, LONG_S)
+    leave_token(tmp_path / "in", home.admin.admitting.token())
+    with daemon("cluster.worker", home.worker(tmp_path / "in")):
+        assert eventually(lambda: home.has("in"), LONG_S)
+    code, words = end_after(home, tmp_path / "in", home.admin.admitting.token("client"))
+    assert code == 77 and "for a client" in words and "let in before" in words
+    with daemon("cluster.worker", home.worker(tmp_path / "in")):
+        assert eventually(lambda: home.has("in"), LONG_S)
+
+
+def test_a_token_that_may_be_good_later_is_kept(home: Home, tmp_path: Path) -> None:
+    """Where nobody answers, and where another has the name; that one is revoked, and it is in."""
+    good = home.admin.admitting.token()
+    nobody = replace(good, cluster=f"nobody-{os.getpid()}", places=("127.0.0.1:1",))
+    leave_token(tmp_path / "alone", nobody)
+    options = home.worker(tmp_path / "alone", cluster=nobody.cluster)
+    with daemon("cluster.worker", options) as worker:
+        assert worker.stderr is not None
+        while "no coordinator yet" not in (line := worker.stderr.readline()):
+            assert line, "it ended"
+    assert (tmp_path / "alone" / TOKEN_FILE).exists()
+    leave_token(tmp_path / "of-name", home.admin.admitting.token())
+    with daemon("cluster.worker", home.worker(tmp_path / "of-name")):
+        assert eventually(lambda: home.has("of-name"), LONG_S)
+    second = tmp_path / "another" / "of-name"
+    code, words = end_after(home, second, good)
+    assert code == 77 and "belongs to another key" in words and (second / TOKEN_FILE).exists()
+    home.admin.admitting.revoke("of-name")
+    with daemon("cluster.worker", home.worker(second)):
+        assert eventually(lambda: home.has("of-name"), LONG_S)
+
+
 def test_a_token_of_another_coordinator_ends_with_what_is_wrong(home: Home, tmp_path: Path) -> None:
     """It names another key: whoever answers instead is not told the secret."""
     ring, _ = new_keyring(home.cluster)
@@ -199,6 +239,43 @@ def test_without_a_token_a_device_waits_until_it_is_approved(home: Home, tmp_pat
         assert device_id(admission.key) == own
         assert eventually(lambda: home.has("p"), LONG_S)
         assert home.waits("p") is None
+
+
+def test_where_too_many_wait_one_more_is_told_so_and_when_to_ask_again(tmp_path: Path) -> None:
+    """1. Two wait, and there is room for two; 2. a third hears that it is full and for how long,
+    and 3. so says a worker, that asks again and waits as soon as one of the two is let in."""
+    options = coordinator_options(tmp_path / "c", cluster=f"full-{os.getpid()}", interfaces=LO)
+    room = "from meshinfer import limits\nlimits.WAITING_KEYS, limits.WAITS_S = 2, 300.0"
+    with daemon("cluster.coordinator", options, room):
+        found = address_of(tmp_path / "c")
+        ring = tmp_path / "c" / "keyring.json"
+        wish = Wish(
+            options.cluster, "worker", "one", read_keyring(ring).coordinator_public,
+            places=(f"127.0.0.1:{found['join_port']}",), interfaces=(), patience_s=2.0,
+        )  # fmt: skip
+        for name in ("one", "two"):
+            with pytest.raises(mi.ClusterUnavailable):
+                enrol(generate_keypair(), replace(wish, name=name))
+        with pytest.raises(mi.QueueFull, match="too many devices wait") as told:
+            enrol(generate_keypair(), replace(wish, name="three"))
+        assert told.value.retry_after_s == 300.0 and "approve" in told.value.hint
+        with mi.Client(f"127.0.0.1:{found['port']}", keyring=ring) as admin:
+            waits = {each.name: each.id for each in admin.admitting.listed().waiting}
+            assert set(waits) == {"one", "two"}
+            three = WorkerOptions(
+                name="three", cluster=options.cluster, state_dir=str(tmp_path / "three"),
+                interfaces=LO, parent=os.getpid(),
+            )  # fmt: skip
+            soon = "from meshinfer import limits\nlimits.WAITS_S = 0.2"
+            with daemon("cluster.worker", three, soon) as worker:
+                assert worker.stderr is not None
+                while "asks again to join" not in (line := worker.stderr.readline()):
+                    assert line, "it ended"
+                assert "too many devices wait" in line and "approve" in line
+                admin.admitting.approve(waits["one"])
+                assert eventually(
+                    lambda: "three" in {w.name for w in admin.admitting.listed().waiting}, LONG_S
+                )
 
 
 def test_a_device_that_is_told_whom_to_trust_asks_nobody_else(home: Home, tmp_path: Path) -> None:
@@ -410,6 +487,16 @@ def test_the_line_that_the_coordinator_prints_adds_a_device(tmp_path: Path) -> N
             assert done.returncode == 0 and "revoked worker pi-1" in done.stdout
             assert second.wait(LONG_S) == 77
         refused(meshinfer(here, "devices", "revoke", "nobody-here", *admin), 2, "nobody-here")
+
+
+def test_where_nobody_waits_that_is_said_with_what_to_do(home: Home, tmp_path: Path) -> None:
+    admin = ("--coordinator", home.address, "--keyring", home.folder / "keyring.json")
+    assert eventually(lambda: not home.admin.admitting.listed().waiting, LONG_S)
+    done = meshinfer(tmp_path, "devices", "--waiting", *admin)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert "nobody waits" in done.stderr and "meshinfer token" in done.stderr
+    done = meshinfer(tmp_path, "devices", "--waiting", "--json", *admin)
+    assert json.loads(done.stdout) == [] and not done.stderr
 
 
 def test_tokens_by_command(home: Home, tmp_path: Path) -> None:

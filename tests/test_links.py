@@ -13,6 +13,10 @@ from meshinfer.scheduler.links import LinkMeter, LinkRounds, LinkWatch
 PEER = m.Peer(device="pi-2", incarnation="1", host="127.0.0.1", port=9, key="k" * 40)
 
 
+def _no() -> None:
+    """Nothing is done."""
+
+
 def known(cluster: Cluster) -> set[tuple[str, str]]:
     devices = cluster.core.members.devices
     return {(name, peer) for name, d in devices.items() for peer in d.links}
@@ -45,6 +49,19 @@ def test_a_device_that_leaves_takes_its_links_with_it_and_one_that_joins_is_meas
     cluster.join("pi-3")
     cluster.pass_time(2.0)
     assert ("pi-1", "pi-3") in known(cluster) and ("pi-3", "head") in known(cluster)
+
+
+def test_links_of_many_devices_are_measured_anew_one_now_and_then_and_each_in_its_turn() -> None:
+    many = tuple(f"pi-{i:02}" for i in range(1, 31))
+    cluster = Cluster(many)
+    cluster.pass_time(8.0)
+    asked: list[str] = []
+    cluster.when(lambda s, r, w: isinstance(w, m.MeasureLink) and bool(asked.append(r.name)), _no)
+    cluster.pass_time(limits.LINK_AGE_S)
+    assert len(known(cluster)) == 2 * len(many)
+    asked.clear()
+    cluster.pass_time(30 * limits.LINK_AGAIN_S)
+    assert 20 <= len(asked) <= 31 and len(set(asked)) == len(asked)
 
 
 def test_a_link_that_became_slow_is_noticed_after_a_while() -> None:

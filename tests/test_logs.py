@@ -269,3 +269,26 @@ def test_the_logs_of_daemons_lead_from_an_answer_to_the_death_behind_it(tmp_path
     theirs = {line["incarnation"] for line in own if line["event"] == "joined"}
     died = {line["incarnation"] for line in lost.values() if line["device"] == "a"}  # b was stopped
     assert died <= theirs
+
+
+def test_a_worker_that_is_stopped_as_systemd_does_has_left_and_is_not_lost(tmp_path: Path) -> None:
+    folder, log = tmp_path / "c", tmp_path / "c.log"
+    common: Line = {"cluster": "left", "parent": os.getpid(), "log_form": "json"}
+    coordinator = CoordinatorOptions(
+        state_dir=str(folder), host="127.0.0.1", port=0, interfaces=(), **common
+    )
+    with daemon("cluster.coordinator", coordinator, log):
+        assert eventually((folder / "address.json").exists, 30.0)
+        where = f"127.0.0.1:{json.loads((folder / 'address.json').read_text())['port']}"
+        let_in(where, folder / "keyring.json", tmp_path / "a")
+        options = WorkerOptions(
+            name="a", state_dir=str(tmp_path / "a"), coordinator=where,
+            measured=Measured((1e9,), 1e9, 0.0, 0.001), **common,
+        )  # fmt: skip
+        with daemon("cluster.supervisor", options, tmp_path / "a.log") as supervisor:
+            assert eventually(lambda: bool(of(read(tmp_path / "a.log"), "joined")), 30.0)
+            supervisor.terminate()
+            assert supervisor.wait(30.0) == 0
+        assert eventually(lambda: bool(of(read(log), "device left", "device lost")), 30.0)
+        (line,) = of(read(log), "device left", "device lost")
+    assert (line["event"], line["device"], line["level"]) == ("device left", "a", "info")

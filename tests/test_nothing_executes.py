@@ -83,6 +83,7 @@ _LOOKED_UP = "calls what it looks up by a name that is not written here"
 _AGAIN = (
     "bench",
     "bench_curve",
+    "bench_links",
     "bench_messages",
     "bench_planner",
     "bench_profile",

@@ -12,8 +12,10 @@ from test_silence import AT_ONCE_S, SILENT_AFTER_S, USUAL, freeze, used
 
 from meshinfer import limits
 from meshinfer.graph import Graph
+from meshinfer.identity import DeviceId
 from meshinfer.protocol import messages as m
 from meshinfer.scheduler import events as e
+from meshinfer.simulator.models import for_any
 
 SOON_S = 2 * (SILENT_AFTER_S + AT_ONCE_S)
 FIVE = ("pi-1", "pi-2", "pi-3", "pi-4", "pi-5")
@@ -28,6 +30,19 @@ def made_usual(cluster: Watched) -> Watched:
     for i in range(USUAL):
         cluster.check(cluster.submit(image(i)), image(i))
     return cluster
+
+
+def test_of_many_that_may_take_a_task_only_who_did_is_told_that_its_request_is_over() -> None:
+    cluster = Cluster(FIVE)
+    cluster.planner = lambda g, names: for_any(
+        g, tuple(map(DeviceId, names)), DeviceId("head"), [0, len(g.ops)], 1, window=4
+    )
+    cluster.deployed()
+    before = cluster.sent["Release"]
+    replies = [cluster.check(cluster.submit(image(i)), image(i)) for i in range(3)]
+    cluster.pass_time(1.0)
+    assert cluster.sent["Release"] - before == 2 * len(replies)  # its taker, and the head
+    cluster.check_idle()
 
 
 def moved(cluster: Cluster) -> set[str]:
@@ -78,9 +93,9 @@ def test_who_took_over_may_be_silent_in_its_turn(first: str) -> None:
     else:
         freeze(cluster, "pi-2", 1.5)
         cluster.check(cluster.submit(image(1)), image(1))
-        while "pi-2" in cluster.core.members.health.away:
+        while "pi-2" in cluster.core.members.presence.away:
             cluster.pass_time(0.05)
-        assert "pi-2" in cluster.core.members.health.resting(cluster.now)
+        assert "pi-2" in cluster.core.members.presence.resting(cluster.now)
         taker = cluster.core._answering.fallback.takers(made, {"pi-2"})[0, 1]
     freeze(cluster, taker, limits.SILENT_MOST_S - 1.0)
     since = cluster.now
@@ -100,10 +115,10 @@ def test_who_is_through_with_a_request_is_not_stuck_in_it(other_s: float) -> Non
     cluster.when(kind(m.TasksDone, by="pi-1"), lambda: told.append(cluster.now))
     request = cluster.submit(image(1))
     cluster.settle(lambda: bool(told))
-    assert cluster.core.members.health.away == {"pi-1"}
+    assert cluster.core.members.presence.away == {"pi-1"}
     cluster.pass_time(0.005)
     while request not in cluster.nodes["ann"].resolved:
-        assert "pi-1" not in cluster.core.members.health.away
+        assert "pi-1" not in cluster.core.members.presence.away
         cluster.pass_time(0.01)
 
 

@@ -15,13 +15,15 @@ from meshinfer.scheduler import events as e
 from meshinfer.scheduler.worker import COORDINATOR, SOURCE, WorkerCore
 
 
-def alone() -> WorkerCore:
+def alone(*, head: bool = False) -> WorkerCore:
+    """A device; or the coordinator's own, to which alone clients give inputs."""
     peer = m.Peer(device="pi", incarnation="1", host="h", port=1, key="k" * 40)
     return WorkerCore(
         m.Hello(
-            role="worker", device="pi", incarnation="1", cluster="c", protocol=(1, 1), bulk=peer
+            role="worker", device="pi", incarnation="1", cluster="c", protocol=(1, 1), bulk=peer,
+            facts=m.Facts(head=head),
         )
-    )
+    )  # fmt: skip
 
 
 def told(core: WorkerCore, message: m.AnyMessage, now: float) -> list[e.Effect]:
@@ -136,7 +138,7 @@ def feed(core: WorkerCore, turn: int, peer: str = "ann#1") -> list[e.Effect]:
 
 
 def test_inputs_that_come_after_the_release_are_dropped_but_not_those_of_a_new_turn() -> None:
-    core = alone()
+    core = alone(head=True)
     told(core, welcome(), 0.0)
     told(core, m.Release(request="r", attempt=3, client="ann#1", turn=1), 0.5)
     assert messages(feed(core, 1)) == ["Ack"] and core.idle
@@ -151,7 +153,7 @@ def test_inputs_that_come_after_the_release_are_dropped_but_not_those_of_a_new_t
 
 def test_another_coordinator_s_releases_do_not_swallow_the_same_id() -> None:
     """1. released; 2. the same coordinator welcomes it: still so; 3. another one: a new request."""
-    core = alone()
+    core = alone(head=True)
     told(core, welcome("1"), 0.0)
     told(core, m.Release(request="r", attempt=3, client="ann#1", turn=1), 0.5)
     told(core, welcome("1"), 0.6)
@@ -162,7 +164,7 @@ def test_another_coordinator_s_releases_do_not_swallow_the_same_id() -> None:
 
 def test_only_the_last_releases_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "STALE_REQUESTS_KEPT", 2)
-    core = alone()
+    core = alone(head=True)
     told(core, welcome(), 0.0)
     for name in ("r", "second"):
         told(core, m.Release(request=name, attempt=3, client="ann#1", turn=1), 0.5)
@@ -174,17 +176,17 @@ def test_only_the_last_releases_are_remembered(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_inputs_that_nobody_starts_are_dropped_in_the_end() -> None:
-    core = alone()
+    core = alone(head=True)
     told(core, welcome(), 0.0)
     feed(core, 1)
     core.handle(e.Ticked(), limits.ORPHAN_INPUT_S + 2.0)
     assert core.idle
 
 
-def test_too_many_inputs_are_not_acknowledged(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "FED_REQUESTS", 0)
+def test_only_the_head_takes_inputs() -> None:
     core = alone()
-    assert messages(feed(core, 1)) == [] and core.idle
+    told(core, welcome(), 0.0)
+    assert [type(x) for x in feed(core, 1)] == [e.Note] and core.idle
 
 
 def test_a_piece_for_an_unknown_deployment_is_acknowledged_and_dropped() -> None:
@@ -267,7 +269,7 @@ def test_the_heartbeat_tells_what_is_computed_and_since_when() -> None:
 
 def test_pieces_of_one_peer_are_acknowledged_together_after_a_moment() -> None:
     """1. three inputs of ann, one of bob; 2. nothing is said; 3. soon there is one Ack for each."""
-    core = alone()
+    core = alone(head=True)
     told(core, welcome(), 0.0)
     core.handle(e.Ticked(), 1.0)
     array = np.zeros((2,), np.float32)
@@ -286,7 +288,7 @@ def test_pieces_of_one_peer_are_acknowledged_together_after_a_moment() -> None:
 
 
 def test_much_data_is_acknowledged_at_once_and_a_device_that_ends_owes_nobody() -> None:
-    core = alone()
+    core = alone(head=True)
     told(core, welcome(), 0.0)
     core.handle(e.Ticked(), 1.0)
     large, small = (np.zeros((n,), np.uint8) for n in (limits.ACK_BYTES, 1))
@@ -320,77 +322,9 @@ def test_a_stream_of_requests_needs_far_fewer_acknowledgements_than_pieces() -> 
     assert pieces > 100 and sent["Ack"] < pieces / 2
 
 
-@pytest.mark.parametrize(
-    ("peer", "head", "counts"),
-    [
-        ("head#1", "", True),
-        ("ann#1", "ann#1", True),  # the source itself
-        ("ann#1", "", False),
-        ("mallory#1", "ann#1", False),
-        ("pi-2#1", "", False),
-    ],
-)
-def test_a_piece_is_of_whom_the_plan_has_make_it(peer: str, head: str, counts: bool) -> None:
-    core = alone()
-    array = np.zeros((2,), np.float32)
-    shard = Shard("x", Box.whole(array.shape))
-    value = m.Value(name="x", box=shard, pieces=(m.Piece(shard=shard, producer=SOURCE, slot=0),))
-    program = m.Program(place=(0, 0), model="a" * 64, inputs=(value,))
-    told(core, welcome(), 0.0)
-    makers = ((SOURCE, ("head",)),)
-    told(core, m.Install(deployment=5, programs=(program,), peers=(), makers=makers), 0.0)
-    for attempt, deployment in ((0, 5), (1, 5)):
-        piece = m.Deliver(
-            id=1, request="r", attempt=attempt, deployment=deployment, consumer=(0, 0), slot=0,
-            tensor=describe("x", array), head=head,
-        )  # fmt: skip
-        effects = core.handle(e.Arrived(peer, piece, payload_of(array)), 1.0)
-        assert any(isinstance(x, e.Compute) for x in effects) is (counts and attempt > 0)
-    core._computing.acks.flush()
-    assert core.idle is not counts, "nothing is held of what another says"
-
-
-def test_what_others_have_computed_is_not_blamed_on_a_device() -> None:
-    """A check compares what its coordinator asked for, by those whose it is, or nothing."""
-    array = np.zeros((2,), np.float32)
-    shard = Shard("x", Box.whole(array.shape))
-    value = m.Value(name="x", box=shard, pieces=(m.Piece(shard=shard, producer=SOURCE, slot=0),))
-    out = m.Output(name="y", shard=Shard("y", Box.whole(array.shape)))
-    program = m.Program(
-        place=(0, 0), devices=("pi-2", "pi"), model="a" * 64, inputs=(value,), outputs=(out,)
-    )
-    own = m.Peer(device="pi", incarnation="1", host="h", port=1, key="k" * 40)
-    check = m.Check(
-        request="r", attempt=1, deployment=5, place=(0, 0), of="pi-2", by=own, head="ann#1"
-    )
-    for giver, maker, asked, compares in (
-        ("ann#1", "pi-2#1", True, True),
-        ("head#1", "pi-2#1", True, True),
-        ("ann#1", "pi-2#1", False, False),
-        ("mallory#1", "pi-2#1", True, False),
-        ("ann#1", "mallory#1", True, False),
-    ):
-        core = alone()
-        told(core, welcome(), 0.0)
-        makers = ((SOURCE, ("head",)),)
-        told(core, m.Install(deployment=5, programs=(program,), peers=(), makers=makers), 0.0)
-        effects: list[e.Effect] = []
-        for made, peer in ((False, giver), (True, maker)):
-            sample = m.Sample(
-                id=1, request="r", attempt=1, deployment=5, place=(0, 0), slot=0, made=made,
-                tensor=describe("x", array),
-            )  # fmt: skip
-            effects += core.handle(e.Arrived(peer, sample, payload_of(array)), 1.0)
-        effects += told(core, check, 1.1) if asked else core.handle(e.Ticked(), 1.1)
-        found = any(isinstance(x, e.Compute) for x in effects)
-        assert found is compares, (giver, maker, asked)
-        core.handle(e.Ticked(), 1.2)
-        assert core.next_deadline() > 1.2, "it does not spin on a check that comes to nothing"
-
-
 def test_inputs_are_of_who_asked() -> None:
     """Once it has begun, nobody else's count: they would be what its next attempt computes."""
-    core = alone()
+    core = alone(head=True)
     told(core, welcome(), 0.0)
     program = m.Program(place=SOURCE)
     told(core, m.Install(deployment=5, programs=(program,), peers=()), 0.0)

@@ -21,11 +21,12 @@ from cluster.cli.joining import VARIABLE, Qr, TokenFile, TokenText, given_token,
 from cluster.cli.options import (
     ClusterName,
     Coordinator,
-    Interfaces,
+    Listens,
     LogForm,
     LogLevel,
     check_insecure,
     is_default,
+    only_address,
 )
 from meshinfer.errors import AuthError, ClusterUnavailable, ConfigurationError
 
@@ -48,14 +49,16 @@ Name = Annotated[str | None, typer.Option(help="Name of the device; default: the
 
 def coordinator(
     cluster: ClusterName = "default",
-    host: Annotated[str, typer.Option(help="Address to listen at; default: all.")] = "",
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; 0.0.0.0: all. Default: --interface, or all.")
+    ] = "",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 7433,
     join_port: Annotated[
         int,
         typer.Option(min=0, max=65535, help="Where devices ask to join; 0: --port + 1."),
     ] = 0,
     state_dir: StateDir = None,
-    interface: Interfaces = None,
+    interface: Listens = None,
     mdns: Annotated[
         bool, typer.Option("--mdns/--no-mdns", help="Announce it, so that devices find it.")
     ] = True,
@@ -96,6 +99,7 @@ def coordinator(
 
     telemetry.configure(log_level, log_form, name="coordinator")
     check_cluster_name(cluster)
+    host = host or only_address(interface)
     check_insecure(host, insecure, insecure_anywhere)
     state = state_dir or coordinator_state(cluster)
     secret = new_secret()
@@ -163,7 +167,7 @@ def worker(
     ] = None,
     name: Name = None,
     state_dir: StateDir = None,
-    interface: Interfaces = None,
+    interface: Listens = None,
     threads: Threads = None,
     memory: Annotated[
         int, typer.Option(min=0, help="MB that MeshInfer may use; 0: all that is left.")

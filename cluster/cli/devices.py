@@ -34,6 +34,9 @@ _HEADER = (
 ).split()
 _WAITING = ["ID", "NAME", "ROLE", "WAITS-S"]
 _ADMITTED = ["ID", "NAME", "ROLE"]
+_NOBODY_WAITS = """nobody waits to be approved
+  hint: a device asks when meshinfer worker is started on it without a token, and is forgotten here
+  soon after that ends; meshinfer token makes a token, which lets it in without approval"""
 Who = Annotated[
     str,
     typer.Argument(metavar="ID|NAME", help="Its id, or the beginning of it.", show_default=False),
@@ -79,7 +82,10 @@ def listed(
             go_on(client, as_json=as_json)
         elif waiting:
             found = client.admitting.listed().waiting
-            _show(_WAITING, [_waits(each) for each in found], found, as_json)
+            if found or as_json:
+                _show(_WAITING, [_waits(each) for each in found], found, as_json)
+            else:
+                typer.echo(_NOBODY_WAITS, err=True)
         elif admitted:
             keys = client.admitting.listed().members
             _show(_ADMITTED, [_admitted(each) for each in keys], keys, as_json)

@@ -64,6 +64,16 @@ Interfaces = Annotated[
         help="Address of an interface for mDNS; may be given several times. Default: all.",
     ),
 ]
+Listens = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--interface",
+        envvar="MESHINFER_INTERFACE",
+        metavar="ADDRESS",
+        help="Address of an interface: it listens there alone, and mDNS is used there; may be "
+        "given several times, of a coordinator with --host. Default: all.",
+    ),
+]
 Timeout = Annotated[
     float, typer.Option("--timeout", min=0.1, help="Seconds to wait for the coordinator.")
 ]
@@ -304,6 +314,16 @@ def size(nbytes: float) -> str:
         if nbytes >= scale:
             return f"{nbytes / scale:.3g} {unit}"
     return f"{nbytes:.0f} B"
+
+
+def only_address(interfaces: Sequence[str] | None) -> str:
+    """The one that a coordinator is to listen at; empty: all. Raises ``ConfigurationError``."""
+    if interfaces and len(set(interfaces)) > 1:
+        raise ConfigurationError(
+            "--interface is given more than once, and a coordinator listens at one or at all",
+            hint="say with --host where it is to listen; 0.0.0.0: at all addresses",
+        )
+    return interfaces[0] if interfaces else ""
 
 
 def check_insecure(host: str, insecure: bool, anywhere: bool) -> None:

@@ -62,6 +62,9 @@ def plan(
         float, typer.Option(min=0.001, help="What speed 1 is; 20: a Raspberry Pi 4.")
     ] = _PI4_GFLOPS,
     mbit: Annotated[float, typer.Option(min=0.001, help="Mbit/s of their links.")] = 100.0,
+    head_computes: Annotated[
+        bool, typer.Option("--head-computes", help="The coordinator is on the first one's host.")
+    ] = False,
     objective: Annotated[str, typer.Option(help="latency, throughput or memory.")] = "latency",
     spread: Annotated[
         bool, typer.Option("--spread", help="Use every device, even where fewer are faster.")
@@ -92,13 +95,14 @@ def plan(
     what was folded, which nodes are barriers and why, the share of the FLOPs that is distributed,
     weights and peak memory of each device. With a coordinator's address and the name of a deployed
     model: the plans that serve it now. Inputs are pinned to ``head``, the coordinator's host; of
-    devices that you describe, the first one is on it.
+    devices that you describe, the first one is on it then, or with --head-computes.
     """
     budget, pinned = parse_memory(memory), parse_pins(pin) or {}
     described = devices is not None or speeds is not None
     if described or coordinator is None:
+        _check_file(model)
         profiles = _described(devices, speeds, names, gflops, mbit)
-        if pinned:
+        if pinned or head_computes:
             profiles = _beside_the_first(profiles)
     else:
         with connect(coordinator, keyring, cluster, interface, timeout, log_level) as client:
@@ -122,6 +126,16 @@ def plan(
         from meshinfer.draw import draw
 
         write(svg, draw(graph, planned.plan, picture=drawn).encode())
+
+
+def _check_file(model: str) -> None:
+    """A name is known to a coordinator only."""
+    if not Path(model).exists():
+        raise InvalidInput(
+            f"there is no file {model}",
+            hint="give the path of an ONNX file; the plans of a deployed model are its "
+            "coordinator's: --coordinator HOST:PORT, without --devices and --speeds",
+        )
 
 
 def _described(
@@ -232,13 +246,9 @@ def _print(graph: Graph, planned: Planned, as_json: bool) -> None:
         typer.echo(json.dumps(fields, indent=2))
         return
     typer.echo(str(made), nl=False)
-    typer.echo(
-        f"{made.mode}: {expected.total_s * 1e3:.1f} ms expected, bound by {expected.bound}\n"
-        f"{size(moved)} move between devices, of these {size(direct)} worker to worker",
-        err=True,
-    )
     for line in report.lines:
-        typer.echo(f"  {line}", err=True)
+        typer.echo(line, err=True)
+    typer.echo(f"{size(direct)} a request go from worker to worker", err=True)
 
 
 def _print_deployed(client: Client, name: str, as_json: bool, svg: Path | None) -> None:

@@ -94,10 +94,7 @@ def try_key(ring: Keyring, host: str, port: int, timeout_s: float) -> None:
         while time.monotonic() < deadline:
             for lost in transport.receive(_POLL_S):
                 if isinstance(lost, Lost) and lost.reason in FINAL:
-                    raise AuthError(
-                        f"the coordinator at {host}:{port} does not let us in: {lost.reason}",
-                        hint="join anew with a token, which meshinfer token makes there",
-                    )
+                    raise refusal(host, port, lost.reason)
             if transport.is_up(Plane.CONTROL, _PEER):
                 return
     finally:
@@ -105,6 +102,13 @@ def try_key(ring: Keyring, host: str, port: int, timeout_s: float) -> None:
     raise ClusterUnavailable(
         f"the coordinator at {host}:{port} does not answer in {timeout_s:g} s",
         hint="is it running? The port's finding says more",
+    )
+
+
+def refusal(host: str, port: int, why: str) -> AuthError:
+    return AuthError(
+        f"the coordinator at {host}:{port} does not let us in: {why}",
+        hint="join anew with a token, which meshinfer token makes there",
     )
 
 

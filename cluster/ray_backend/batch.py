@@ -24,7 +24,7 @@ from meshinfer.errors import InvalidInput
 from meshinfer.graph import Graph
 from meshinfer.identity import DeviceId
 from meshinfer.image import ImageSpec
-from meshinfer.importers import Source, load, open_model
+from meshinfer.importers import Source, check_image, load, open_model
 from meshinfer.planner import Block, axes_of, build
 from meshinfer.programs import make_programs
 from meshinfer.protocol.codec import Array
@@ -124,12 +124,10 @@ class Whole:
 
     def check(self) -> None:
         """Raise ``InvalidInput`` for what can be known without a row."""
-        self._source().check()
-        if self.spec is not None and self.spec.input not in self._inputs:
-            raise InvalidInput(
-                f"the image spec is for the input {self.spec.input!r}",
-                hint=f"the model's inputs are {list(self._inputs)}",
-            )
+        source = self._source()
+        source.check()
+        if self.spec is not None:
+            check_image(source.proto, self.spec)
         if self.spec is None and self._column is not None:
             raise InvalidInput(
                 f"column={self._column!r} was given for a model without an image spec",

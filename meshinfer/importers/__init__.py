@@ -4,7 +4,16 @@ write files."""
 from __future__ import annotations
 
 from meshinfer.importers.onnx_model import Source, load, open_model
+from meshinfer.importers.picture import check_image
 from meshinfer.importers.pruning import inputs_needed
 from meshinfer.importers.torch_module import from_torch, is_torch_module
 
-__all__ = ["Source", "from_torch", "inputs_needed", "is_torch_module", "load", "open_model"]
+__all__ = [
+    "Source",
+    "check_image",
+    "from_torch",
+    "inputs_needed",
+    "is_torch_module",
+    "load",
+    "open_model",
+]

@@ -18,12 +18,8 @@ def with_image_input(proto: onnx.ModelProto, spec: ImageSpec) -> None:
 
     H and W stay open. Computes ``(pixels * scale - mean) / std`` in float32 as numpy would.
     """
-    value = next((v for v in proto.graph.input if v.name == spec.input), None)
-    if value is None:
-        names = [v.name for v in proto.graph.input]
-        raise InvalidInput(
-            f"the image spec names the input {spec.input!r}", hint=f"the model's are {names}"
-        )
+    _check_named("input", spec.input, proto)
+    value = next(v for v in proto.graph.input if v.name == spec.input)
     elem_type = value.type.tensor_type.elem_type
     inner = f"{spec.input}/tensor"
     _rename(proto.graph, spec.input, inner)
@@ -34,6 +30,24 @@ def with_image_input(proto: onnx.ModelProto, spec: ImageSpec) -> None:
         spec.input, TensorProto.UINT8, [1, "height", "width", spec.channels]
     )
     value.CopyFrom(picture)
+
+
+def check_image(proto: onnx.ModelProto, spec: ImageSpec) -> None:
+    """Raise ``InvalidInput`` where a spec speaks of an input or output that the model lacks."""
+    _check_named("input", spec.input, proto)
+    if spec.output is not None:
+        _check_named("output", spec.output, proto)
+
+
+def _check_named(what: str, name: str, proto: onnx.ModelProto) -> None:
+    kept = {t.name for t in proto.graph.initializer}  # IR < 4 has them among the inputs
+    values = proto.graph.input if what == "input" else proto.graph.output
+    names = [v.name for v in values if what == "output" or v.name not in kept]
+    if name not in names:
+        raise InvalidInput(
+            f"the image spec names the {what} {name!r}, which the model does not have",
+            hint=f"its {what}s are {names}",
+        )
 
 
 def _rename(graph: onnx.GraphProto, old: str, new: str) -> None:

@@ -14,6 +14,8 @@ from meshinfer.planner.search import search
 
 TRIED_APART = 8
 """Most devices that are tried in and out of the plan one by one."""
+OTHERS = 4
+"""Most plans of several devices that are told as alternatives."""
 
 
 def notes_of(choice: Choice, best: Candidate, course: Timeline, spread: bool) -> Iterator[str]:
@@ -21,7 +23,7 @@ def notes_of(choice: Choice, best: Candidate, course: Timeline, spread: bool) ->
     used, order = best.plan.devices(), choice.order
     yield (
         f"expected {course.total_s * 1e3:.1f} ms on {len(used)} of {len(order)} computing devices "
-        f"in {len(best.plan.stages)} stages, bound by {course.bound}"
+        f"in {_count(len(best.plan.stages), 'stage')}, bound by {course.bound}"
     )
     moved = sum(u.bytes_sent for u in course.devices)
     fullest = max(course.devices, key=lambda u: u.peak_bytes)
@@ -39,16 +41,37 @@ def notes_of(choice: Choice, best: Candidate, course: Timeline, spread: bool) ->
         yield f"spread over all devices{short}, as was asked, even if fewer were faster"
     else:
         yield from _idle(choice, best)
+    kinds = sorted({p.numeric_class for p in order if p.id in used})
+    if len(kinds) > 1:
+        yield (
+            f"devices of {len(kinds)} numeric classes compute ({', '.join(kinds)}): answers are as "
+            "exact, but not bit for bit what one of them computes; strict uses one class"
+        )
     for p in choice.profiles:
         if not p.able:
-            yield f"{p.id} idle: it does not compute"
+            if p.id not in choice.ends:  # of which nobody expects it
+                yield f"{p.id} idle: it does not compute"
         elif p not in order:
             yield f"{p.id} idle: {p.numeric_class} may round differently, and strict was asked"
-    rivals = [c for c in choice.seen.values() if c.plan != best.plan and ";" not in c.name]
-    alone = sorted((c for c in rivals if len(c.plan.devices()) == 1), key=choice.key)[:1]
-    others = sorted((c for c in rivals if len(c.plan.devices()) > 1), key=choice.key)[:4]
-    for c in sorted((*alone, *others), key=choice.key):
-        yield f"alternative: {c.name}: {_worth(choice, c)}"
+    yield from _alternatives(choice, best)
+
+
+def _alternatives(choice: Choice, best: Candidate) -> Iterator[str]:
+    """The best device alone, and the best of several; equals differ in names only."""
+    told: set[str] = set()
+    left = {True: 1, False: OTHERS}
+    rivals = (c for c in choice.seen.values() if c.plan != best.plan and ";" not in c.name)
+    for c in sorted(rivals, key=choice.key):
+        line = f"alternative: {c.name}: {_worth(choice, c)}"
+        alone = len(c.plan.devices()) == 1
+        if left[alone] and line not in told:
+            told.add(line)
+            left[alone] -= 1
+            yield line
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
 
 
 def mode_of(choice: Choice, c: Candidate) -> str:
@@ -140,12 +163,15 @@ def too_large(choice: Choice, best: Candidate) -> NotEnoughMemory:
     for use in best.timeline.devices:
         p = choice.by_id.get(use.id)
         if p is not None and p.memory_bytes and use.peak_bytes > p.memory_bytes:
-            mb = f"{use.peak_bytes / 1e6:.1f} MB of {p.memory_bytes / 1e6:.1f} MB"
-            over.append(f"{use.id} would need {mb}")
+            over.append(f"{use.id} would need {_size(use.peak_bytes)} of {_size(p.memory_bytes)}")
     return NotEnoughMemory(
         f"no plan fits the devices' memory: at best {', '.join(over)}",
         hint="add a device, grant more memory (--memory), or use a smaller model or image",
     )
+
+
+def _size(nbytes: float) -> str:
+    return f"{nbytes / 1e6:.1f} MB" if nbytes >= 1e6 else f"{nbytes / 1e3:.1f} kB"
 
 
 def pinned_fast(choice: Choice) -> InvalidInput:

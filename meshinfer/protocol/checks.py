@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from msgspec import Meta
+
+from meshinfer import limits
 from meshinfer.protocol.records import Count, Message, Name, Peer, Place, Rate, Tensor, Text, Word
 
 
@@ -9,7 +14,8 @@ class Check(Message, frozen=True):
     """A request is answered, and its task ``place`` is to be computed again, by the device at
     ``by``: whoever holds what the task was given sends that there, and ``of``, whose task it was,
     what it had made. What is held until the release serves; nobody is told before. ``head``: the
-    client that gave the inputs, where that is the source itself."""
+    client that gave the inputs, where that is the source itself; ``makers``: which device made
+    what the task was given, as far as it is known. From nobody else anything counts."""
 
     request: Name
     attempt: Count
@@ -18,6 +24,7 @@ class Check(Message, frozen=True):
     of: Name
     by: Peer
     head: Word = ""
+    makers: Annotated[tuple[tuple[Place, Name], ...], Meta(max_length=limits.LISTED)] = ()
 
 
 class Sample(Message, frozen=True):

@@ -44,7 +44,7 @@ from meshinfer.protocol.recovery import Assign as Assign, Lacks as Lacks, NotKep
 # isort: on
 from meshinfer.protocol.report import Report as Report
 
-PROTOCOL = (4, 4)
+PROTOCOL = (5, 5)
 """Protocol versions that this release speaks, first and last (RELIABILITY: N-1 to N)."""
 Acks = Annotated[tuple[Count, ...], Meta(max_length=limits.ACKS_AT_ONCE)]
 
@@ -83,9 +83,11 @@ class Welcome(Message, frozen=True):
 
 
 class Refused(Message, frozen=True, forbid_unknown_fields=False):
-    """The coordinator does not admit the peer; both sides print the text."""
+    """The coordinator does not admit the peer; both sides print the text. ``void``: the token that
+    it showed is good for nothing, now and later."""
 
     failure: Failure
+    void: bool = False
 
 
 class Heartbeat(Message, frozen=True):
@@ -283,8 +285,9 @@ class Submit(Message, frozen=True):
 
 
 class Start(Message, frozen=True):
-    """To source and sink: run this attempt (numbers go up); the answer goes to ``client``.
-    ``assigned``: who takes tasks of several devices. ``head``: the peer in the head's place."""
+    """To all with a part in it: run this attempt (numbers go up); the answer goes to ``client``.
+    ``assigned``: who takes tasks of several devices. ``head``: the peer in the head's place. Of
+    nobody else's word an attempt begins, or has another head."""
 
     request: Name
     attempt: Count
@@ -385,8 +388,8 @@ class Reply(Message, frozen=True):
 
 
 class Deliver(Message, frozen=True):
-    """A piece for a task, by its ``slot`` there; raw bytes behind. ``id`` is acknowledged, and
-    ``acks`` are. ``assigned`` and ``head`` as in ``Start``, for the receiver's own sends."""
+    """A piece for a task, by its ``slot`` there; raw bytes behind. ``id`` is acknowledged, once the
+    receiver knows its attempt, and ``acks`` are."""
 
     id: Count
     request: Name
@@ -396,8 +399,6 @@ class Deliver(Message, frozen=True):
     slot: Count
     tensor: Tensor
     acks: Acks = ()
-    assigned: Assignment = ()
-    head: Word = ""
 
 
 class Feed(Message, frozen=True):

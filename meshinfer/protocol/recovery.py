@@ -26,7 +26,8 @@ class Assign(Message, frozen=True):
 
 
 class NotKept(Message, frozen=True):
-    """What a task needs that was assigned again is not here any more: start a new attempt."""
+    """What a task needs that was assigned again is not here any more, or the request's inputs are
+    not: start a new attempt."""
 
     request: Name
     attempt: Count

@@ -10,8 +10,6 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 from functools import partial
 
-from msgspec import structs
-
 from meshinfer import limits
 from meshinfer.protocol import messages as m
 from meshinfer.scheduler import outcomes
@@ -23,12 +21,13 @@ from meshinfer.scheduler.covering import Covering
 from meshinfer.scheduler.events import Effect, Plane, Send, Signature
 from meshinfer.scheduler.fallback import Fallback
 from meshinfer.scheduler.heads import Heads
+from meshinfer.scheduler.hearing import Hearing
 from meshinfer.scheduler.journal import Journal
 from meshinfer.scheduler.load import Load, nbytes_of
 from meshinfer.scheduler.membership import Device, Membership
 from meshinfer.scheduler.poison import Poison
 from meshinfer.scheduler.releasing import release
-from meshinfer.scheduler.request import Answered, Request, Try, told_by
+from meshinfer.scheduler.request import Answered, Request, Try
 from meshinfer.scheduler.silence import Silence
 
 
@@ -55,10 +54,11 @@ class Answering:
         self._journal = journal
         self._poison = Poison()
         self._load = Load(self.open, members, heads)
-        self._covering = Covering(self.open, members.health)
+        self._covering = Covering(self.open, members.presence)
         self.fallback = Fallback(members, catalogue, self.open)
         self.checks = Checks(self.open, members, draw)
         self.silence = Silence(self.open, members, self.fallback)
+        self.hearing = Hearing(self.open, members, catalogue, balance, self._covering, self._fail)
 
     # --- messages
 
@@ -100,23 +100,6 @@ class Answering:
             request.deployment, request.merged = None, None
         return []
 
-    def tasks_done(self, peer: str, message: m.TasksDone, now: float) -> list[Effect]:
-        device = self._members.by_peer(peer)
-        assert device is not None
-        device.tasks_done += len(message.tasks)
-        request = self.open.get(message.request)
-        tried = None if request is None else request.tried.get(message.attempt)
-        if tried is None:
-            device.stale += len(message.tasks)
-            return []
-        if not self._catalogue.searching:  # which is slow itself: not the cause of the next
-            self._balance.note(tried.deployment, device.name, message.tasks, now)
-        self._covering.done(tried, device.name, message.tasks, now)
-        for done in message.tasks:  # of two that took a task, the first is who did it
-            took = m.TaskTime(device=device.name, **structs.asdict(done))
-            tried.tasks.setdefault(done.place, took)
-        return []
-
     def goes_on(self, message: m.TasksDone | m.Submit) -> bool:
         """Whether tasks that are done let nothing end, and no other device take anything; or a
         request finds no room."""
@@ -125,46 +108,6 @@ class Answering:
             return request is None and self._load.many() is not None
         tried = None if request is None else request.tried.get(message.attempt)
         return tried is not None and not tried.assigned and not (request and request.merged)
-
-    def merged(self, peer: str, message: m.Merged, now: float) -> list[Effect]:
-        request = self.open.get(message.request)
-        if (
-            request is not None
-            and request.merged is None
-            and request.since <= message.attempt in request.tried
-            and request.tried[message.attempt].merges_at(peer, self._head(), request.client)
-        ):
-            request.merged, request.outcome = (now, message.attempt), message.digest
-        return []
-
-    def task_failed(self, peer: str, message: m.TaskFailed, now: float) -> list[Effect]:
-        request = told_by(self.open, peer, message)
-        if request is None:
-            return []
-        request.kernel_failures += 1
-        request.deployment = None
-        fields = {"request": request.id, "attempt": message.attempt, "why": message.text}
-        note = self._members.faults.note("error", "a task failed", fields)
-        if request.kernel_failures < limits.KERNEL_FAILURES_PER_REQUEST:
-            return [note]
-        return [note, *self._fail(request, outcomes.kernel_failed(request, message.text), now)]
-
-    def unreachable(self, peer: str, message: m.Unreachable) -> bool:
-        """Whether this is news of an attempt that runs; it starts again.
-
-        None of one that goes on without that peer.
-        """
-        request = told_by(self.open, peer, message)
-        if request is None or message.peer not in request.tried[request.attempt].peers().values():
-            return False
-        request.deployment = None
-        return True
-
-    def not_kept(self, peer: str, message: m.NotKept) -> list[Effect]:
-        request = told_by(self.open, peer, message)
-        if request is not None and request.merged is None:
-            request.deployment = None
-        return []
 
     def cancel(self, peer: str, message: m.Cancel) -> list[Effect]:
         request = self.open.get(message.request)
@@ -360,7 +303,7 @@ class Answering:
             head=own,
         )
         peers = tried.peers()
-        return [_to(peers[name], start) for name in tried.first()]
+        return [_to(peers[name], start) for name in tried.in_order()]
 
     def _seconds(self, now: float, made: Deployment, place: m.Place, device: str) -> float:
         expected = made.seconds(place, device)

@@ -25,15 +25,19 @@ def choices_of(programs: Mapping[str, tuple[m.Program, ...]]) -> dict[m.Place, t
 def open_work(running: Iterable[Try], seconds: Seconds) -> dict[str, float]:
     """Seconds of work that each device has been given and has not told of."""
     total: dict[str, float] = {}
+    fixed: dict[int, list[tuple[m.Place, str]]] = {}  # of many devices, looked for once
     for tried in running:
         made = tried.deployment
         for place, devices in made.choices.items():
             for device in () if place in tried.tasks else tried.assigned.get(place, devices[:1]):
                 total[device] = total.get(device, 0.0) + seconds(made, place, device)
-        for device, programs in made.programs.items():
-            for p in programs:
-                if p.model is not None and not p.free and p.place not in tried.tasks:
-                    total[device] = total.get(device, 0.0) + seconds(made, p.place, device)
+        if made.number not in fixed:
+            owned = ((p, device) for device, each in made.programs.items() for p in each)
+            own = [(p.place, device) for p, device in owned if p.model and not p.free]
+            fixed[made.number] = own
+        for place, device in fixed[made.number]:
+            if place not in tried.tasks:
+                total[device] = total.get(device, 0.0) + seconds(made, place, device)
     return total
 
 

@@ -15,6 +15,17 @@ _NAMED_BY_KEY = 4
 """So many words of a client's name, between hyphens, come from its key (``token.client_name``)."""
 
 
+_DOING: dict[type[m.AnyMessage], str] = {
+    m.Submit: "having a model answer",
+    m.Deploy: "deploying a model",
+    m.AddToken: "making a token",
+    m.Approve: "letting a device in",
+    m.Expel: "revoking a key",
+    m.ListAdmitted: "seeing who is admitted and who waits",
+}
+"""What is asked by messages that are answered, in words for whoever asks."""
+
+
 def roles_for(message: m.AnyMessage) -> tuple[Role, ...] | None:
     """Who may say this to a coordinator; None: whoever is admitted. What a client says as a device
     does, as the head of its own requests, is judged by whether it is one."""
@@ -46,15 +57,15 @@ def denied(peer: str, admission: m.Admission, message: m.AnyMessage) -> list[Eff
     roles = roles_for(message)
     if roles is None or admission.role in roles:
         return None
-    needed, what = " or ".join(roles), type(message).__name__
+    fields = {"peer": peer, "role": admission.role, "type": type(message).__name__}
+    note = Note("warning", "a message that its role does not allow", fields)
     failure = m.Failure(
         error="AuthError",
-        message=f"{what} needs the role {needed}; {admission.name} has the role {admission.role}",
-        hint="use a key of that role: the coordinator's own keyring.json is an admin's, and "
-        f"`meshinfer token --role {roles[-1]}` makes a token for another",
+        message=f"{_DOING.get(type(message), 'this')} needs the role {' or '.join(roles)}; "
+        f"{admission.name} has the role {admission.role}",
+        hint="run this on the coordinator's machine, as the user who runs it; or have `meshinfer "
+        f"token --role {roles[-1]}` run there, and use that here: meshinfer join TOKEN",
     )
-    fields = {"peer": peer, "role": admission.role, "type": what}
-    note = Note("warning", "a message that its role does not allow", fields)
     match message:
         case m.Submit():
             answer: m.AnyMessage = m.Reply(request=message.request, failure=failure)

@@ -109,14 +109,14 @@ class Deployment:
     """A plan for a (model, signature), on the devices named by their incarnation.
 
     ``factors``: how much slower than its profile each device was when it was planned. ``given``: by
-    the user. ``choices``: the devices of each task that may go to several. ``expected``: seconds of
-    each task on each device that may get it. ``window``: requests in flight, as the plan says.
-    ``looked``: how many samples of paces there were when it was last seen by how much its devices
-    ``drift`` apart; ``uneven``: twice in turn too much; ``tried_drift``: as much when a search
-    failed. ``in_vain``: how often another plan was looked for since, and was no better.
-    ``search_s``: of the coordinator's processor that the last search for it took; ``share``: of it
-    that the search may take. ``asked``: requests begun since.
-    ``head``: the device that is source and sink, where the client is not.
+    the user. ``takers``: the devices that have each task; ``choices``: of each that may go to any.
+    ``expected``: seconds of each task on each device that may get it. ``window``: requests in
+    flight, as the plan says. ``looked``: how many samples of paces there were when it was last seen
+    by how much its devices ``drift`` apart; ``uneven``: twice in turn too much; ``tried_drift``: as
+    much when a search failed. ``in_vain``: how often another plan was looked for since, and was no
+    better. ``search_s``: of the coordinator's processor that the last search for it took;
+    ``share``: of it that the search may take. ``asked``: requests begun since.
+    ``head``: the device that is source and sink, where the client is not. ``tasks``: of a request.
     ``links``: how often links had changed when it was planned. ``ready_at``: since when it serves.
     ``alone``: the one request that runs under it, on one device; it is not what serves.
     """
@@ -132,6 +132,7 @@ class Deployment:
     report: m.Report | None = None
     programs: Mapping[str, tuple[m.Program, ...]] = field(default_factory=dict)
     waiting: set[str] = field(default_factory=set)
+    takers: Mapping[m.Place, tuple[str, ...]] = field(default_factory=dict)
     choices: Mapping[m.Place, tuple[str, ...]] = field(default_factory=dict)
     expected: Mapping[tuple[m.Place, str], float] = field(default_factory=dict)
     window: int = 1
@@ -150,6 +151,7 @@ class Deployment:
     alone: str = ""
     ready_at: float = 0.0
     spares: Spares = field(default_factory=Spares)
+    tasks: int = 0
 
     def held(self, name: str) -> tuple[int, int]:
         """Bytes that a device is expected to hold at most: of its own, and of others' tasks."""
@@ -163,10 +165,12 @@ class Deployment:
         budget = given.get(name) if isinstance(given, Mapping) else given
         return min((room for room in (memory_bytes, budget) if room), default=0)
 
-    def keep_members(self) -> None:
-        """Of all that might have been, those of the plan and those that stand by for one; of a plan
-        that an earlier coordinator had, one that stood by may not have come back."""
-        programs = (p for each in self.programs.values() for p in each)
+    def take_on(self, plan: Mapping[str, tuple[m.Program, ...]]) -> None:
+        """Its programs; of all that might have been, theirs are its members and who stands by for
+        one. Of an earlier coordinator's plan, one that stood by may not have come back."""
+        self.run_by(plan)
+        self.takers = {p.place: p.devices or (name,) for name, each in plan.items() for p in each}
+        programs = (p for each in plan.values() for p in each)
         spares = sorted({name for p in programs for name in p.spares} & self.members.keys())
         self.spares.peers = {name: self.members[name] for name in spares}
         self.members = {name: self.members[name] for name in (*self.programs, *spares)}
@@ -177,8 +181,7 @@ class Deployment:
 
     def spare_programs(self, name: str) -> tuple[m.Program, ...]:
         """Those of others that a device prepares, should one of these be lost."""
-        programs = (p for each in self.programs.values() for p in each)
-        return tuple(p for p in programs if name in p.spares)
+        return tuple(p for each in self.programs.values() for p in each if name in p.spares)
 
     @property
     def longest_s(self) -> float:
@@ -211,10 +214,10 @@ class Deployment:
         """Requests that may run under it at once."""
         return min(max(self.window, limits.RUNNING_REQUESTS), limits.WINDOW)
 
-    @property
-    def tasks(self) -> int:
-        """How many tasks a request computes."""
-        return len({p.place for each in self.programs.values() for p in each if p.model})
+    def run_by(self, programs: Mapping[str, tuple[m.Program, ...]]) -> None:
+        """The devices' programs, from now on. What is asked for each reply is counted once."""
+        self.programs = programs
+        self.tasks = len({p.place for each in programs.values() for p in each if p.model})
 
 
 @dataclass(slots=True)

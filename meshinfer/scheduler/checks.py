@@ -15,6 +15,7 @@ from meshinfer.protocol import messages as m
 from meshinfer.scheduler.catalogue import Deployment
 from meshinfer.scheduler.events import Effect, Note, Plane, Send
 from meshinfer.scheduler.membership import Device, Membership
+from meshinfer.scheduler.recipe import SOURCE
 from meshinfer.scheduler.request import Request, Try
 from meshinfer.scheduler.trust import Trust, Verdict
 
@@ -75,7 +76,7 @@ class Checks:
             if must or self._draws(of):
                 by = self._other(programs[place], tried, of, now)
                 if by is not None:
-                    return self._ask(request, tried, place, of, by, now)
+                    return self._ask(request, tried, programs[place], of, by, now)
         return []
 
     def _draws(self, device: str) -> bool:
@@ -89,7 +90,7 @@ class Checks:
         own = made.programs.keys() & program.devices[:1]
         here = own | made.spares.ready if program.spare else made.members.keys()
         late = own if place in tried.moved else set(tried.assigned.get(place, ()))
-        may = set(self._members.ready(now)) & here - late - self._members.health.away - {of}
+        may = set(self._members.ready(now)) & here - late - self._members.presence.away - {of}
         rivals = self.trust.rivals(of)
         found = [self._members.devices[name] for name in program.devices if name in may]
         return min(
@@ -97,9 +98,9 @@ class Checks:
         )
 
     def _ask(
-        self, request: Request, tried: Try, place: m.Place, of: str, by: Device, now: float
+        self, request: Request, tried: Try, program: m.Program, of: str, by: Device, now: float
     ) -> list[Effect]:
-        made = tried.deployment
+        made, place = tried.deployment, program.place
         due = (made.number, place)
         assert request.merged is not None
         attempt = request.merged[1]
@@ -112,6 +113,7 @@ class Checks:
             of=of,
             by=by.bulk,
             head=tried.head,
+            makers=_makers(program, tried),
         )
         tried.took.add(by.name)  # it is released there, too
         told = [Send(Plane.CONTROL, peer, check) for _, peer in sorted(tried.peers().items())]
@@ -160,13 +162,16 @@ class Checks:
         fields: dict[str, object] = {"request": message.request, "task": str(message.place)}
         fields |= {"of": check.of, "by": check.by, "error": message.error}
         note = self._members.faults.note("warning", "two devices have other results", fields)
-        may = self._members.ready(now)
-        joined = {name: self._members.devices[name].joined for name in may}
-        verdict = self.trust.differ(check.of, check.by, joined)
+        verdict = self._differ(check.of, check.by, now)
         effects: list[Effect] = [note, *releases]
         if verdict is None:
             return effects, []
         return [*effects, *self._keep_out(verdict, now)], [verdict.liar]
+
+    def _differ(self, one: str, other: str, now: float) -> Verdict | None:
+        may = self._members.ready(now)
+        joined = {name: self._members.devices[name].joined for name in may}
+        return self.trust.differ(one, other, joined)
 
     def _agrees(self, message: m.Checked, check: _Open) -> bool | None:
         """None where devices of two numeric classes may differ so without a fault."""
@@ -201,26 +206,45 @@ class Checks:
         return [self._members.faults.note("error", text, fields)]
 
     def _doubtful(self, peer: str, message: m.Doubtful, now: float) -> Heard:
-        """A piece is not finite: its task is checked, with this request. Or it is not what was
-        asked for: no kernel makes that, so its sender gets no work for a while."""
-        request, device = self._requests.get(message.request), self._members.by_peer(message.peer)
+        """Word of who has a part in an attempt of another that has: a piece is not finite, so its
+        task is checked, with this request; or it is not what was asked for."""
+        request = self._requests.get(message.request)
         if request is None or request.attempt != message.attempt or request.deployment is None:
             return [], []
-        made = request.deployment
-        if not any(p.place == message.place for each in made.programs.values() for p in each):
+        tried = request.tried[request.attempt]
+        if not {peer, message.peer} <= set(tried.peers().values()):
+            return [], []
+        device, place = self._members.by_peer(message.peer), message.place
+        its = device is not None and tried.has_part(device.name, place)
+        if not its and (place != SOURCE or not message.why):
             return [], []
         if not message.why:
-            self._wanted[request.id] = message.place
-            self._due.add((made.number, message.place))
+            self._wanted[request.id] = place
+            self._due.add((tried.deployment.number, place))
             return [], []
         request.deployment = None
         fields = {"request": request.id, "heard_by": peer, "peer": message.peer}
         note = Note("warning", "a piece of another kind", {**fields, "why": message.why})
         by = self._members.by_peer(peer)
-        if by is None or device is None or device.hello.facts.head:
+        if by is None or device is None or not its or device.hello.facts.head:
             return [note], []
-        device.exclude(f"it sent what was not asked for: {message.why}", now)
-        return [note], [device.name]
+        out, why = self._word_against(by, device, message.why, now)
+        if out is not None:
+            out.exclude(why, now)
+        return [note], [] if out is None else [out.name]
+
+    def _word_against(
+        self, by: Device, device: Device, why: str, now: float
+    ) -> tuple[Device | None, str]:
+        """No kernel makes that, so that one of the two lies: as when their results differ, all that
+        both do is checked, and who has it with two others works no more for a while. The head is
+        the coordinator's own."""
+        if by.hello.facts.head:
+            return device, f"it sent what was not asked for: {why}"
+        verdict = self._differ(device.name, by.name, now)
+        if verdict is None:
+            return None, ""
+        return self._members.devices.get(verdict.liar), verdict.why
 
     def forget(self, made: Deployment) -> None:
         """A deployment is retired: its checks come to nothing."""
@@ -228,3 +252,9 @@ class Checks:
         for check in self._open.values():
             if check.due[0] == made.number:
                 check.since = -math.inf  # given up with the rules that follow
+
+
+def _makers(program: m.Program, tried: Try) -> tuple[tuple[m.Place, str], ...]:
+    """Who made what a task was given, as far as that was told."""
+    read = sorted({piece.producer for value in program.inputs for piece in value.pieces})
+    return tuple((place, tried.tasks[place].device) for place in read if place in tried.tasks)

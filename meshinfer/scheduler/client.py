@@ -288,7 +288,7 @@ class ClientCore:
             header = structs.replace(request.header, turn=request.turn, deadline_s=left)
             effects.append(told(header))
             if self._acts_as:
-                effects += self._computing.feed_here(name, request.turn, request.arrays, now)
+                effects += self._computing.giving.feed_here(name, request.turn, request.arrays, now)
                 continue
             for value, array in request.arrays.items():
                 tensor = describe(value, array)
@@ -393,4 +393,4 @@ class ClientCore:
     def _forget_feeds(self, request: str, turn: int) -> None:
         self._outbox.forget(lambda message: message.request == request)
         if self._acts_as:
-            self._computing.let_go(request, turn)
+            self._computing.giving.let_go(request, turn)

@@ -1,7 +1,8 @@
 """A device's requests: gather the pieces of each task, compute when the last is here, send on.
 
 Whatever belongs to an older attempt, a retired deployment or a released request is acknowledged and
-dropped: tasks are pure, and the coordinator has started, or will start, what is still wanted.
+dropped: tasks are pure, and the coordinator has started, or will start, what is still wanted. What
+belongs to an attempt that the coordinator has not told of waits aside: members may say anything.
 """
 
 from __future__ import annotations
@@ -13,24 +14,25 @@ from meshinfer import limits
 from meshinfer.protocol import messages as m
 from meshinfer.protocol.codec import ProtocolError, array_of, describe, digest_of, payload_of
 from meshinfer.scheduler.acks import AckBox
+from meshinfer.scheduler.aside import Aside
 from meshinfer.scheduler.comparing import doubts
 from meshinfer.scheduler.events import Array, Compute, Computed, Effect, Note
+from meshinfer.scheduler.giving import Giving
 from meshinfer.scheduler.held import Held
 from meshinfer.scheduler.holding import Holding
 from meshinfer.scheduler.installing import Deployment
 from meshinfer.scheduler.links import LinkWatch
 from meshinfer.scheduler.outbox import Numbered, Outbox
-from meshinfer.scheduler.recipe import Cut, Gathering
+from meshinfer.scheduler.recipe import SOURCE, Cut, Gathering
 from meshinfer.scheduler.telling import task_failed, told, told_done, told_lacked, unreachable
-
-SOURCE: m.Place = (-1, 0)
 
 
 class Computing:
     """Mutable: owned by a worker's or a client's core. ``deployments``: what is installed, a view.
 
     ``own``: the client that this is itself, if it is one; ``merged`` gets the answers to it.
-    ``wasted``: tasks that were done when nobody wanted them any more.
+    ``granted_bytes``: of this device's memory. ``wasted``: tasks that were done when nobody wanted
+    them any more.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class Computing:
         deployments: Mapping[int, Deployment],
         own: str = "",
         merged: Callable[[str, int, dict[str, Array]], list[Effect]] = lambda *_: [],
+        granted_bytes: int = 0,
     ) -> None:
         self.outbox = Outbox()
         self.acks = AckBox()
@@ -48,50 +51,19 @@ class Computing:
         self._device = device
         self._own, self._merged = own, merged
         self._deployments = deployments
-        self.holding = Holding(self._drop_work)
+        self.holding = Holding(self._drop_work, own, granted_bytes)
+        self.giving = Giving(self.holding, self.acks, own, self._scatter)
         self._requests = self.holding.requests
+        self._aside: Aside[m.Deliver] = Aside()
         self._queue: deque[Compute] = deque()
         self._idle_since = 0.0
 
     @property
     def idle(self) -> bool:
-        return not self._requests and self.running is None and not self._queue
+        busy = self._requests or self.running is not None or self._queue or self._aside
+        return not busy
 
-    # --- from the client and the coordinator
-
-    def feed(self, peer: str, message: m.Feed, payload: memoryview, now: float) -> list[Effect]:
-        name = message.request
-        stale = self.holding.is_released(name, peer, message.turn)
-        if not stale and name not in self._requests and len(self._requests) >= limits.FED_REQUESTS:
-            # Not acknowledged: the client sends it again later.
-            return [Note("warning", "too many inputs wait here", {"request": name})]
-        if name in self._requests and not self._requests[name].may_give(peer):
-            return [Note("warning", "inputs of another's request", {"request": name, "peer": peer})]
-        self.acks.add(peer, message.id, len(payload), now)
-        if stale:
-            return []
-        try:
-            array = array_of(message.tensor, payload)
-        except ProtocolError as error:
-            return [Note("warning", "bad input", {"request": name, "why": str(error)})]
-        request = self.holding.request(name, now)
-        if not request.take(peer, message.turn, message.tensor.name, array):
-            return []
-        return self._scatter(name, request, now)
-
-    def feed_here(
-        self, name: str, turn: int, arrays: Mapping[str, Array], now: float
-    ) -> list[Effect]:
-        """The inputs of a request of this client's own; those of an earlier turn are dropped."""
-        request = self.holding.request(name, now)
-        request.giver, request.turn, request.fed = self._own, turn, dict(arrays)
-        return self._scatter(name, request, now)
-
-    def let_go(self, name: str, turn: int) -> None:
-        """A request of this client's own is over, as it was given by this turn."""
-        held = self._requests.get(name)
-        attempt = 0 if held is None else held.attempt
-        self.holding.release(m.Release(request=name, attempt=attempt, client=self._own, turn=turn))
+    # --- from the coordinator
 
     def start(self, message: m.Start, now: float) -> list[Effect]:
         if message.deployment not in self._deployments:
@@ -99,11 +71,14 @@ class Computing:
         request = self.holding.current(message.request, message.attempt, message.deployment, now)
         if request is None:
             return []
+        name = message.request
         request.client, request.head = message.client, message.head
-        effects = self._learn(message.request, request, message.assigned, now)
-        effects += self._scatter(message.request, request, now)
-        effects += self._begin_without_inputs(message.request, request, now)
-        return effects + self._try_sink(message.request, request, now)
+        if self.holding.lacks_inputs(name):
+            return [told(m.NotKept(request=name, attempt=message.attempt))]
+        effects = self._learn(name, request, message.assigned, now)
+        effects += self._scatter(name, request, now)
+        effects += self._begin_without_inputs(name, request, now)
+        return effects + self._take_up(name, now) + self._try_sink(name, request, now)
 
     def assign(self, message: m.Assign, now: float) -> list[Effect]:
         """More devices take tasks of this attempt."""
@@ -115,14 +90,20 @@ class Computing:
             return []
         request.head = message.head
         effects = self._learn(name, request, message.assigned, now)
-        effects += self._begin_without_inputs(name, request, now)
+        effects += self._begin_without_inputs(name, request, now) + self._take_up(name, now)
         if not message.asked:
             return effects
         lacked = request.lacks(self._deployments[message.deployment].recipes, self._device)
         return [*effects, told_lacked(message, lacked)]
 
+    def release(self, message: m.Release, now: float) -> list[Effect]:
+        """A request is over."""
+        self.holding.release(message)
+        return self._take_up(message.request, now)
+
     def reset(self, *, keep_inputs: bool) -> None:
         """The coordinator may have forgotten all that it had told this device."""
+        self._aside.clear()
         self.holding.reset(keep_inputs=keep_inputs)
         self._queue.clear()
         self.outbox.forget(lambda message: isinstance(message, m.Deliver | m.Sample))
@@ -168,23 +149,33 @@ class Computing:
         self, peer: str, message: m.Deliver, payload: memoryview, now: float
     ) -> list[Effect]:
         self.outbox.acknowledge(peer, message.acks)
-        self.acks.add(peer, message.id, len(payload), now)
         made, name = self._deployments.get(message.deployment), message.request
+        request = self.holding.told(name, message.attempt, message.deployment)
+        head = peer if request is None else request.head  # nobody has said yet whose it is
+        may = made is not None and made.may_send(peer, message.consumer, message.slot, head)
+        if may and request is None and self.holding.is_ahead(name, message.attempt):
+            return self._aside.put(peer, message, payload, now)
+        self.acks.add(peer, message.id, len(payload), now)
         if made is None:  # pieces are sent when all have installed: it is a retired one
             return []
-        if not made.may_send(peer, message.consumer, message.slot, message.head):
+        if not may:
             return [Note("warning", "a piece of another's", {"request": name, "peer": peer})]
-        request = self.holding.current(name, message.attempt, message.deployment, now)
         if request is None:
             return []
-        request.head = message.head
-        effects = self._learn(name, request, message.assigned, now)
+        if not request.pieces and not request.begun:
+            request.heard = now
         try:
             array = array_of(message.tensor, payload)
         except ProtocolError as error:
-            return [*effects, Note("warning", "bad piece", {"peer": peer, "why": str(error)})]
-        effects += doubts(made, message, peer, array)
+            return [Note("warning", "bad piece", {"peer": peer, "why": str(error)})]
+        effects = doubts(made, message, peer, array)
         return effects + self._place(name, request, message.consumer, message.slot, array, now)
+
+    def _take_up(self, name: str, now: float) -> list[Effect]:
+        """What came ahead of the coordinator's word of a request, now that there is one."""
+        kept = self._aside.take(name) if self._aside else ()
+        found = (self.deliver(e.peer, e.message, e.payload, now) for e in kept)
+        return [effect for effects in found for effect in effects]
 
     def _learn(
         self, name: str, request: Held, assigned: tuple[m.Assigned, ...], now: float
@@ -370,8 +361,6 @@ class Computing:
                 slot=send.slot,
                 tensor=tensor,
                 acks=self.acks.take(peer),
-                assigned=request.assigned,
-                head=request.head,
             )
             payload = payload_of(array)  # the one copy of what is sent, where rows are strided
             sent += len(payload)
@@ -391,6 +380,7 @@ class Computing:
         return min(first, second)
 
     def due(self, now: float) -> list[Effect]:
+        self._aside.expire(now)
         effects, lost = self.outbox.resend_due(now)
         effects = self.acks.due(now) + effects
         for entry in lost:

@@ -38,7 +38,7 @@ from meshinfer.scheduler.events import (
 )
 from meshinfer.scheduler.faults import Faults, of_end
 from meshinfer.scheduler.handing import hand
-from meshinfer.scheduler.heads import Heads
+from meshinfer.scheduler.heads import Heads, where_it_is
 from meshinfer.scheduler.journal import Journal
 from meshinfer.scheduler.ledger import Ledger
 from meshinfer.scheduler.links import LinkRounds
@@ -76,7 +76,8 @@ class CoordinatorCore:
         parts = (self.members, self.catalogue, self._balance, self._heads)
         self._answering = Answering(*parts, self._journal, first_attempt=before << 32, draw=draw)
         self._deploying = Deploying(*parts, self._journal, self._answering)
-        self._reaching = Reaching(self.members, self._heads, self._answering, self._deploying)
+        roads = (self.members, self.catalogue, self._heads)
+        self._reaching = Reaching(*roads, self._answering, self._deploying)
         self._enrolment = Enrolment(door, ledger, self._journal, self.members)
         self._parting = Parting(*parts, self._answering, self._deploying, self._enrolment)
         self._links = LinkRounds()
@@ -177,7 +178,8 @@ class CoordinatorCore:
             return denied
         match message:
             case m.Hello():
-                return self._hello(peer, message, now)
+                hello, effects = where_it_is(peer, message, event.ends)
+                return effects + self._hello(peer, hello, now)
             case m.Want():
                 return hand(self.catalogue, self.members, self._heads, peer, message)
             case m.Chunk():
@@ -197,17 +199,17 @@ class CoordinatorCore:
         runs = device is not None or self._heads.stands(peer)
         match message:
             case m.TasksDone() if device is not None:
-                return self._answering.tasks_done(peer, message, now)
+                return self._answering.hearing.tasks_done(peer, message, now)
             case m.Ran() if runs:
                 return self._ran(peer, message, now)
             case m.Lacks() if runs:
                 return self._answering.fallback.lacks(peer, message)
             case m.NotKept() if runs:
-                return self._answering.not_kept(peer, message)
+                return self._answering.hearing.not_kept(peer, message)
             case m.Merged() if runs:
-                return self._answering.merged(peer, message, now)
+                return self._answering.hearing.merged(peer, message, now)
             case m.TaskFailed() if runs:
-                return self._answering.task_failed(peer, message, now)
+                return self._answering.hearing.task_failed(peer, message, now)
             case m.Checked() | m.Doubtful() if runs:
                 effects, out = self._answering.checks.heard(peer, message, now)
                 return effects + [e for n in out for e in self._deploying.out_of_service(n, now)]

@@ -16,7 +16,7 @@ from meshinfer.scheduler.assigning import Seconds, assign, open_work
 from meshinfer.scheduler.catalogue import Deployment
 from meshinfer.scheduler.events import Effect, Note
 from meshinfer.scheduler.fallback import tell
-from meshinfer.scheduler.health import Health
+from meshinfer.scheduler.presence import Presence
 from meshinfer.scheduler.request import Request, Try, running
 from meshinfer.scheduler.usual import Usual
 
@@ -24,9 +24,9 @@ from meshinfer.scheduler.usual import Usual
 class Covering:
     """Mutable: owned by the coordinator's core. ``open_`` is a view of the open requests."""
 
-    def __init__(self, open_: Mapping[str, Request], health: Health) -> None:
+    def __init__(self, open_: Mapping[str, Request], presence: Presence) -> None:
         self._open = open_
-        self._health = health
+        self._presence = presence
         self._usual: Usual[tuple[int, m.Place]] = Usual(limits.LATE_TIMES, 0.95)
         self._given = 0.0
         self._copies = 0.0
@@ -47,7 +47,7 @@ class Covering:
 
     def done(self, tried: Try, device: str, tasks: Iterable[m.Done], now: float) -> None:
         """A device has told of tasks: it is well, and this is how long such tasks take."""
-        self._health.well(device)
+        self._presence.well(device)
         for task in tasks:
             if task.place in tried.assigned and task.place not in tried.tasks:
                 self._usual.note((tried.deployment.number, task.place), now - tried.since)
@@ -68,7 +68,7 @@ class Covering:
             made = tried.deployment
             for place in late:
                 for device in tried.assigned[place]:
-                    self._health.suspect(device, now)
+                    self._presence.suspect(device, now)
             avoided = self._avoided(made, now)
             here = {name for devices in made.choices.values() for name in devices}
             if 2 * len(avoided) > len(here & set(made.members)):
@@ -94,7 +94,7 @@ class Covering:
             taken = (*avoided, *tried.assigned[place])
             others = [d for d in made.choices[place] if d in made.members and d not in taken]
             many = self._copies + 1 > limits.COPIES_SHARE * self._given
-            if not others or (many and not self._health.silent.issuperset(tried.assigned[place])):
+            if not others or (many and not self._presence.silent.issuperset(tried.assigned[place])):
                 continue
             device = min(others, key=lambda d: busy.get(d, 0.0))
             busy[device] = busy.get(device, 0.0) + seconds(made, place, device)
@@ -114,7 +114,7 @@ class Covering:
             if place in tried.tasks:
                 continue
             after = self._usual.late_after_s((tried.deployment.number, place))
-            if self._health.silent.issuperset(devices):
+            if self._presence.silent.issuperset(devices):
                 found.append((place, tried.since))
             elif after is not None and len(devices) < limits.COPIES:
                 found.append((place, tried.since + after))
@@ -124,7 +124,7 @@ class Covering:
         return [when for _, tried in self._running() for _, when in self._due(tried)]
 
     def _avoided(self, made: Deployment, now: float) -> frozenset[str]:
-        return frozenset(name for name in self._health.suspects(now) if name in made.members)
+        return frozenset(name for name in self._presence.suspects(now) if name in made.members)
 
     # --- lost devices
 

@@ -138,9 +138,8 @@ class Deploying:
         if event.kept:
             return self._keep(made)
         made.plan, made.report, made.window = event.plan, event.report, event.window
-        made.programs, made.choices = event.programs, choices_of(event.programs)
-        made.expected = event.expected
-        made.keep_members()
+        made.choices, made.expected = choices_of(event.programs), event.expected
+        made.take_on(event.programs)
         made.phase, made.waiting, made.since = Phase.INSTALLING, set(event.programs), now
         sends = [
             _to(made.members[name], install(made, name, self._members))
@@ -177,7 +176,7 @@ class Deploying:
     def installed(self, peer: str, message: m.Installed, now: float) -> list[Effect]:
         made = self._catalogue.deployments.get(message.deployment)
         device = self._members.by_peer(peer)
-        if made is None or device is None or made.phase is not Phase.INSTALLING:
+        if made is None or device is None or device.name not in made.waiting:
             return []
         if message.failure is not None:
             return self._install_failed(made, device, message.failure, now)

@@ -175,7 +175,7 @@ class Enrolment:
             return [_join(event.peer, joined)]  # it did not hear so
         by = hash_of(join.secret) if join.secret else ""
         if by and self._tokens.role_of(by, now) != join.role:
-            return self._refuse(event, token_refused(), now)
+            return self._refuse(event, token_refused(), now, void=True)
         failure = self._unfit(admission)
         if failure is not None:
             return self._refuse(event, failure, now)
@@ -187,9 +187,11 @@ class Enrolment:
             lambda failure: self._refuse(event, failure, now),
         )
 
-    def _refuse(self, event: Knocked, failure: m.Failure, now: float) -> list[Effect]:
-        """Strangers may knock often; the log says so now and then."""
-        told = _join(event.peer, m.Refused(failure=failure))
+    def _refuse(
+        self, event: Knocked, failure: m.Failure, now: float, *, void: bool = False
+    ) -> list[Effect]:
+        """Strangers may knock often; the log says so now and then. ``void``: its token is."""
+        told = _join(event.peer, m.Refused(failure=failure, void=void))
         if self._noted is not None and now < self._noted + limits.JOIN_AGAIN_S:
             return [told]
         self._noted = now

@@ -45,11 +45,14 @@ class Plane(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Arrived:
-    """A message came in; ``payload`` is what stood behind its header."""
+    """A message came in; ``payload`` is what stood behind its header. ``ends``: of a hello that
+    says where its peer is, the addresses of the connection it came by, the peer's and ours; empty
+    where nobody knows."""
 
     peer: str
     message: AnyMessage
     payload: memoryview = field(default_factory=lambda: memoryview(b""))
+    ends: tuple[str, str] = ("", "")
 
 
 @dataclass(frozen=True, slots=True)

@@ -95,7 +95,7 @@ class Fallback:
     def stands_in(self, name: str) -> bool:
         """Whether others run all that a device has, in each deployment, while it says nothing."""
         serves = False
-        away = self._members.health.away | {name}
+        away = self._members.presence.away | {name}
         for made in self._catalogue.deployments.values():
             if name not in made.members or made.phase is Phase.PLANNING or made.only_spare(name):
                 continue
@@ -119,12 +119,12 @@ class Fallback:
         made.candidates = ()  # whoever is here now, maybe the same again: plan anew
         programs = dict(made.programs)
         for program in programs.pop(name, ()):
-            taker = _first(program, made.spares.ready, (name, *self._members.health.away))
+            taker = _first(program, made.spares.ready, (name, *self._members.presence.away))
             taker = taker or _first(program, made.spares.ready, (name,))
             if taker:
                 programs[taker] = (*programs.get(taker, ()), program)
                 made.spares.moved[program.place] = taker
-        made.programs = programs
+        made.run_by(programs)
         for request in self._open.values():
             if request.deployment is made and request.runs:
                 effects += self._ask(request, request.tried[request.attempt])
@@ -132,7 +132,7 @@ class Fallback:
 
     def _suspect(self, device: Device, now: float) -> str:
         """The request that may be why a device is away; empty where none is, or not any more."""
-        if device.name in self._members.health.silent:
+        if device.name in self._members.presence.silent:
             request = suspect_of(self._open, device)
             return "" if request is None else request.id
         request = self._open.get(device.request)
@@ -148,13 +148,13 @@ class Fallback:
         tried.question, tried.unasked = None, set()
         if not asked:
             return []
-        tried.untold, tried.unasked = set(asked), self._members.health.away & tried.peers().keys()
+        tried.untold, tried.unasked = set(asked), self._members.presence.away & tried.peers().keys()
         tried.question = Question(asked, self._heard_of(tried))
         return tell(request, tried)
 
     def _heard_of(self, tried: Try) -> set[str]:
         """The peers of an attempt that can be expected to answer."""
-        away = self._members.health.away
+        away = self._members.presence.away
         peers = tried.peers().items()
         return {peer for name, peer in peers if name not in away or peer == tried.head}
 
@@ -164,14 +164,14 @@ class Fallback:
         """Who runs the tasks of these devices, of those that have prepared them and are heard."""
         if not names:
             return {}
-        away = self._members.health.away
+        away = self._members.presence.away
         own = (p for name in sorted(names) for p in made.programs.get(name, ()))
         found = {p.place: _first(p, made.spares.ready, away) for p in own}
         return {place: taker for place, taker in found.items() if taker}
 
     def from_now(self, made: Deployment, now: float) -> dict[m.Place, str]:
         """Who runs tasks instead of their own devices in an attempt that begins now."""
-        return self.takers(made, self._members.health.resting(now) | self._at_risk())
+        return self.takers(made, self._members.presence.resting(now) | self._at_risk())
 
     def _at_risk(self) -> set[str]:
         """Devices that run a request by itself, for fear that it ends their process: it would be
@@ -186,7 +186,7 @@ class Fallback:
         it; not a request that may be the reason why one is."""
         effects: list[Effect] = []
         found: dict[int, dict[m.Place, str]] = {}
-        away, devices = self._members.health.away, self._members.devices
+        away, devices = self._members.presence.away, self._members.devices
         suspects = {self._suspect(devices[name], now) for name in away if name in devices}
         for request in self._open.values():
             if not request.runs or request.id in suspects:
@@ -208,7 +208,7 @@ class Fallback:
     def _runs_elsewhere(self, tried: Try, place: m.Place) -> bool:
         """Whether a task has been taken over by a device that is heard."""
         taker = tried.moved.get(place, "")
-        return taker in tried.deployment.members and taker not in self._members.health.away
+        return taker in tried.deployment.members and taker not in self._members.presence.away
 
     def takers(self, made: Deployment, names: Collection[str]) -> dict[m.Place, str]:
         """Who runs the tasks of those that are lost, and of these."""
@@ -221,7 +221,7 @@ class Fallback:
         the deployment; their own device, where that is heard again, but not who had taken over."""
         made = tried.deployment
         if found is None:
-            found = self.takers(made, self._members.health.away)
+            found = self.takers(made, self._members.presence.away)
         again = [p for p in tried.moved if p not in found and not self._runs_elsewhere(tried, p)]
         if not again:
             return found
@@ -236,8 +236,8 @@ class Fallback:
             return []
         tried = request.tried[request.attempt]
         question = tried.question
-        if question is None or question.asked != message.asked:
-            return []  # another device was lost meanwhile: they were asked anew
+        if question is None or question.asked != message.asked or peer not in question.awaiting:
+            return []  # another device was lost meanwhile: they were asked anew; or it was not
         question.lacked |= set(message.lacked)
         question.awaiting.discard(peer)
         if question.awaiting:

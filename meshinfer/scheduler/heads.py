@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from msgspec import structs
+
 from meshinfer import limits
 from meshinfer.protocol import messages as m
 from meshinfer.protocol.records import BESIDE_COORDINATOR
@@ -149,6 +151,19 @@ class Heads:
         return self._granted.get(peer, {}).get(deployment)
 
 
+def where_it_is(peer: str, hello: m.Hello, ends: tuple[str, str]) -> tuple[m.Hello, list[Effect]]:
+    """What is believed of where a client says that it is, by the ``ends`` of its connection. One on
+    a device's host gets that device's part of a model: so it is there only if it comes from there.
+    """
+    theirs, ours = ends
+    said = ours if hello.where == BESIDE_COORDINATOR else hello.where.rpartition(" ")[2]
+    if not hello.where or (theirs and theirs == said):
+        return hello, []
+    fields = {"peer": peer, "where": hello.where, "comes_from": theirs}
+    note = Note("warning", "a client is not where it says", fields)
+    return structs.replace(hello, where=""), [note]
+
+
 def install(made: Deployment, name: str, members: Membership) -> m.Install:
     """What a device is told of a deployment."""
     programs = made.programs[name]
@@ -193,5 +208,4 @@ def _install(
 def _makers(made: Deployment, programs: tuple[m.Program, ...]) -> tuple[tuple[m.Place, Names], ...]:
     """Of each task that these programs read: whoever has it."""
     read = {x.producer for p in programs for value in p.inputs for x in value.pieces}
-    found = {p.place: p.devices or (name,) for name, each in made.programs.items() for p in each}
-    return tuple((place, found[place]) for place in sorted(read))
+    return tuple((place, made.takers[place]) for place in sorted(read))

@@ -19,8 +19,8 @@ class Held:
     ``kept_bytes``: of tasks.
     ``head``: the peer that is this request's source and sink, if not the plan's own device.
     ``giver`` and ``turn``: the client that gave ``fed``, and how often it had submitted by then.
-    ``heard``: when its attempt was first heard of; ``ready``: when the last piece of a task came,
-    and how long its device had waited for that with nothing to do.
+    ``heard``: when its attempt, or the first piece of it, came; ``ready``: when the last piece of a
+    task came, and how long its device had waited for that with nothing to do.
     """
 
     since: float

@@ -1,6 +1,7 @@
 """Which requests a device holds, under which attempt, and which were released: the stale are known.
 
-``drop`` is called with each request whose work is of no use any more.
+Only the coordinator's word moves a request to another attempt. ``drop`` is called with each request
+whose work is of no use any more.
 """
 
 from __future__ import annotations
@@ -12,18 +13,23 @@ from meshinfer import limits
 from meshinfer.protocol import messages as m
 from meshinfer.scheduler.events import Array
 from meshinfer.scheduler.held import Held
+from meshinfer.scheduler.shares import Shares, of_inputs
 
 _NEVER = (-1, "", -1)
 """What is known of a request that was not released: attempt, client and turn."""
 
 
 class Holding:
-    """Mutable: owned by the worker's core."""
+    """Mutable: owned by the worker's core. ``own``: the client that this is itself, whose inputs
+    take no room here; ``granted_bytes``: of this device's memory, 0 if nobody said."""
 
-    def __init__(self, drop: Callable[[str], None]) -> None:
+    def __init__(self, drop: Callable[[str], None], own: str, granted_bytes: int) -> None:
         self.requests: dict[str, Held] = {}
         self._released: OrderedDict[str, tuple[int, str, int]] = OrderedDict()
         self._drop = drop
+        self._own = own
+        self._fed: Shares[str] = Shares(of_inputs(granted_bytes))
+        self._pushed_out: Shares[str] = Shares(of_inputs(granted_bytes))  # names, of no bytes
 
     def is_released(self, name: str, client: str, turn: int) -> bool:
         """Whether what this client gave by then is of a request that is over."""
@@ -35,20 +41,81 @@ class Holding:
             self.requests[name] = Held(now)
         return self.requests[name]
 
+    # --- attempts
+
     def current(self, name: str, attempt: int, deployment: int, now: float) -> Held | None:
-        """The request under this attempt; None when the attempt is stale, or is no attempt of this
-        deployment: a member may say anything."""
+        """The request under this attempt, as the coordinator says; None when it is stale."""
         if attempt <= self._released.get(name, _NEVER)[0]:
             return None
         request = self.request(name, now)
         if attempt < request.attempt:
             return None
-        if attempt == request.attempt and deployment != request.deployment:
-            return None
         if attempt > request.attempt:
             self._drop(name)
             request.renew(attempt, deployment, now)
         return request
+
+    def told(self, name: str, attempt: int, deployment: int) -> Held | None:
+        """The request, if it is at this attempt of this deployment by the coordinator's word."""
+        request = self.requests.get(name)
+        if request is None or not request.runs(attempt, deployment):
+            return None
+        return request
+
+    def is_over(self, name: str, attempt: int) -> bool:
+        """Whether there is nothing any more that word of an attempt could be for."""
+        return attempt <= self._released.get(name, _NEVER)[0]
+
+    def is_ahead(self, name: str, attempt: int) -> bool:
+        """Whether the coordinator has not told of an attempt, and may."""
+        request = self.requests.get(name)
+        known = 0 if request is None else request.attempt
+        return attempt > known and not self.is_over(name, attempt)
+
+    # --- inputs
+
+    def give(
+        self, name: str, peer: str, turn: int, value: str, array: Array, now: float
+    ) -> tuple[Held, list[str]] | None:
+        """Take an input; and whose inputs had to go for it. None: it has been given anew since."""
+        request = self.request(name, now)
+        if not request.take(peer, turn, value, array):
+            return None
+        self._pushed_out.pop(name)
+        return request, self._count(name, request)
+
+    def _count(self, name: str, request: Held) -> list[str]:
+        """Find room for inputs."""
+        if request.giver == self._own:
+            return []
+        nbytes = sum(limits.NAME_CHARS + array.nbytes for array in request.fed.values())
+        gone = self._fed.put(name, request.giver, nbytes)
+        for other in gone:
+            held = self.requests[other]
+            self._pushed_out.put(other, held.giver, 0)
+            held.fed.clear()
+            if not held.client:
+                del self.requests[other]
+        return gone
+
+    @property
+    def pushed_out(self) -> int:
+        """How often inputs had to go."""
+        return self._fed.gone
+
+    def lacks_inputs(self, name: str) -> bool:
+        """Whether a request that begins was given inputs that are not here any more, or another's
+        than its client's."""
+        request = self.requests[name]
+        if request.fed and not request.may_give(request.giver):
+            request.fed.clear()
+            self._fed.pop(name)
+            return True
+        lacks = name in self._pushed_out
+        self._pushed_out.pop(name)
+        return lacks
+
+    # --- the end
 
     def keep(
         self, request: Held, place: m.Place, arrays: Sequence[Array], nbytes: int, most: int
@@ -63,7 +130,7 @@ class Holding:
         name = message.request
         held = self.requests.get(name)
         later = held is not None and held.attempt > message.attempt  # the same id runs once more
-        request = None if later else self.requests.pop(name, None)
+        request = None if later else self._pop(name)
         if not later:
             self._drop(name)
         self._released.pop(name, None)
@@ -77,11 +144,15 @@ class Holding:
         """A deployment is retired: only inputs are worth keeping, for the next attempt."""
         for name in [n for n, r in self.requests.items() if r.deployment == number]:
             self._drop(name)
-            self._keep_inputs(name, self.requests.pop(name))
+            old = self._pop(name)
+            if old is not None:
+                self._keep_inputs(name, old)
 
     def reset(self, *, keep_inputs: bool) -> None:
         held = dict(self.requests)
         self.requests.clear()
+        self._fed.clear()
+        self._pushed_out.clear()
         for name, request in held.items() if keep_inputs else ():
             self._keep_inputs(name, request)
 
@@ -93,9 +164,15 @@ class Holding:
         """Inputs whose request never started: its header was refused or lost."""
         for name, request in list(self.requests.items()):
             if not request.client and now - request.since > limits.ORPHAN_INPUT_S:
-                del self.requests[name]
+                self._pop(name)
                 self._drop(name)
+
+    def _pop(self, name: str) -> Held | None:
+        self._fed.pop(name)
+        return self.requests.pop(name, None)
 
     def _keep_inputs(self, name: str, old: Held) -> None:
         if old.fed:
-            self.requests[name] = Held(old.since, giver=old.giver, turn=old.turn, fed=old.fed)
+            kept = Held(old.since, giver=old.giver, turn=old.turn, fed=old.fed)
+            self.requests[name] = kept
+            self._count(name, kept)

@@ -54,7 +54,7 @@ class _Doubt:
 @dataclass(slots=True)
 class LinkRounds:
     """The coordinator's half. Mutable: owned by its core. ``asked``: the one under way, and since
-    when. ``_known_at``: when each device's link with the head was last measured.
+    when. ``_known_at``: when each device's link with the head was last measured, oldest first.
     """
 
     asked: tuple[str, str, float] | None = None
@@ -86,6 +86,7 @@ class LinkRounds:
         device, other = pair
         self.asked = (device.name, other.name, now)
         if other is members.head:
+            self._known_at.pop(device.name, None)
             self._known_at[device.name] = now
         return [Send(Plane.CONTROL, device.peer, m.MeasureLink(peer=other.bulk))]
 
@@ -97,6 +98,9 @@ class LinkRounds:
             del self._known_at[name]
         if head is None:
             return None
+        many = len(self._known_at) > limits.LINKED_DEVICES
+        if many and now < max(self._known_at.values()) + limits.LINK_AGAIN_S:
+            return None
         for name, since in self._known_at.items():
             device = members.devices[name]
             if now - since > limits.LINK_AGE_S and device.state(now) == "ready":
@@ -106,8 +110,8 @@ class LinkRounds:
     def _starved(self, members: Membership, now: float) -> None:
         """Devices to which messages come late: their links with the head are in doubt. What a
         client beside it sends is not watched as transfers between devices are."""
-        names, head = members.health.starved, members.head
-        members.health.starved = set()
+        names, head = members.presence.starved, members.head
+        members.presence.starved = set()
         if head is None:
             return
         for name in sorted(names & members.devices.keys()):

@@ -15,6 +15,7 @@ from meshinfer.protocol import messages as m
 from meshinfer.scheduler.events import Candidate
 from meshinfer.scheduler.faults import Faults
 from meshinfer.scheduler.health import Health
+from meshinfer.scheduler.presence import Presence
 
 
 @dataclass(slots=True)
@@ -104,8 +105,8 @@ class Membership:
 
     ``absent``: clients whose connection broke, and since when; they come back or are given up.
     ``idle_since``: since when nobody can compute, or there is no head; None while somebody can.
-    ``links_changed``: how often a link was found to be another than it was. ``apart``: pairs that
-    do not reach each other.
+    ``links_changed``: how often a link was found to be another than it was. ``_peers``: the devices
+    by their peers. ``apart``: pairs that do not reach each other.
     """
 
     cluster: str
@@ -116,8 +117,10 @@ class Membership:
     changed_at: float = 0.0
     idle_since: float | None = 0.0
     links_changed: int = 0
+    _peers: dict[str, Device] = field(default_factory=dict)
     apart: dict[tuple[str, str], bool] = field(default_factory=dict)
     health: Health = field(default_factory=Health)
+    presence: Presence = field(default_factory=Presence)
     faults: Faults = field(default_factory=Faults)
 
     def refusal(self, hello: m.Hello, now: float) -> m.Failure | None:
@@ -165,7 +168,10 @@ class Membership:
             self.absent.pop(peer, None)
             self.clients[peer] = now
             return
-        self.devices[hello.device] = Device(hello, peer, now, joined=now)
+        before = self.devices.get(hello.device)
+        if before is not None:
+            self._peers.pop(before.peer, None)
+        self.devices[hello.device] = self._peers[peer] = Device(hello, peer, now, joined=now)
         self.changed_at = now
 
     def knows(self, peer: str) -> bool:
@@ -181,28 +187,30 @@ class Membership:
             return False
         device.heard, device.computing, device.computing_s = now, beat.computing, beat.since_s
         device.wasted, device.board = beat.wasted, beat.board
-        self.health.computes(device.name, beat.computing)
+        self.presence.computes(device.name, beat.computing)
         return True
 
     def speaks(self, peer: str, now: float) -> bool:
         """Anything has come from a peer: whether a device that was asked gives a sign of life."""
-        device = self.by_peer(peer) if self.health.doubts else None
-        return device is not None and self.health.heard(device.name, now)
+        device = self.by_peer(peer) if self.presence.doubts else None
+        return device is not None and self.presence.heard(device.name, now)
 
     def everybody(self) -> list[str]:
         """The peers that have joined."""
         return sorted([*(d.peer for d in self.devices.values()), *self.clients])
 
     def by_peer(self, peer: str) -> Device | None:
-        return next((d for d in self.devices.values() if d.peer == peer), None)
+        return self._peers.get(peer)
 
     def remove(self, device: Device, why: str, now: float) -> None:
-        if device.dismissed:
+        self.presence.gone(device.name)
+        if device.dismissed or device.draining:
             self.health.left(device.name)
         else:
             info = structs.replace(self._info(device, now), state="dead", cause=why)
             self.health.lost(device.hello, info, device.joined, now)
         del self.devices[device.name]
+        self._peers.pop(device.peer, None)
         self.apart = {pair: True for pair in self.apart if device.name not in pair}
         for other in self.devices.values():
             other.links.pop(device.name, None)
@@ -262,17 +270,20 @@ class Membership:
     def ready(self, now: float) -> tuple[str, ...]:
         """Names of the devices that may get work, in order; the last two whatever they did,
         unless their results are wrong."""
-        until = self.health.quarantined_until
+        health = self.health
         here = [
-            (until(name), name)
+            name
             for name, d in self.devices.items()
-            if d.hello.facts.computes and d.state(now) == "ready"
-            if self.health.lies(name, now) is None
+            if d.hello.facts.computes and not d.draining and now >= d.excluded_until
         ]
-        names = [name for ends, name in here if ends <= now]
-        if len(names) < len(here):
-            held = sorted(each for each in here if each[0] > now)
-            names += [name for _, name in held[: max(0, limits.NEVER_QUARANTINED - len(names))]]
+        if health.liars:
+            here = [name for name in here if health.lies(name, now) is None]
+        if not health.in_question:  # nobody is quarantined: of many devices this is asked often
+            return tuple(sorted(here))
+        ends = {name: health.quarantined_until(name) for name in here}
+        names = [name for name in here if ends[name] <= now]
+        held = sorted((ends[name], name) for name in here if ends[name] > now)
+        names += [name for _, name in held[: max(0, limits.NEVER_QUARANTINED - len(names))]]
         return tuple(sorted(names))
 
     def candidates(self, now: float) -> tuple[Candidate, ...]:
@@ -318,9 +329,17 @@ class Membership:
             until = self.health.quarantined_until(d.name)
             if until > now and d.name not in self.ready(now):
                 state = "quarantined"
-            elif d.name in self.health.suspects(now):
+            elif d.name in self.presence.suspects(now):
                 state = "suspect"
         return state, until, cause or d.hello.facts.last_exit
+
+    def kept_out(self, now: float) -> list[tuple[str, str, str]]:
+        """Devices that get no work for a while, in order: name, state and cause."""
+        out = {name for name, d in self.devices.items() if now < d.excluded_until}
+        out |= self.health.in_question & self.devices.keys()
+        found = [(name, *self.standing(self.devices[name], now)) for name in sorted(out)]
+        kept = ("quarantined", "excluded")
+        return [(name, state, cause) for name, state, _, cause in found if state in kept]
 
     def _info(self, d: Device, now: float) -> m.DeviceInfo:
         state, until, cause = self.standing(d, now)
@@ -344,13 +363,15 @@ class Membership:
         )
 
     def next_deadline(self) -> float | None:
-        ends = (limits.DEAD_AFTER_S, limits.SILENT_MOST_S)
-        times = [d.heard + end + 0.001 for d in self.devices.values() for end in ends]
+        here = self.devices.values()
+        times = [d.excluded_until for d in here if d.excluded_until]
+        times += self.health.quarantines(self.devices)
+        if here:  # the first to be overdue; when it is given up comes later, whoever it is
+            times.append(min([d.heard for d in here]) + limits.DEAD_AFTER_S + 0.001)
         heard = (*self.clients.values(), *self.absent.values())
-        times += [h + limits.COORDINATOR_SILENT_S + 0.001 for h in heard]
-        times += [d.excluded_until for d in self.devices.values() if d.excluded_until]
-        times += [self.health.quarantined_until(name) for name in self.devices]
-        return min((t for t in times if t), default=None)
+        if heard:
+            times.append(min(heard) + limits.COORDINATOR_SILENT_S + 0.001)
+        return min(times, default=None)
 
 
 def foreign(said: m.Hello | m.Join, name: str, cluster: str, version: str) -> m.Failure | None:

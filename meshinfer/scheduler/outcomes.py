@@ -51,10 +51,7 @@ def _reasons(request: Request, tried: Try, members: Membership, now: float) -> t
         found.append(f"it took {len(request.tried)} attempts")
     if request.alone:
         found.append(f"it ran on one device, since it ended others: {request.causes}")
-    for name, device in sorted(members.devices.items()):
-        state, _, cause = members.standing(device, now)
-        if state in ("quarantined", "excluded"):
-            found.append(f"{name} is {state}: {cause}")
+    found += [f"{name} is {state}: {cause}" for name, state, cause in members.kept_out(now)]
     found += [
         f"{one} and {other} do not reach each other: their pieces went by the head"
         for one, other in members.apart

@@ -11,7 +11,7 @@ from meshinfer.scheduler.balance import Balance
 from meshinfer.scheduler.catalogue import Catalogue
 from meshinfer.scheduler.deploying import Deploying
 from meshinfer.scheduler.enrolment import Enrolment
-from meshinfer.scheduler.events import Effect, Plane, Send
+from meshinfer.scheduler.events import Effect, Note, Plane, Send
 from meshinfer.scheduler.heads import Heads
 from meshinfer.scheduler.membership import Device, Membership
 from meshinfer.scheduler.turned_away import parted
@@ -39,14 +39,19 @@ class Parting:
         self._members.remove(device, why, now)
         self._answering.device_lost(device, why, now)
         self._balance.forget(device.name)
-        effects: list[Effect] = [
-            self._members.faults.note("warning", "device lost", {**device.ids, "why": why})
-        ]
+        effects: list[Effect] = [self._end_of(device, why)]
         effects += self._deploying.out_of_service(device.name, now)
         if device is head:  # inputs and answers were there: clients give theirs again
             self._answering.head_lost()
             effects += [_to(peer, m.Who()) for peer in sorted(self._members.clients)]
         return effects
+
+    def _end_of(self, device: Device, why: str) -> Note:
+        """Who said that it leaves is no loss: a fault only where others had yet to take over."""
+        if device.draining and device.dismissed:
+            return Note("info", "device left", device.ids)
+        text = "device left with work in hand" if device.draining else "device lost"
+        return self._members.faults.note("warning", text, {**device.ids, "why": why})
 
     def _client_gone(self, peer: str) -> list[Effect]:
         self._heads.gone(peer)
@@ -65,10 +70,14 @@ class Parting:
         return effects
 
     def with_the_drained(self) -> list[Effect]:
+        here = self._members.devices.values()
+        leaving = [device for device in here if device.draining and not device.dismissed]
+        if not leaving:
+            return []
         busy = {name for d in self._catalogue.deployments.values() for name in d.members}
         effects: list[Effect] = []
-        for device in self._members.devices.values():
-            if device.draining and not device.dismissed and device.name not in busy:
+        for device in leaving:
+            if device.name not in busy:
                 device.dismissed = True
                 effects.append(_to(device.peer, m.Dismiss()))
         return effects
@@ -85,7 +94,7 @@ class Parting:
                 effects.append(_to(peer, told))
                 device = self._members.by_peer(peer)
                 if device is not None:
-                    device.dismissed = True  # it has not died of anything
+                    device.dismissed, device.draining = True, False  # it has not died of anything
                     effects += self.device_lost(device, why, now)
             for peer in self._members.forget_clients(partial(_is_of, admission)):
                 effects += self._client_gone(peer)

@@ -17,6 +17,9 @@ from meshinfer.plan import Shard
 from meshinfer.protocol import messages as m
 from meshinfer.scheduler.events import Array
 
+SOURCE: m.Place = (-1, 0)
+"""Of the inputs of requests, where a task is meant."""
+
 _Where = tuple[slice, ...]
 
 
@@ -35,7 +38,7 @@ class Slot:
     shape: tuple[int, ...] | None
     half: bool = False
     dtype: str = ""
-    producer: m.Place = (-1, 0)
+    producer: m.Place = SOURCE
 
     def fits(self, array: Array) -> bool:
         """Whether a piece is of the shape and the type that are awaited."""

@@ -55,21 +55,34 @@ class Try:
     def peers(self) -> dict[str, str]:
         """Who is to hear of it, by the names in the plan."""
         made = self.deployment
-        took = self.took & made.members.keys()
-        peers = {name: made.members[name] for name in (*made.programs, *took)}
+        here = made.members.keys() & self.devices()
+        peers = {name: made.members[name] for name in sorted(here)}
         return {**peers, made.head: self.head} if self.head else peers
 
     def devices(self) -> list[str]:
-        """Those of the plan, but for a head whose place the client took, and who took over."""
+        """Those that have a part in it: of the plan, but for a head whose place the client took,
+        and who took over. Of many that may take a task, those that were given it."""
         made = self.deployment
-        own = {name for name in made.programs if not self.head or name != made.head}
-        return sorted(own | self.took)
+        own = {
+            name
+            for name, programs in made.programs.items()
+            if any(not p.free or not p.inputs for p in programs)
+        }
+        own -= {made.head} if self.head else set()
+        return sorted(own.union(self.took, *self.assigned.values()))
 
-    def first(self) -> list[str]:
-        """Those that do not wait for a piece: source and sink, and tasks of weights alone."""
+    def in_order(self) -> list[str]:
+        """All that are to begin with it, those first that do not wait for a piece: source and sink,
+        and tasks of weights alone."""
         own = ((p, name) for name, each in self.deployment.programs.items() for p in each)
-        found = {self.moved.get(p.place, n) for p, n in own if p.model is None or not p.inputs}
-        return sorted(found)
+        first = {self.moved.get(p.place, n) for p, n in own if p.model is None or not p.inputs}
+        return sorted(self.peers(), key=lambda name: (name not in first, name))
+
+    def has_part(self, name: str, place: m.Place) -> bool:
+        """Whether a task is, or was, a device's to do in this attempt."""
+        devices = self.deployment.takers.get(place, ())
+        its = name in self.assigned.get(place, devices[:1]) or name in self.took
+        return its and name in devices
 
     @property
     def all_told(self) -> bool:

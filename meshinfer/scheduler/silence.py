@@ -50,11 +50,11 @@ class Silence:
 
     def _silent(self, now: float) -> list[Effect]:
         """Devices that have not answered, or sent no heartbeat for so long."""
-        health = self._members.health
-        overdue = [d.name for d in self._members.overdue(now) if d.name not in health.silent]
+        presence = self._members.presence
+        overdue = [d.name for d in self._members.overdue(now) if d.name not in presence.silent]
         for name in overdue:  # but borne with: the others are lost by now
-            health.falls_silent(name, now)
-        names = overdue + health.unanswered(now, len(self._members.devices))
+            presence.falls_silent(name, now)
+        names = overdue + presence.unanswered(now, len(self._members.devices))
         ids = (self._members.devices[name].ids for name in names)
         return [self._members.faults.note("warning", "a device says nothing", i) for i in ids]
 
@@ -62,16 +62,16 @@ class Silence:
         """Devices that answer, and have computed one task for longer than whole requests of those
         that wait for them take, or several times as long as any of its plan."""
         effects: list[Effect] = []
-        health, devices = self._members.health, self._members.devices
+        presence, devices = self._members.presence, self._members.devices
         for request in late:
             tried = request.tried[request.attempt]
             after = self._late.late_after_s(tried.deployment.kind) or math.inf
-            for name in sorted(self._owe(tried) - health.away):  # others are through
+            for name in sorted(self._owe(tried) - presence.away):  # others are through
                 device = devices.get(name)
                 if device is None or now - device.heard > limits.DOUBT_AGAIN_S:
                     continue  # it may be through since it said so
                 long = device.computing_s > after or suspect_of(self._open, device) is not None
-                if long and health.sticks(name, device.computing, len(devices)):
+                if long and presence.sticks(name, device.computing, len(devices)):
                     what = {"computing": device.computing, "seconds": device.computing_s}
                     note = self._members.faults.note
                     fields = {**device.ids, **what}
@@ -89,12 +89,12 @@ class Silence:
             here = [self._members.devices.get(name) for name in self._owe(tried)]
             idle = {d.name for d in here if d is not None and d.idle(now)}
             if len(idle) == len(here):
-                self._members.health.starved |= idle
+                self._members.presence.starved |= idle
 
     def _ask(self, tried: Try, now: float) -> list[Effect]:
         """For a sign of life, of those that owe an attempt."""
         devices = (self._members.devices.get(name) for name in sorted(self._owe(tried)))
-        asked = [d for d in devices if d is not None and self._members.health.ask(d.name, now)]
+        asked = [d for d in devices if d is not None and self._members.presence.ask(d.name, now)]
         beat = m.Alive(beat_in_s=limits.BEAT_NOW_S)
         return [Send(Plane.CONTROL, device.peer, beat) for device in asked]
 
@@ -105,11 +105,11 @@ class Silence:
 
     def next_deadlines(self) -> list[float]:
         times = [self._due(r.tried[r.attempt]) for r in running(self._open)]
-        return [*times, *self._members.health.answers_due()]
+        return [*times, *self._members.presence.answers_due()]
 
     def tells_no_more(self, tried: Try) -> bool:
         """Whether whoever has not told of its tasks says nothing at all."""
-        return self._owe(tried) <= self._members.health.away
+        return self._owe(tried) <= self._members.presence.away
 
     # --- inside
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from meshinfer import limits
 from meshinfer.protocol import messages as m
 from meshinfer.scheduler.checking import Checking
-from meshinfer.scheduler.computing import SOURCE, Computing
+from meshinfer.scheduler.computing import Computing
 from meshinfer.scheduler.detours import Detours
 from meshinfer.scheduler.events import (
     Admit,
@@ -33,6 +33,7 @@ from meshinfer.scheduler.events import (
 )
 from meshinfer.scheduler.installing import Installing
 from meshinfer.scheduler.links import LinkMeter
+from meshinfer.scheduler.recipe import SOURCE
 from meshinfer.scheduler.telling import COORDINATOR, refusal, told
 
 __all__ = ["COORDINATOR", "SOURCE", "WorkerCore"]
@@ -48,7 +49,11 @@ class WorkerCore:
         self.joined = False
         self._coordinator: m.Peer | None = None
         self._installing = Installing(hello.device)
-        self._computing = Computing(hello.device, self._installing.deployments)
+        self._computing = Computing(
+            hello.device,
+            self._installing.deployments,
+            granted_bytes=hello.facts.memory_bytes,
+        )
         self._checking = Checking(hello.device, self._computing, self._installing)
         self._links = LinkMeter()
         self._detours = Detours("" if hello.bulk is None else hello.bulk.id)
@@ -124,8 +129,8 @@ class WorkerCore:
                 return self._computing.deliver(peer, message, event.payload, now)
             case m.Sample():
                 return self._checking.sampled(peer, message, event.payload, now)
-            case m.Feed():
-                return self._computing.feed(peer, message, event.payload, now)
+            case m.Feed() if self.hello.facts.head:
+                return self._computing.giving.feed(peer, message, event.payload, now)
             case m.Relay():
                 if self.hello.facts.head:
                     return self._detours.pass_on(peer, message, event.payload)
@@ -162,9 +167,8 @@ class WorkerCore:
             case m.Assign():
                 return self._computing.assign(message, now)
             case m.Release():
-                self._computing.holding.release(message)
                 self._checking.release(message.request)
-                return []
+                return self._computing.release(message, now)
             case m.Check():
                 return self._checking.asked(message, now)
             case m.Install():
@@ -258,6 +262,7 @@ class WorkerCore:
         effects += self._installing.due(now)
         effects += self._links.due(now)
         self._computing.holding.drop_orphans(now)
+        self._checking.drop_orphans(now)
         return effects
 
     def _heartbeat(self, now: float) -> m.Heartbeat:

@@ -328,7 +328,7 @@ def healthy(world: Simulation) -> bool:
     states = [d.state(now) for d in world.core.members.devices.values()]
     workers = world.workers()
     here = {n.id for n in workers} == {d.peer for d in world.core.members.devices.values()}
-    if world.core.members.health.silent or world.core._journal.broken is not None:
+    if world.core.members.presence.silent or world.core._journal.broken is not None:
         return False
     return here and set(states) == {"ready"} and all(world.joined(n) for n in world.living())
 

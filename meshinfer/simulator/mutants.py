@@ -1,6 +1,9 @@
 """Bugs to plant, one at a time: a simulator that does not find them within 1,000 seeds is no use.
 
-Each replaces one method of a core for as long as its context lasts. Some were real once.
+Each replaces one method of a core for as long as its context lasts. Some were real once. All but
+these were found by one of the seeds 0 to 21 when last looked at (each change of the cores shifts
+it): "wrong incarnation heard" 22, "deadline timer lost", "answer of a dead client" and "check never
+over" 33, "first spare told for the second" 61, "Revoke ignored" 89, "deaf connection kept" 138.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from meshinfer.scheduler.client import ClientCore
 from meshinfer.scheduler.computing import Computing
 from meshinfer.scheduler.deploying import Deploying
 from meshinfer.scheduler.fallback import Fallback
-from meshinfer.scheduler.health import Health
+from meshinfer.scheduler.giving import Giving
 from meshinfer.scheduler.held import Held
 from meshinfer.scheduler.installing import Installing
 from meshinfer.scheduler.journal import Journal
@@ -28,6 +31,7 @@ from meshinfer.scheduler.membership import Membership
 from meshinfer.scheduler.on_device import OnDevice
 from meshinfer.scheduler.outbox import Outbox
 from meshinfer.scheduler.poison import Poison
+from meshinfer.scheduler.presence import Presence
 from meshinfer.scheduler.request import Answered, Try
 from meshinfer.scheduler.trust import Trust
 
@@ -47,9 +51,9 @@ def _no_dedup(place: _Method) -> _Method:
 def _ack_before_handled(feed: _Method) -> _Method:
     """An input for which there is no room is acknowledged, and dropped: here, every third."""
 
-    def mutant(self: Computing, peer: str, message: m.Feed, payload: Any, now: float) -> Any:
+    def mutant(self: Giving, peer: str, message: m.Feed, payload: Any, now: float) -> Any:
         if message.id % 3 == 0:
-            self.acks.add(peer, message.id, len(payload), now)
+            self._acks.add(peer, message.id, len(payload), now)
             return []
         return feed(self, peer, message, payload, now)
 
@@ -214,7 +218,7 @@ def _silently_moved(lacks: _Method) -> _Method:
 
     def mutant(self: Fallback, peer: str, message: m.Lacks) -> Any:
         effects = lacks(self, peer, message)
-        silent = self._members.health.silent
+        silent = self._members.presence.silent
         return [x for x in effects if not silent or not isinstance(x, e.Send)]
 
     return mutant
@@ -223,7 +227,7 @@ def _silently_moved(lacks: _Method) -> _Method:
 def _silent_for_ever(heard: _Method) -> _Method:
     """A device that was silent once gets no work any more, whatever it says."""
 
-    def mutant(self: Health, device: str, now: float) -> None:
+    def mutant(self: Presence, device: str, now: float) -> None:
         silent = device in self.silent
         heard(self, device, now)
         if silent:
@@ -295,7 +299,7 @@ def _check_never_over(due: _Method) -> _Method:
 
 MUTANTS: Mapping[str, tuple[type, str, Callable[[_Method], _Method]]] = {
     "no dedup of Deliver": (Computing, "_place", _no_dedup),
-    "ack before handled": (Computing, "feed", _ack_before_handled),
+    "ack before handled": (Giving, "feed", _ack_before_handled),
     "stale attempt accepted": (Computing, "deliver", _stale_attempt),
     "resend dropped": (Outbox, "resend_due", _no_resend),
     "deaf connection kept": (Outbox, "resend_due", _deaf_kept),
@@ -313,7 +317,7 @@ MUTANTS: Mapping[str, tuple[type, str, Callable[[_Method], _Method]]] = {
     "answer of a dead client": (Answered, "reaches", _answer_of_the_dead),
     "lost device kept": (Deploying, "out_of_service", _lost_device_kept),
     "silent device's tasks untold": (Fallback, "lacks", _silently_moved),
-    "silent for ever": (Health, "heard", _silent_for_ever),
+    "silent for ever": (Presence, "heard", _silent_for_ever),
     "first spare told for the second": (Try, "on_wire", _first_spare_told),
     "poison never proven": (Poison, "_blame", _never_proven),
     "unwritten ids kept": (Journal, "failed", _kept_unwritten),

@@ -21,6 +21,12 @@ BULK = (
 AnyCore = CoordinatorCore | WorkerCore | ClientCore
 
 
+def honest_ends(message: m.AnyMessage) -> tuple[str, str]:
+    """Of the connection that a message comes by: of a client that is where it says."""
+    address = message.where.rpartition(" ")[2] if isinstance(message, m.Hello) else ""
+    return address, address
+
+
 @dataclass(frozen=True, slots=True)
 class Timing:
     """Seconds of virtual time that a message, a kernel, a search and a disk take."""

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 from meshinfer.protocol import messages as m
+from meshinfer.protocol.codec import Buffer, decode, encode
 from meshinfer.scheduler import events as e
 from meshinfer.scheduler.ledger import Ledger
 from meshinfer.simulator.node import Node, Timing
@@ -28,6 +29,12 @@ class Shells(ABC):
 
     @abstractmethod
     def _send(self, sender: Node, send: e.Send) -> None: ...
+
+    def _encoded(self, sender: Node, send: e.Send) -> list[Buffer]:
+        return encode(send.message, send.payload)
+
+    def _decoded(self, receiver: Node, frames: list[Buffer]) -> tuple[m.AnyMessage, memoryview]:
+        return decode(frames)
 
     def _work(self, node: Node, effect: e.Effect) -> None:
         """What a shell gives to its threads and to its disk."""

@@ -19,7 +19,7 @@ import xxhash
 
 from meshinfer import limits
 from meshinfer.protocol import messages as m
-from meshinfer.protocol.codec import Buffer, decode, encode
+from meshinfer.protocol.codec import Buffer
 from meshinfer.protocol.records import BESIDE_COORDINATOR
 from meshinfer.protocol.token import Role
 from meshinfer.scheduler import events as e
@@ -29,7 +29,7 @@ from meshinfer.scheduler.enrolment import Door
 from meshinfer.scheduler.ledger import Ledger
 from meshinfer.scheduler.on_device import OwnTask
 from meshinfer.scheduler.worker import COORDINATOR, WorkerCore
-from meshinfer.simulator.node import BULK, AnyCore, Clock, Node, Timing
+from meshinfer.simulator.node import BULK, AnyCore, Clock, Node, Timing, honest_ends
 from meshinfer.simulator.shells import Shells
 
 _LIST_S = 1e-4
@@ -244,7 +244,7 @@ class World(Shells):
             self._stranger_told(send.peer, send.message)
             return
         receiver = self._receiver(sender, send)
-        frames = [f if len(f) >= _COPIED else bytes(f) for f in encode(send.message, send.payload)]
+        frames = [f if len(f) >= _COPIED else bytes(f) for f in self._encoded(sender, send)]
         self.log.update(frames[0])
         assert len(frames[0]) <= limits.CONTROL_FRAME_BYTES
         if receiver is None:
@@ -262,7 +262,7 @@ class World(Shells):
             self.tell_story(lambda: f"{sender} -> {receiver} (NOT LET IN) {send.message}")
             self._not_let_in(sender, receiver, send)
             return
-        message, payload = decode(frames)
+        message, payload = self._decoded(receiver, frames)
         assert message == send.message, "the codec changed it"
         self.sent[type(message).__name__] += 1
         self.tell_story(lambda: f"{sender} -> {receiver} {message}")
@@ -313,7 +313,7 @@ class World(Shells):
                 message: m.AnyMessage, payload: memoryview) -> None:  # fmt: skip
         control = plane is e.Plane.CONTROL and sender is self.coordinator
         peer = COORDINATOR if control else sender.id
-        event = e.Arrived(peer, message, payload)
+        event = e.Arrived(peer, message, payload, honest_ends(message))
         heapq.heappush(self._events, (at, next(self._order), receiver, event))
 
     # --- effects
