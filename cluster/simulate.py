@@ -97,14 +97,15 @@ def many(
             yield from found
 
 
-def find(mutant: str, seeds: Sequence[int]) -> tuple[int, str] | None:
-    """The first seed that finds a planted bug, and what it saw; None where none does."""
+def find(mutant: str, seeds: Sequence[int]) -> tuple[int | None, float, str]:
+    """The first seed that finds a planted bug, the seconds that this took, and what it saw."""
+    started = time.monotonic()
     with planted(mutant):
         for number in seeds:
             found = run(number, _kernels(False))
             if isinstance(found, Failed):
-                return number, found.why
-    return None
+                return number, time.monotonic() - started, found.why
+    return None, time.monotonic() - started, "NOT FOUND"
 
 
 def read_kept(path: Path) -> list[Seed]:
@@ -181,12 +182,11 @@ def _mutants(names: Sequence[str], count: int, jobs: int) -> int:
     missed = 0
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        for name, found in zip(
+        for name, (seed, took_s, why) in zip(
             names, pool.map(partial(find, seeds=range(count)), names), strict=True
         ):
-            missed += found is None
-            seed, why = ("none", "NOT FOUND") if found is None else found
-            _say(f"{name:32} seed {seed:>4}  {why[:120]}")
+            missed += seed is None
+            _say(f"{name:32} seed {seed!s:>4} {took_s:6.1f} s  {why[:120]}")
     _say(f"{len(names) - missed} of {len(names)} planted bugs found within {count} seeds")
     return 1 if missed else 0
 

@@ -4,6 +4,7 @@ others are in ``simulator_seeds.txt``.
 
 from __future__ import annotations
 
+import pytest
 from cores import Cluster, conv_net, image, kind
 from shared import graph
 from test_covering import lose
@@ -85,4 +86,26 @@ def test_who_was_silent_as_all_were_asked_is_asked_when_it_is_heard_again() -> N
     since = cluster.now
     reply = cluster.check(cluster.submit(image(1)), image(1))
     assert cluster.now - since < 1.5 and reply.lost == ("pi-2",)
+    cluster.check_idle()
+
+
+@pytest.mark.parametrize("lost", [m.Answer, m.Reply])
+def test_an_answer_and_what_is_said_of_it_are_of_one_version(
+    lost: type[m.Answer] | type[m.Reply],
+) -> None:
+    """Seed 1022: one half of an outcome is lost with the coordinator; asked again, another version
+    answers, and the first half that comes of that must not be put to the one that was there."""
+    cluster, times = Cluster(), {m.Answer: 2, m.Reply: 1}
+    late = m.Reply if lost is m.Answer else m.Answer
+    cluster.deployed()
+    for _ in range(times[lost]):
+        cluster.drop(kind(lost))
+    asked = cluster.submit()
+    cluster.settle(lambda: not cluster.core.requests and cluster.sent[lost.__name__] > 0)
+    cluster.deployed(model=conv_net(seed=1))
+    for _ in range(times[late]):
+        cluster.delay(kind(late), 1.0)
+    cluster.restart_coordinator()
+    assert cluster.check(asked, model=conv_net(seed=1)).version == 2
+    cluster.pass_time(limits.ACK_TIMEOUT_S)  # what was lost comes again
     cluster.check_idle()

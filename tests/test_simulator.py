@@ -110,7 +110,8 @@ def test_a_kernel_that_is_given_another_requests_input_answers_garbage() -> None
 @pytest.mark.parametrize(
     "mutant",
     ["Release forgotten", "lost device kept", "answered twice", "silent for ever",
-     "poison never proven", "unwritten ids kept"],
+     "poison never proven", "unwritten ids kept", "no reset on joining again",
+     "silent device's tasks untold", "wrong incarnation heard", "stale attempt accepted"],
 )  # fmt: skip
 def test_planted_bugs_are_found(mutant: str) -> None:
     """Those that few seeds find; ``scripts/simulate --mutants`` looks for all of them."""
@@ -144,8 +145,8 @@ def test_damaged_payloads_are_dropped_by_the_real_codec_and_sent_again() -> None
 
 def test_every_hardship_strikes_some_seed_and_is_borne() -> None:
     """A checker that never sees its fault checks nothing."""
-    here = told = ended = failed = refused = silent = swallowed = 0
-    for seed in (2, 3, 7, 19, 24, 29):
+    here = told = ended = failed = refused = silent = swallowed = again = crashed = 0
+    for seed in (2, 3, 7, 11, 19, 24, 29):
         scenario = Scenario(seed, Symbolic(), story=False)
         scenario.run()
         world = scenario.world
@@ -153,8 +154,12 @@ def test_every_hardship_strikes_some_seed_and_is_borne() -> None:
         ended += sum(tries.total() for tries in world.deaths.values())
         failed += world.kernel_failures.total()
         refused += len(world.disk_refused)
+        again += world.copies
+        if "client crash" not in scenario.kinds:  # but as it was answered
+            crashed += sum(mishap.what == "client crash" for mishap in world.mishaps)
         notes = (note.text for node in world.nodes.values() for note in node.notes)
         swallowed += world.swallowed
         silent += sum(text == "a device says nothing" for text in notes)
     assert here >= told > 0 and ended > 0 and failed > 0 and refused > 0 and silent > 0
+    assert again > 0 and crashed > 0
     assert swallowed > 0

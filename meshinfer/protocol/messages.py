@@ -365,7 +365,7 @@ class Reply(Message, frozen=True):
     """The outcome; the tensors come from the sink. ``rounded``: float32 went as float16.
     ``degraded``, for ``reasons``: something failed on the way or is kept out. ``lost``: devices
     that were, while it ran there; ``added_s``: from its start until lost work was begun again.
-    ``since``: the first attempt whose tensors are the answer; of those before, some were wrong."""
+    ``since``: the first attempt whose tensors are the answer, not wrong, nor another version's."""
 
     request: Name
     version: Count = 0

@@ -84,8 +84,9 @@ class Answering:
         deadline = now + min(message.deadline_s, limits.REQUEST_DEADLINE_S)
         signature = model.asked_for(signature_of(model, message))
         self.open[name] = Request(
-            message, peer, model, signature, now, deadline, message.turn, nbytes_of(message)
-        )
+            message, peer, model, signature, now, deadline, message.turn, nbytes_of(message),
+            since=self._attempts + 1,
+        )  # fmt: skip
         self._journal.accepted(message)
         return []
 

@@ -281,7 +281,7 @@ class ClientCore:
         for name, request in self._requests.items():
             if request.sent:
                 continue
-            request.sent = True
+            request.sent, request.reply = True, None  # it is told again, or is another by now
             self._forget_feeds(name, request.turn)
             request.turn += 1
             left = max(0.0, request.deadline - now)
@@ -315,7 +315,7 @@ class ClientCore:
         return self._merged(message.request, message.attempt, answers) if whole else []
 
     def _merged(self, name: str, attempt: int, outputs: Mapping[str, Array]) -> list[Effect]:
-        """All outputs of an attempt are here. Any is right that is not from before a liar's end."""
+        """All outputs of an attempt are here. Any is right that its reply does not rule out."""
         request = self._requests.get(name)
         if request is None:
             return []

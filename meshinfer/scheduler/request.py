@@ -119,8 +119,8 @@ class Request:
     ``crashes``: the processes that its tasks ended, by those that came after them; ``together``: no
     one device can hold it, as was found at this attempt.
     ``losses``: how many devices were; ``unheard``: those whose next process has not said why yet;
-    ``held_until``: it may have ended them, and waits to hear of it. ``since``: the first attempt
-    without a device whose results are wrong.
+    ``held_until``: it may have ended them, and waits to hear of it. ``since``: its first attempt,
+    or the first one without a device whose results are wrong.
     """
 
     header: m.Submit

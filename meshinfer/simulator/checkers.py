@@ -245,6 +245,20 @@ def bounded(world: Simulation, calm: bool) -> None:
                 raise Broken(f"deployment {made.number} has {name}, which has left")
 
 
+def told(world: Simulation, calm: bool) -> None:
+    """Who is to take a task hears of it at once: else the request waits until a silent device is
+    back, or lost."""
+    request = world.word.untold(world.core)
+    if request:
+        raise Broken("tasks go to others, and nobody was told", request)
+
+
+def lost_rightly(world: Simulation, calm: bool) -> None:
+    """No process is taken for lost because one before it was."""
+    if world.word.mistaken:
+        raise Broken(f"{world.word.mistaken[0]} is lost, by news of another process")
+
+
 def empty(world: Simulation, calm: bool) -> None:
     """A while after the last outcome nothing is left of any request, anywhere."""
     if world.core.requests:
@@ -270,6 +284,19 @@ def empty(world: Simulation, calm: bool) -> None:
                     raise Broken(f"{node} still holds {held}")
             case _:
                 pass
+
+
+def forgotten(world: Simulation, calm: bool) -> None:
+    """A while after the last outcome nobody keeps programs of which the coordinator does not know:
+    each takes memory for as long as its process lives."""
+    known = world.core.catalogue.deployments
+    for node in world.living():
+        core = node.core
+        if not isinstance(core, WorkerCore | ClientCore):
+            continue
+        kept = {*core._installing.deployments, *node.prepared, *node.granted} - known.keys()
+        if kept:
+            raise Broken(f"{node} keeps what it has installed of {sorted(kept)}, which are retired")
 
 
 def _idle(core: WorkerCore) -> bool:
@@ -306,7 +333,7 @@ def healthy(world: Simulation) -> bool:
     return here and set(states) == {"ready"} and all(world.joined(n) for n in world.living())
 
 
-ALWAYS: tuple[Checker, ...] = (bounded,)
+ALWAYS: tuple[Checker, ...] = (bounded, told, lost_rightly)
 AT_THE_END: tuple[Checker, ...] = (
     one_outcome, no_mixing, right_or_typed, errors_explained, deadlines, few_attempts,
     calm_never_resends, cancelled_stop, contained, written, counted_once, believed,

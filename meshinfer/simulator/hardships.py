@@ -3,15 +3,17 @@ own stream, so that what other faults a seed has does not change.
 
 Requests that fail their kernels, that end their workers, a disk that is full, partitions that
 outlast a connection, tasks that hang on a device which is well otherwise, a device that is lost or
-silent while another is, a device whose results are wrong (of three, or more), and clients on a
-device's host, which may compute requests themselves. A stream between two devices that carries
-nothing more until the connection is made anew.
+silent while another is, a device whose results are wrong (of three, or more), pieces that come late
+for the next attempt, a client that ends as it is answered, and clients on a device's host, which
+may compute requests themselves until another version serves. A stream between two devices that
+carries nothing more until the connection is made anew.
 """
 
 from __future__ import annotations
 
 from meshinfer.scheduler.worker import COORDINATOR
 from meshinfer.simulator.faults import Faults
+from meshinfer.simulator.granted import STALE_S
 from meshinfer.simulator.simulation import HEAD, Mishap, Simulation
 from meshinfer.simulator.users import Users
 
@@ -19,6 +21,7 @@ KINDS = (
     "kernel error", "bad input", "poison", "disk full", "long partition", "hang", "two at once",
 )  # fmt: skip
 CHANCE = 0.12
+_COPIES_LOSSES, _COPIES_S = 4, 0.1
 _BESIDE_CHANCE = 0.2
 _DEAF_CHANCE, _DEAF_AFTER_S = 0.1, 0.7
 _LIAR_CHANCE, _LIAR_REQUESTS = 0.15, 40
@@ -30,7 +33,7 @@ class Hardships:
     """What a seed has of them. ``hosts``: workers on whose machines clients may be."""
 
     def __init__(self, world: Simulation, users: Users, hosts: list[str], *, calm: bool) -> None:
-        self._world, self._users = world, users
+        self._world, self._users, self._calm = world, users, calm
         own = "hardships strike"
         self._faults = Faults(world, users.deploy, users.crash, (), own)
         self._hosts = hosts
@@ -41,10 +44,16 @@ class Hardships:
         lies = world.streams["liar"]
         self._lies = not calm and len(hosts) >= 3 and lies.random() < _LIAR_CHANCE
         world.spares = world.spares or self._lies
+        copies = world.streams["pieces again"].random() < CHANCE
+        self._copies = copies and not calm and not self._lies
+        world.spares = world.spares and not self._copies
         beside = self._where = world.streams["beside devices"]
         self._beside = beside.random() < _BESIDE_CHANCE
         if self._beside and beside.random() < 0.7:
             world.styles = ("one", beside.choice(world.styles))
+        self._superseded = world.streams["next version"].random() < CHANCE
+        if self._superseded:
+            self._beside, world.styles = True, ("one",)
 
     def host(self) -> str:
         """Of the next client: a device's machine, or none."""
@@ -58,6 +67,15 @@ class Hardships:
         world, rng = self._world, self._rng
         if self._lies:
             self._lie(length_s)
+        if self._copies:
+            self._copy(length_s)
+        if self._superseded:
+            self._supersede(length_s)
+        answered = world.streams["answered"]
+        if not self._calm and answered.random() < CHANCE:
+            since = world.now + answered.random() * length_s
+            world.at(since, self._crash_who_is_answered)
+            world.at(since, self._users.submit)
         if self._deaf:
             world.at(world.now + _DEAF_AFTER_S * length_s, self._deafen)
         for kind in self.kinds:
@@ -103,6 +121,41 @@ class Hardships:
             world.at(world.now + rng.random() * length_s, self._users.submit)
         world.mishaps.append(Mishap("liar", world.now, world.now + length_s))
 
+    def _copy(self, length_s: float) -> None:
+        """Requests begin again under other plans, and pieces of the first ones come late."""
+        world, rng = self._world, self._world.streams["pieces again"]
+        world.copied = rng.choice([0.3, 1.0])
+        faults = Faults(world, self._users.deploy, self._users.crash, (), "pieces again strike")
+        for _ in range(_COPIES_LOSSES):
+            at = world.now + rng.random() * (length_s - _COPIES_S)
+            world.at(at, self._users.submit)
+            world.at(at + rng.random() * _COPIES_S, lambda: faults.strike("crash"))
+
+    def _supersede(self, length_s: float) -> None:
+        """What a client may compute itself is of a version that ends, and it goes on asking."""
+        world, rng = self._world, self._world.streams["next version"]
+        at = rng.random() * length_s / 2
+        world.at(world.now + at, self._users.deploy)
+        for when in (at / 2, at / 2, at + STALE_S + rng.random()):
+            if when < length_s:
+                world.at(world.now + when, self._users.submit)
+
+    def _crash_who_is_answered(self) -> None:
+        """The next client that is sent an answer ends before it hears of it, and asks again."""
+        world = self._world
+
+        def crash(peer: str) -> None:
+            name = peer.partition("#")[0]
+            if world.nodes[name].id == peer:
+                world.mishaps.append(Mishap("client crash", world.now, world.now))
+                self._users.crash(name)
+
+        def answered(peer: str) -> None:
+            world.word.on_answered = lambda client: None
+            world.at(world.now, lambda: crash(peer))
+
+        world.word.on_answered = answered
+
     def _fill_disk(self, seconds: float) -> None:
         world = self._world
         world.disk_full_until = world.now + seconds
@@ -121,3 +174,5 @@ class Hardships:
         """The trouble is over. What hangs still ends at its time; poison stays poison."""
         self._world.kernel_errors = self._world.disk_full_until = 0.0
         self._world.hung.clear()
+        self._world.copied = 0.0
+        self._world.word.on_answered = lambda client: None

@@ -1,6 +1,9 @@
 """Bugs to plant, one at a time: a simulator that does not find them within 1,000 seeds is no use.
 
-Each replaces one method of a core for as long as its context lasts. Some were real once.
+Each replaces one method of a core for as long as its context lasts. Some were real once. All but
+these were found by one of the seeds 0 to 21 when last looked at (each change of the cores shifts
+it): "wrong incarnation heard" 22, "deadline timer lost", "answer of a dead client" and "check never
+over" 33, "first spare told for the second" 61, "Revoke ignored" 89, "deaf connection kept" 138.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ class Network(World):
         self.keeps_story = False
         self.story: deque[tuple[float, str]] = deque(maxlen=200_000)
         self.damaged = self.swallowed = 0
-        self._deaf: set[tuple[str, str]] = set()
+        self.deaf: set[tuple[str, str]] = set()
         self._blocks: dict[tuple[str, str], Block] = {}
         self._held: defaultdict[tuple[str, str], list[Held]] = defaultdict(list)
         self._undelivered: list[tuple[Node, e.Send]] = []
@@ -121,7 +121,7 @@ class Network(World):
     ) -> None:
         noise, draw = self.noise, self._draw
         message, payload = what.message, what.payload
-        if (sender.id, receiver.id) in self._deaf:
+        if (sender.id, receiver.id) in self.deaf:
             self.swallowed += 1
             self.tell_story(lambda: "    ... SWALLOWED")
             return
@@ -299,10 +299,10 @@ class Network(World):
         connection is made anew."""
         one, other = self.nodes[sender], self.nodes[receiver]
         self.tell_story(lambda: f"DEAF {one} -> {other}")
-        self._deaf.add((one.id, other.id))
+        self.deaf.add((one.id, other.id))
 
     def _renew(self, node: Node, peer: str) -> None:
-        self._deaf -= {(node.id, peer), (peer, node.id)}
+        self.deaf -= {(node.id, peer), (peer, node.id)}
         other = next((n for n in self.nodes.values() if n.id == peer), None)
         if other is not None and other.here:
             self.cut_bulk(node.name, other.name)

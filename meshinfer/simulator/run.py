@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from meshinfer import limits
 from meshinfer.protocol import messages as m
 from meshinfer.simulator import checkers
 from meshinfer.simulator.checkers import Broken
@@ -170,8 +171,10 @@ class Scenario:
             most = 1 + bool(world.liar)  # it may be found only now
             if reply.failure is not None or reply.attempts > most:
                 raise Broken(f"after healing: {reply.failure or reply.attempts}", asked.request)
-        self._pass(3.0)
+        # Who is deaf to another is found out by what the last answers send, after 3 s.
+        self._pass(3.0 + (limits.ACK_TIMEOUT_S if world.deaf else 0.0))
         checkers.empty(world, self.calm)
+        checkers.forgotten(world, self.calm)
         if not checkers.healthy(self.world):
             raise Broken("after healing it was well, and then no more")
         return world.now - begun
@@ -184,6 +187,7 @@ class Scenario:
             return False
         try:
             checkers.empty(self.world, self.calm)
+            checkers.forgotten(self.world, self.calm)
         except Broken:
             return False
         return True
@@ -206,6 +210,7 @@ class Scenario:
             devices = self.world.core.members.devices.values()
             why += f"; {[(d.peer, d.state(now)) for d in devices]}"
             checkers.empty(self.world, self.calm)
+            checkers.forgotten(self.world, self.calm)
         raise Broken(why, request)
 
     def _pass(self, seconds: float) -> None:

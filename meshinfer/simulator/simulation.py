@@ -16,12 +16,14 @@ from meshinfer.scheduler import events as e
 from meshinfer.scheduler.checks import PROVEN, SUSPECT
 from meshinfer.scheduler.enrolment import Door
 from meshinfer.scheduler.worker import COORDINATOR
+from meshinfer.simulator.copies import Copies
 from meshinfer.simulator.granted import Granted
 from meshinfer.simulator.kernels import Array, Kernels
 from meshinfer.simulator.models import STYLES, Made, graph_of, made
-from meshinfer.simulator.network import Network, Noise
+from meshinfer.simulator.network import Noise
 from meshinfer.simulator.node import Clock, Node, Timing
 from meshinfer.simulator.streams import Streams
+from meshinfer.simulator.word import Word
 
 HEAD = "head"
 KNOWN: Mapping[Role, tuple[str, ...]] = {
@@ -61,7 +63,7 @@ class Mishap:
     until: float
 
 
-class Simulation(Network):
+class Simulation(Copies):
     """``kernels`` outlive it. ``clocks``: rates differ by up to a tenth."""
 
     def __init__(
@@ -92,6 +94,7 @@ class Simulation(Network):
         self.unwritten: list[str] = []
         """Ids that were answered, and were not on disk."""
         self.granted = Granted(self)
+        self.word = Word()
         self.styles: tuple[str, ...] = STYLES
         self.spares = True
         """Whether devices prepare tasks of others, for the loss of one."""
@@ -207,8 +210,17 @@ class Simulation(Network):
 
     # --- effects
 
+    def _handle(self, node: Node, event: e.Event, at_least: float = 0.0) -> None:
+        self.word.heard(node, event)
+        super()._handle(node, event, at_least)
+        taken = self.word.taken()
+        if taken is not None:
+            self.wrong.append((f"{node} takes a piece of attempt {taken.attempt}", taken.request))
+
     def _perform(self, node: Node, effect: e.Effect) -> None:
         super()._perform(node, effect)
+        if node.name == COORDINATOR:
+            self.word.said(effect)
         match effect:
             case e.Resolve(request):
                 for asked in self.asked:
