@@ -88,6 +88,7 @@ _AGAIN = (
     "bench_planner",
     "bench_profile",
     "chaos",
+    "try_arm",
     "zoo",
 )
 
