@@ -6,6 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from cores import Cluster, image, kind
+from msgspec import structs
 from test_worker_core import alone, messages, told, welcome
 
 from meshinfer import limits
@@ -15,7 +16,7 @@ from meshinfer.protocol import messages as m
 from meshinfer.protocol.codec import describe, payload_of
 from meshinfer.scheduler import events as e
 from meshinfer.scheduler.aside import AheadKey, Aside
-from meshinfer.scheduler.shares import Bounds, Shares, of_ahead
+from meshinfer.scheduler.shares import Bounds, Shares
 from meshinfer.scheduler.worker import SOURCE, WorkerCore
 
 ARRAY = np.zeros((2,), np.float32)
@@ -648,25 +649,25 @@ def test_devices_are_one_sender_each_and_the_clients_of_a_key_are_one() -> None:
 def test_what_waits_takes_no_more_than_a_part_of_what_is_granted(
     granted: int, each: int, room: int
 ) -> None:
-    bounds = of_ahead(granted << 20)
+    hello = alone().hello
+    facts = structs.replace(hello.facts, memory_bytes=granted << 20)
+    bounds = WorkerCore(structs.replace(hello, facts=facts))._computing.ahead._bounds
     assert (bounds.bytes_each, bounds.bytes_in_all) == (each << 20, room << 20)
 
 
 def test_pieces_and_samples_wait_in_one_room() -> None:
     """And what of it has to go is gone, wherever it was kept."""
     core = checker()
+    assert core._checking._aside._shares is core._computing._aside._shares
     shares: Shares[AheadKey] = Shares(Bounds(100, 2, 1000, 10))
-    core._computing.ahead = shares
     pieces: Aside[m.Deliver] = Aside(shares)
     samples: Aside[m.Sample] = Aside(shares)
     fields = {"request": "r", "attempt": 1, "deployment": 5, "tensor": describe("x", ARRAY)}
     for i in (1, 2):
-        piece = m.Deliver(id=i, consumer=(0, 0), slot=0, **fields)
-        sample = m.Sample(id=i, place=(0, 0), slot=0, **fields)
-        pieces.put("pi-2#1", piece, payload_of(ARRAY), 1.0)
-        samples.put("pi-2#1", sample, payload_of(ARRAY), 1.0)
+        word = m.Deliver(id=i, consumer=(0, 0), slot=0, **fields)
+        pieces.put("pi-2#1", word, payload_of(ARRAY), 1.0)
+    again = m.Sample(id=2, place=(0, 0), slot=0, **fields)
+    samples.put("pi-2#1", again, payload_of(ARRAY), 1.0)
     assert [len(pieces), len(samples), len(shares)] == [1, 1, 2]
     pieces.clear()
-    assert [len(samples), len(shares)] == [1, 1]
-    own = checker()
-    assert own._checking._aside._shares is own._computing._aside._shares
+    assert [len(pieces), len(samples), len(shares)] == [0, 1, 1]
