@@ -71,7 +71,7 @@ class Giving:
         held = self._holding.requests.get(name)
         if held is None or held.scattered or not held.client:
             return [note]
-        text = f"there is no room for input {value} of shape {array.shape}, which is not awaited"
+        text = f"input {value} of shape {array.shape} is not awaited, and there is no room for it"
         return [note, task_failed(name, held.attempt, SOURCE, text)]
 
     def _begin_anew(self, name: str) -> list[Effect]:
