@@ -40,8 +40,18 @@ pages = pytest.mark.parametrize("page", guides.PAGES, ids=name_of)
 # --- what is run
 
 
+IN_CI = ("one-machine.md", "your-own-model.md")
+"""Of the guides that are run; the others take a minute and run with --full."""
+
+
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("path", guides.GUIDES, ids=name_of)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=name_of(path), marks=() if path.name in IN_CI else pytest.mark.slow)
+        for path in guides.GUIDES
+    ],
+)
 def test_a_guide_runs_to_the_letter_and_prints_what_it_shows(path: Path, tmp_path: Path) -> None:
     page = path.read_text()
     for ran in guides.run_guide(page, tmp_path, path.name):
