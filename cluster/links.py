@@ -10,6 +10,7 @@ from typing import Final
 
 import zmq
 
+from cluster.connections import Connection
 from cluster.greeting import mechanism_at
 from cluster.sockets import (
     BUSY,
@@ -21,13 +22,11 @@ from cluster.sockets import (
     NOT_YET,
     PLAINTEXT,
     REFUSED,
-    UNKNOWN,
     WRONG_KEY,
     Endpoint,
     Ends,
     Frames,
     Plane,
-    end_connection,
     frame_size,
 )
 from meshinfer import limits
@@ -57,13 +56,14 @@ class Link(Ends):
     greeted: bool = False
     failing: bool = False  # the handshake of this connection
     failures: int = 0  # of handshakes in a row, without a reason
-    connection: int = UNKNOWN
+    connection: Connection | None = None
     spoiled: bool = False  # nothing that this connection still has to say counts
 
-    def end(self, peer: str) -> None:
+    def end(self, peer: str, *, if_silent: bool) -> None:
         """End the connection with it; libzmq makes another."""
-        self.spoiled = True
-        end_connection(self.connection)
+        if self.connection is not None:
+            (self.connection.end_if_silent if if_silent else self.connection.end)()
+            self.spoiled = self.spoiled or self.connection.spoiled
 
 
 @dataclass(slots=True, eq=False)
@@ -90,7 +90,7 @@ def heard_of(link: Link, event: int, value: int) -> str:
     """Note what a link's monitor says. The reason to call it lost, if it is one that is new."""
     reason = ""
     if event == zmq.EVENT_CONNECTED:
-        link.connection, link.spoiled = value, False
+        link.connection, link.spoiled = Connection.at(value), False
     elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
         link.up, link.said, link.greeted, link.failures = True, "", False, 0
     elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
@@ -117,7 +117,7 @@ def heard_of(link: Link, event: int, value: int) -> str:
         elif not link.failing:  # no handshake began: these were no words of ZeroMQ
             reason = NOT_OURS
             link.refused = True
-        link.up = link.failing = False
+        link.up, link.failing, link.connection = False, False, None
     elif event == zmq.EVENT_CLOSED:
         reason = CANNOT_CONNECT
     if not reason or reason == link.said:

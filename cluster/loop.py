@@ -188,7 +188,7 @@ class Loop:
                 self._transport.disconnect(peer_id)
             case Renew(peer_id):
                 assert self._transport is not None
-                self._transport.renew(Wire.BULK, peer_id)
+                self._transport.renew(Wire.BULK, peer_id, if_silent=True)
             case Admit(members):
                 assert self._transport is not None
                 self._transport.admit(members)

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import re
 import secrets
-import socket
 import time
 from collections import Counter, deque
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
 
 import zmq
 
 from cluster import sockets
+from cluster.connections import Connection
 from cluster.gatekeeper import GateList, Rate
 from cluster.keys import is_key
 from cluster.sockets import LOST, REVOKED, UNKNOWN, Plane, Received, Socket
@@ -39,15 +38,13 @@ def draw_wire_id(identity: str, said_key: str = "") -> bytes:
 class Route:
     """How to reach a peer: its routing id on the wire, and the connection it last spoke by.
 
-    ``retired``: the routing ids before; what still comes from them is older, and too late.
-    ``spoiled``: a connection that we ended."""
+    ``retired``: the routing ids before; what still comes from them is older, and too late."""
 
     peer: str
     wire: bytes
     key: str
     connection: int = UNKNOWN
     gone: bool = False
-    spoiled: int = UNKNOWN
     retired: deque[bytes] = field(default_factory=lambda: deque(maxlen=limits.RETIRED_KEPT))
 
 
@@ -78,7 +75,7 @@ class Port(sockets.Ends):
         self._routes: dict[str, Route] = {}
         self._by_wire: dict[bytes, Route] = {}
         self._strangers: dict[int, _Stranger] = {}  # the oldest first
-        self._connections: set[int] = set()
+        self._connections: dict[int, Connection] = {}
         self._untold = False  # whether libzmq ever kept a peer's connection to itself
         self._joins = Rate(limits.JOIN_MESSAGES_PER_S, limits.JOIN_MESSAGES)
 
@@ -90,11 +87,8 @@ class Port(sockets.Ends):
     def ends_of(self, peer: str) -> tuple[str, str]:
         """The addresses of a peer's connection, its end and ours; empty where nobody knows."""
         route = self._routes.get(peer)
-        number = UNKNOWN if route is None else route.connection
-        with sockets.connection_at(number) as each, suppress(OSError):
-            if each is not None and each.family == socket.AF_INET:
-                return str(each.getpeername()[0]), str(each.getsockname()[0])
-        return "", ""
+        known = None if route is None else self._connections.get(route.connection)
+        return ("", "") if known is None else known.hosts()
 
     # --- who speaks -----------------------------------------------------------------------
 
@@ -113,7 +107,8 @@ class Port(sockets.Ends):
             self._untold = self._untold or connection == UNKNOWN
             if self._is_work:
                 self._strangers.pop(connection, None)
-        if connection == route.spoiled != UNKNOWN:
+        known = self._connections.get(connection)
+        if known is not None and known.spoiled:
             self._counters["of a connection that was ended"] += 1
             return None
         most = limits.FRAMES_PER_MESSAGE if self._is_work else limits.JOIN_FRAMES
@@ -188,12 +183,11 @@ class Port(sockets.Ends):
     def _forget(self, route: Route) -> None:
         del self._routes[route.peer], self._by_wire[route.wire]
 
-    def end(self, peer: str) -> None:
+    def end(self, peer: str, *, if_silent: bool) -> None:
         """End the connection by which this peer last spoke; what it still says does not count."""
         route = self._routes.get(peer)
         if route is not None:
-            route.spoiled = route.connection
-            self._end(route.connection)
+            self._end(route.connection, if_silent=if_silent)
 
     # --- connections ----------------------------------------------------------------------
 
@@ -208,12 +202,9 @@ class Port(sockets.Ends):
         return lost
 
     def _accepted(self, connection: int) -> None:
-        self._connections.add(connection)
-        for route in self._routes.values():
-            if route.spoiled == connection:  # another one, by a number that was free again
-                route.spoiled = UNKNOWN
+        made = self._connections[connection] = Connection.at(connection)
         now = time.monotonic()
-        host = _host_of(connection)
+        host, _ = made.hosts()
         self._strangers.pop(connection, None)
         self._strangers[connection] = _Stranger(host, now)
         if self._is_work:  # who is past the handshake is admitted, if silent
@@ -241,7 +232,9 @@ class Port(sockets.Ends):
 
         Nobody: it never said anything, or it came back by another connection.
         """
-        self._connections.discard(connection)
+        known = self._connections.get(connection)
+        if known is not None and not known.spoiled:  # what one that we ended said may still come
+            del self._connections[connection]
         stranger = self._strangers.pop(connection, None)
         if stranger is not None and self._is_work and not self._untold:
             return []  # at once: many of them may come and go
@@ -276,21 +269,18 @@ class Port(sockets.Ends):
             elif not route.gone:
                 kept.add(route.connection)
         if removed:
-            for connection in self._connections - kept:
+            for connection in self._connections.keys() - kept:
                 self._end(connection)
         elif late:
             for connection in self._strangers:
                 self._end(connection)
         return lost
 
-    def _end(self, connection: int) -> None:
-        """Shut a connection of this port down; libzmq's I/O thread then closes it. Looked at
-        first: the number may be another's by now."""
-        sockets.end_connection(connection, port=self.number)
-
-
-def _host_of(connection: int) -> str:
-    with sockets.connection_at(connection) as each, suppress(OSError):
-        if each is not None and each.family == socket.AF_INET:
-            return str(each.getpeername()[0])
-    return ""
+    def _end(self, connection: int, *, if_silent: bool = False) -> None:
+        known = self._connections.get(connection)
+        if known is None or known.ends is None:  # there was no descriptor left to look at it by
+            known = Connection.at(connection)
+            if not known.is_bound_to(self.number):
+                return
+            self._connections[connection] = known
+        (known.end_if_silent if if_silent else known.end)()

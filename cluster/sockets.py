@@ -5,12 +5,10 @@ Options stand here with their reasons, and nowhere else.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
-import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
@@ -46,7 +44,6 @@ CANNOT_CONNECT: Final = "nobody answers at this address"
 POLLIN: Final = int(zmq.POLLIN)
 _EVENTS: Final = int(zmq.EVENTS)
 _NOW: Final = int(zmq.DONTWAIT)
-_TCP_THIN_LINEAR_TIMEOUTS: Final = 16
 _NOW_AND_MORE: Final = int(zmq.DONTWAIT | zmq.SNDMORE)
 _ZERO_COPY_BYTES: Final = 64 * 1024  # below, the bookkeeping costs more than the copy
 _CURVE_BYTES: Final = 33  # what CURVE adds to a frame (RFC 26: name, nonce, flags, MAC)
@@ -281,48 +278,8 @@ def monitor_events(monitor: Socket | None) -> list[tuple[int, int]]:
             message = recv_monitor_message(monitor, zmq.DONTWAIT)
         except zmq.Again:
             break
-        if message["event"] in (zmq.EVENT_CONNECTED, zmq.EVENT_ACCEPTED):
-            _resend_soon(message["value"])
         found.append((message["event"], message["value"]))
     return found
-
-
-@contextlib.contextmanager
-def connection_at(descriptor: int) -> Iterator[socket.socket | None]:
-    """The TCP connection that libzmq has under this number, by a descriptor of ours; None if it
-    has closed it, and the number is nobody's or something else's by now."""
-    found: socket.socket | None = None
-    with contextlib.suppress(OSError):
-        own = os.dup(descriptor)
-        try:
-            found = socket.socket(fileno=own)
-        except OSError:
-            os.close(own)
-    try:
-        yield found
-    finally:
-        if found is not None:
-            found.close()
-
-
-def end_connection(descriptor: int, port: int = 0) -> None:
-    """Shut it down; libzmq's I/O thread then closes it. ``port``: only if this end of it is bound
-    there."""
-    if descriptor == UNKNOWN:
-        return
-    with connection_at(descriptor) as each, contextlib.suppress(OSError):
-        ours = each is not None and each.family == socket.AF_INET
-        if each is not None and ours and port in (0, each.getsockname()[1]):
-            each.shutdown(socket.SHUT_RDWR)
-
-
-def _resend_soon(descriptor: int) -> None:
-    """Where a connection has only few packets under way, as with most of our messages, one that is
-    lost time and again is resent every 200 ms, not after 200, 400, 800 ms (Linux; RFC 6298 doubles,
-    see Documentation/networking/tcp-thin.txt). All that comes behind it waits for it."""
-    with connection_at(descriptor) as connection, contextlib.suppress(OSError):
-        if connection is not None:
-            connection.setsockopt(socket.IPPROTO_TCP, _TCP_THIN_LINEAR_TIMEOUTS, 1)
 
 
 def close_socket(data: Socket, monitor: Socket | None, linger_ms: int = 0) -> None:

@@ -178,12 +178,11 @@ class Transport:
         """The addresses of the connection that a peer made to us: its end and ours."""
         return self._ports[plane].ends_of(peer)
 
-    def renew(self, plane: Plane, peer: str) -> None:
+    def renew(self, plane: Plane, peer: str, *, if_silent: bool = False) -> None:
         """End the connections with a peer; they are made anew, what is on its way is lost."""
-        self.counters["connections begun anew"] += 1
         for ends in (self._links.get((plane, peer)), self._ports.get(plane)):
             if ends is not None:
-                ends.end(peer)
+                ends.end(peer, if_silent=if_silent)
 
     def disconnect(self, peer: str) -> None:
         """Close our connections to this peer and forget what was not sent to it."""

@@ -253,7 +253,8 @@ class Disconnect:
 
 @dataclass(frozen=True, slots=True)
 class Renew:
-    """End the bulk connections with a peer, and have them made anew: what is on its way is lost."""
+    """End the bulk connections with a peer, and have them made anew: what is on its way is lost. So
+    not where much has come since this was last asked: what is missing may be behind that."""
 
     peer: str
 

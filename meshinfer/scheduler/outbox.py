@@ -17,6 +17,7 @@ from meshinfer.protocol.messages import Answer, Deliver, Feed, Sample
 from meshinfer.scheduler.events import Effect, Note, Plane, Renew, Send
 
 _NEVER = float("inf")
+_RENEWED = -1
 
 Numbered = Deliver | Feed | Answer | Sample
 """Messages that are acknowledged by their ``id``."""
@@ -25,7 +26,8 @@ Numbered = Deliver | Feed | Answer | Sample
 @dataclass(frozen=True, slots=True)
 class Unacknowledged:
     """A message on its way to ``peer``, first sent at ``since``, due again at ``due``; never while
-    it waits for credit. ``heard``: how much the peer had acknowledged when it was last sent."""
+    it waits for credit. ``heard``: how much the peer had acknowledged when it was last sent;
+    ``_RENEWED``: it is to be sent by a new connection."""
 
     peer: str
     message: Numbered
@@ -117,7 +119,7 @@ class Outbox:
         soon = now + limits.RESEND_AFTER_LOSS_S
         for number, entry in self._entries.items():
             if entry.peer == peer and soon < entry.due < _NEVER:
-                self._entries[number] = replace(entry, due=soon)
+                self._entries[number] = replace(entry, due=soon, heard=_RENEWED)
                 self._soonest = min(self._soonest, soon)
 
     def resend_due(self, now: float) -> tuple[list[Effect], list[Unacknowledged]]:
@@ -126,7 +128,8 @@ class Outbox:
 
         A peer that acknowledged nothing since may well be there, behind a connection that carries
         no more messages: with a byte too few, it waits for the rest of one for ever. So it is made
-        anew. A slow link gets more time, for what is half on its way begins again then."""
+        anew, and used when it is there. A slow link gets more time, for what is half on its way
+        begins again then."""
         lost: list[Unacknowledged] = []
         renewed: set[str] = set()
         self.late.clear()
@@ -143,11 +146,14 @@ class Outbox:
                 continue
             peer, heard = entry.peer, self._heard.get(entry.peer, 0)
             few = self._under_way.get(peer, 0) <= limits.FRAME_BYTES
-            deaf = heard == entry.heard and (few or now - entry.since >= 2 * patience)
-            if deaf and peer not in renewed:
-                renewed.add(peer)
-                said = "acknowledges nothing: the connection begins anew"
-                effects += [Note("warning", said, {"peer": peer}), Renew(peer)]
+            if heard == entry.heard and (few or now - entry.since >= 2 * patience):
+                if peer not in renewed:
+                    renewed.add(peer)
+                    said = "acknowledges nothing; its connection begins anew if nothing else comes"
+                    effects += [Note("warning", said, {"peer": peer}), Renew(peer)]
+                soon = now + limits.RESEND_AFTER_LOSS_S
+                self._entries[number] = replace(entry, due=soon, heard=_RENEWED)
+                continue
             self._entries[number] = replace(entry, due=now + patience, heard=heard)
             effects.append(Send(Plane.BULK, entry.peer, entry.message, entry.payload))
             if isinstance(entry.message, Deliver):

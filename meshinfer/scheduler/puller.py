@@ -19,7 +19,8 @@ _PATIENCE_S = (
 
 @dataclass(slots=True)
 class _Pull:
-    """``gentle``: nobody waits for it, so it must not be in the way of what somebody waits for."""
+    """``gentle``: nobody waits for it, so it must not be in the way of what somebody waits for.
+    ``renewed``: it is to be asked for by a new connection."""
 
     peer: str
     total: int | None
@@ -29,6 +30,7 @@ class _Pull:
     complete: bool = False
     gentle: bool = False
     asked: float = 0.0
+    renewed: bool = False
 
 
 class Puller:
@@ -120,9 +122,12 @@ class Puller:
                 failed.append(digest)
                 self.done(digest)
                 continue
-            if pull.peer not in renewed and self._is_deaf(pull.peer, now):
-                renewed.add(pull.peer)
-                effects.append(Renew(pull.peer))
+            if not pull.renewed and self._is_deaf(pull.peer, now):
+                if pull.peer not in renewed:
+                    renewed.add(pull.peer)
+                    effects.append(Renew(pull.peer))
+                pull.renewed, pull.due = True, now + limits.RESEND_AFTER_LOSS_S
+                continue
             effects.append(self._ask(digest, now))
         return effects + self._fill(now), failed
 
@@ -168,6 +173,6 @@ class Puller:
 
     def _ask(self, digest: str, now: float) -> Send:
         pull = self._pulls[digest]
-        pull.asked, pull.due = now, now + _PATIENCE_S
+        pull.asked, pull.due, pull.renewed = now, now + _PATIENCE_S, False
         want = Want(digest=digest, offset=pull.offset, length=limits.BLOB_WANT_BYTES)
         return Send(Plane.BULK, pull.peer, want)
