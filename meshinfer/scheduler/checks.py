@@ -227,18 +227,17 @@ class Checks:
             return [], []
         request.deployment = None
         fields = {"request": request.id, "heard_by": peer, "peer": message.peer}
-        fields["why"] = message.why
-        note = Note("warning", "a piece of another kind", fields)
+        fields["why"], text = message.why, "a piece of another kind"
         by = self._members.by_peer(peer)
         if by is None or device is None or not its or device.hello.facts.head:
-            return [note], []
+            return [Note("warning", text, fields)], []
         verdict = self._word_against(by, device, message.why, now)
         out = None if verdict is None else self._members.devices.get(verdict.liar)
         if verdict is None or out is None:
-            return [note], []
+            return [Note("warning", text, fields)], []
         out.exclude(verdict.why, now)
         fields |= {"excluded": out.name, "cleared": ",".join(verdict.cleared)}
-        return [note], [out.name]
+        return [Note("warning", text, fields)], [out.name]
 
     def _word_against(self, by: Device, device: Device, why: str, now: float) -> Verdict | None:
         """No kernel makes that, so that one of the two lies: as when their results differ, all that

@@ -14,7 +14,7 @@ from meshinfer.scheduler.catalogue import Catalogue
 from meshinfer.scheduler.covering import Covering
 from meshinfer.scheduler.events import Effect, Note, Plane, Send
 from meshinfer.scheduler.membership import Membership
-from meshinfer.scheduler.request import Request, Try, told_by
+from meshinfer.scheduler.request import Request, told_by
 
 Fail = Callable[[Request, m.Failure, float], list[Effect]]
 
@@ -80,17 +80,16 @@ class Hearing:
             return [note]
         return [note, *self._fail(request, outcomes.kernel_failed(request, message.text), now)]
 
-    def unreachable(self, peer: str, message: m.Unreachable) -> Try | None:
-        """The attempt that this is news of, if it runs; the request starts again.
+    def unreachable(self, peer: str, message: m.Unreachable) -> bool:
+        """Whether this is news of an attempt that runs; it starts again.
 
         None of one that goes on without that peer.
         """
         request = told_by(self._open, peer, message)
-        tried = None if request is None else request.tried[request.attempt]
-        if request is None or tried is None or message.peer not in tried.peers().values():
-            return None
+        if request is None or message.peer not in request.tried[request.attempt].peers().values():
+            return False
         request.deployment = None
-        return tried
+        return True
 
     def not_kept(self, peer: str, message: m.NotKept) -> list[Effect]:
         """Where it is the head that says so, inputs are gone, and only the client has them."""
