@@ -122,7 +122,7 @@ def _check_owner(folder: Path) -> None:
 
 
 def open_more(descriptors: int) -> int:
-    """Let this process open so many, as far as the system does, and how many of them it may: the soft
+    """Let this process open so many, as far as the system does; how many of them it may. The soft
     limit is often 1024, and once it is reached libzmq tries again for ever to take the next
     connection. Where the system allows fewer, the log says so."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
