@@ -247,6 +247,9 @@ AHEAD_BYTES_EACH: Final = CREDIT_BYTES
 """Of one sender, of attempts that the coordinator has not told of (yet): they are not acknowledged,
 so that an honest one has no more under way."""
 AHEAD_BYTES: Final = 4 * AHEAD_BYTES_EACH
+AHEAD_SHARE: Final = 0.25
+"""Of what a device is granted: no more waits there, of pieces and samples together; and no more of
+one sender than half of that."""
 AHEAD_EACH: Final = 1024
 AHEAD: Final = 4 * AHEAD_EACH
 AHEAD_S: Final = 15.0

@@ -6,6 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from cores import Cluster, image, kind
+from msgspec import structs
 from test_worker_core import alone, messages, told, welcome
 
 from meshinfer import limits
@@ -14,6 +15,7 @@ from meshinfer.plan import Shard
 from meshinfer.protocol import messages as m
 from meshinfer.protocol.codec import describe, payload_of
 from meshinfer.scheduler import events as e
+from meshinfer.scheduler.aside import AheadKey, Aside
 from meshinfer.scheduler.shares import Bounds, Shares
 from meshinfer.scheduler.worker import SOURCE, WorkerCore
 
@@ -27,9 +29,12 @@ def device(slots: int = 1) -> WorkerCore:
     """With a task that awaits pieces of the source (0), and of a task of pi-2 (1)."""
     places = (SOURCE, (0, 1))[:slots]
     values = tuple(
-        m.Value(name=f"x{i}", box=WHOLE, pieces=(m.Piece(shard=WHOLE, producer=place, slot=i),))
+        m.Value(
+            name=f"x{i}", box=WHOLE, dtype=ARRAY.dtype.str,
+            pieces=(m.Piece(shard=WHOLE, producer=place, slot=i),),
+        )
         for i, place in enumerate(places)
-    )
+    )  # fmt: skip
     out = m.Output(name="y", shard=Shard("y", Box.whole(ARRAY.shape)))
     send = m.Send(piece=out.shard, device="head", consumer=(1, 0), slot=0)
     program = m.Program(
@@ -135,7 +140,7 @@ def test_pieces_of_requests_that_never_were_are_bounded_and_push_out_nobody_else
     piece(core, "head#1", 1)
     said = []
     for i in range(100):
-        said += piece(core, f"swift-red-fox-runs-{i}#1", EVIL, request=f"none {i}", number=i)
+        said += piece(core, f"client-red-fox-runs-{i}#1", EVIL, request=f"none {i}", number=i)
         for other in ("eve#1", "pi-2#1"):
             said += piece(core, other, EVIL, request=f"of {other} {i}", number=i)
         assert len(core._computing._aside) <= 8
@@ -155,6 +160,17 @@ def test_large_pieces_are_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> N
             piece(core, peer, EVIL, request=f"{peer} {i}", number=i, array=large)
         kept = core._computing._aside._kept.values()
         assert sum(len(k.payload) for each in kept for k in each.values()) <= 5 * large.nbytes
+
+
+@pytest.mark.parametrize(
+    "array", [np.zeros((1000,), np.float32), np.zeros((2,), np.float64)], ids=["shape", "type"]
+)
+def test_no_piece_of_another_kind_waits(array: np.ndarray) -> None:
+    """Nor is it acknowledged: once its request has begun, it is told of."""
+    core = device()
+    effects = piece(core, "head#1", 1, array=array)
+    assert not messages(effects) and not len(core._computing._aside)
+    assert piece(core, "head#1", 1) == [] and len(core._computing._aside) == 1
 
 
 def test_pieces_that_wait_for_too_long_go(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,10 +241,10 @@ def test_inputs_of_requests_that_never_were_push_out_their_own_sender_s(
     core = head(monkeypatch, 100_000)
     feed(core, "ann#1", "ann's", 60_000)
     for i in range(50):
-        feed(core, f"swift-red-fox-runs-{i}#1", f"none {i}", 40_000)  # one key's names
+        feed(core, f"client-red-fox-runs-{i}#1", f"none {i}", 40_000)  # one key's names
         assert sum(held(core).values()) <= 200_000
     assert held(core) == {"ann's": 60_000, "none 48": 40_000, "none 49": 40_000}
-    notes = [x for x in feed(core, "swift-red-fox-runs-0#2", "more", 99_000) if
+    notes = [x for x in feed(core, "client-red-fox-runs-0#2", "more", 99_000) if
              isinstance(x, e.Note)]  # fmt: skip
     assert notes == [] and "none 48" not in held(core), "told of now and then, and counted"
 
@@ -307,6 +323,115 @@ def test_inputs_that_another_gave_before_it_began_are_not_what_it_computes() -> 
     feed(core, "ann#1", "r", 8)
     feed(core, "mallory#1", "r", 8)
     assert messages(start(core, 1)) == ["NotKept"] and held(core) == {"r": 0}
+
+
+def with_inputs(core: WorkerCore, *names: str) -> None:
+    """A plan of which this is the source, and that reads so many inputs."""
+    outputs = tuple(m.Output(name=name, shard=WHOLE) for name in names)
+    program = m.Program(place=SOURCE, outputs=outputs)
+    told(core, m.Install(deployment=5, programs=(program,), peers=()), 0.0)
+
+
+def give(
+    core: WorkerCore, peer: str, value: str, *, turn: int = 1, array: np.ndarray = ARRAY
+) -> list[e.Effect]:
+    word = m.Feed(id=1, request="r", tensor=describe(value, array), turn=turn)
+    return core.handle(e.Arrived(peer, word, payload_of(array)), 1.0)
+
+
+def crowd(core: WorkerCore) -> None:
+    """So many members that whoever has one input has the most."""
+    for i in range(7):
+        feed(core, f"eve-{i}#1", f"none {i}", 0)
+    assert "r" not in held(core)
+
+
+@pytest.mark.parametrize("by", ["room", "another"])
+def test_the_rest_of_inputs_that_had_to_go_in_part_does_not_hide_that(
+    by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1. ann's first input goes, for room or since another gives some of that request; 2. her
+    second comes; 3. it begins: she is asked for both, once; 4. it runs."""
+    core = head(monkeypatch, 2000)
+    with_inputs(core, "x", "y")
+    give(core, "ann#1", "x")
+    if by == "another":
+        give(core, "mallory#1", "x")
+    if by == "room":
+        crowd(core)
+    give(core, "ann#1", "y")
+    assert messages(start(core, 1)) == ["NotKept"]
+    give(core, "ann#1", "x", turn=2)
+    give(core, "ann#1", "y", turn=2)
+    assert core._computing._requests["r"].scattered
+    assert messages(start(core, 2)) == [], "it was told once"
+
+
+def test_inputs_given_anew_lack_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    core = head(monkeypatch, 2000)
+    with_inputs(core, "x")
+    give(core, "ann#1", "x")
+    crowd(core)
+    give(core, "ann#1", "x", turn=2)
+    assert messages(start(core, 1)) == []
+
+
+def test_one_restart_is_enough_where_inputs_had_to_go_and_another_gave_some(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    core = head(monkeypatch, 2000)
+    with_inputs(core, "x")
+    give(core, "ann#1", "x")
+    give(core, "mallory#1", "x")
+    assert [messages(start(core, i)) for i in (1, 2)] == [["NotKept"], []]
+
+
+def test_marks_of_what_had_to_go_outlast_a_welcome_that_keeps_inputs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    core = head(monkeypatch, 2000)
+    give(core, "ann#1", "x")
+    crowd(core)
+    give(core, "ann#1", "y")
+    told(core, welcome(), 0.0)
+    with_inputs(core, "x", "y")
+    assert messages(start(core, 1)) == ["NotKept"]
+
+
+def test_a_huge_input_of_a_request_that_never_was_voids_nobody_s(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    core = head(monkeypatch, 10_000)
+    feed(core, "ann#1", "ann's", 1000)
+    said = feed(core, "mallory#1", "none", 50_000)
+    assert held(core) == {"ann's": 1000} and any(isinstance(x, e.Note) for x in said)
+
+
+def test_a_huge_input_that_the_coordinator_lets_be_open_has_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """1. it comes before its request begins, and goes; 2. it is asked for then; 3. it has room."""
+    core, huge = head(monkeypatch, 2000), np.zeros((2000,), np.float32)
+    shard = Shard("x", Box.whole(huge.shape))
+    program = m.Program(place=SOURCE, outputs=(m.Output(name="x", shard=shard),))
+    told(core, m.Install(deployment=5, programs=(program,), peers=()), 0.0)
+    feed(core, "bob#1", "bob's", 1000)
+    give(core, "ann#1", "x", array=huge)
+    assert list(held(core)) == ["bob's"]
+    assert messages(start(core, 1)) == ["NotKept"]
+    give(core, "ann#1", "x", turn=2, array=huge)
+    assert held(core) == {"r": huge.nbytes} and core._computing._requests["r"].scattered
+
+
+def test_a_huge_input_that_a_request_does_not_await_fails_it_and_voids_nobody_s(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    core = head(monkeypatch, 2000)
+    with_inputs(core, "x")
+    feed(core, "bob#1", "bob's", 1000)
+    start(core, 1)
+    assert messages(give(core, "ann#1", "x", array=np.zeros((2000,), np.float32))) == ["TaskFailed"]
+    assert held(core) == {"bob's": 1000, "r": 0}
 
 
 # --- samples
@@ -413,11 +538,24 @@ def test_samples_that_nobody_asked_for_keep_no_check_away() -> None:
     """They took the few checks that a device has at once: whoever sent some was not checked."""
     core = checker()
     for i in range(10 * limits.CHECKS_HELD):
-        assert sample(core, "mallory#1", made=True, request=f"none {i}") == []
+        assert sample(core, "pi-2#1", made=True, request=f"none {i}") == []
     said = check(core) + honest(core)
     assert [x.request for x in said if isinstance(x, e.Compute)] == ["r"]
     core.handle(e.Ticked(), 1.1 + limits.AHEAD_S)
     assert not core._checking._aside
+
+
+def test_no_sample_waits_that_is_larger_than_any_check_awaits() -> None:
+    core, large = checker(), np.zeros((1000,), np.float32)
+    for made, peer, slot in ((True, "pi-2#1", 0), (False, "head#1", 0), (False, "pi-3#1", 1)):
+        assert not messages(sample(core, peer, slot, made=made, array=large))
+        assert not len(core._checking._aside)
+        assert not messages(sample(core, peer, slot, made=made))
+        assert len(core._checking._aside) == 1
+        core._checking._aside.clear()
+    for made, peer, slot in ((True, "pi-3#1", 0), (True, "pi-2#1", 1), (False, "pi-2#1", 1)):
+        sample(core, peer, slot, made=made)
+    assert not len(core._checking._aside), "of whom no check awaits it"
 
 
 def test_a_result_of_another_shape_is_not_held_and_is_a_difference() -> None:
@@ -491,11 +629,61 @@ def test_who_has_the_most_gives_way_its_oldest_first_and_the_newest_has_room() -
     assert shares.put("a2", "ann#2", 60) == ["a1"], "of its own, beyond its part"
     assert shares.put("a3", "ann#1", 10) == [] and shares.put("a4", "ann#1", 10) == []
     assert shares.put("a5", "ann#1", 0) == ["a2"], "a fourth entry"
-    assert shares.put("c1", "cy#1", 500) == ["b1", "a3", "a4", "a5"] and len(shares) == 1
-    assert shares.put("c1", "cy#1", 90) == [], "the same, not once more"
+    assert shares.put("c1", "cy#1", 500, due=True) == ["b1", "a3", "a4", "a5"]
+    assert len(shares) == 1 and shares.put("c1", "cy#1", 90) == [], "the same, not once more"
     shares.pop("c1")
     assert shares.put("d1", "dan#1", 70) == [] and shares.put("b2", "bob#1", 70) == []
     assert shares.put("e1", "eve#1", 70) == ["d1"] and shares.gone == 7
     shares.pop("b2")
     shares.pop("e1")
     assert len(shares) == 0 and shares._of == {} == shares._bytes
+
+
+def test_an_entry_that_is_more_than_a_part_pushes_out_nobody_s() -> None:
+    shares: Shares[str] = Shares(Bounds(100, 3, 150, 5))
+    assert shares.put("a1", "ann#1", 10) == []
+    assert shares.put("e1", "eve#1", 500) == ["e1"] and "a1" in shares
+    assert shares.put("e1", "eve#1", 120) == [], "there is room beside what is there"
+    shares.pop("a1")
+    assert shares.put("e1", "eve#1", 500) == [], "it is alone"
+    assert shares.put("a1", "ann#1", 10) == ["e1"]
+    assert shares.put("a2", "ann#1", 160) == ["a1"], "nor its own sender's for long"
+    assert shares.put("e1", "eve#1", 170) == ["e1"] and list(shares._of) == ["ann"]
+
+
+def test_devices_are_one_sender_each_and_the_clients_of_a_key_are_one() -> None:
+    shares: Shares[str] = Shares(Bounds(100, 3, 1000, 50))
+    assert shares.put("p1", "pi-rack-a-shelf-1#1", 60) == []
+    assert shares.put("p2", "pi-rack-a-shelf-2#1", 60) == []
+    assert shares.put("c1", "client-a-b-c-1#1", 60) == []
+    assert shares.put("c2", "client-a-b-c-2#1", 60) == ["c1"]
+
+
+@pytest.mark.parametrize(
+    ("granted", "each", "room"), [(0, 32, 128), (1024, 32, 128), (256, 32, 64), (64, 8, 16)]
+)
+def test_what_waits_takes_no_more_than_a_part_of_what_is_granted(
+    granted: int, each: int, room: int
+) -> None:
+    hello = alone().hello
+    facts = structs.replace(hello.facts, memory_bytes=granted << 20)
+    bounds = WorkerCore(structs.replace(hello, facts=facts))._computing.ahead._bounds
+    assert (bounds.bytes_each, bounds.bytes_in_all) == (each << 20, room << 20)
+
+
+def test_pieces_and_samples_wait_in_one_room() -> None:
+    """And what of it has to go is gone, wherever it was kept."""
+    core = checker()
+    assert core._checking._aside._shares is core._computing._aside._shares
+    shares: Shares[AheadKey] = Shares(Bounds(100, 2, 1000, 10))
+    pieces: Aside[m.Deliver] = Aside(shares)
+    samples: Aside[m.Sample] = Aside(shares)
+    fields = {"request": "r", "attempt": 1, "deployment": 5, "tensor": describe("x", ARRAY)}
+    for i in (1, 2):
+        word = m.Deliver(id=i, consumer=(0, 0), slot=0, **fields)
+        pieces.put("pi-2#1", word, payload_of(ARRAY), 1.0)
+    again = m.Sample(id=2, place=(0, 0), slot=0, **fields)
+    samples.put("pi-2#1", again, payload_of(ARRAY), 1.0)
+    assert [len(pieces), len(samples), len(shares)] == [1, 1, 2]
+    pieces.clear()
+    assert [len(pieces), len(samples), len(shares)] == [0, 1, 1]

@@ -7,15 +7,17 @@ They are not acknowledged: what has to go, or waits for too long, is sent again.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from meshinfer import limits
 from meshinfer.protocol import messages as m
 from meshinfer.scheduler.events import Effect, Note
-from meshinfer.scheduler.shares import Bounds, Shares
+from meshinfer.scheduler.shares import Shares
 
 Word = TypeVar("Word", m.Deliver, m.Sample)
-_Key = tuple[str, int]
+AheadKey = tuple["Aside[Any]", str, int]
+"""Of an entry in the room that all that waits on a device shares: where it is kept, its peer and
+its number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,28 +31,25 @@ class Early(Generic[Word]):
 
 
 class Aside(Generic[Word]):
-    """Mutable: owned by a device's core."""
+    """Mutable: owned by a device's core. ``shares``: the room, of this and of others."""
 
-    def __init__(self) -> None:
-        bounds = Bounds(
-            limits.AHEAD_BYTES_EACH, limits.AHEAD_EACH, limits.AHEAD_BYTES, limits.AHEAD
-        )
-        self._shares: Shares[_Key] = Shares(bounds)
-        self._kept: dict[str, dict[_Key, Early[Word]]] = {}
-        self._request: dict[_Key, str] = {}
+    def __init__(self, shares: Shares[AheadKey]) -> None:
+        self._shares = shares
+        self._kept: dict[str, dict[AheadKey, Early[Word]]] = {}
+        self._request: dict[AheadKey, str] = {}
 
     def __len__(self) -> int:
         return len(self._request)
 
     def put(self, peer: str, message: Word, payload: memoryview, now: float) -> list[Effect]:
-        """Keep one; of what has to go for it, some is told of."""
-        key = (peer, message.id)
+        """Keep one, if there is room; of what has to go for it, some is told of."""
+        key = (self, peer, message.id)
         self._pop(key)
         self._request[key] = message.request
         self._kept.setdefault(message.request, {})[key] = Early(peer, message, payload, now)
         before = self._shares.gone
         for gone in self._shares.put(key, peer, len(payload)):
-            self._pop(gone)
+            gone[0]._pop(gone)
         return noted(before, self._shares.gone, {"request": message.request, "peer": peer})
 
     def take(self, request: str) -> list[Early[Word]]:
@@ -68,11 +67,10 @@ class Aside(Generic[Word]):
             self._pop(key)
 
     def clear(self) -> None:
-        self._shares.clear()
-        self._kept.clear()
-        self._request.clear()
+        for key in list(self._request):
+            self._pop(key)
 
-    def _pop(self, key: _Key) -> None:
+    def _pop(self, key: AheadKey) -> None:
         request = self._request.pop(key, None)
         if request is None:
             return

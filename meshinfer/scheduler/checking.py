@@ -59,7 +59,7 @@ class Checking:
     def __init__(self, device: str, computing: Computing, installing: Installing) -> None:
         self._device, self._computing, self._installing = device, computing, installing
         self._checks: dict[_Key, _Check] = {}
-        self._aside: Aside[m.Sample] = Aside()
+        self._aside: Aside[m.Sample] = Aside(computing.ahead)
 
     def __bool__(self) -> bool:
         return bool(self._checks)
@@ -118,7 +118,9 @@ class Checking:
     ) -> list[Effect]:
         key = (message.request, message.attempt, message.place)
         if key not in self._checks and self._may_come(message):
-            return self._aside.put(peer, message, payload, now)
+            if self._is_fit(peer, message, payload):
+                return self._aside.put(peer, message, payload, now)
+            return [Note("debug", "a sample that no check would await", {"peer": peer})]
         self._computing.acks.add(peer, message.id, len(payload), now)
         try:
             array = array_of(message.tensor, payload)
@@ -140,6 +142,16 @@ class Checking:
         if self._recipe(message.deployment, message.place) is None:
             return False
         return not self._computing.holding.is_over(message.request, message.attempt)
+
+    def _is_fit(self, peer: str, message: m.Sample, payload: memoryview) -> bool:
+        """Whether any check of that task would await a sample, from this peer."""
+        made, slot = self._installing.deployments[message.deployment], message.slot
+        recipe = made.recipes[message.place]
+        if message.made:
+            may = peer.partition("#")[0] in recipe.program.devices
+            return may and recipe.may_make(slot, message.tensor, payload)
+        may = made.may_send(peer, message.place, slot, peer)  # who is the head, a check will say
+        return may and recipe.fits(slot, message.tensor, payload)
 
     def _open(self, check: m.Check, now: float) -> bool:
         """Begin a check that the coordinator asks for."""

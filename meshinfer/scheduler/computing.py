@@ -14,7 +14,7 @@ from meshinfer import limits
 from meshinfer.protocol import messages as m
 from meshinfer.protocol.codec import ProtocolError, array_of, describe, digest_of, payload_of
 from meshinfer.scheduler.acks import AckBox
-from meshinfer.scheduler.aside import Aside
+from meshinfer.scheduler.aside import AheadKey, Aside
 from meshinfer.scheduler.comparing import doubts
 from meshinfer.scheduler.events import Array, Compute, Computed, Effect, Note
 from meshinfer.scheduler.giving import Giving
@@ -24,6 +24,7 @@ from meshinfer.scheduler.installing import Deployment
 from meshinfer.scheduler.links import LinkWatch
 from meshinfer.scheduler.outbox import Numbered, Outbox
 from meshinfer.scheduler.recipe import SOURCE, Cut, Gathering
+from meshinfer.scheduler.shares import Shares, of_ahead
 from meshinfer.scheduler.telling import task_failed, told, told_done, told_lacked, unreachable
 
 
@@ -31,7 +32,8 @@ class Computing:
     """Mutable: owned by a worker's or a client's core. ``deployments``: what is installed, a view.
 
     ``own``: the client that this is itself, if it is one; ``merged`` gets the answers to it.
-    ``granted_bytes``: of this device's memory. ``wasted``: tasks that were done when nobody wanted
+    ``granted_bytes``: of this device's memory; ``ahead``: the room in it of what comes before the
+    coordinator's word, pieces or samples. ``wasted``: tasks that were done when nobody wanted
     them any more.
     """
 
@@ -52,9 +54,10 @@ class Computing:
         self._own, self._merged = own, merged
         self._deployments = deployments
         self.holding = Holding(self._drop_work, own, granted_bytes)
-        self.giving = Giving(self.holding, self.acks, own, self._scatter)
+        self.giving = Giving(self.holding, self.acks, deployments, own, self._scatter)
         self._requests = self.holding.requests
-        self._aside: Aside[m.Deliver] = Aside()
+        self.ahead: Shares[AheadKey] = Shares(of_ahead(granted_bytes))
+        self._aside: Aside[m.Deliver] = Aside(self.ahead)
         self._queue: deque[Compute] = deque()
         self._idle_since = 0.0
 
@@ -154,7 +157,10 @@ class Computing:
         head = peer if request is None else request.head  # nobody has said yet whose it is
         may = made is not None and made.may_send(peer, message.consumer, message.slot, head)
         if may and request is None and self.holding.is_ahead(name, message.attempt):
-            return self._aside.put(peer, message, payload, now)
+            recipe = self._deployments[message.deployment].recipes[message.consumer]
+            if recipe.fits(message.slot, message.tensor, payload):
+                return self._aside.put(peer, message, payload, now)
+            return [Note("warning", "a piece of another kind", {"request": name, "peer": peer})]
         self.acks.add(peer, message.id, len(payload), now)
         if made is None:  # pieces are sent when all have installed: it is a retired one
             return []

@@ -12,17 +12,26 @@ from meshinfer.scheduler.aside import noted
 from meshinfer.scheduler.events import Array, Effect, Note
 from meshinfer.scheduler.held import Held
 from meshinfer.scheduler.holding import Holding
-from meshinfer.scheduler.telling import told
+from meshinfer.scheduler.installing import Deployment
+from meshinfer.scheduler.recipe import SOURCE
+from meshinfer.scheduler.telling import task_failed, told
 
 Scatter = Callable[[str, Held, float], list[Effect]]
 
 
 class Giving:
-    """Has no state of its own. ``own``: the client that this is itself, if it is one; ``scatter``
-    cuts inputs once all are here."""
+    """Has no state of its own. ``deployments``: what is installed, a view; ``own``: the client that
+    this is itself, if it is one; ``scatter`` cuts inputs once all are here."""
 
-    def __init__(self, holding: Holding, acks: AckBox, own: str, scatter: Scatter) -> None:
-        self._holding, self._acks = holding, acks
+    def __init__(
+        self,
+        holding: Holding,
+        acks: AckBox,
+        deployments: Mapping[int, Deployment],
+        own: str,
+        scatter: Scatter,
+    ) -> None:
+        self._holding, self._acks, self._deployments = holding, acks, deployments
         self._own, self._scatter = own, scatter
 
     def feed(self, peer: str, message: m.Feed, payload: memoryview, now: float) -> list[Effect]:
@@ -38,14 +47,32 @@ class Giving:
         except ProtocolError as error:
             return [Note("warning", "bad input", {"request": name, "why": str(error)})]
         before = holding.pushed_out
-        given = holding.give(name, peer, message.turn, message.tensor.name, array, now)
+        inputs = message.tensor.name, array
+        given = holding.give(name, peer, message.turn, inputs, self._awaits, now)
         if given is None:
             return []
         request, gone = given
         effects = noted(before, holding.pushed_out, {"request": name, "peer": peer})
         for other in gone:
-            effects += self._begin_anew(other)
+            effects += self._begin_anew(other) if other != name else self._refuse(name, *inputs)
         return effects + self._scatter(name, request, now)
+
+    def _awaits(self, held: Held, value: str, array: Array) -> bool:
+        """The coordinator knows how large what it lets begin is: no other thing is given for it."""
+        made = self._deployments.get(held.deployment)
+        program = None if made is None or not held.client else made.programs.get(SOURCE)
+        outputs = () if program is None else program.outputs
+        return any(o.name == value and o.shard.box.shape == array.shape for o in outputs)
+
+    def _refuse(self, name: str, value: str, array: Array) -> list[Effect]:
+        """There is no room for what was given; before it begins, that is asked for again then."""
+        fields = {"request": name, "bytes": array.nbytes}
+        note = Note("warning", "inputs for which there is no room", fields)
+        held = self._holding.requests.get(name)
+        if held is None or held.scattered or not held.client:
+            return [note]
+        text = f"input {value} of shape {array.shape} is not awaited, and there is no room for it"
+        return [note, task_failed(name, held.attempt, SOURCE, text)]
 
     def _begin_anew(self, name: str) -> list[Effect]:
         """Inputs had to go that an attempt waits for; those of one that begins later are asked for

@@ -18,6 +18,12 @@ from meshinfer.scheduler.shares import Shares, of_inputs
 _NEVER = (-1, "", -1)
 """What is known of a request that was not released: attempt, client and turn."""
 
+_Given = tuple[str, str]
+"""A request, and who gave inputs of it."""
+
+Awaits = Callable[[Held, str, Array], bool]
+"""Whether a request that has begun awaits such an input."""
+
 
 class Holding:
     """Mutable: owned by the worker's core. ``own``: the client that this is itself, whose inputs
@@ -29,7 +35,8 @@ class Holding:
         self._drop = drop
         self._own = own
         self._fed: Shares[str] = Shares(of_inputs(granted_bytes))
-        self._pushed_out: Shares[str] = Shares(of_inputs(granted_bytes))  # names, of no bytes
+        self._lost: Shares[_Given] = Shares(of_inputs(granted_bytes))  # of no bytes
+        self._lost_turn: dict[_Given, int] = {}
 
     def is_released(self, name: str, client: str, turn: int) -> bool:
         """Whether what this client gave by then is of a request that is over."""
@@ -75,28 +82,45 @@ class Holding:
     # --- inputs
 
     def give(
-        self, name: str, peer: str, turn: int, value: str, array: Array, now: float
+        self, name: str, peer: str, turn: int, inputs: tuple[str, Array], awaits: Awaits, now: float
     ) -> tuple[Held, list[str]] | None:
-        """Take an input; and whose inputs had to go for it. None: it has been given anew since."""
+        """Take an input; and whose inputs had to go for it, or its own. None: it has been given
+        anew since."""
         request = self.request(name, now)
-        if not request.take(peer, turn, value, array):
+        before = request.giver, request.turn, bool(request.fed)
+        if not request.take(peer, turn, *inputs):
             return None
-        self._pushed_out.pop(name)
-        return request, self._count(name, request)
+        if before[2] and before[0] != peer:
+            self._lose((name, before[0]), before[1])
+        if turn > self._lost_turn.get((name, peer), turn):
+            self._find((name, peer))
+        return request, self._count(name, request, awaits)
 
-    def _count(self, name: str, request: Held) -> list[str]:
-        """Find room for inputs."""
+    def _count(self, name: str, request: Held, awaits: Awaits = lambda *_: False) -> list[str]:
+        """Find room for inputs; those that the coordinator lets be open have it."""
         if request.giver == self._own:
             return []
         nbytes = sum(limits.NAME_CHARS + array.nbytes for array in request.fed.values())
-        gone = self._fed.put(name, request.giver, nbytes)
+        due = all(awaits(request, value, array) for value, array in request.fed.items())
+        gone = self._fed.put(name, request.giver, nbytes, due=due)
         for other in gone:
             held = self.requests[other]
-            self._pushed_out.put(other, held.giver, 0)
+            self._lose((other, held.giver), held.turn)
             held.fed.clear()
             if not held.client:
                 del self.requests[other]
         return gone
+
+    def _lose(self, given: _Given, turn: int) -> None:
+        """Inputs are here no more that somebody gave, who may give the others of that turn yet."""
+        self._lost_turn[given] = turn
+        for other in self._lost.put(given, given[1], 0):
+            del self._lost_turn[other]
+
+    def _find(self, given: _Given) -> bool:
+        """They are given, or asked for, anew; whether any were lost."""
+        self._lost.pop(given)
+        return self._lost_turn.pop(given, None) is not None
 
     @property
     def pushed_out(self) -> int:
@@ -107,12 +131,11 @@ class Holding:
         """Whether a request that begins was given inputs that are not here any more, or another's
         than its client's."""
         request = self.requests[name]
+        lacks = self._find((name, request.client))
         if request.fed and not request.may_give(request.giver):
             request.fed.clear()
             self._fed.pop(name)
             return True
-        lacks = name in self._pushed_out
-        self._pushed_out.pop(name)
         return lacks
 
     # --- the end
@@ -152,7 +175,9 @@ class Holding:
         held = dict(self.requests)
         self.requests.clear()
         self._fed.clear()
-        self._pushed_out.clear()
+        if not keep_inputs:
+            self._lost.clear()
+            self._lost_turn.clear()
         for name, request in held.items() if keep_inputs else ():
             self._keep_inputs(name, request)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from meshinfer.halves import narrowed, rounded, widened
 from meshinfer.mapreduce import reduce
 from meshinfer.plan import Shard
 from meshinfer.protocol import messages as m
+from meshinfer.protocol.codec import ProtocolError, array_of
 from meshinfer.scheduler.events import Array
 
 SOURCE: m.Place = (-1, 0)
@@ -103,6 +105,24 @@ class Recipe:
         cuts = tuple(_cut(program, send) for send in program.sends)
         passes = bool(program.devices) or any(send.others for send in program.sends)
         return Recipe(program, slots, tuple(shapes), frozenset(sums), cuts, passes)
+
+    def fits(self, slot: int, tensor: m.Tensor, payload: memoryview) -> bool:
+        """Whether a message is whole, and of the shape and the type that are awaited."""
+        try:
+            return slot in self.slots and self.slots[slot].fits(array_of(tensor, payload))
+        except ProtocolError:
+            return False
+
+    def may_make(self, output: int, tensor: m.Tensor, payload: memoryview) -> bool:
+        """Whether a message is whole, and no more than what is made: it may well be wrong."""
+        try:
+            array = array_of(tensor, payload)
+        except ProtocolError:
+            return False
+        if output >= len(self.program.outputs):
+            return False
+        box = self.program.outputs[output].shard.box
+        return not box.axes or array.size <= prod(box.shape)
 
 
 def _cut(program: m.Program, send: m.Send) -> Cut:
