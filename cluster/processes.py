@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import structlog
+
 from meshinfer.errors import ConfigurationError
 
 _POLL_S = 0.2
@@ -119,15 +121,27 @@ def _check_owner(folder: Path) -> None:
         )
 
 
-def open_more(descriptors: int) -> None:
-    """Let this process open so many, as far as the system does: the soft limit is often 1024, and
-    once it is reached libzmq tries again for ever to take the next connection."""
+def open_more(descriptors: int) -> int:
+    """Let this process open so many, as far as the system does; how many of them it may. The soft
+    limit is often 1024, and once it is reached libzmq tries again for ever to take the next
+    connection. Where the system allows fewer, the log says so."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= descriptors:
-        return
+        return descriptors
     most = descriptors if hard == resource.RLIM_INFINITY else min(descriptors, hard)
-    with contextlib.suppress(OSError, ValueError):  # it goes on with what it has
+    try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    except (OSError, ValueError):
+        most = soft  # it goes on with what it has
+    if most < descriptors:
+        structlog.get_logger().warning(
+            "this process may open fewer files than a full cluster needs",
+            may=most,
+            needs=descriptors,
+            hint=f"allow more: LimitNOFILE={descriptors} in its unit, or `ulimit -Hn {descriptors}`"
+            " as root before it starts; until then connections past that wait for ever",
+        )
+    return most
 
 
 def hold_folder(folder: Path) -> int:

@@ -50,6 +50,20 @@ def test_a_coordinator_may_open_what_a_thousand_devices_take(tmp_path: Path) -> 
     assert soft == min(hard, 4 * limits.DEVICES + 512) > 512
 
 
+@pytest.mark.parametrize("hard", [600, 6000])
+def test_a_process_that_may_not_open_as_many_says_what_to_do(hard: int) -> None:
+    code = (
+        "import resource; from cluster.processes import open_more; kind = resource.RLIMIT_NOFILE\n"
+        f"resource.setrlimit(kind, (512, {hard}))\n"
+        "assert open_more(4512) == resource.getrlimit(kind)[0]; print(resource.getrlimit(kind)[0])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == str(min(hard, 4512))
+    said = done.stdout + done.stderr
+    assert all(word in said for word in ("LimitNOFILE=4512", "ulimit -Hn")) == (hard < 4512), said
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[mi.LocalCluster]:
     with mi.LocalCluster(2) as made:

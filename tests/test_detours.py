@@ -93,6 +93,18 @@ def test_a_piece_that_was_lost_once_takes_a_detour_and_comes_back() -> None:
     assert cluster.core.members.apart == {}
 
 
+def test_a_pair_is_apart_no_more_although_its_plan_is_gone() -> None:
+    cluster = three()
+    cluster.severed.add(APART)
+    cluster.check(cluster.submit())
+    word = m.Stalled(peer="pi-2#1", over=True)
+    cluster.inject(cluster.coordinator, "pi-3#1", word)  # which is none of the two
+    assert cluster.core.members.apart == {("pi-1", "pi-2"): True}
+    cluster.core.catalogue.deployments.clear()
+    cluster.inject(cluster.coordinator, "pi-1#1", word)
+    assert cluster.core.members.apart == {}
+
+
 def test_a_relay_is_passed_on_to_no_one_but_the_receiver_and_never_back() -> None:
     detours = Detours("head#1")
     relay = m.Relay(to="b#1", origin="a#1", message=m.Ack(ids=(1,)))

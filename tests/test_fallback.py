@@ -342,7 +342,7 @@ def test_a_device_that_cannot_be_reached_forgets_what_goes_on_without_it() -> No
     cluster.pass_time(0.004)
     [request] = cluster.core.requests.values()
     word = m.Unreachable(request=asked, attempt=request.attempt, peer=cluster.nodes["pi-2"].id)
-    cluster.inject(cluster.coordinator, cluster.nodes["pi-1"].id, word)
+    cluster.inject(cluster.coordinator, cluster.nodes["head"].id, word)
     cluster.check(asked, image(1))
     assert made.number not in cluster.nodes["pi-2"].core._installing.deployments  # type: ignore[union-attr]
     cluster.check_idle()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from cores import Cluster
+from msgspec import structs
 
 from meshinfer import limits
 from meshinfer.protocol import messages as m
@@ -164,3 +165,27 @@ def test_a_crash_names_its_request_and_task_in_the_log() -> None:
     (note,) = (n for n in cluster.coordinator.notes if n.text == "its last process ended")
     said = {"device": "pi-2", "why": "SIGSEGV", "request": "somebody's", "task": "(0, 0)"}
     assert said.items() <= dict(note.fields).items() and note.fields["attempt"] == 1
+
+
+def lose(health: Health, name: str, now: float) -> m.Hello:
+    info = m.DeviceInfo(device=name, state="dead", facts=m.Facts(), heard_s=0.0)
+    hello = m.Hello(role="worker", device=name, incarnation=f"{now}", cluster="home",
+                    protocol=m.PROTOCOL, ended=CRASH)  # fmt: skip
+    health.lost(hello, info, now, now)
+    return structs.replace(hello, incarnation="next")
+
+
+def test_after_an_outage_of_many_none_is_in_question_but_who_is_quarantined_now() -> None:
+    """Else each look at who may work goes through all of them, for good."""
+    health = Health()
+    for i in range(100):
+        assert health.joined(lose(health, f"pi-{i}", 1.0), 2.0) == ""
+    for _ in range(limits.STRIKES - 1):
+        why = health.joined(lose(health, "pi-7", 3.0), 4.0)
+    assert why and health.in_question(5.0) == {"pi-7"}
+    health.liars["pi-9"] = (10.0, "")
+    assert health.in_question(6.0) == {"pi-7", "pi-9"}
+    assert health.quarantines({"pi-7": 0}) == [health.quarantined_until("pi-7")]
+    assert health.in_question(5.0 + limits.QUARANTINE_S) == set() and not health.liars
+    health.in_question(5.0 + limits.QUARANTINE_S + limits.QUARANTINE_FORGOTTEN_S)
+    assert health._records == {} and health.quarantines({"pi-7": 0}) == []

@@ -114,6 +114,27 @@ def test_who_has_it_with_two_others_works_no_more_for_a_while(
     cluster.check(request, image(len(words) - 1))
 
 
+def test_who_was_taken_for_a_liar_works_again_as_another_is_found_by_its_pieces() -> None:
+    """1. pi-1 and pi-2 differ, none can tell who is wrong, and pi-2 is kept out; 2. pi-1 has it
+    with pi-3 too."""
+    cluster = ready(NAMES, pipeline(graph()))
+    checks, health = cluster.core._answering.checks, cluster.core.members.health
+    verdict = checks.trust.differ("pi-1", "pi-2", {"pi-1": 0.0, "pi-2": 1.0})
+    assert verdict is not None and verdict.liar == "pi-2"
+    checks._keep_out(verdict, cluster.now)
+    request, attempt = begun(cluster)
+    cluster.pass_time(1.0)
+    attempt = cluster.core.requests[request].attempt
+    tried = cluster.core.requests[request].tried[attempt]
+    place = next(p for p in ((0, 0), (1, 0), (2, 0)) if tried.has_part("pi-1", p))
+    word = m.Doubtful(request=request, attempt=attempt, place=place, peer="pi-1#1", why=WHY)
+    say(cluster, "pi-3#1", word)
+    assert excluded(cluster) == {"pi-1"} and not health.liars
+    (note,) = [n for n in cluster.coordinator.notes if n.text == "a piece of another kind"]
+    assert (note.fields["excluded"], note.fields["cleared"]) == ("pi-1", "pi-2")
+    cluster.check(request)
+
+
 def test_a_device_that_always_sends_what_was_not_asked_for_is_left_out_in_the_end() -> None:
     """No kernel makes that. Its results are of another shape; whom it sends them says so."""
     cluster = ready(NAMES, pipeline(graph()))
@@ -201,3 +222,59 @@ def test_only_who_is_to_prepare_something_may_say_that_it_cannot() -> None:
     said = cluster.answer(call).answer
     assert isinstance(said, m.Deployed) and said.failure is None
     assert cluster.check(cluster.submit()).attempts == 1
+
+
+# --- Unreachable
+
+
+def unreached(cluster: Cluster, *words: tuple[str, str]) -> None:
+    """Each is said of another attempt, which is answered."""
+    for i, (by, of) in enumerate(words):
+        request, attempt = begun(cluster, i)
+        say(cluster, by, m.Unreachable(request=request, attempt=attempt, peer=of))
+        assert cluster.check(request, image(i)).attempts == 2
+
+
+def test_one_device_that_does_not_reach_another_is_kept_apart_from_it_and_nobody_is_out() -> None:
+    cluster = ready(NAMES, pipeline(graph()))
+    request, attempt = begun(cluster)
+    say(cluster, "pi-1#1", m.Unreachable(request=request, attempt=attempt, peer="pi-2#1"))
+    assert not excluded(cluster) and cluster.core.members.apart == {("pi-1", "pi-2"): True}
+    assert cluster.check(request).attempts == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "out"),
+    [
+        ([("pi-1#1", "pi-2#1"), ("pi-3#1", "pi-2#1")], "pi-2"),
+        ([("pi-1#1", "pi-2#1"), ("pi-1#1", "pi-3#1")], "pi-1"),  # one liar, who names all others
+        ([("head#1", "pi-2#1")], "pi-2"),  # the coordinator's own
+        ([("pi-2#1", "head#1")], "pi-2"),  # of which it says that of itself
+    ],
+)
+def test_who_is_named_by_two_or_names_two_works_no_more_for_a_while(
+    words: list[tuple[str, str]], out: str
+) -> None:
+    cluster = ready(NAMES, pipeline(graph()))
+    unreached(cluster, *words)
+    assert excluded(cluster) == {out}
+
+
+def test_who_says_it_again_is_out_itself_unless_long_after() -> None:
+    cluster = ready(NAMES, pipeline(graph()))
+    for pause_s, out in ((0.0, set()), (limits.STRIKES_WITHIN_S + 1.0, set()), (3.0, {"pi-1"})):
+        cluster.pass_time(pause_s)
+        assert not cluster.core.members.apart, "an echo of their own has come back"
+        unreached(cluster, ("pi-1#1", "pi-2#1"))
+        assert excluded(cluster) == out
+
+
+def test_a_pair_that_no_way_leads_between_is_parted_with_the_first_word() -> None:
+    """1. pi-1 and pi-2 are cut off from each other, and the head relays nothing either."""
+    cluster = ready(NAMES, pipeline(graph()))
+    cluster.severed.add(frozenset(("pi-1", "pi-2")))
+    head = cluster.nodes["head"].core
+    head._detours.pass_on = lambda *_: []  # type: ignore[union-attr, method-assign]
+    reply = cluster.check(cluster.submit(deadline_s=60.0))
+    assert reply.attempts == 2 and len(excluded(cluster)) == 1
+    assert reply.total_s < limits.ACK_TRIES * limits.ACK_TIMEOUT_S + 3.0

@@ -510,6 +510,22 @@ def test_what_others_have_computed_is_not_blamed_on_a_device(first: bool) -> Non
     assert core.idle
 
 
+def test_a_release_that_comes_late_ends_no_check_of_a_later_attempt() -> None:
+    """1. a sample of attempt 1 comes before word of it; 2. its check begins; 3. and before each of
+    them a release of what was there earlier, by that id."""
+    core = checker()
+    sample(core, "pi-3#1", 1)
+    told(core, m.Release(request="r", attempt=0), 0.9)
+    assert len(core._checking._aside) == 1
+    check(core)
+    told(core, m.Release(request="r", attempt=0), 1.0)
+    sample(core, "head#1")
+    said = sample(core, "pi-2#1", made=True)
+    assert [x.request for x in said if isinstance(x, e.Compute)] == ["r"]
+    told(core, m.Release(request="r", attempt=1), 1.1)
+    assert not core._checking
+
+
 def test_a_client_that_is_the_source_gives_samples_of_its_inputs_and_no_other() -> None:
     core = checker()
     check(core, head="ann#1")

@@ -191,8 +191,7 @@ class Checks:
     def _keep_out(self, verdict: Verdict, now: float) -> list[Effect]:
         """It works no more, and what it had a part in and nobody was told yet begins again."""
         liar, health = verdict.liar, self._members.health
-        for name in verdict.cleared:
-            health.liars.pop(name, None)
+        self._clear(verdict)
         health.liars[liar] = (now + limits.LIAR_S, verdict.why)
         self._members.changed_at = now - limits.REPLAN_SETTLE_S
         for request in self._requests.values():
@@ -204,6 +203,10 @@ class Checks:
         text = PROVEN if verdict.proven else SUSPECT
         fields = {"device": liar, "why": verdict.why, "cleared": ",".join(verdict.cleared)}
         return [self._members.faults.note("error", text, fields)]
+
+    def _clear(self, verdict: Verdict) -> None:
+        for name in verdict.cleared:
+            self._members.health.liars.pop(name, None)
 
     def _doubtful(self, peer: str, message: m.Doubtful, now: float) -> Heard:
         """Word of who has a part in an attempt of another that has: a piece is not finite, so its
@@ -224,27 +227,29 @@ class Checks:
             return [], []
         request.deployment = None
         fields = {"request": request.id, "heard_by": peer, "peer": message.peer}
-        note = Note("warning", "a piece of another kind", {**fields, "why": message.why})
+        fields["why"], text = message.why, "a piece of another kind"
         by = self._members.by_peer(peer)
         if by is None or device is None or not its or device.hello.facts.head:
-            return [note], []
-        out, why = self._word_against(by, device, message.why, now)
-        if out is not None:
-            out.exclude(why, now)
-        return [note], [] if out is None else [out.name]
+            return [Note("warning", text, fields)], []
+        verdict = self._word_against(by, device, message.why, now)
+        out = None if verdict is None else self._members.devices.get(verdict.liar)
+        if verdict is None or out is None:
+            return [Note("warning", text, fields)], []
+        out.exclude(verdict.why, now)
+        fields |= {"excluded": out.name, "cleared": ",".join(verdict.cleared)}
+        return [Note("warning", text, fields)], [out.name]
 
-    def _word_against(
-        self, by: Device, device: Device, why: str, now: float
-    ) -> tuple[Device | None, str]:
+    def _word_against(self, by: Device, device: Device, why: str, now: float) -> Verdict | None:
         """No kernel makes that, so that one of the two lies: as when their results differ, all that
         both do is checked, and who has it with two others works no more for a while. The head is
         the coordinator's own."""
         if by.hello.facts.head:
-            return device, f"it sent what was not asked for: {why}"
+            text = f"it sent what was not asked for: {why}"
+            return Verdict(device.name, text, proven=True)
         verdict = self._differ(device.name, by.name, now)
-        if verdict is None:
-            return None, ""
-        return self._members.devices.get(verdict.liar), verdict.why
+        if verdict is not None:
+            self._clear(verdict)
+        return verdict
 
     def forget(self, made: Deployment) -> None:
         """A deployment is retired: its checks come to nothing."""

@@ -214,7 +214,7 @@ class CoordinatorCore:
                 effects, out = self._answering.checks.heard(peer, message, now)
                 return effects + [e for n in out for e in self._deploying.out_of_service(n, now)]
             case m.Stalled() if runs:
-                return self._reaching.stalled(peer, message)
+                return self._reaching.stalled(peer, message, now)
             case m.Unreachable() if runs:
                 return self._reaching.unreachable(peer, message, now)
             case m.LinkMeasured() if device is not None:

@@ -16,6 +16,8 @@ from msgspec import structs
 from meshinfer import limits
 from meshinfer.protocol import messages as m
 
+assert limits.LOST_SHOWN_S <= limits.QUARANTINE_FORGOTTEN_S
+
 
 @dataclass(slots=True)
 class _Record:
@@ -37,10 +39,12 @@ class _Record:
 
 
 class Health:
-    """Mutable: owned by the coordinator's membership."""
+    """Mutable: owned by the coordinator's membership. ``_records``: those lost last at the end;
+    ``_held``: the devices that are quarantined, or were as it was last asked."""
 
     def __init__(self) -> None:
         self._records: OrderedDict[str, _Record] = OrderedDict()
+        self._held: set[str] = set()
         self.liars: dict[str, tuple[float, str]] = {}
 
     # --- deaths
@@ -76,9 +80,13 @@ class Health:
         worked_from = min(max(record.joined_at, record.until), record.lost_at)
         early = record.lost_at - worked_from <= limits.EARLY_DEATH_S
         if killed and record.answered:
-            return self._rest(record, now) if early else ""
-        crashed = not killed and ended is not None and bool(ended.request)
-        return self._strike(record, now) if crashed or early else ""
+            why = self._rest(record, now) if early else ""
+        else:
+            crashed = not killed and ended is not None and bool(ended.request)
+            why = self._strike(record, now) if crashed or early else ""
+        if why:
+            self._held.add(hello.device)
+        return why
 
     def _strike(self, record: _Record, now: float) -> str:
         """It was at fault."""
@@ -119,14 +127,21 @@ class Health:
         record = self._records.get(device)
         return 0.0 if record is None else record.until
 
-    @property
-    def in_question(self) -> set[str]:
-        """Devices that may be quarantined: all others are not."""
-        return self.liars.keys() | self._records.keys()
+    def in_question(self, now: float) -> set[str]:
+        """Devices that are quarantined now, as a rule very few; what is long over is forgotten."""
+        self._held = {name for name in self._held if now < self.quarantined_until(name)}
+        self.liars = {name: held for name, held in self.liars.items() if now < held[0]}
+        while self._records and self._is_old(next(iter(self._records.values())), now):
+            self._records.popitem(last=False)
+        return self.liars.keys() | self._held
+
+    @staticmethod
+    def _is_old(record: _Record, now: float) -> bool:
+        return now - max(record.lost_at, record.until) > limits.QUARANTINE_FORGOTTEN_S
 
     def quarantines(self, devices: Container[str]) -> list[float]:
-        """Until when each of these that ever was quarantined is, or was."""
-        return [r.until for name, r in self._records.items() if r.until and name in devices]
+        """Until when each of these that is quarantined is so, or was as it was last asked."""
+        return [self.quarantined_until(name) for name in self._held if name in devices]
 
     def lies(self, device: str, now: float) -> tuple[float, str] | None:
         """Until when a device works no more because its results are wrong, and why."""

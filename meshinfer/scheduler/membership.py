@@ -276,9 +276,10 @@ class Membership:
             for name, d in self.devices.items()
             if d.hello.facts.computes and not d.draining and now >= d.excluded_until
         ]
+        in_question = health.in_question(now)
         if health.liars:
             here = [name for name in here if health.lies(name, now) is None]
-        if not health.in_question:  # nobody is quarantined: of many devices this is asked often
+        if not in_question:  # nobody is quarantined: of many devices this is asked often
             return tuple(sorted(here))
         ends = {name: health.quarantined_until(name) for name in here}
         names = [name for name in here if ends[name] <= now]
@@ -336,7 +337,7 @@ class Membership:
     def kept_out(self, now: float) -> list[tuple[str, str, str]]:
         """Devices that get no work for a while, in order: name, state and cause."""
         out = {name for name, d in self.devices.items() if now < d.excluded_until}
-        out |= self.health.in_question & self.devices.keys()
+        out |= self.health.in_question(now) & self.devices.keys()
         found = [(name, *self.standing(self.devices[name], now)) for name in sorted(out)]
         kept = ("quarantined", "excluded")
         return [(name, state, cause) for name, state, _, cause in found if state in kept]

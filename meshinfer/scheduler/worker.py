@@ -167,7 +167,7 @@ class WorkerCore:
             case m.Assign():
                 return self._computing.assign(message, now)
             case m.Release():
-                self._checking.release(message.request)
+                self._checking.release(message.request, message.attempt)
                 return self._computing.release(message, now)
             case m.Check():
                 return self._checking.asked(message, now)
