@@ -101,6 +101,9 @@ def test_a_pair_is_apart_no_more_although_its_plan_is_gone() -> None:
     cluster.inject(cluster.coordinator, "pi-3#1", word)  # which is none of the two
     assert cluster.core.members.apart == {("pi-1", "pi-2"): True}
     cluster.core.catalogue.deployments.clear()
+    cluster.kill("head")  # nor is it there while the coordinator's own device begins again
+    cluster.pass_time(0.1)
+    assert cluster.core.members.head is None
     cluster.inject(cluster.coordinator, "pi-1#1", word)
     assert cluster.core.members.apart == {}
 

@@ -128,7 +128,7 @@ class Detours:
 def detour(members: Membership, peer: str, message: m.Stalled) -> list[Effect]:
     """The coordinator's half: a device does not hear from another, or does again."""
     device, other, head = members.by_peer(peer), members.by_peer(message.peer), members.head
-    if device is None or other is None or head is None or head in (device, other):
+    if device is None or other is None:
         return []
     pair = (min(device.name, other.name), max(device.name, other.name))
     fields = {"device": device.name, "other": other.name}
@@ -136,6 +136,8 @@ def detour(members: Membership, peer: str, message: m.Stalled) -> list[Effect]:
         if not members.apart.pop(pair, False):
             return []
         return [Note("info", "two devices reach each other again", fields)]
+    if head is None or head in (device, other):
+        return []
     ways = [
         Send(Plane.CONTROL, device.peer, m.Detour(peer=other.bulk, via=head.bulk)),
         Send(Plane.CONTROL, other.peer, m.Detour(peer=device.bulk, via=head.bulk)),
