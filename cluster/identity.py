@@ -27,6 +27,7 @@ log = structlog.get_logger(__name__)
 
 IDENTITY_FILE: Final = "identity.json"
 _MACHINE_FILES: Final = ("/etc/machine-id", "/var/lib/dbus/machine-id")
+_SERIAL_FILE: Final = "/sys/firmware/devicetree/base/serial-number"
 
 
 def own_identity(state_dir: Path) -> KeyPair:
@@ -35,14 +36,18 @@ def own_identity(state_dir: Path) -> KeyPair:
     path = state_dir / IDENTITY_FILE
     hint = f"restore {path} from a backup, or remove it: the device then has to join anew"
     make_folder(state_dir)
-    machine = machine_id()
+    machine, serial = machine_id(), board_serial()
+    here = f"{machine} {serial}".strip()
     if path.exists():
         fields = read_private(path, "identity", hint)
         check_fields(path, fields, {"machine", "key"}, hint)
         if not isinstance(fields["machine"], str):
             raise AuthError(f"the machine in {path} is not text", hint=hint)
         pair = pair_of(path, "key", fields["key"], hint)
-        if fields["machine"] == machine:
+        its_machine, _, its_serial = fields["machine"].partition(" ")
+        if its_machine == machine and (not its_serial or not serial or its_serial == serial):
+            if serial and not its_serial:  # of a release before
+                write_private(path, {"machine": here, "key": pair_fields(pair)})
             return pair
         log.warning(
             "this state folder comes from another machine: a new identity is made, and the old "
@@ -51,13 +56,14 @@ def own_identity(state_dir: Path) -> KeyPair:
             was=device_id(pair.public),
         )
     pair = generate_keypair()
-    write_private(path, {"machine": machine, "key": pair_fields(pair)})
+    write_private(path, {"machine": here, "key": pair_fields(pair)})
     log.info("this device has an identity", id=device_id(pair.public))
     return pair
 
 
 def machine_id() -> str:
-    """systemd's id of this installation; empty where there is none, and copies are not noticed."""
+    """systemd's id of this installation; empty where there is none. A card that is copied byte for
+    byte has the same."""
     for name in _MACHINE_FILES:
         try:
             found = Path(name).read_text("ascii").strip()
@@ -66,3 +72,12 @@ def machine_id() -> str:
         if found:
             return found
     return ""
+
+
+def board_serial() -> str:
+    """Of a board with a device tree, as a Pi: a copy of a card has its machine id, and another
+    serial number. Empty elsewhere."""
+    try:
+        return Path(_SERIAL_FILE).read_text("ascii").strip("\0 \n")
+    except (OSError, UnicodeDecodeError):
+        return ""

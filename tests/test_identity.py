@@ -52,6 +52,27 @@ def test_a_copied_folder_gets_a_new_identity_on_the_other_machine_and_says_so(
     assert pair.secret not in (tmp_path / "clone" / IDENTITY_FILE).read_text()
 
 
+def test_a_card_that_is_copied_byte_for_byte_is_noticed_by_the_boards_serial_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The copy has the same machine id, too."""
+    machine, serial = tmp_path / "machine-id", tmp_path / "serial-number"
+    machine.write_text("a" * 32 + "\n")
+    monkeypatch.setattr(identity, "_MACHINE_FILES", (str(machine),))
+    monkeypatch.setattr(identity, "_SERIAL_FILE", str(serial))
+    card = tmp_path / "card"
+    pair = own_identity(card)  # by a release before, which did not look at it
+    serial.write_bytes(b"10000000aaaaaaaa\0")
+    assert own_identity(card) == pair
+    serial.unlink()  # in a container, say
+    assert own_identity(card) == pair
+    serial.write_bytes(b"10000000bbbbbbbb\0")
+    with capture_logs() as said:
+        other = own_identity(card)
+    assert other != pair and "another machine" in said[0]["event"]
+    assert own_identity(card) == other
+
+
 def test_where_machines_have_no_id_the_folder_alone_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

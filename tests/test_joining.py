@@ -100,6 +100,8 @@ def test_a_token_lets_one_device_in_which_needs_it_no_more(home: Home, tmp_path:
             worker.terminate()
             assert end_of(worker)[0] == 0
         assert eventually(lambda: not home.has("a"), LONG_S)
+    on_disk = [path.read_bytes() for path in home.folder.rglob("*") if path.is_file()]
+    assert on_disk and not any(token.secret in data for data in on_disk), "its hash is enough"
     code, words = end_after(home, tmp_path / "thief", token)
     assert code == 77 and "not valid" in words and "meshinfer token" in words
     assert str(token) not in words and not home.has("thief")

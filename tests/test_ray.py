@@ -61,7 +61,8 @@ pytestmark = [
 
 
 class Shelf:
-    """Three Ray nodes: the head, on which this process is, and two more, one with a camera."""
+    """Three Ray nodes: the head, on which this process is, and two more, one with a camera and what
+    it says is a GPU."""
 
     def __init__(self) -> None:
         with warnings.catch_warnings():
@@ -77,7 +78,7 @@ class Shelf:
         self.cluster = Cluster(initialize_head=True, head_node_args=usual)
         self.others = [
             self.cluster.add_node(wait=False, **usual),
-            self.cluster.add_node(wait=False, resources={"camera": 1.0}, **usual),
+            self.cluster.add_node(wait=False, resources={"camera": 1.0}, num_gpus=1, **usual),
         ]
         self.cluster.wait_for_nodes()
         self.address = f"ray://{self.cluster.address}"
@@ -243,6 +244,45 @@ def test_a_node_without_what_is_asked_for_is_left_out_and_a_client_can_be_awaite
 
     asyncio.run(main())
     assert len(ready(client)) == 3, "another client's end is none of ours"
+
+
+def test_who_asks_for_a_gpu_gets_the_nodes_that_have_one(shelf: Shelf) -> None:
+    made: Any = mi.Client(shelf.address, cpus=0.1, gpus=1.0)
+    with made:
+        assert len(ready(made)) == 1
+        others = [d for d in made.devices() if d.state == "excluded"]
+        assert [d.cause for d in others] == ["it has 0 GPU, 1 asked for"] * 2
+    with pytest.raises(mi.ClusterUnavailable, match="it has 1 GPU, 2 asked for"):
+        mi.Client(shelf.address, cpus=0.1, gpus=2.0)
+
+
+AUTO = """
+import sys, numpy as np, meshinfer as mi
+with mi.Client("ray://auto", cpus=0.1, resources={"camera": 0.1}) as client:
+    client.deploy("m", open(sys.argv[1], "rb").read())
+    result = client.infer("m", np.load(sys.argv[2], allow_pickle=False))
+    (output,) = result.outputs.values()
+    np.save(sys.argv[3], output)
+"""
+
+
+def test_auto_is_the_cluster_that_this_machine_is_in(shelf: Shelf, tmp_path: Path) -> None:
+    """As a program on a node has it: Ray knows, or RAY_ADDRESS says it."""
+    model, data = small_model(), image()
+    files = [tmp_path / name for name in ("m.onnx", "in.npy", "out.npy")]
+    files[0].write_bytes(model if isinstance(model, bytes) else model.SerializeToString())
+    ((name, array),) = data.items()
+    np.save(files[1], array)
+    done = subprocess.run(
+        [sys.executable, "-c", AUTO, *map(str, files)],
+        cwd=ROOT,
+        env={**os.environ, "RAY_ADDRESS": shelf.cluster.address},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert_exact(model, data, {"y": np.load(files[2])})
 
 
 def test_where_no_node_has_room_it_is_said_what_they_lack(client: RayClient, shelf: Shelf) -> None:

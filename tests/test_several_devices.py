@@ -121,10 +121,13 @@ def test_an_answer_that_comes_from_two_devices_is_merged_once() -> None:
         client=start.client,
         assigned=((0, 0, 0), (0, 0, 1)),
     )
-    cluster.inject(cluster.nodes["head"], "coordinator", both)
+    for name in ("head", "pi-1", "pi-2"):
+        cluster.inject(cluster.nodes[name], "coordinator", both)
     cluster.check(request)
     cluster.pass_time(0.5)
     assert sorted(begun) == ["pi-1", "pi-2"]
+    release = m.Release(request=start.request, attempt=start.attempt)
+    cluster.inject(cluster.nodes["pi-2"], "coordinator", release)  # which knows of pi-1 alone
     cluster.check_idle()
 
 

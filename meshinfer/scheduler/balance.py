@@ -118,6 +118,13 @@ class Balance:
         self._paces.pop(device, None)
 
 
+def unusual(factors: Mapping[str, float]) -> dict[str, str]:
+    """Of a log line: which devices were thought slower or faster than their profiles, if any."""
+    odd = {n: f for n, f in factors.items() if max(f, 1 / max(f, 1e-9)) > limits.PACE_DEVIATION}
+    said = ", ".join(f"{name} {factor:.2f}" for name, factor in sorted(odd.items()))
+    return {"paces": said} if said else {}
+
+
 def pause_of(search_s: float, in_vain: int, *, grave: bool, upset: bool) -> float:
     """Seconds from one plan to the next search for a better one: longer each time in vain, but for
     an ``upset``: what was in vain was so on other devices than they are now."""

@@ -16,7 +16,7 @@ from meshinfer.protocol.codec import header_bytes
 from meshinfer.scheduler.admission import unavailable
 from meshinfer.scheduler.answering import Answering
 from meshinfer.scheduler.assigning import choices_of
-from meshinfer.scheduler.balance import Balance, pause_of
+from meshinfer.scheduler.balance import Balance, pause_of, unusual
 from meshinfer.scheduler.catalogue import Catalogue, Deployment, Model, Phase, with_notes
 from meshinfer.scheduler.events import (
     Candidate,
@@ -187,7 +187,8 @@ class Deploying:
         model = made.model
         if made.report is not None and made.signature in model.unprepared:
             made.report = with_notes(made.report, model.unprepared.pop(made.signature))
-        note = Note("info", "plan ready", {"model": model.name, "deployment": made.number})
+        fields = {"model": model.name, "deployment": made.number, **unusual(made.factors)}
+        note = Note("info", "plan ready", fields)
         effects = self.models.serve(model, made)
         if not made.alone:
             self._journal.planned(entry_of(made, self._members))
