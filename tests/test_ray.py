@@ -271,7 +271,7 @@ def test_auto_is_the_cluster_that_this_machine_is_in(shelf: Shelf, tmp_path: Pat
     model, data = small_model(), image()
     files = [tmp_path / name for name in ("m.onnx", "in.npy", "out.npy")]
     files[0].write_bytes(model if isinstance(model, bytes) else model.SerializeToString())
-    ((name, array),) = data.items()
+    (array,) = data.values()
     np.save(files[1], array)
     done = subprocess.run(
         [sys.executable, "-c", AUTO, *map(str, files)],
