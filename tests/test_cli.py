@@ -367,10 +367,10 @@ def test_a_bug_shows_its_traceback_only_on_request(monkeypatch: pytest.MonkeyPat
         raise LookupError("planted")
 
     monkeypatch.setattr("cluster.cli.plans._graph", fail)
-    quiet = CliRunner().invoke(app, ["plan", "x"])
+    quiet = CliRunner().invoke(app, ["plan", str(UPSCALER)])
     assert quiet.exit_code == 70
     assert "planted" in quiet.stderr and "Traceback" not in quiet.stderr
-    loud = CliRunner().invoke(app, ["plan", "x", "--log-level", "debug"])
+    loud = CliRunner().invoke(app, ["plan", str(UPSCALER), "--log-level", "debug"])
     assert loud.exit_code == 70
     assert "Traceback" in loud.stderr
 
@@ -380,7 +380,7 @@ def test_ctrl_c_ends_a_command_with_130(monkeypatch: pytest.MonkeyPatch) -> None
         raise KeyboardInterrupt
 
     monkeypatch.setattr("cluster.cli.plans._graph", interrupt)
-    result = CliRunner().invoke(app, ["plan", "x"])
+    result = CliRunner().invoke(app, ["plan", str(UPSCALER)])
     assert (result.exit_code, result.output) == (130, "")
 
 
