@@ -287,7 +287,7 @@ class Submit(Message, frozen=True):
 class Start(Message, frozen=True):
     """To all with a part in it: run this attempt (numbers go up); the answer goes to ``client``.
     ``assigned``: who takes tasks of several devices. ``head``: the peer in the head's place. Of
-    nobody else's word an attempt begins, or has another head."""
+    nobody else's word an attempt begins, or has another head. ``again``: it may have been lost."""
 
     request: Name
     attempt: Count
@@ -295,6 +295,7 @@ class Start(Message, frozen=True):
     client: Name
     assigned: Assignment = ()
     head: Word = ""
+    again: bool = False
 
 
 class TasksDone(Message, frozen=True):

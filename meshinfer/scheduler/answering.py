@@ -294,14 +294,7 @@ class Answering:
         made.asked += 1
         self._covering.begin(tried, partial(self._seconds, now), now)
         request.started = now if request.started is None else request.started
-        start = m.Start(
-            request=request.id,
-            attempt=request.attempt,
-            deployment=made.number,
-            client=request.client,
-            assigned=tried.on_wire(),
-            head=own,
-        )
+        start = request.start()
         peers = tried.peers()
         return [_to(peers[name], start) for name in tried.in_order()]
 

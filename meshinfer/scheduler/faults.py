@@ -61,7 +61,7 @@ class Faults:
             if not isinstance(effect, Send):
                 continue
             match effect.message:
-                case m.Start() as start if (start.request, start.attempt) not in seen:
+                case m.Start(again=False) as start if (start.request, start.attempt) not in seen:
                     seen.add((start.request, start.attempt))
                     if start.request in open_ and len(open_[start.request].tried) > 1:
                         self._met(start.request)

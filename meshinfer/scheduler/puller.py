@@ -20,7 +20,7 @@ _PATIENCE_S = (
 @dataclass(slots=True)
 class _Pull:
     """``gentle``: nobody waits for it, so it must not be in the way of what somebody waits for.
-    ``renewed``: it is to be asked for by a new connection."""
+    ``look``: when to look whether its peer sends anything."""
 
     peer: str
     total: int | None
@@ -30,7 +30,7 @@ class _Pull:
     complete: bool = False
     gentle: bool = False
     asked: float = 0.0
-    renewed: bool = False
+    look: float = 0.0
 
 
 class Puller:
@@ -109,11 +109,10 @@ class Puller:
         self._active.clear()
 
     def due(self, now: float) -> tuple[list[Effect], list[str]]:
-        """Ask again for what is late, by a new connection where a peer sends nothing at all; and
-        the digests that never came."""
-        effects: list[Effect] = []
+        """Ask again for what is late; and the digests that never came. A peer that sends nothing at
+        all may be behind a connection that carries no more messages, which is made anew then."""
+        effects = self._renewals(now)
         failed = []
-        renewed: set[str] = set()
         for digest in list(self._active):
             pull = self._pulls[digest]
             if pull.due > now:
@@ -121,19 +120,20 @@ class Puller:
             if now - pull.since >= limits.ACK_TRIES * _PATIENCE_S:
                 failed.append(digest)
                 self.done(digest)
-                continue
-            if not pull.renewed and self._is_deaf(pull.peer, now):
-                if pull.peer not in renewed:
-                    renewed.add(pull.peer)
-                    effects.append(Renew(pull.peer))
-                pull.renewed, pull.due = True, now + limits.RESEND_AFTER_LOSS_S
-                continue
-            effects.append(self._ask(digest, now))
+            else:
+                effects.append(self._ask(digest, now))
         return effects + self._fill(now), failed
 
-    def _is_deaf(self, peer: str, now: float) -> bool:
-        pulls = (self._pulls[digest] for digest in self._active)
-        return all(now - pull.since >= _PATIENCE_S for pull in pulls if pull.peer == peer)
+    def _renewals(self, now: float) -> list[Effect]:
+        peers = {self._pulls[d].peer for d in self._active if self._pulls[d].look <= now}
+        effects: list[Effect] = []
+        for peer in sorted(peers):
+            pulls = [p for p in map(self._pulls.__getitem__, self._active) if p.peer == peer]
+            if all(now - pull.since >= limits.ACK_TIMEOUT_S for pull in pulls):
+                effects.append(Renew(peer))
+            for pull in pulls:
+                pull.look = now + limits.ACK_TIMEOUT_S
+        return effects
 
     def __len__(self) -> int:
         return len(self._pulls)
@@ -142,7 +142,7 @@ class Puller:
         """When ``due`` has something to do; what ``done`` made room for is asked for then, too."""
         if not self._pulls:
             return None
-        times = [self._pulls[d].due for d in self._active]
+        times = [min(self._pulls[d].due, self._pulls[d].look) for d in self._active]
         waiting = self._next()
         if waiting is not None:
             times.append(self._gentle_from if self._pulls[waiting].gentle else 0.0)
@@ -173,6 +173,7 @@ class Puller:
 
     def _ask(self, digest: str, now: float) -> Send:
         pull = self._pulls[digest]
-        pull.asked, pull.due, pull.renewed = now, now + _PATIENCE_S, False
+        pull.asked, pull.due = now, now + _PATIENCE_S
+        pull.look = now + limits.ACK_TIMEOUT_S
         want = Want(digest=digest, offset=pull.offset, length=limits.BLOB_WANT_BYTES)
         return Send(Plane.BULK, pull.peer, want)

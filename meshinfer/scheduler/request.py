@@ -160,6 +160,19 @@ class Request:
     def id(self) -> str:
         return self.header.request
 
+    def start(self, *, again: bool = False) -> m.Start:
+        """What all with a part in its attempt are told."""
+        tried = self.tried[self.attempt]
+        return m.Start(
+            request=self.id,
+            attempt=self.attempt,
+            deployment=tried.deployment.number,
+            client=self.client,
+            assigned=tried.on_wire(),
+            head=tried.head,
+            again=again,
+        )
+
     @property
     def waiting(self) -> bool:
         return self.deployment is None and self.merged is None

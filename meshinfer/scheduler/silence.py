@@ -45,7 +45,7 @@ class Silence:
             effects += self._fallback.go_on_without_away(now)
         for request in late:
             request.tried[request.attempt].doubted = now
-            effects += self._ask(request.tried[request.attempt], now)
+            effects += self._ask(request, now)
         return effects
 
     def _silent(self, now: float) -> list[Effect]:
@@ -91,12 +91,16 @@ class Silence:
             if len(idle) == len(here):
                 self._members.presence.starved |= idle
 
-    def _ask(self, tried: Try, now: float) -> list[Effect]:
-        """For a sign of life, of those that owe an attempt."""
-        devices = (self._members.devices.get(name) for name in sorted(self._owe(tried)))
+    def _ask(self, request: Request, now: float) -> list[Effect]:
+        """For a sign of life, of those that owe an attempt; who computes nothing may not have heard
+        of it: TCP loses no word of ours, but somebody in between may, and CURVE does not notice."""
+        owing = self._owe(request.tried[request.attempt])
+        devices = (self._members.devices.get(name) for name in sorted(owing))
         asked = [d for d in devices if d is not None and self._members.presence.ask(d.name, now)]
         beat = m.Alive(beat_in_s=limits.BEAT_NOW_S)
-        return [Send(Plane.CONTROL, device.peer, beat) for device in asked]
+        start, idle = request.start(again=True), [d for d in asked if not d.computing]
+        effects: list[Effect] = [Send(Plane.CONTROL, device.peer, start) for device in idle]
+        return [*effects, *(Send(Plane.CONTROL, device.peer, beat) for device in asked)]
 
     def bears(self, device: Device, now: float) -> bool:
         """Whether a device without a heartbeat stays a member: others do its work meanwhile."""
