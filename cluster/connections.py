@@ -52,23 +52,24 @@ class Connection:
         """Whether our end is at this port."""
         return self.ends is not None and self.ends[0][1] == port
 
-    def end(self) -> None:
-        """Shut it down; libzmq's I/O thread then closes it."""
-        with _open(self.number) as found, contextlib.suppress(OSError):
-            if found is not None and not self.spoiled and self._is(found):
-                found.shutdown(socket.SHUT_RDWR)
-                self.spoiled = True
-
-    def end_if_silent(self) -> None:
-        """End it if next to nothing has come by it since this was last asked: what would have been
-        said by now may stand behind much else, and that would begin again from its first byte."""
-        before = self._received
+    def end(self, *, if_silent: bool = False) -> None:
+        """Shut it down; libzmq's I/O thread then closes it. ``if_silent``: only if next to nothing
+        has come by it since this was last asked: what would have been said by now may stand behind
+        much else, and that would begin again from its first byte."""
         with _open(self.number) as found, contextlib.suppress(OSError, struct.error):
-            if found is not None and self._is(found):
-                told = found.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_RECEIVED_AT + 8)
-                (self._received,) = struct.unpack_from("=Q", told, _BYTES_RECEIVED_AT)
-        if before >= 0 and self._received - before < _SILENT_BYTES:
-            self.end()
+            if found is None or self.spoiled or not self._is(found):
+                return
+            if if_silent and not self._is_silent(found):
+                return
+            found.shutdown(socket.SHUT_RDWR)
+            self.spoiled = True
+
+    def _is_silent(self, found: socket.socket) -> bool:
+        """The first time not: nothing is known of before."""
+        before = self._received
+        told = found.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_RECEIVED_AT + 8)
+        (self._received,) = struct.unpack_from("=Q", told, _BYTES_RECEIVED_AT)
+        return before >= 0 and self._received - before < _SILENT_BYTES
 
     def _is(self, found: socket.socket) -> bool:
         return (found.getsockname(), found.getpeername()) == self.ends

@@ -62,7 +62,7 @@ class Link(Ends):
     def end(self, peer: str, *, if_silent: bool) -> None:
         """End the connection with it; libzmq makes another."""
         if self.connection is not None:
-            (self.connection.end_if_silent if if_silent else self.connection.end)()
+            self.connection.end(if_silent=if_silent)
             self.spoiled = self.spoiled or self.connection.spoiled
 
 

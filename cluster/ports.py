@@ -283,4 +283,4 @@ class Port(sockets.Ends):
             if not known.is_bound_to(self.number):
                 return
             self._connections[connection] = known
-        (known.end_if_silent if if_silent else known.end)()
+        known.end(if_silent=if_silent)

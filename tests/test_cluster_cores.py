@@ -11,6 +11,7 @@ from meshinfer.protocol import messages as m
 from meshinfer.protocol.codec import digest_of
 from meshinfer.scheduler import events as e
 from meshinfer.scheduler.catalogue import Phase
+from meshinfer.scheduler.puller import Puller
 
 
 def ready(cluster: Cluster) -> list[int]:
@@ -46,6 +47,36 @@ def test_a_lost_chunk_is_asked_for_again() -> None:
     cluster.drop(kind(m.Want))
     cluster.deployed()
     cluster.check(cluster.submit())
+
+
+def test_a_start_that_did_not_come_is_told_again_once_the_request_is_late() -> None:
+    """As where somebody in between drops whole messages."""
+    cluster = Cluster()
+    cluster.deployed()
+    for seed in range(8):  # until it is known how long one takes
+        cluster.check(cluster.submit(image(seed)), image(seed))
+    cluster.drop(kind(m.Start, to="pi-1"))
+    request = cluster.submit()
+    reply = cluster.check(request)
+    assert reply.attempts == 1 and reply.total_s < limits.ACK_TIMEOUT_S
+
+
+def test_a_peer_that_sends_nothing_of_what_is_wanted_is_reached_by_a_new_connection() -> None:
+    puller, wait = Puller(), limits.ACK_TIMEOUT_S
+    puller.want("a" * 64, "c", 0.0)
+    puller.want("b" * 64, "c", 0.0)
+
+    def renewed(now: float) -> list[str]:
+        effects, failed = puller.due(now)
+        assert not failed and not any(isinstance(each, e.Send) for each in effects)
+        return [each.peer for each in effects if isinstance(each, e.Renew)]
+
+    assert puller.next_deadline() == wait and renewed(wait - 0.1) == []
+    assert renewed(wait) == ["c"] and renewed(wait + 0.1) == []
+    chunk = m.Chunk(digest="a" * 64, offset=0, total=9)
+    puller.arrived("c", chunk, memoryview(b"abc"), 2 * wait - 0.1)
+    assert renewed(2 * wait) == [], "it sends, if not all"
+    assert renewed(3 * wait) == ["c"]
 
 
 def test_a_corrupted_upload_is_refused() -> None:

@@ -61,8 +61,8 @@ def test_a_number_that_is_anothers_by_now_is_not_touched(pair: Pair) -> None:
         os.close(after)
         assert other.near.fileno() == number
         known.end()
-        known.end_if_silent()
-        known.end_if_silent()
+        known.end(if_silent=True)
+        known.end(if_silent=True)
         assert not known.spoiled and other.is_open()
     finally:
         other.close()
@@ -73,7 +73,7 @@ def test_what_is_no_connection_is_left_alone() -> None:
     try:
         for known in (Connection.at(reading), Connection.at(1 << 20)):
             known.end()
-            known.end_if_silent()
+            known.end(if_silent=True)
             assert not known.spoiled and known.hosts() == ("", "")
         assert os.write(writing, b"x") == 1 and os.read(reading, 1) == b"x"
     finally:
@@ -90,12 +90,12 @@ def test_one_by_which_much_comes_is_not_silent(pair: Pair) -> None:
         while size and time.monotonic() < deadline:
             size -= len(pair.near.recv(size))
 
-    known.end_if_silent()  # nothing is known of before
+    known.end(if_silent=True)  # nothing is known of before
     says(100_000)
-    known.end_if_silent()
+    known.end(if_silent=True)
     says(100_000)
-    known.end_if_silent()
+    known.end(if_silent=True)
     assert not known.spoiled
     says(1_000)  # acknowledgements of other things
-    known.end_if_silent()
+    known.end(if_silent=True)
     assert known.spoiled

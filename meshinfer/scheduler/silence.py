@@ -98,9 +98,12 @@ class Silence:
         devices = (self._members.devices.get(name) for name in sorted(owing))
         asked = [d for d in devices if d is not None and self._members.presence.ask(d.name, now)]
         beat = m.Alive(beat_in_s=limits.BEAT_NOW_S)
-        start, idle = request.start(again=True), [d for d in asked if not d.computing]
-        effects: list[Effect] = [Send(Plane.CONTROL, device.peer, start) for device in idle]
-        return [*effects, *(Send(Plane.CONTROL, device.peer, beat) for device in asked)]
+        effects: list[Effect] = []
+        for device in asked:
+            if not device.computing:
+                effects.append(Send(Plane.CONTROL, device.peer, request.start(again=True)))
+            effects.append(Send(Plane.CONTROL, device.peer, beat))
+        return effects
 
     def bears(self, device: Device, now: float) -> bool:
         """Whether a device without a heartbeat stays a member: others do its work meanwhile."""
