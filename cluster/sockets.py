@@ -235,9 +235,14 @@ def send_whole(to: Socket, frames: Frames, plane: Plane) -> bool:
     return taken
 
 
+def events_of(source: Socket) -> int:
+    """Whether it can be received from and sent by; what its descriptor was readable for is over."""
+    return int(source.getsockopt(_EVENTS))
+
+
 def receive_whole(source: Socket) -> list[zmq.Frame] | None:
     """One whole message, None if there is none; of too many frames only as many as show that."""
-    if not int(source.getsockopt(_EVENTS)) & POLLIN:  # cheaper than to be told by an exception
+    if not events_of(source) & POLLIN:  # cheaper than to be told by an exception
         return None
     frames: list[zmq.Frame] = []
     while True:

@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from functools import partial
-from typing import Any, Final
+from typing import Final
 
 import zmq
 
@@ -24,6 +24,7 @@ from cluster.gatekeeper import Gatekeeper, GateList
 from cluster.keys import KeyPair
 from cluster.links import DEALER_EVENTS, Backlog, Enquiries, Link, heard_of
 from cluster.ports import IDENTITY_BYTES, Port, draw_wire_id
+from cluster.readiness import Readiness
 from cluster.sockets import (
     NO_ROUTE,
     REVOKED,
@@ -83,14 +84,13 @@ class Transport:
         self._proxy = proxy
         self._enquiries = Enquiries(self.wake)
         self._lost: dict[tuple[Plane, str], str] = {}
-        self._poller = zmq.Poller()
         self._data: dict[sockets.Socket, Port | Link] = {}
         self._monitors: set[sockets.Socket] = set()
         self._retry_s = _RETRY_S
         self._turn = 0
         self._owner = sockets.this_thread()
         self._waker = Waker()
-        self._poller.register(self._waker.heard, zmq.POLLIN)
+        self._ready = Readiness(self._waker)
 
     @property
     def public_key(self) -> str:
@@ -206,7 +206,7 @@ class Transport:
             sockets.close_socket(ends.socket, ends.monitor, linger_ms)
         if self._gatekeeper is not None:
             self._gatekeeper.stop()
-        self._waker.close()
+        self._ready.close()
         self._context.term()  # waits for linger at most
         for kept in (self._links, self._ports, self._data, self._backlogs):
             kept.clear()
@@ -239,8 +239,7 @@ class Transport:
             if self._backlogs and any(key not in self._links for key in self._backlogs):
                 # POLLOUT of a ROUTER speaks of any peer, not of this one: try again by time.
                 wait_s = min(wait_s, self._retry_s)
-            ready = dict(self._poller.poll(math.ceil(wait_s * 1000)))
-            woken = self._waker.take(ready)
+            ready = self._ready.wait(wait_s)
             # Before the messages, for a descriptor that is used anew; reported after them, for a
             # peer's last words come before its loss.
             self._watch(ready)
@@ -256,7 +255,7 @@ class Transport:
             if self._lost:
                 incoming += [Lost(plane, peer, why) for (plane, peer), why in self._lost.items()]
                 self._lost.clear()
-            if incoming or woken or time.monotonic() >= deadline:
+            if incoming or self._ready.woken or time.monotonic() >= deadline:
                 return incoming
 
     def wake(self) -> None:
@@ -270,10 +269,12 @@ class Transport:
         plane, peer = key
         link = self._links.get(key)
         if link is not None and not link.refused:
+            self._ready.doubt(link.socket)
             return True if sockets.send_whole(link.socket, frames, plane) else None
         port = self._ports.get(plane)
         wire = port.wire_of(peer) if link is None and port is not None else None
         if port is not None and wire is not None:
+            self._ready.doubt(port.socket)
             try:
                 return True if sockets.send_whole(port.socket, [wire, *frames], plane) else None
             except zmq.ZMQError as error:
@@ -296,8 +297,7 @@ class Transport:
     def _poll_for_room(self, key: tuple[Plane, str]) -> None:
         link = self._links.get(key)
         if link is not None:
-            waiting = zmq.POLLOUT if key in self._backlogs else 0
-            self._poller.modify(link.socket, zmq.POLLIN | waiting)
+            self._ready.await_room(link.socket, full=key in self._backlogs)
 
     def _flush(self) -> None:
         """Send from the backlogs as far as the pipes take it, in order."""
@@ -330,7 +330,7 @@ class Transport:
         while sources:
             for source in tuple(sources):
                 if count >= limits.DRAIN_MESSAGES or size >= limits.DRAIN_BYTES:
-                    return
+                    return self._ready.doubt(*(left.socket for left in sources))
                 frames = sockets.receive_whole(source.socket)
                 if frames is None:
                     sources.remove(source)
@@ -354,19 +354,21 @@ class Transport:
         views = [frame.buffer.toreadonly() for frame in frames]
         return Received(source.plane, source.peer, views, source.endpoint.key)
 
-    def _watch(self, ready: dict[Any, int]) -> None:
+    def _watch(self, ready: set[sockets.Socket]) -> None:
         """Turn the sockets' own events into losses."""
         for link in self._enquiries.answers():
             if self._links.get((link.plane, link.peer)) is link:
                 self._lost.setdefault((link.plane, link.peer), link.said)
-        if ready.keys().isdisjoint(self._monitors):
+        spoken = ready & self._monitors
+        if not spoken:
             return
+        self._ready.doubt(*spoken)  # of each a bounded number is read
         for port in self._ports.values():
-            if port.monitor in ready:
+            if port.monitor in spoken:
                 for peer, why in port.watch():
                     self._lost.setdefault((port.plane, peer), why)
         for link in self._links.values():
-            if link.monitor in ready:
+            if link.monitor in spoken:
                 for event, value in sockets.monitor_events(link.monitor):
                     reason = heard_of(link, event, value)
                     if reason == WRONG_KEY and not self._proxy:  # or something else: it is asked
@@ -378,14 +380,15 @@ class Transport:
 
     def _register(self, ends: Port | Link) -> None:
         self._data[ends.socket] = ends
-        self._poller.register(ends.socket, zmq.POLLIN)
+        self._ready.add(ends.socket)
         if ends.monitor is not None:
             self._monitors.add(ends.monitor)
-            self._poller.register(ends.monitor, zmq.POLLIN)
+            self._ready.add(ends.monitor)
 
     def _drop(self, link: Link) -> None:
-        self._poller.unregister(link.socket)
-        self._poller.unregister(link.monitor)
+        self._ready.remove(link.socket)
+        if link.monitor is not None:
+            self._ready.remove(link.monitor)
         del self._data[link.socket]
         self._monitors.discard(link.monitor)
         sockets.close_socket(link.socket, link.monitor)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Mapping
 from contextlib import suppress
 
 
 class Waker:
-    """A socket pair, because zmq_poll also takes plain descriptors; the lock keeps ``wake`` from
+    """A socket pair, because the selectors of all systems take one; the lock keeps ``wake`` from
     writing to a descriptor that ``close`` gave back (reentrant: ``wake`` in a signal handler)."""
 
     def __init__(self) -> None:
@@ -23,12 +22,9 @@ class Waker:
         with self._lock, suppress(OSError):
             self._send.send(b"\0")
 
-    def take(self, ready: Mapping[object, int]) -> bool:
-        """Whether that is why the wait ended."""
-        if self.heard.fileno() not in ready:
-            return False
+    def hear(self) -> None:
+        """That was why the wait ended."""
         self.heard.recv(4096)  # what is left over only wakes once more
-        return True
 
     def close(self) -> None:
         with self._lock:
