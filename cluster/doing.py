@@ -5,14 +5,19 @@ A page that both have mapped outlives whoever is killed, and costs a task two wr
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
 import tempfile
 from typing import Any
 
+import msgspec
+
 _BYTES = 4096
 _LENGTH_BYTES = 4
+_encode, _decode = (
+    msgspec.json.Encoder().encode,
+    msgspec.json.Decoder().decode,
+)
 
 
 def new_page() -> int:
@@ -34,7 +39,7 @@ class Doing:
 
     def begin(self, request: str, attempt: int, place: tuple[int, int]) -> None:
         """A kernel starts. The length goes last: what is half written was never there."""
-        text = json.dumps({"request": request, "attempt": attempt, "place": place}).encode()
+        text = _encode({"request": request, "attempt": attempt, "place": place})
         if len(text) > _BYTES - _LENGTH_BYTES:
             return
         self._page[_LENGTH_BYTES : _LENGTH_BYTES + len(text)] = text
@@ -50,7 +55,7 @@ class Doing:
         if not 0 < length <= _BYTES - _LENGTH_BYTES:
             return {}
         try:
-            found = json.loads(self._page[_LENGTH_BYTES : _LENGTH_BYTES + length])
-        except ValueError:
+            found = _decode(self._page[_LENGTH_BYTES : _LENGTH_BYTES + length])
+        except (msgspec.DecodeError, UnicodeDecodeError):
             return {}
         return found if isinstance(found, dict) else {}

@@ -76,6 +76,7 @@ class Port(sockets.Ends):
         self._by_wire: dict[bytes, Route] = {}
         self._strangers: dict[int, _Stranger] = {}  # the oldest first
         self._connections: dict[int, Connection] = {}
+        self._is_work = plane is not Plane.JOIN
         self._untold = False  # whether libzmq ever kept a peer's connection to itself
         self._joins = Rate(limits.JOIN_MESSAGES_PER_S, limits.JOIN_MESSAGES)
 
@@ -121,10 +122,6 @@ class Port(sockets.Ends):
         return Received(
             self.plane, route.peer, [part.buffer.toreadonly() for part in parts], key, inbound=True
         )
-
-    @property
-    def _is_work(self) -> bool:
-        return self.plane is not Plane.JOIN
 
     def _key_of(self, routing_id: zmq.Frame) -> str:
         if not self._plaintext:

@@ -53,10 +53,16 @@ class Readiness:
     def wait(self, timeout_s: float) -> set[Socket]:
         """Those that may have something to say, after waiting for one. They have to be read until
         they have no more, or doubted. ``woken``: whether the waker ended it."""
-        found = {each for each in self._doubted if events_of(each) & POLLIN}
+        found: set[Socket] = set()
+        room = False
+        for each in self._doubted | self._full if self._full else self._doubted:
+            events = events_of(each)
+            if events & POLLIN:
+                found.add(each)
+            if events & _POLLOUT and each in self._full:
+                room = True
         self._doubted.clear()
-        found |= {each for each in self._full if events_of(each) & _POLLOUT}
-        wait_s = 0.0 if found else math.ceil(timeout_s * 1000) / 1000
+        wait_s = 0.0 if found or room else math.ceil(timeout_s * 1000) / 1000
         self.woken = False
         for key, _ in self._selector.select(wait_s):
             if key.data is None:

@@ -43,6 +43,7 @@ CANNOT_CONNECT: Final = "nobody answers at this address"
 # Plain integers: each operation on zmq's flags makes a new enum member, 1 us, many times a message.
 POLLIN: Final = int(zmq.POLLIN)
 _EVENTS: Final = int(zmq.EVENTS)
+_SRCFD: Final = int(zmq.SRCFD)
 _NOW: Final = int(zmq.DONTWAIT)
 _NOW_AND_MORE: Final = int(zmq.DONTWAIT | zmq.SNDMORE)
 _ZERO_COPY_BYTES: Final = 64 * 1024  # below, the bookkeeping costs more than the copy
@@ -240,9 +241,10 @@ def events_of(source: Socket) -> int:
     return int(source.getsockopt(_EVENTS))
 
 
-def receive_whole(source: Socket) -> list[zmq.Frame] | None:
-    """One whole message, None if there is none; of too many frames only as many as show that."""
-    if not events_of(source) & POLLIN:  # cheaper than to be told by an exception
+def receive_whole(source: Socket, *, expected: bool = False) -> list[zmq.Frame] | None:
+    """One whole message, None if there is none; of too many frames only as many as show that.
+    ``expected``: there is one, as far as known."""
+    if not expected and not events_of(source) & POLLIN:  # cheaper than to be told by an exception
         return None
     frames: list[zmq.Frame] = []
     while True:
@@ -262,7 +264,7 @@ def connection_of(frame: zmq.Frame) -> int:
     Deprecated for want of a use; ours is to name the peer of a DISCONNECTED event, at once.
     """
     try:
-        return int(frame.get(zmq.SRCFD))
+        return int(frame.get(_SRCFD))
     except (zmq.ZMQError, ValueError, AttributeError):
         return UNKNOWN
 
@@ -270,7 +272,7 @@ def connection_of(frame: zmq.Frame) -> int:
 def admitted_as(frame: zmq.Frame) -> str:
     """The public key that the gatekeeper admitted a message's connection with (ZAP's user id)."""
     try:
-        return str(frame.get("User-Id"))
+        return str(frame.get(b"User-Id"))
     except (zmq.ZMQError, ValueError):
         return ""
 

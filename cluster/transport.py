@@ -327,11 +327,12 @@ class Transport:
         first = self._turn % len(sources) if sources else 0
         sources = sources[first:] + sources[:first]
         count = size = 0
+        expected = True
         while sources:
             for source in tuple(sources):
                 if count >= limits.DRAIN_MESSAGES or size >= limits.DRAIN_BYTES:
                     return self._ready.doubt(*(left.socket for left in sources))
-                frames = sockets.receive_whole(source.socket)
+                frames = sockets.receive_whole(source.socket, expected=expected)
                 if frames is None:
                     sources.remove(source)
                     continue
@@ -340,6 +341,7 @@ class Transport:
                 if message is not None:
                     size += sum(view.nbytes for view in message.frames)
                     incoming.append(message)
+            expected = False  # more than one, of any
 
     def _accept(self, source: Port | Link, frames: list[zmq.Frame]) -> Received | None:
         """Check a message's shape and sender; None: dropped and counted."""

@@ -25,6 +25,8 @@ DTYPES = frozenset(
     ("|b1", "|i1", "|u1", "<i2", "<u2", "<i4", "<u4", "<i8", "<u8", "<f2", "<f4", "<f8")
 )
 """Element types that may travel, as numpy type strings: all little-endian."""
+_BY_STRING = {name: np.dtype(name) for name in sorted(DTYPES)}
+_STRINGS = {dtype: name for name, dtype in _BY_STRING.items()}
 
 
 class ProtocolError(Exception):
@@ -65,13 +67,16 @@ def decode(frames: Sequence[Buffer]) -> tuple[AnyMessage, memoryview]:
         raise ProtocolError(f"{len(frames)} frames")
     if len(frames[0]) > limits.CONTROL_FRAME_BYTES:
         raise ProtocolError(f"a header of {len(frames[0])} bytes")
-    if any(len(frame) > limits.FRAME_BYTES for frame in frames[1:]):
-        raise ProtocolError("a frame is too long")
+    nbytes = 0
+    for frame in frames[1:]:
+        nbytes += len(frame)
+        if len(frame) > limits.FRAME_BYTES:
+            raise ProtocolError("a frame is too long")
     try:
         envelope = _decoder.decode(frames[0])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"no message: {error}") from error
-    if sum(len(frame) for frame in frames[1:]) != envelope.nbytes:
+    if nbytes != envelope.nbytes:
         raise ProtocolError("the payload's length is not the one announced")
     if len(frames) == 1:
         return envelope.message, memoryview(b"")
@@ -81,10 +86,15 @@ def decode(frames: Sequence[Buffer]) -> tuple[AnyMessage, memoryview]:
     return envelope.message, payload
 
 
+def string_of(dtype: np.dtype[Any]) -> str:
+    """numpy's type string, looked up: numpy prints it anew each time."""
+    return _STRINGS.get(dtype) or dtype.str
+
+
 def describe(name: str, array: Array) -> Tensor:
     """The header of an array. Raises ``ValueError`` for types and sizes that cannot travel."""
-    dtype = array.dtype.newbyteorder("<").str if array.dtype.byteorder == "=" else array.dtype.str
-    if dtype not in DTYPES:
+    dtype = _STRINGS.get(array.dtype)
+    if dtype is None:
         raise ValueError(f"arrays of {array.dtype} cannot travel")
     if array.nbytes > limits.TENSOR_BYTES:
         raise ValueError(f"{array.nbytes} bytes are more than {limits.TENSOR_BYTES}")
@@ -103,15 +113,17 @@ def digest_of(arrays: Mapping[str, Array]) -> str:
 
 def payload_of(array: Array) -> memoryview:
     """The raw bytes of an array in C order; copied only where a slice is not contiguous."""
-    flat = np.ascontiguousarray(array).reshape(-1)
+    if not array.flags.c_contiguous:
+        return memoryview(array.tobytes())
+    flat = array.reshape(-1)
     return memoryview(flat.view(np.uint8)) if flat.size else memoryview(b"")  # type: ignore[arg-type]
 
 
 def array_of(tensor: Tensor, payload: memoryview) -> Array:
     """The read-only array over a payload. Raises ``ProtocolError`` when the header does not fit."""
-    if tensor.dtype not in DTYPES:
+    dtype = _BY_STRING.get(tensor.dtype)
+    if dtype is None:
         raise ProtocolError(f"elements of type {tensor.dtype!r}")
-    dtype = np.dtype(tensor.dtype)
     count = 1
     for size in tensor.shape:
         count *= size

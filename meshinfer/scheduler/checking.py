@@ -245,6 +245,8 @@ class Checking:
         self._checks = {k: c for k, c in self._checks.items() if not which(k, c)}
 
     def next_deadline(self) -> float | None:
+        if not self._checks:
+            return None
         times = [check.since + limits.CHECK_S for check in self._checks.values()]
         if not self._computes:
             whole = (check.whole_at for check in self._checks.values() if not check.over)

@@ -117,6 +117,8 @@ class Detours:
         return effects
 
     def next_deadline(self) -> float | None:
+        if not self._ways:
+            return None
         return min((way.next_at for way in self._ways.values()), default=None)
 
     def reset(self) -> None:

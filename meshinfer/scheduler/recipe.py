@@ -16,7 +16,7 @@ from meshinfer.halves import narrowed, rounded, widened
 from meshinfer.mapreduce import reduce
 from meshinfer.plan import Shard
 from meshinfer.protocol import messages as m
-from meshinfer.protocol.codec import ProtocolError, array_of
+from meshinfer.protocol.codec import ProtocolError, array_of, string_of
 from meshinfer.scheduler.events import Array
 
 SOURCE: m.Place = (-1, 0)
@@ -44,9 +44,9 @@ class Slot:
 
     def fits(self, array: Array) -> bool:
         """Whether a piece is of the shape and the type that are awaited."""
-        dtype = array.dtype.str
+        dtype = string_of(array.dtype)
         same = dtype == self.dtype or not self.dtype or (self.half and dtype == "<f2")
-        return same and self.shape in (None, array.shape)
+        return same and (self.shape is None or self.shape == array.shape)
 
 
 @dataclass(frozen=True, slots=True)
