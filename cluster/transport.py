@@ -295,8 +295,7 @@ class Transport:
         return True
 
     def _poll_for_room(self, key: tuple[Plane, str]) -> None:
-        link = self._links.get(key)
-        if link is not None:
+        if link := self._links.get(key):
             self._ready.await_room(link.socket, full=key in self._backlogs)
 
     def _flush(self) -> None:
@@ -327,12 +326,11 @@ class Transport:
         first = self._turn % len(sources) if sources else 0
         sources = sources[first:] + sources[:first]
         count = size = 0
-        expected = True
         while sources:
             for source in tuple(sources):
                 if count >= limits.DRAIN_MESSAGES or size >= limits.DRAIN_BYTES:
                     return self._ready.doubt(*(left.socket for left in sources))
-                frames = sockets.receive_whole(source.socket, expected=expected)
+                frames = sockets.receive_whole(source.socket, expected=not count)
                 if frames is None:
                     sources.remove(source)
                     continue
@@ -341,7 +339,6 @@ class Transport:
                 if message is not None:
                     size += sum(view.nbytes for view in message.frames)
                     incoming.append(message)
-            expected = False  # more than one, of any
 
     def _accept(self, source: Port | Link, frames: list[zmq.Frame]) -> Received | None:
         """Check a message's shape and sender; None: dropped and counted."""
