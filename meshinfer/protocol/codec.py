@@ -113,9 +113,7 @@ def digest_of(arrays: Mapping[str, Array]) -> str:
 
 def payload_of(array: Array) -> memoryview:
     """The raw bytes of an array in C order; copied only where a slice is not contiguous."""
-    if not array.flags.c_contiguous:
-        return memoryview(array.tobytes())
-    flat = array.reshape(-1)
+    flat = np.ascontiguousarray(array).reshape(-1)
     return memoryview(flat.view(np.uint8)) if flat.size else memoryview(b"")  # type: ignore[arg-type]
 
 
