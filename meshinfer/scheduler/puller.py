@@ -151,13 +151,15 @@ class Puller:
         for peer in sorted(peers):
             pulls = [p for p in map(self._pulls.__getitem__, self._active) if p.peer == peer]
             silent_s = self._silent_s()
-            if all(now - pull.since >= silent_s for pull in pulls):
+            last = max(pull.since for pull in pulls)
+            if now >= last + silent_s:
+                last = now
                 effects.append(Renew(peer))
                 oldest = min(pulls, key=lambda pull: pull.since)
                 if oldest.asked <= oldest.since:  # a slow link is not to carry it again and again
                     oldest.due = min(oldest.due, now + limits.RESEND_AFTER_LOSS_S)
             for pull in pulls:
-                pull.look = now + silent_s
+                pull.look = last + silent_s
         return effects
 
     def _silent_s(self) -> float:
