@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -27,6 +28,9 @@ from cluster.sockets import (
     Ends,
     Frames,
     Plane,
+    Socket,
+    address_error,
+    close_socket,
     frame_size,
 )
 from meshinfer import limits
@@ -39,7 +43,9 @@ DEALER_EVENTS: Final = (
     | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
     | zmq.EVENT_DISCONNECTED
     | zmq.EVENT_CLOSED
+    | zmq.EVENT_CONNECT_RETRIED
 )
+_FELL_S: Final = 0.1  # libzmq says within a millisecond that it will connect once more
 
 
 @dataclass(slots=True, eq=False)
@@ -49,6 +55,7 @@ class Link(Ends):
 
     peer: str
     endpoint: Endpoint
+    wire: bytes = b""
     plaintext: bool = False
     up: bool = False
     refused: bool = False  # libzmq gave up on it: only a new socket can try again
@@ -58,6 +65,12 @@ class Link(Ends):
     failures: int = 0  # of handshakes in a row, without a reason
     connection: Connection | None = None
     spoiled: bool = False  # nothing that this connection still has to say counts
+    fell: float | None = None  # since when it is down, and libzmq has not said that it tries again
+
+    def is_given_up(self) -> bool:
+        """Whether libzmq makes no other connection: so it is after what was no ZMTP, or was not
+        encrypted as it should be (``session_base_t::engine_error``)."""
+        return self.fell is not None and time.monotonic() >= self.fell + _FELL_S
 
     def end(self, peer: str, *, if_silent: bool) -> None:
         """End the connection with it; libzmq makes another."""
@@ -89,6 +102,8 @@ class Backlog:
 def heard_of(link: Link, event: int, value: int) -> str:
     """Note what a link's monitor says. The reason to call it lost, if it is one that is new."""
     reason = ""
+    if event in (zmq.EVENT_CONNECTED, zmq.EVENT_CONNECT_RETRIED):
+        link.fell = None
     if event == zmq.EVENT_CONNECTED:
         link.connection, link.spoiled = Connection.at(value), False
     elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
@@ -97,7 +112,7 @@ def heard_of(link: Link, event: int, value: int) -> str:
         # ZAP: 400 refused, 500 busy (300, try again, closes without a word).
         reason = BUSY if value == 500 else REFUSED
         link.refused = link.failing = True
-    elif event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
+    elif event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL and not link.up:  # else it has fallen
         reason = NOT_OURS
         if value == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
             reason = ENCRYPTED if link.plaintext else PLAINTEXT
@@ -113,7 +128,7 @@ def heard_of(link: Link, event: int, value: int) -> str:
             reason = WRONG_KEY
     elif event == zmq.EVENT_DISCONNECTED:
         if link.up:
-            reason = LOST
+            reason, link.fell = LOST, time.monotonic()
         elif not link.failing:  # no handshake began: these were no words of ZeroMQ
             reason = NOT_OURS
             link.refused = True
@@ -124,6 +139,20 @@ def heard_of(link: Link, event: int, value: int) -> str:
         return ""
     link.said = reason
     return reason
+
+
+def linked(
+    made: Socket, wire: bytes, plane: Plane, peer: str, endpoint: Endpoint, plaintext: bool
+) -> Link:
+    """Connect this socket, under this routing id; it is closed if that cannot be."""
+    made.routing_id = wire
+    monitor = made.get_monitor_socket(DEALER_EVENTS)
+    try:
+        made.connect(str(endpoint))
+    except zmq.ZMQError as error:
+        close_socket(made, monitor)
+        raise address_error(endpoint.host, endpoint.port) from error
+    return Link(plane, made, monitor, peer, endpoint, wire, plaintext)
 
 
 def told_by(link: Link, mechanism: str) -> str:

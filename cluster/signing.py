@@ -122,7 +122,8 @@ class Verifying:
                 if failure is not None:
                     return [Stop(failure)]
             elif isinstance(message, m.Install | m.Grant) and not self._is_signed(message):
-                return self._refused(message)
+                counted = self._core.handle(Arrived(COORDINATOR, m.Probe()), now)  # it was heard
+                return [*counted, *self._refused(message)]
         return self._core.handle(event, now)
 
     def _learn(self, message: m.Welcome) -> m.Failure | None:

@@ -8,10 +8,10 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final
+from typing import Final, TypeVar
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
@@ -23,6 +23,7 @@ from meshinfer.errors import AuthError, ConfigurationError
 
 Frames = Sequence[bytes | memoryview]
 Socket = zmq.Socket[bytes]
+E = TypeVar("E", bound="Ends")
 
 LOST: Final = "the connection was lost"
 NO_ROUTE: Final = "no connection to this peer"
@@ -256,6 +257,29 @@ def receive_whole(source: Socket, *, expected: bool = False) -> list[zmq.Frame] 
             frames.append(frame)
         if not frame.more:
             return frames
+
+
+def drained(
+    sources: list[E], accept: Callable[[E, list[zmq.Frame]], Received | None]
+) -> tuple[list[Received], list[E]]:
+    """One message from each of these sockets in turn, until all are empty or enough is read; and
+    those of which it is not known that they are empty."""
+    found: list[Received] = []
+    count = size = 0
+    while sources:
+        for source in tuple(sources):
+            if count >= limits.DRAIN_MESSAGES or size >= limits.DRAIN_BYTES:
+                return found, sources
+            frames = receive_whole(source.socket, expected=not count)
+            if frames is None:
+                sources.remove(source)
+                continue
+            count += 1
+            message = accept(source, frames)
+            if message is not None:
+                size += sum(view.nbytes for view in message.frames)
+                found.append(message)
+    return found, sources
 
 
 def connection_of(frame: zmq.Frame) -> int:

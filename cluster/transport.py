@@ -22,20 +22,10 @@ import zmq
 from cluster import sockets
 from cluster.gatekeeper import Gatekeeper, GateList
 from cluster.keys import KeyPair
-from cluster.links import DEALER_EVENTS, Backlog, Enquiries, Link, heard_of
+from cluster.links import Backlog, Enquiries, Link, heard_of, linked
 from cluster.ports import IDENTITY_BYTES, Port, draw_wire_id
 from cluster.readiness import Readiness
-from cluster.sockets import (
-    NO_ROUTE,
-    REVOKED,
-    WRONG_KEY,
-    Endpoint,
-    Frames,
-    Incoming,
-    Lost,
-    Plane,
-    Received,
-)
+from cluster.sockets import Endpoint, Frames, Incoming, Lost, Plane, Received
 from cluster.strangers import try_as_stranger
 from cluster.waking import Waker
 from meshinfer import limits
@@ -43,6 +33,7 @@ from meshinfer.protocol.joining import Admission
 
 _RETRY_S: Final = 0.001  # first wait before a full ROUTER pipe is tried again; doubles up to
 _RETRY_MAX_S: Final = 0.02
+_FALLEN_S: Final = 0.05  # how often links are looked at of which libzmq may make no other
 
 
 class Transport:
@@ -84,6 +75,7 @@ class Transport:
         self._proxy = proxy
         self._enquiries = Enquiries(self.wake)
         self._lost: dict[tuple[Plane, str], str] = {}
+        self._fallen: set[Link] = set()
         self._data: dict[sockets.Socket, Port | Link] = {}
         self._monitors: set[sockets.Socket] = set()
         self._retry_s = _RETRY_S
@@ -132,13 +124,13 @@ class Transport:
         late = self._gatekeeper is not None and self._gatekeeper.turned_away_too_early()
         for port in self._ports.values():
             for peer, why in port.review(removed, late=late):
-                if why == REVOKED:
+                if why == sockets.REVOKED:
                     self._backlogs.pop((port.plane, peer), None)
                 self._lost.setdefault((port.plane, peer), why)
         for link in list(self._links.values()):
             if link.endpoint.key in removed:
                 self._drop(link)
-                self._lost.setdefault((link.plane, link.peer), REVOKED)
+                self._lost.setdefault((link.plane, link.peer), sockets.REVOKED)
 
     def connect(self, plane: Plane, peer: str, endpoint: Endpoint) -> None:
         """Connect to a peer; again with the same endpoint does nothing unless it was refused."""
@@ -146,21 +138,28 @@ class Transport:
         sockets.check_endpoint(peer, endpoint)
         old = self._links.get((plane, peer))
         if old is not None:
-            if old.endpoint == endpoint and not old.refused:
+            lives = old.fell is None or plane is Plane.BULK  # who says hello does not wait for it
+            if old.endpoint == endpoint and not old.refused and lives:
                 return
             self._drop(old)
+        wire = draw_wire_id(self.identity, self._key.public if self._plaintext else "")
+        self._link(plane, peer, endpoint, wire)
+
+    def _link(self, plane: Plane, peer: str, endpoint: Endpoint, wire: bytes) -> None:
         dealer = self._context.socket(zmq.DEALER)
         self._configure(dealer, plane, client=self._key, server_key=endpoint.key)
-        dealer.routing_id = draw_wire_id(self.identity, self._key.public if self._plaintext else "")
-        monitor = dealer.get_monitor_socket(DEALER_EVENTS)
-        try:
-            dealer.connect(str(endpoint))
-        except zmq.ZMQError as error:
-            sockets.close_socket(dealer, monitor)
-            raise sockets.address_error(endpoint.host, endpoint.port) from error
-        made = Link(plane, dealer, monitor, peer, endpoint, self._plaintext)
-        self._links[plane, peer] = made
-        self._register(made)
+        self._links[plane, peer] = linked(dealer, wire, plane, peer, endpoint, self._plaintext)
+        self._register(self._links[plane, peer])
+
+    def _link_anew(self, link: Link) -> None:
+        """Libzmq has given it up: the same by another socket. What waits for room goes by that."""
+        key = (link.plane, link.peer)
+        waiting = self._backlogs.get(key)
+        self._drop(link)
+        self._link(*key, link.endpoint, link.wire)
+        if waiting is not None:
+            self._backlogs[key] = waiting
+            self._poll_for_room(key)
 
     def is_up(self, plane: Plane, peer: str) -> bool:
         """Whether what we connected to has proven its key, and is still there, as far as known."""
@@ -239,10 +238,12 @@ class Transport:
             if self._backlogs and any(key not in self._links for key in self._backlogs):
                 # POLLOUT of a ROUTER speaks of any peer, not of this one: try again by time.
                 wait_s = min(wait_s, self._retry_s)
+            wait_s = min(wait_s, _FALLEN_S) if self._fallen else wait_s
             ready = self._ready.wait(wait_s)
             # Before the messages, for a descriptor that is used anew; reported after them, for a
             # peer's last words come before its loss.
             self._watch(ready)
+            self._raise_fallen()
             if self._backlogs:
                 self._flush()
             incoming: list[Incoming] = []
@@ -280,7 +281,7 @@ class Transport:
             except zmq.ZMQError as error:
                 if error.errno != errno.EHOSTUNREACH:
                     raise
-        self._lost.setdefault(key, (link and link.said) or NO_ROUTE)
+        self._lost.setdefault(key, (link and link.said) or sockets.NO_ROUTE)
         self.counters["no route"] += 1
         return False
 
@@ -321,24 +322,11 @@ class Transport:
     # --- receiving ------------------------------------------------------------------------
 
     def _drain(self, sources: list[Port | Link], incoming: list[Incoming]) -> None:
-        """One message from each of these sockets in turn, until all are empty or enough is read."""
         self._turn += 1  # whoever was cut off by the bound is not always the same
         first = self._turn % len(sources) if sources else 0
-        sources = sources[first:] + sources[:first]
-        count = size = 0
-        while sources:
-            for source in tuple(sources):
-                if count >= limits.DRAIN_MESSAGES or size >= limits.DRAIN_BYTES:
-                    return self._ready.doubt(*(left.socket for left in sources))
-                frames = sockets.receive_whole(source.socket, expected=not count)
-                if frames is None:
-                    sources.remove(source)
-                    continue
-                count += 1
-                message = self._accept(source, frames)
-                if message is not None:
-                    size += sum(view.nbytes for view in message.frames)
-                    incoming.append(message)
+        found, unread = sockets.drained(sources[first:] + sources[:first], self._accept)
+        incoming += found
+        self._ready.doubt(*(each.socket for each in unread))
 
     def _accept(self, source: Port | Link, frames: list[zmq.Frame]) -> Received | None:
         """Check a message's shape and sender; None: dropped and counted."""
@@ -370,10 +358,19 @@ class Transport:
             if link.monitor in spoken:
                 for event, value in sockets.monitor_events(link.monitor):
                     reason = heard_of(link, event, value)
-                    if reason == WRONG_KEY and not self._proxy:  # or something else: it is asked
+                    if reason == sockets.WRONG_KEY and not self._proxy:  # or not: it is asked
                         self._enquiries.ask(link)
                     elif reason:
                         self._lost.setdefault((link.plane, link.peer), reason)
+                if link.fell is not None:
+                    self._fallen.add(link)
+
+    def _raise_fallen(self) -> None:
+        for link in tuple(self._fallen):
+            if link.fell is None or self._links.get((link.plane, link.peer)) is not link:
+                self._fallen.discard(link)
+            elif link.is_given_up():
+                self._link_anew(link)
 
     # --- sockets --------------------------------------------------------------------------
 

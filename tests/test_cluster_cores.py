@@ -76,7 +76,37 @@ def test_a_peer_that_sends_nothing_of_what_is_wanted_is_reached_by_a_new_connect
     chunk = m.Chunk(digest="a" * 64, offset=0, total=9)
     puller.arrived("c", chunk, memoryview(b"abc"), 2 * wait - 0.1)
     assert renewed(2 * wait) == [], "it sends, if not all"
-    assert renewed(3 * wait) == ["c"]
+    took = 2 * wait - 0.1
+    assert renewed(3 * took + wait - 0.1) == [], "it takes that long, as has been seen"
+    assert renewed(3 * took + wait) == ["c"]
+
+
+def wants(effects: list[e.Effect]) -> list[tuple[str, int]]:
+    found = [x.message for x in effects if isinstance(x, e.Send)]
+    return [(x.digest[0], x.offset) for x in found if isinstance(x, m.Want)]
+
+
+def test_of_a_peer_that_sends_nothing_the_oldest_is_wanted_once_more() -> None:
+    puller, wait = Puller(), limits.ACK_TIMEOUT_S
+    puller.want("a" * 64, "c", 0.0)
+    puller.want("b" * 64, "c", 0.1)
+    assert wants(puller.due(wait + 0.1)[0]) == []
+    again = wait + 0.1 + limits.RESEND_AFTER_LOSS_S
+    assert puller.next_deadline() == again and wants(puller.due(again)[0]) == [("a", 0)]
+    assert wants(puller.due(2 * wait + 1.0)[0]) == [], "a slow link carries it already"
+    assert wants(puller.due(30.0)[0]) == [("a", 0), ("b", 0)]
+
+
+def test_what_later_chunks_overtake_is_wanted_once_more() -> None:
+    puller = Puller()
+    puller.want("a" * 64, "c", 0.0)
+    puller.want("b" * 64, "c", 0.0)
+    asked = []
+    for i in range(5):
+        chunk = m.Chunk(digest="b" * 64, offset=i, total=9)
+        asked.append(wants(puller.arrived("c", chunk, memoryview(b"x"), 0.1 + i)))
+    assert asked[:3] == [[("b", i)] for i in (1, 2, 3)], "asked for at once, or overtaken twice"
+    assert asked[3:] == [[("a", 0), ("b", 4)], [("b", 5)]]
 
 
 def test_a_corrupted_upload_is_refused() -> None:
@@ -257,7 +287,7 @@ def test_a_deadline_that_passes_is_the_outcome() -> None:
     cluster = Cluster()
     cluster.deployed()
     cluster.kernel_fault = lambda node, job: None
-    cluster.drop(kind(m.Start))
+    cluster.delay(kind(m.Start), 1.0)
     start = cluster.now
     assert cluster.failure(cluster.submit(deadline_s=0.7)).error == "DeadlineExceeded"
     assert cluster.now - start == pytest.approx(0.7, abs=0.1)

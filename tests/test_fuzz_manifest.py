@@ -60,7 +60,8 @@ class _Watched:
         self.next_deadline = self.core.next_deadline
 
     def handle(self, event: e.Event, now: float) -> list[e.Effect]:
-        self.heard.append(event)
+        if not (isinstance(event, e.Arrived) and isinstance(event.message, m.Probe)):
+            self.heard.append(event)  # what is refused is only counted
         return self.core.handle(event, now)
 
 

@@ -60,14 +60,16 @@ GRANT = m.Grant(
 
 
 class _Core:
-    """Says what it is told to, and remembers what it hears."""
+    """Says what it is told to, and remembers what it hears, but for what means nothing: that comes
+    in the place of what is refused, since messages are counted."""
 
     def __init__(self, *effects: e.Effect) -> None:
         self.effects = list(effects)
         self.heard: list[e.Event] = []
 
     def handle(self, event: e.Event, now: float) -> list[e.Effect]:
-        self.heard.append(event)
+        if not (isinstance(event, e.Arrived) and isinstance(event.message, m.Probe)):
+            self.heard.append(event)
         return list(self.effects)
 
     def next_deadline(self) -> float | None:

@@ -111,7 +111,8 @@ def test_a_kernel_that_is_given_another_requests_input_answers_garbage() -> None
     "mutant",
     ["Release forgotten", "lost device kept", "answered twice", "silent for ever",
      "poison never proven", "unwritten ids kept", "no reset on joining again",
-     "silent device's tasks untold", "wrong incarnation heard", "stale attempt accepted"],
+     "silent device's tasks untold", "wrong incarnation heard", "stale attempt accepted",
+     "gaps accepted"],
 )  # fmt: skip
 def test_planted_bugs_are_found(mutant: str) -> None:
     """Those that few seeds find; ``scripts/simulate --mutants`` looks for all of them."""

@@ -44,7 +44,7 @@ from meshinfer.protocol.recovery import Assign as Assign, Lacks as Lacks, NotKep
 # isort: on
 from meshinfer.protocol.report import Report as Report
 
-PROTOCOL = (5, 5)
+PROTOCOL = (5, 6)
 """Protocol versions that this release speaks, first and last (RELIABILITY: N-1 to N)."""
 Acks = Annotated[tuple[Count, ...], Meta(max_length=limits.ACKS_AT_ONCE)]
 
@@ -90,21 +90,26 @@ class Refused(Message, frozen=True, forbid_unknown_fields=False):
     void: bool = False
 
 
-class Heartbeat(Message, frozen=True):
+class Heartbeat(Message, frozen=True, omit_defaults=True):
     """Every 500 ms. ``computing``: what the compute thread does, for ``since_s`` seconds;
     ``wasted``: tasks so far that nobody wanted any more when they were done; ``board``: how warm it
-    is, where something tells."""
+    is, where something tells. ``said``: messages to the coordinator since the hello, and ``heard``
+    from it since its welcome, before this one (protocol 6)."""
 
     computing: Label = ""
     since_s: Seconds = 0.0
     wasted: Count = 0
     board: Board | None = None
+    said: Count | None = None
+    heard: Count | None = None
 
 
-class Alive(Message, frozen=True):
-    """The answer to a client's heartbeat, and to one out of step: beat in ``beat_in_s`` again."""
+class Alive(Message, frozen=True, omit_defaults=True):
+    """The answer to a client's heartbeat, to one that has not heard all, and to one out of step:
+    beat in ``beat_in_s`` again. ``said``: messages to this peer since its welcome (protocol 6)."""
 
     beat_in_s: Seconds = 0.0
+    said: Count | None = None
 
 
 class Who(Message, frozen=True):

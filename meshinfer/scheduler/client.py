@@ -17,6 +17,7 @@ from meshinfer.protocol import messages as m
 from meshinfer.protocol.codec import ProtocolError, array_of, describe, payload_of
 from meshinfer.scheduler.checking import Checking
 from meshinfer.scheduler.computing import Computing
+from meshinfer.scheduler.counting import Member
 from meshinfer.scheduler.detours import Detours
 from meshinfer.scheduler.events import (
     Array,
@@ -73,11 +74,12 @@ class _Question:
     sent: bool = False
 
 
-class ClientCore:
+class ClientCore(Member):
     """``handle`` is the only gate; ``next_deadline`` says when to tick; ``full``: what need not
     even be submitted."""
 
     def __init__(self, hello: m.Hello) -> None:
+        super().__init__()
         self.hello = hello
         self._welcome: m.Welcome | None = None
         self._requests: dict[str, _Request] = {}
@@ -103,7 +105,7 @@ class ClientCore:
         self._detours = Detours(self._peer)  # to say who is late; it then goes by the head
         self._outbox, self._acks = self._computing.outbox, self._computing.acks
 
-    def handle(self, event: Event, now: float) -> list[Effect]:
+    def _handle(self, event: Event, now: float) -> list[Effect]:
         match event:
             case Arrived():
                 return self._arrived(event, now)

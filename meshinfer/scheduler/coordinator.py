@@ -15,6 +15,7 @@ from meshinfer.protocol import messages as m
 from meshinfer.scheduler.answering import Answering
 from meshinfer.scheduler.balance import Balance
 from meshinfer.scheduler.catalogue import Catalogue
+from meshinfer.scheduler.counting import Tallies
 from meshinfer.scheduler.deploying import Deploying
 from meshinfer.scheduler.enrolment import Door, Enrolment
 from meshinfer.scheduler.events import (
@@ -81,6 +82,7 @@ class CoordinatorCore:
         self._enrolment = Enrolment(door, ledger, self._journal, self.members)
         self._parting = Parting(*parts, self._answering, self._deploying, self._enrolment)
         self._links = LinkRounds()
+        self._tallies = Tallies(self.members.knows)
         self._bulk = bulk
         self._stop_due: float | None = None
         self._now = self._ruled = 0.0
@@ -100,6 +102,15 @@ class CoordinatorCore:
     # --- the gate
 
     def handle(self, event: Event, now: float) -> list[Effect]:
+        lost = isinstance(event, Arrived) and self._tallies.heard(event.peer, event.message)
+        effects = self._handle(event, now)
+        if lost:
+            assert isinstance(event, Arrived)
+            said = Note("warning", "words of a peer were lost", {"peer": event.peer})
+            effects += [said, _to(event.peer, m.Who())]
+        return self._tallies.counted(effects)
+
+    def _handle(self, event: Event, now: float) -> list[Effect]:
         if self._now and now - self._now > limits.STALL_S:  # it asks to be woken more often
             self.members.forgive(now - self._now, now)
         self._now = now
@@ -162,12 +173,13 @@ class CoordinatorCore:
 
     def _in_step(self, peer: str, now: float) -> list[Effect]:
         """Have all beat together, and with the rules: it is waking up that costs an idle device,
-        not what a heartbeat says. Clients want an answer anyway."""
+        not what a heartbeat says. Clients want an answer anyway, and who may have missed a word."""
         after = now % limits.HEARTBEAT_S
         before = limits.HEARTBEAT_S - after
         if min(after, before) > limits.BEAT_OFF_S:
             return [_to(peer, m.Alive(beat_in_s=before))]
-        return [] if self.members.by_peer(peer) else [_to(peer, m.Alive())]
+        quiet = self.members.by_peer(peer) and not self._tallies.is_behind(peer)
+        return [] if quiet else [_to(peer, m.Alive())]
 
     # --- messages
 
@@ -268,7 +280,7 @@ class CoordinatorCore:
                 effects += self._parting.device_lost(known, "it joins again", now)
             self.members.admit(hello, peer, now)
             if hello.role == "worker":
-                effects += [*self._joined(hello, now), *self._enrolment.greeting(peer)]
+                effects += self._joined(hello, now)
         head = self.members.head
         welcome = m.Welcome(
             coordinator=self._bulk.incarnation,
@@ -278,7 +290,8 @@ class CoordinatorCore:
             acts_as=self._heads.admit(peer, hello),
         )
         self._answering.client_away(peer)
-        return [*effects, _to(peer, welcome)]
+        effects.append(_to(peer, welcome))
+        return effects + (self._enrolment.greeting(peer) if hello.role == "worker" else [])
 
     def _ran(self, peer: str, message: m.Ran, now: float) -> list[Effect]:
         """A client has computed requests itself, on its host's device."""

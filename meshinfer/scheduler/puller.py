@@ -1,6 +1,7 @@
 """Fetches blobs chunk by chunk from the peer that has them; asks again when a chunk stays away.
 
-Pulling bounds what is under way without any state at the sender.
+Pulling bounds what is under way without any state at the sender. Chunks come in the order in which
+they were asked for: one that several later ones overtook is asked for at once.
 """
 
 from __future__ import annotations
@@ -13,13 +14,17 @@ from meshinfer.scheduler.events import Effect, Plane, Renew, Send, WriteBlob
 
 _PATIENCE_S = (
     limits.ACK_TIMEOUT_S
-    + limits.PULLS_AT_ONCE * limits.BLOB_WANT_BYTES / limits.SLOWEST_LINK_BYTES_PER_S
+    + (limits.PULLS_AT_ONCE + 1) * limits.BLOB_WANT_BYTES / limits.SLOWEST_LINK_BYTES_PER_S
 )
+"""One more than at once: it may have been asked for twice."""
+_OVERTAKEN = 3
 
 
 @dataclass(slots=True)
 class _Pull:
     """``gentle``: nobody waits for it, so it must not be in the way of what somebody waits for.
+    ``since``: when it last got on, or was begun; ``asked``: when it was last asked for;
+    ``overtaken``: chunks of its peer that were asked for later, and are here.
     ``look``: when to look whether its peer sends anything."""
 
     peer: str
@@ -30,6 +35,7 @@ class _Pull:
     complete: bool = False
     gentle: bool = False
     asked: float = 0.0
+    overtaken: int = 0
     look: float = 0.0
 
 
@@ -40,6 +46,7 @@ class Puller:
         self._pulls: dict[str, _Pull] = {}
         self._active: dict[str, None] = {}
         self._gentle_from = 0.0
+        self._took_s = 0.0  # by a chunk, of late
 
     def want(
         self,
@@ -72,9 +79,11 @@ class Puller:
             return []
         if pull.total not in (None, chunk.total) or (not data and chunk.total):
             return []
+        self._took_s = max(now - pull.asked, 0.9 * self._took_s)
         pull.offset += len(data)
         pull.since = now
         effects: list[Effect] = [WriteBlob(chunk.digest, chunk.offset, chunk.total, data)]
+        effects += self._overtakes(pull, now)
         pull.complete = pull.offset >= chunk.total
         if busy and pull.gentle:
             self._gentle_from = now + limits.GENTLE_PAUSE_TIMES * (now - pull.asked)
@@ -84,6 +93,17 @@ class Puller:
         if chunk.digest not in self._active:
             return effects + self._fill(now)
         return [*effects, self._ask(chunk.digest, now)]
+
+    def _overtakes(self, came: _Pull, now: float) -> list[Effect]:
+        """What was asked for before, of the same peer, may be lost."""
+        effects: list[Effect] = []
+        for digest in self._active:
+            pull = self._pulls[digest]
+            if pull.peer == came.peer and pull.asked < came.asked:
+                pull.overtaken += 1
+                if pull.overtaken >= _OVERTAKEN:
+                    effects.append(self._ask(digest, now))
+        return effects
 
     def done(self, digest: str) -> None:
         """The blob is stored, has failed, or is not wanted any more."""
@@ -110,7 +130,8 @@ class Puller:
 
     def due(self, now: float) -> tuple[list[Effect], list[str]]:
         """Ask again for what is late; and the digests that never came. A peer that sends nothing at
-        all may be behind a connection that carries no more messages, which is made anew then."""
+        all may be behind a connection that carries no more messages, which is made anew then; or it
+        was not heard, and is asked once more for what it owes the longest."""
         effects = self._renewals(now)
         failed = []
         for digest in list(self._active):
@@ -129,11 +150,21 @@ class Puller:
         effects: list[Effect] = []
         for peer in sorted(peers):
             pulls = [p for p in map(self._pulls.__getitem__, self._active) if p.peer == peer]
-            if all(now - pull.since >= limits.ACK_TIMEOUT_S for pull in pulls):
+            silent_s = self._silent_s()
+            last = max(pull.since for pull in pulls)
+            if now >= last + silent_s:
+                last = now
                 effects.append(Renew(peer))
+                oldest = min(pulls, key=lambda pull: pull.since)
+                if oldest.asked <= oldest.since:  # a slow link is not to carry it again and again
+                    oldest.due = min(oldest.due, now + limits.RESEND_AFTER_LOSS_S)
             for pull in pulls:
-                pull.look = now + limits.ACK_TIMEOUT_S
+                pull.look = last + silent_s
         return effects
+
+    def _silent_s(self) -> float:
+        """So long a peer that sends something may seem to send nothing."""
+        return limits.ACK_TIMEOUT_S + 2 * self._took_s
 
     def __len__(self) -> int:
         return len(self._pulls)
@@ -173,7 +204,7 @@ class Puller:
 
     def _ask(self, digest: str, now: float) -> Send:
         pull = self._pulls[digest]
-        pull.asked, pull.due = now, now + _PATIENCE_S
-        pull.look = now + limits.ACK_TIMEOUT_S
+        pull.asked, pull.due, pull.overtaken = now, now + _PATIENCE_S, 0
+        pull.look = now + self._silent_s()
         want = Want(digest=digest, offset=pull.offset, length=limits.BLOB_WANT_BYTES)
         return Send(Plane.BULK, pull.peer, want)

@@ -10,6 +10,7 @@ from meshinfer import limits
 from meshinfer.protocol import messages as m
 from meshinfer.scheduler.checking import Checking
 from meshinfer.scheduler.computing import Computing
+from meshinfer.scheduler.counting import Member
 from meshinfer.scheduler.detours import Detours
 from meshinfer.scheduler.events import (
     Admit,
@@ -39,10 +40,11 @@ from meshinfer.scheduler.telling import COORDINATOR, refusal, told
 __all__ = ["COORDINATOR", "SOURCE", "WorkerCore"]
 
 
-class WorkerCore:
+class WorkerCore(Member):
     """``handle`` is the only gate; ``next_deadline`` says when to tick."""
 
     def __init__(self, hello: m.Hello) -> None:
+        super().__init__()
         self.hello = hello
         self.device = hello.device
         self._ids = {"device": hello.device, "incarnation": hello.incarnation}
@@ -65,11 +67,11 @@ class WorkerCore:
 
     # --- the gate
 
-    def handle(self, event: Event, now: float) -> list[Effect]:
-        effects = self._handle(event, now) + self._checking.begin(now)
+    def _handle(self, event: Event, now: float) -> list[Effect]:
+        effects = self._taken(event, now) + self._checking.begin(now)
         return self._detours.redirect(effects)
 
-    def _handle(self, event: Event, now: float) -> list[Effect]:
+    def _taken(self, event: Event, now: float) -> list[Effect]:
         match event:
             case Arrived():
                 return self._arrived(event, now)

@@ -12,9 +12,9 @@ from meshinfer.scheduler.client import LATE_S, ClientCore
 from meshinfer.scheduler.worker import WorkerCore
 from meshinfer.simulator.simulation import BAD_INPUT, POISON, Asked, Simulation
 
-RECOVERY_S = 20.0
+RECOVERY_S = 24.0
 """How long after a fault something may still be late because of it (a blob is asked for again
-after 20 s)."""
+after 24 s at the latest)."""
 
 
 HURRY_S = 1.0
@@ -32,7 +32,7 @@ AWAY = {
 
 DEAF = {
     "cut", "client away", "client crash", "freeze coordinator", "restart coordinator", "cut bulk",
-    "one way", "loss", "damage",
+    "one way", "loss", "damage", "word lost",
 }  # fmt: skip
 """Faults that keep a client from hearing that its time is over, or of the tensors of its answer."""
 

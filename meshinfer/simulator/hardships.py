@@ -6,10 +6,13 @@ outlast a connection, tasks that hang on a device which is well otherwise, a dev
 silent while another is, a device whose results are wrong (of three, or more), pieces that come late
 for the next attempt, a client that ends as it is answered, and clients on a device's host, which
 may compute requests themselves until another version serves. A stream between two devices that
-carries nothing more until the connection is made anew.
+carries nothing more until the connection is made anew, and words of the coordinator or to it that
+never come, on connections that live.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 from meshinfer.scheduler.worker import COORDINATOR
 from meshinfer.simulator.faults import Faults
@@ -24,6 +27,7 @@ CHANCE = 0.12
 _COPIES_LOSSES, _COPIES_S = 4, 0.1
 _BESIDE_CHANCE = 0.2
 _DEAF_CHANCE, _DEAF_AFTER_S = 0.1, 0.7
+_WORDS_CHANCE, _WORDS_TIMES = 0.1, 4
 _LIAR_CHANCE, _LIAR_REQUESTS = 0.15, 40
 _BESIDE_A_FREEZE = ("freeze", "crash", "power", "partition", "cut")
 _LONG = ("partition", "partition", "one way", "partition of workers", "client away")
@@ -41,6 +45,7 @@ class Hardships:
         draws = [(kind, rng.random()) for kind in KINDS]
         self.kinds = () if calm else tuple(kind for kind, draw in draws if draw < CHANCE)
         self._deaf = not calm and world.streams["deaf"].random() < _DEAF_CHANCE
+        self._words = not calm and world.streams["words"].random() < _WORDS_CHANCE
         lies = world.streams["liar"]
         self._lies = not calm and len(hosts) >= 3 and lies.random() < _LIAR_CHANCE
         world.spares = world.spares or self._lies
@@ -78,6 +83,8 @@ class Hardships:
             world.at(since, self._users.submit)
         if self._deaf:
             world.at(world.now + _DEAF_AFTER_S * length_s, self._deafen)
+        if self._words:
+            self._lose_words(length_s)
         for kind in self.kinds:
             world.tell_story(lambda kind=kind: f"HARDSHIP {kind}")  # type: ignore[misc]
             since = world.now + rng.random() * length_s
@@ -111,6 +118,20 @@ class Hardships:
         if len(names) > 1:
             world.deafen(*rng.sample(names, 2))
             world.mishaps.append(Mishap("deaf", world.now, world.now))
+
+    def _lose_words(self, length_s: float) -> None:
+        """One or two at once, now and then; the last of them when the rest is over."""
+        world, rng = self._world, self._world.streams["words"]
+
+        def lose(count: int) -> None:
+            world.words_to_lose += count
+
+        def lost() -> None:
+            world.mishaps.append(Mishap("word lost", world.now, world.now))
+
+        world.on_word_lost = lost
+        for at in (*(rng.random() for _ in range(_WORDS_TIMES)), 0.99):
+            world.at(world.now + at * length_s, partial(lose, rng.choice([1, 1, 2])))
 
     def _lie(self, length_s: float) -> None:
         """From now on, to the end. More is asked, so that more is checked."""
@@ -175,4 +196,5 @@ class Hardships:
         self._world.kernel_errors = self._world.disk_full_until = 0.0
         self._world.hung.clear()
         self._world.copied = 0.0
+        self._world.words_to_lose = 0
         self._world.word.on_answered = lambda client: None

@@ -21,6 +21,7 @@ from meshinfer.scheduler.answering import Answering
 from meshinfer.scheduler.checks import Checks
 from meshinfer.scheduler.client import ClientCore
 from meshinfer.scheduler.computing import Computing
+from meshinfer.scheduler.counting import Tally
 from meshinfer.scheduler.deploying import Deploying
 from meshinfer.scheduler.fallback import Fallback
 from meshinfer.scheduler.giving import Giving
@@ -182,6 +183,16 @@ def _lost_wakeup(computed: _Method) -> _Method:
     return mutant
 
 
+def _gaps_accepted(hears: _Method) -> _Method:
+    """That messages are missing is not noticed."""
+
+    def mutant(self: Tally, told: int | None) -> bool:
+        hears(self, told)
+        return False
+
+    return mutant
+
+
 def _never_reset(reset: _Method) -> _Method:
     """A device that joins again keeps what it had installed, and computes on."""
     return lambda self: []
@@ -312,6 +323,7 @@ MUTANTS: Mapping[str, tuple[type, str, Callable[[_Method], _Method]]] = {
     "deadline timer lost": (Answering, "end_overdue", _deadline_lost),
     "attempts mixed after a re-plan": (Held, "renew", _plans_mixed),
     "lost wakeup of the queue": (Computing, "computed", _lost_wakeup),
+    "gaps accepted": (Tally, "hears", _gaps_accepted),
     "no reset on joining again": (Installing, "reset", _never_reset),
     "request not asked again": (ClientCore, "_rejoin", _not_asked_again),
     "answer of a dead client": (Answered, "reaches", _answer_of_the_dead),

@@ -1,6 +1,7 @@
 """A world with faults in its links: what TCP can do to messages, and a little more.
 
-A connection of the control plane loses nothing silently: it breaks, and both ends hear of it. On
+A connection of the control plane loses nothing silently: it breaks, and both ends hear of it; but
+somebody in between may drop a word of it. On
 the bulk plane single messages are lost, doubled, damaged and overtaken as well, since senders
 there repeat what is not acknowledged. A silent partition holds what is under way; ZMTP heartbeats
 break a control connection after 1.5 s of it, TCP_MAXRT one of the bulk plane after 3 s.
@@ -14,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from meshinfer import limits
+from meshinfer.protocol import messages as m
 from meshinfer.protocol.codec import Buffer, ProtocolError, decode
 from meshinfer.scheduler import events as e
 from meshinfer.scheduler.enrolment import Door
@@ -68,6 +70,9 @@ class Network(World):
         self.story: deque[tuple[float, str]] = deque(maxlen=200_000)
         self.damaged = self.swallowed = 0
         self.deaf: set[tuple[str, str]] = set()
+        self.words_to_lose = 0
+        """So many of what is said next, but for heartbeats, never come."""
+        self.on_word_lost: Callable[[], None] = lambda: None
         self._blocks: dict[tuple[str, str], Block] = {}
         self._held: defaultdict[tuple[str, str], list[Held]] = defaultdict(list)
         self._undelivered: list[tuple[Node, e.Send]] = []
@@ -111,10 +116,18 @@ class Network(World):
         block = self._blocks.get((sender.name, receiver.name))
         if block is not None:
             self._wait(block, Held(sender, receiver, plane, what))
+        elif plane is e.Plane.CONTROL and self._is_dropped(what.message):
+            self.tell_story(lambda: "    ... DROPPED")
+            self.on_word_lost()
         elif plane is e.Plane.CONTROL:
             self._deliver(sender, receiver, plane, what.message, what.payload, 0.0)
         else:
             self._bulk(sender, receiver, frames, what)
+
+    def _is_dropped(self, message: m.AnyMessage) -> bool:
+        dropped = self.words_to_lose > 0 and not isinstance(message, m.Heartbeat | m.Alive)
+        self.words_to_lose -= dropped
+        return dropped
 
     def _bulk(
         self, sender: Node, receiver: Node, frames: Sequence[Buffer], what: e.Arrived
