@@ -112,7 +112,8 @@ class Deployment:
     the user. ``takers``: the devices that have each task; ``choices``: of each that may go to any.
     ``expected``: seconds of each task on each device that may get it. ``window``: requests in
     flight, as the plan says. ``looked``: how many samples of paces there were when it was last seen
-    by how much its devices ``drift`` apart; ``uneven``: twice in turn too much; ``tried_drift``: as
+    by how much its devices ``drift`` apart; ``uneven``: twice in turn too much, and so since
+    ``uneven_at``; ``tried_drift``: as
     much when a search failed. ``in_vain``: how often another plan was looked for since, and was no
     better. ``search_s``: of the coordinator's processor that the last search for it took;
     ``share``: of it that the search may take. ``asked``: requests begun since.
@@ -141,6 +142,7 @@ class Deployment:
     looked: int = 0
     drift: float = 1.0
     uneven: bool = False
+    uneven_at: float = 0.0
     tried_drift: float = 1.0
     in_vain: int = 0
     search_s: float = 0.0
@@ -182,6 +184,11 @@ class Deployment:
     def spare_programs(self, name: str) -> tuple[m.Program, ...]:
         """Those of others that a device prepares, should one of these be lost."""
         return tuple(p for each in self.programs.values() for p in each if name in p.spares)
+
+    @property
+    def idle(self) -> frozenset[str]:
+        """Devices that might have tasks of it, and have none."""
+        return frozenset(self.candidates) - self.programs.keys()
 
     @property
     def longest_s(self) -> float:

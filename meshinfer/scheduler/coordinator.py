@@ -47,6 +47,7 @@ from meshinfer.scheduler.on_device import only_task
 from meshinfer.scheduler.parting import Parting
 from meshinfer.scheduler.reaching import Reaching
 from meshinfer.scheduler.request import Request
+from meshinfer.scheduler.trying import Tries
 
 
 class CoordinatorCore:
@@ -81,6 +82,7 @@ class CoordinatorCore:
         self._enrolment = Enrolment(door, ledger, self._journal, self.members)
         self._parting = Parting(*parts, self._answering, self._deploying, self._enrolment)
         self._links = LinkRounds()
+        self._tries = Tries(self.members, self.catalogue, self._balance)
         self._bulk = bulk
         self._stop_due: float | None = None
         self._now = self._ruled = 0.0
@@ -223,6 +225,9 @@ class CoordinatorCore:
                 else:
                     self._links.measured(self.members, device, message.link, now)
                 return []
+            case m.Tried() if device is not None:
+                self._tries.heard(device, message, now)
+                return []
             case m.Installed() if device is not None:
                 effects = self._answering.fallback.prepared(device.name, message)
                 return effects or self._deploying.installed(peer, message, now)
@@ -349,6 +354,7 @@ class CoordinatorCore:
         effects += self._answering.start_waiting(now)
         effects += self._deploying.retire_unused(now)
         effects += self._parting.with_the_drained()
+        effects += self._tries.begin(now)
         effects += self._links.next(self.members, now, busy=bool(self.requests))
         over = not self.requests and not self._journal.waits
         stops = self._stop_due is not None and (now >= self._stop_due or over)

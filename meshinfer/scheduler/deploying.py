@@ -340,7 +340,14 @@ class Deploying:
         quiet = now >= self._busy_at + limits.REPLAN_QUIET_S
         asked = made.asked >= limits.REPLAN_REQUESTS
         changed = made.uneven or made.links != self._members.links_changed
-        return changed and asked and (quiet or grave) and now >= made.since + pause_s
+        due = changed and asked and (quiet or grave) and now >= made.since + pause_s
+        return due and (self._settled(made, now) or made.links != self._members.links_changed)
+
+    def _settled(self, made: Deployment, now: float) -> bool:
+        """A device that becomes slow is so within a task: a plan for what it was on the way there
+        would be followed by another. Of what only ever is uneven nobody waits for more."""
+        waited = now >= made.uneven_at + limits.PACE_SETTLE_S
+        return waited or self._balance.settled(made.candidates)
 
     def _grave(self, made: Deployment) -> bool:
         return made.drift > limits.PACE_GRAVE or made.links != self._members.links_changed
