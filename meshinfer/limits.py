@@ -41,6 +41,11 @@ LINK_LONG_S: Final = 0.05
 LINK_MEASURE_S: Final = 3.0
 LINK_ASKED_S: Final = 5.0
 LINK_AGE_S: Final = 60.0
+"""A link is measured again after so long, and sooner at first: after LINK_YOUNG_S, doubling."""
+LINK_YOUNG_S: Final = 2.0
+LINK_DOUBLINGS: Final = 16
+LINK_LATENCY_S: Final = 0.002
+"""By how much a latency must differ to be planned for, beside LINK_DEVIATION."""
 LINK_SAMPLE_BYTES: Final = 64 << 10
 LINK_SAMPLE_S: Final = 0.5
 LINK_SAMPLES: Final = 4

@@ -151,15 +151,15 @@ class Balance:
     def look(self, made: Deployment, now: float) -> None:
         """Note in a deployment by how much its devices have drifted apart, once there is news of
         most. What slows all down alike is seen of one before the others: it must be so twice."""
-        if self.count < made.looked + len(made.candidates):
+        seen, before = made.drift, made.drift.times
+        if self.count < seen.looked + len(made.candidates):
             return
-        before, made.looked = made.drift, self.count
-        idle = made.idle
-        made.drift = self.drift(made.candidates, made.factors, made.since, now, idle)
-        uneven = min(before, made.drift) > limits.PACE_DEVIATION
-        if uneven and not made.uneven:
-            made.uneven_at = now
-        made.uneven = uneven
+        seen.looked = self.count
+        names = made.candidates
+        seen.times = self.drift(names, made.factors, made.since, now, made.idle)
+        uneven = min(before, seen.times) > limits.PACE_DEVIATION
+        seen.at = now if uneven and not seen.uneven else seen.at
+        seen.uneven = uneven
 
     def forget(self, device: str) -> None:
         """It has left; who comes back under its name may be another."""

@@ -335,6 +335,11 @@ class CoordinatorCore:
         effects, ledger = self._enrolment.begin(now), self._ledger
         return effects + ([] if ledger is None else self._deploying.models.resume(ledger, now))
 
+    def _unused(self) -> set[str]:
+        """Devices that have no part in any plan."""
+        plans = self.catalogue.deployments.values()
+        return self.members.devices.keys() - {name for made in plans for name in made.programs}
+
     def _stop(self, now: float) -> list[Effect]:
         self._stop_due = now if self._stop_due is not None else now + limits.DRAIN_S
         return []
@@ -355,7 +360,8 @@ class CoordinatorCore:
         effects += self._deploying.retire_unused(now)
         effects += self._parting.with_the_drained()
         effects += self._tries.begin(now)
-        effects += self._links.next(self.members, now, busy=bool(self.requests))
+        busy = bool(self.requests)
+        effects += self._links.next(self.members, now, busy=busy, free=self._unused)
         over = not self.requests and not self._journal.waits
         stops = self._stop_due is not None and (now >= self._stop_due or over)
         effects += self._journal.flush(now, last=stops)
