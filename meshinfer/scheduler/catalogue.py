@@ -116,8 +116,7 @@ class Deployment:
     another plan was looked for since, and was no better. ``search_s``: of the coordinator's
     processor that the last search took; ``share``: of it that it may. ``asked``: requests since.
     ``head``: the device that is source and sink, where the client is not. ``tasks``: of a request.
-    ``ready_at``: since when it serves.
-    ``alone``: the one request that runs under it, on one device; it is not what serves.
+    ``ready_at``: since when it serves. ``alone``: the one request that runs under it; it does not.
     """
 
     number: int
