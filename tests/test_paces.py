@@ -198,7 +198,7 @@ def test_after_a_process_that_ended_while_it_was_tried_nobody_is_for_that_plan()
     assert made.sent["Try"] == 1 and "pi-4" not in made.core.members.devices
     made.join("pi-5", m.Facts(flops_per_s=FLOPS / 10, host="pi-5"))
     made.stream(20.0)
-    spoilt = {number for number in made.core._tries._spoilt}
+    spoilt = set(made.core._tries._spoilt)
     assert not spoilt & made.core.catalogue.deployments.keys(), "a new plan was made"
     assert made.sent["Try"] > 1
     made.check_idle()
