@@ -221,7 +221,7 @@ TRY_S: Final = 3.0
 """Between two tries of a device that the plan leaves out, while requests run."""
 TRY_SOON_S: Final = 0.5
 """The same while its pace is not known, or becomes another."""
-TRY_SHARE: Final = 0.05
+TRY_SHARE: Final = 0.1
 """Of the time of a device that has nothing else to do."""
 TRY_LEAST_S: Final = 0.005
 """A shorter task tells little."""

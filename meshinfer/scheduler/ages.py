@@ -35,7 +35,7 @@ class Ages:
         """Of links whose turn has come, the one that was measured the longest ago. ``free``: what
         is measured is of these devices and the head, since requests run; None: it may be any."""
         head, devices = members.head, members.devices
-        for pair in [p for p in self._asked if not devices.keys() >= set(p)]:
+        for pair in [p for p in self._asked if p[0] not in devices or p[1] not in devices]:
             del self._asked[pair]
         if head is None or not self._asked:
             return None

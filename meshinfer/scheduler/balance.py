@@ -80,7 +80,7 @@ class Balance:
         took = sum(done.compute_s for done in tasks)
         expected = [made.seconds(done.place, device) for done in tasks]
         total = sum(each for each in expected if each is not None)
-        if total > 0.0 and None not in expected:
+        if took > 0.0 and total > 0.0 and None not in expected:
             ratio = made.factors.get(device, 1.0) * took / total
             self.measured(made.kind, device, ratio, now)
 

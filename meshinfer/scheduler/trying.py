@@ -7,6 +7,7 @@ to do, and tells what it took. To put it into a plan to see would slow all reque
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,10 +55,11 @@ class Tries:
         known, here = self._asked, self._catalogue.deployments
         self._asked = {number: made.asked for number, made in here.items()}
         self._spoilt &= here.keys()
+        asked = [made for number, made in here.items() if made.asked > known.get(number, 0)]
+        busy = {name for made in asked for name in made.programs}
         effects: list[Effect] = []
-        for number, made in here.items():
-            if made.asked > known.get(number, 0) and self._may_change(made):
-                effects += self._ask(made, now)
+        for made in filter(self._may_change, asked):
+            effects += self._ask(made, busy, now)
         return effects
 
     def _may_change(self, made: Deployment) -> bool:
@@ -66,10 +68,11 @@ class Tries:
             return False
         return self._catalogue.serving(made.model, made.signature) is made
 
-    def _ask(self, made: Deployment, now: float) -> list[Effect]:
+    def _ask(self, made: Deployment, busy: Collection[str], now: float) -> list[Effect]:
+        """``busy``: who has tasks, of whatever model, is timed by these."""
         effects: list[Effect] = []
         may = made.idle & made.spares.ready & set(self._members.ready(now))
-        for name in sorted(may - self._members.presence.away - self._open.keys()):
+        for name in sorted(may.difference(busy, self._members.presence.away, self._open)):
             place = _task_for(made, name) if now >= self._next.get(name, 0.0) else None
             if place is not None:
                 peer = self._members.devices[name].peer
