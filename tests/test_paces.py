@@ -135,6 +135,17 @@ def test_noise_alone_is_never_grave_whatever_the_seed() -> None:
             assert drift <= limits.PACE_GRAVE, f"seed {seed}, after {i} tasks each: {drift}"
 
 
+def test_a_base_that_was_taken_in_a_bad_moment_makes_not_all_fast_and_no_newcomer_slow() -> None:
+    balance = Balance()
+    for i in range(20):
+        for name in NAMES[:3]:
+            own = 1.25 if name == "pi-2" else 1.0
+            balance.measured("net", name, own * (4.0 if i < 4 else 1.0), float(i))
+    factors = {name: balance.factor(name, 20.0) for name in NAMES}
+    assert factors == pytest.approx({"pi-1": 0.8, "pi-2": 1.0, "pi-3": 0.8, "pi-4": 1.0})
+    assert balance.drift(NAMES, factors, 0.0, 20.0) == pytest.approx(1.0)
+
+
 def test_what_was_measured_before_a_plan_was_made_is_no_drift_from_it() -> None:
     balance = Balance()
     for i in range(12):

@@ -6,6 +6,7 @@ out first, so that only devices that differ from the others move work about.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict, deque
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,14 +29,10 @@ class _Pace:
     )
     idle_s: float = limits.PACE_FORGOTTEN_S
 
-    def factor(self, now: float) -> float:
-        known = None if self.stale(now) else _level([ratio for _, ratio in self.samples])
-        return 1.0 if known is None else known
-
-    def since(self, since: float, now: float) -> float | None:
-        """By what was measured since then alone; None where that is too little."""
+    def level(self, now: float, since: float = -math.inf) -> float | None:
+        """By what was measured since then alone; None where that is too little, or too long ago."""
         if self.stale(now):
-            return 1.0
+            return None
         return _level([ratio for at, ratio in self.samples if at > since])
 
     def known(self, now: float) -> bool:
@@ -72,6 +69,8 @@ class Balance:
     def __init__(self) -> None:
         self.count = 0
         self._paces: dict[str, _Pace] = {}
+        self._seen = (-math.inf, 0, 1.0)
+        """When ``_common`` was looked at, at which count, and what it was."""
         self._bases: OrderedDict[Hashable, float | list[tuple[float, str, float]]] = OrderedDict()
 
     def note(self, made: Deployment, device: str, tasks: tuple[m.Done, ...], now: float) -> None:
@@ -113,9 +112,22 @@ class Balance:
         pace.samples.append((now, ratio))
 
     def factor(self, device: str, now: float) -> float:
-        """How many times longer than its profile says a device takes; 1 where not known."""
+        """How many times longer than its profile says a device takes, beside what all do; 1 where
+        not known."""
         pace = self._paces.get(device)
-        return 1.0 if pace is None else pace.factor(now)
+        known = None if pace is None else pace.level(now)
+        return 1.0 if known is None else known / self._common(now)
+
+    def _common(self, now: float) -> float:
+        """What all devices that are known take longer by, or less. The base may have been taken in
+        a bad moment; to plan for that would make kernels cheap beside messages, and a device of
+        which nothing is known yet unlike all others."""
+        if self._seen[:2] != (now, self.count):
+            levels = [each for each in (p.level(now) for p in self._paces.values()) if each]
+            least, most = min(levels, default=1.0), max(levels, default=1.0)
+            common = max(least, 1.0) * min(most, 1.0) if len(levels) > 1 else 1.0
+            self._seen = (now, self.count, common)
+        return self._seen[2]
 
     def drift(
         self,
@@ -132,9 +144,11 @@ class Balance:
         """
         drift = []
         for name in devices:
-            pace = self._paces.get(name)
-            known = None if pace is None else pace.since(since, now)
-            ratio = 1.0 if known is None else known / planned.get(name, 1.0)
+            pace, before = self._paces.get(name), planned.get(name, 1.0)
+            known = None if pace is None else pace.level(now, since)
+            ratio = 1.0 if known is None else known / self._common(now) / before
+            if pace is not None and pace.samples and pace.stale(now):
+                ratio = 1.0 / before
             drift.append(min(ratio, 1.0) if name in idle else ratio)
         return max(drift, default=1.0) / min(drift, default=1.0)
 
