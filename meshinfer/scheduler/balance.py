@@ -171,9 +171,7 @@ class Balance:
         seen.looked = self.count
         names = made.candidates
         seen.times = self.drift(names, made.factors, made.since, now, made.idle)
-        uneven = min(before, seen.times) > limits.PACE_DEVIATION
-        seen.at = now if uneven and not seen.uneven else seen.at
-        seen.uneven = uneven
+        seen.uneven = min(before, seen.times) > limits.PACE_DEVIATION
 
     def forget(self, device: str) -> None:
         """It has left; who comes back under its name may be another."""

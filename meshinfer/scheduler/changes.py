@@ -14,14 +14,14 @@ from meshinfer.protocol import messages as m
 @dataclass(slots=True)
 class Drift:
     """``looked``: how many samples of paces there were when this was seen last; ``times``: by how
-    much devices have drifted apart; ``uneven``: twice in turn too much, and so since ``at``;
-    ``tried``: as much when a search failed."""
+    much devices have drifted apart; ``uneven``: twice in turn too much; ``tried``: as much when a
+    search failed. ``wanted_at``: since when another plan only waits for samples to agree."""
 
     looked: int = 0
     times: float = 1.0
     uneven: bool = False
-    at: float = 0.0
     tried: float = 1.0
+    wanted_at: float | None = None
 
 
 @dataclass(slots=True)

@@ -36,23 +36,31 @@ class Replanning:
         # A search takes the coordinator's device, maybe as slow as the others, from its tasks.
         # So for a small gain it is rare, waits until nothing runs, and is rarer each time in vain;
         # and a model that nobody asks gains nothing.
-        grave, links = self.grave(made), self._links_changed(made)
+        grave = self.grave(made)
         upset = made.drift.times > limits.PACE_UPSET * made.drift.tried
         pause_s = pause_of(made.search_s, made.in_vain, grave=grave, upset=upset)
         quiet = now >= busy_at + limits.REPLAN_QUIET_S
         asked = made.asked >= limits.REPLAN_REQUESTS
-        may = asked and (quiet or grave) and now >= made.since + pause_s
-        return may and (links or (made.drift.uneven and self._settled(made, now)))
+        changed = made.drift.uneven or self._links_changed(made)
+        wanted = changed and asked and (quiet or grave) and now >= made.since + pause_s
+        return self._settled(made, now, wanted=wanted)
 
     def grave(self, made: Deployment) -> bool:
         """Whether so much has changed that requests need not be spared."""
         return made.drift.times > limits.PACE_GRAVE or self._links_changed(made)
 
-    def _settled(self, made: Deployment, now: float) -> bool:
-        """A device that becomes slow is so within a task: a plan for what it was on the way there
-        would be followed by another. Of what only ever is uneven nobody waits for more."""
-        waited = now >= made.drift.at + limits.PACE_SETTLE_S
-        return waited or self._balance.settled(made.candidates)
+    def _settled(self, made: Deployment, now: float, *, wanted: bool) -> bool:
+        """Whether another plan is wanted, and need not wait any more.
+
+        A device that becomes slow is so within a task: a plan for what it was on the way there
+        would be followed by another. For those that never agree nobody waits for long.
+        """
+        since = made.drift.wanted_at
+        if since is None or not wanted:
+            since = now
+        made.drift.wanted_at = since if wanted else None
+        waited = now >= since + limits.PACE_SETTLE_S
+        return wanted and (waited or self._balance.settled(made.candidates))
 
     def _links_changed(self, made: Deployment) -> bool:
         return made.links.nearer or made.links.changed != self._members.links_changed
