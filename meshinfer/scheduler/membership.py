@@ -106,8 +106,8 @@ class Membership:
     ``absent``: clients whose connection broke, and since when; they come back or are given up.
     ``idle_since``: since when nobody can compute, or there is no head; None while somebody can.
     ``links_changed``: how often a link was found to be another than it was; ``links_bettered``: to
-    be better than was known. ``_peers``: the devices
-    by their peers. ``apart``: pairs that do not reach each other.
+    be better than was known. ``_peers``: the devices by their peers. ``apart``: pairs that do not
+    reach each other.
     """
 
     cluster: str
