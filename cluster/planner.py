@@ -194,7 +194,7 @@ class Planner:
                 programs.by_device,
                 made,
                 window=plan.window,
-                expected=expected_seconds(graph, plan, profiles),
+                expected=expected_seconds(graph, plan, profiles, programs.spares),
             )
         except Exception as error:
             return PlanReady(effect.deployment, failure=report(error))

@@ -139,7 +139,8 @@ class ComputeThread:
         except (EngineError, KeyError) as error:
             text = str(error) if isinstance(error, EngineError) else "its program is gone"
             fields = {"request": job.request, "attempt": job.attempt, "task": str(job.place)}
-            structlog.get_logger().error("a task failed", **fields, why=text)
+            if job.request:  # else it was only tried, on made-up inputs
+                structlog.get_logger().error("a task failed", **fields, why=text)
             return Computed(job.request, job.attempt, job.place, (), 0.0, text, job.again)
         speed = self._speed()
         if speed < 1.0:

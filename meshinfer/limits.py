@@ -41,6 +41,11 @@ LINK_LONG_S: Final = 0.05
 LINK_MEASURE_S: Final = 3.0
 LINK_ASKED_S: Final = 5.0
 LINK_AGE_S: Final = 60.0
+"""A link is measured again after so long, and sooner at first: after LINK_YOUNG_S, doubling."""
+LINK_YOUNG_S: Final = 2.0
+LINK_DOUBLINGS: Final = 16
+LINK_LATENCY_S: Final = 0.002
+"""By how much a latency must differ to be planned for, beside LINK_DEVIATION."""
 LINK_SAMPLE_BYTES: Final = 64 << 10
 LINK_SAMPLE_S: Final = 0.5
 LINK_SAMPLES: Final = 4
@@ -207,9 +212,21 @@ PACE_SAMPLES_LEAST: Final = 4
 PACE_DEVIATION: Final = 1.15
 PACE_GRAVE: Final = 1.5
 PACE_UPSET: Final = 3.0
+PACE_SETTLE_S: Final = 3.0
+"""So long a plan for devices that have drifted apart waits for their newest samples to agree."""
 PACE_FORGOTTEN_S: Final = 30.0
 PACE_FORGOTTEN_MOST_S: Final = 600.0
 PACES_KEPT: Final = 256
+TRY_S: Final = 3.0
+"""Between two tries of a device that the plan leaves out, while requests run."""
+TRY_SOON_S: Final = 0.5
+"""The same while its pace is not known, or becomes another."""
+TRY_SHARE: Final = 0.1
+"""Of the time of a device that has nothing else to do."""
+TRY_LEAST_S: Final = 0.005
+"""A shorter task tells little."""
+TRY_VAIN_S: Final = 30.0
+"""After one that came to nothing."""
 REPLAN_GAIN: Final = 1.10
 REPLAN_EVERY_S: Final = 5.0
 REPLAN_DOUBLINGS: Final = 5
@@ -344,6 +361,7 @@ assert LINK_AGAIN_S * LINKED_DEVICES <= LINK_AGE_S
 assert HEARTBEAT_S * 3 <= DEAD_AFTER_S < SILENT_MOST_S
 assert ACK_DELAY_S * 3 <= ACK_TIMEOUT_S
 assert PACE_SAMPLES <= LATE_SAMPLES
+assert TRY_SOON_S < TRY_S < PACE_FORGOTTEN_S  # or it would count as forgotten between two
 assert SUSPECT_S < DEAD_AFTER_S
 assert QUARANTINE_S < STRIKES_WITHIN_S  # or each quarantine would begin the count anew
 assert HEARTBEAT_S < STALL_S < DEAD_AFTER_S

@@ -31,6 +31,11 @@ class Programs:
     by_device: Mapping[str, tuple[m.Program, ...]]
     blobs: Mapping[str, Callable[[], bytes | memoryview]]
 
+    @property
+    def spares(self) -> dict[m.Place, tuple[str, ...]]:
+        """Of each task, who else prepares it."""
+        return {p.place: p.spares for each in self.by_device.values() for p in each if p.spares}
+
 
 def make_programs(
     graph: Graph, plan: Plan, spares: Mapping[TaskRef, tuple[DeviceId, ...]] = MappingProxyType({})

@@ -74,6 +74,7 @@ PURE = frozenset(
     test_fuzz_manifest test_geometry test_halves test_handing test_heads test_health test_hearing
     test_importers test_invented test_links test_manifest test_nothing_executes
     test_onnx_operators test_ops_conv_transpose test_ops_gather test_ops_normalise test_ops_pad
+    test_paces
     test_ops_pool test_ops_quant test_ops_resize test_pictures test_plan test_planner
     test_planner_borders test_planner_search test_planner_wishes test_planted test_poison
     test_found_by_seeds test_load test_processor test_takers

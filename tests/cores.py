@@ -461,7 +461,7 @@ class Cluster(World):
                 present = Plan.parse(effect.present)
                 if not is_better(graph, plan, present, profiles, effect.objective):
                     return e.PlanReady(effect.deployment, kept=True, search_s=self.plan_s)
-            expected = expected_seconds(graph, plan, profiles)
+            expected = expected_seconds(graph, plan, profiles, programs.spares)
             for (place, device), seconds in expected.items():
                 slowdown = next(c.slowdown for c in effect.candidates if c.device == device)
                 self.works[effect.deployment, place, device] = seconds / slowdown

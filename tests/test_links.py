@@ -73,8 +73,8 @@ def test_a_link_that_became_slow_is_noticed_after_a_while() -> None:
     cluster.pass_time(limits.LINK_AGE_S + 2.0)
     after = cluster.core.members.link("pi-1")
     assert after is not None
-    assert after.latency_s == pytest.approx(10 * LATENCY_S)
-    assert before.bytes_per_s / 2 < after.bytes_per_s < before.bytes_per_s
+    assert 8 * LATENCY_S < after.latency_s <= 10 * LATENCY_S
+    assert after.bytes_per_s < before.bytes_per_s
 
 
 def test_nothing_is_measured_while_a_request_runs() -> None:

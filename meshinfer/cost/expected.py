@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from meshinfer import limits
 from meshinfer.cost.model import field_work, seconds
@@ -15,15 +16,19 @@ from meshinfer.plan import Plan
 
 
 def expected_seconds(
-    graph: Graph, plan: Plan, profiles: Sequence[DeviceProfile]
+    graph: Graph,
+    plan: Plan,
+    profiles: Sequence[DeviceProfile],
+    spares: Mapping[tuple[int, int], Sequence[str]] = MappingProxyType({}),
 ) -> dict[tuple[tuple[int, int], str], float]:
-    """Seconds by ((stage, task), device). A device without a profile, or unable, is left out."""
-    known = {p.id: p for p in profiles}
+    """Seconds by ((stage, task), device). A device without a profile, or unable, is left out.
+    ``spares``: others that prepare a task."""
+    known: dict[str, DeviceProfile] = {p.id: p for p in profiles}
     found: dict[tuple[tuple[int, int], str], float] = {}
     for s, stage in enumerate(plan.stages):
         for t, task in enumerate(stage.tasks):
             work = field_work(graph, receptive_field(graph, stage, task))
-            for device in task.devices:
+            for device in (*task.devices, *spares.get((s, t), ())):
                 took = seconds(work, known[device]) if device in known else math.inf
                 if math.isfinite(took):
                     found[(s, t), device] = took

@@ -40,6 +40,7 @@ from meshinfer.protocol.records import (
     Value as Value, Word as Word,
 )  # fmt: skip
 from meshinfer.protocol.recovery import Assign as Assign, Lacks as Lacks, NotKept as NotKept
+from meshinfer.protocol.trying import Tried as Tried, Try as Try
 
 # isort: on
 from meshinfer.protocol.report import Report as Report
@@ -461,6 +462,6 @@ AnyMessage = (
     | Cancel | Reply
     | Stalled | Detour | Relay
     | Deliver | Feed | Answer | Ack | ListDevices | Devices | ListModels | Models
-    | Lacks | Check | Sample | Checked | Doubtful
+    | Lacks | Check | Sample | Checked | Doubtful | Try | Tried
     | Join | Joined | Wait | Admitted | AddToken | Approve | Expel | ListAdmitted | AdmittedNow
 )  # fmt: skip

@@ -6,8 +6,9 @@ out first, so that only devices that differ from the others move work about.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict, deque
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median_low
 
@@ -28,13 +29,38 @@ class _Pace:
     )
     idle_s: float = limits.PACE_FORGOTTEN_S
 
-    def factor(self, now: float) -> float:
-        if len(self.samples) < limits.PACE_SAMPLES_LEAST or self.stale(now):
-            return 1.0
-        return median_low(ratio for _, ratio in self.samples)
+    def level(self, now: float, since: float = -math.inf) -> float | None:
+        """By what was measured since then alone; None where that is too little, or too long ago."""
+        if self.stale(now):
+            return None
+        return _level([ratio for at, ratio in self.samples if at > since])
+
+    def known(self, now: float) -> bool:
+        return len(self.samples) >= limits.PACE_SAMPLES_LEAST and not self.stale(now)
+
+    @property
+    def settled(self) -> bool:
+        """Whether the newest samples agree: it does not just become another."""
+        newest = [ratio for _, ratio in self.samples][-limits.PACE_SAMPLES_LEAST :]
+        return not newest or max(newest) <= limits.PACE_GRAVE * max(min(newest), 1e-9)
 
     def stale(self, now: float) -> bool:
         return not self.samples or now - self.samples[-1][0] > self.idle_s
+
+
+def _level(ratios: Sequence[float]) -> float | None:
+    """The pace that samples, oldest first, come to; None of too few.
+
+    Where the newest are all apart from all before, it has become another, and they alone count: a
+    median over both would be the old pace, or something between, and plans made by it too mild.
+    """
+    if len(ratios) < limits.PACE_SAMPLES_LEAST:
+        return None
+    before, newest = ratios[: -limits.PACE_SAMPLES_LEAST], ratios[-limits.PACE_SAMPLES_LEAST :]
+    apart = limits.PACE_DEVIATION
+    if before and (min(newest) > apart * max(before) or apart * max(newest) < min(before)):
+        return median_low(newest)
+    return median_low(ratios)
 
 
 class Balance:
@@ -43,6 +69,8 @@ class Balance:
     def __init__(self) -> None:
         self.count = 0
         self._paces: dict[str, _Pace] = {}
+        self._seen = (-math.inf, 0, 1.0)
+        """When ``_common`` was looked at, at which count, and what it was."""
         self._bases: OrderedDict[Hashable, float | list[tuple[float, str, float]]] = OrderedDict()
 
     def note(self, made: Deployment, device: str, tasks: tuple[m.Done, ...], now: float) -> None:
@@ -51,7 +79,7 @@ class Balance:
         took = sum(done.compute_s for done in tasks)
         expected = [made.seconds(done.place, device) for done in tasks]
         total = sum(each for each in expected if each is not None)
-        if total > 0.0 and None not in expected:
+        if took > 0.0 and total > 0.0 and None not in expected:
             ratio = made.factors.get(device, 1.0) * took / total
             self.measured(made.kind, device, ratio, now)
 
@@ -84,34 +112,66 @@ class Balance:
         pace.samples.append((now, ratio))
 
     def factor(self, device: str, now: float) -> float:
-        """How many times longer than its profile says a device takes; 1 where not known."""
+        """How many times longer than its profile says a device takes, beside what all do; 1 where
+        not known."""
         pace = self._paces.get(device)
-        return 1.0 if pace is None else pace.factor(now)
+        known = None if pace is None else pace.level(now)
+        return 1.0 if known is None else known / self._common(now)
+
+    def _common(self, now: float) -> float:
+        """What all devices that are known take longer by, or less. The base may have been taken in
+        a bad moment; to plan for that would make kernels cheap beside messages, and a device of
+        which nothing is known yet unlike all others."""
+        if self._seen[:2] != (now, self.count):
+            levels = [each for each in (p.level(now) for p in self._paces.values()) if each]
+            least, most = min(levels, default=1.0), max(levels, default=1.0)
+            common = max(least, 1.0) * min(most, 1.0) if len(levels) > 1 else 1.0
+            self._seen = (now, self.count, common)
+        return self._seen[2]
 
     def drift(
-        self, devices: Iterable[str], planned: Mapping[str, float], since: float, now: float
+        self,
+        devices: Iterable[str],
+        planned: Mapping[str, float],
+        since: float,
+        now: float,
+        idle: Collection[str] = (),
     ) -> float:
-        """How many times devices have drifted apart since a plan was made with these factors; 1
-        where nothing new is known."""
-        drift = [self.factor(name, now) / planned.get(name, 1.0) for name in devices]
-        fresh = any(self._fresh(name, since, now) for name in devices)
-        return max(drift) / min(drift) if fresh else 1.0
+        """How many times devices have drifted apart since a plan was made with these factors, by
+        what was measured since; 1 where nothing new is known.
+
+        ``idle``: who has no task of it; that such a one is slower yet is nobody's loss.
+        """
+        drift = []
+        for name in devices:
+            pace, before = self._paces.get(name), planned.get(name, 1.0)
+            known = None if pace is None else pace.level(now, since)
+            ratio = 1.0 if known is None else known / self._common(now) / before
+            if pace is not None and pace.samples and pace.stale(now):
+                ratio = 1.0 / before
+            drift.append(min(ratio, 1.0) if name in idle else ratio)
+        return max(drift, default=1.0) / min(drift, default=1.0)
+
+    def sure(self, device: str, now: float) -> bool:
+        """Whether a device's pace is known, and is what it was."""
+        pace = self._paces.get(device)
+        return pace is not None and pace.known(now) and pace.settled
+
+    def settled(self, devices: Iterable[str]) -> bool:
+        """Whether what is known of them is what they are now, and not on its way there."""
+        known = (self._paces.get(name) for name in devices)
+        return all(pace is None or pace.settled for pace in known)
 
     def look(self, made: Deployment, now: float) -> None:
         """Note in a deployment by how much its devices have drifted apart, once there is news of
         most. What slows all down alike is seen of one before the others: it must be so twice."""
-        if self.count < made.looked + len(made.candidates):
+        seen, before = made.drift, made.drift.times
+        if self.count < seen.looked + len(made.candidates):
             return
-        before, made.looked = made.drift, self.count
-        made.drift = self.drift(made.candidates, made.factors, made.since, now)
-        made.uneven = min(before, made.drift) > limits.PACE_DEVIATION
-
-    def _fresh(self, device: str, since: float, now: float) -> bool:
-        pace = self._paces.get(device)
-        if pace is None:
-            return False
-        newer = sum(at > since for at, _ in pace.samples)
-        return newer >= limits.PACE_SAMPLES_LEAST or (bool(pace.samples) and pace.stale(now))
+        seen.looked = self.count
+        names = made.candidates
+        seen.times = self.drift(names, made.factors, made.since, now, made.idle)
+        seen.uneven = min(before, seen.times) > limits.PACE_DEVIATION
 
     def forget(self, device: str) -> None:
         """It has left; who comes back under its name may be another."""

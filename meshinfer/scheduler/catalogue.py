@@ -15,6 +15,7 @@ from msgspec import structs
 
 from meshinfer import limits
 from meshinfer.protocol import messages as m
+from meshinfer.scheduler.changes import Drift, Links
 from meshinfer.scheduler.events import Signature
 from meshinfer.scheduler.ledger import Published
 from meshinfer.scheduler.standing_by import Spares
@@ -111,14 +112,11 @@ class Deployment:
     ``factors``: how much slower than its profile each device was when it was planned. ``given``: by
     the user. ``takers``: the devices that have each task; ``choices``: of each that may go to any.
     ``expected``: seconds of each task on each device that may get it. ``window``: requests in
-    flight, as the plan says. ``looked``: how many samples of paces there were when it was last seen
-    by how much its devices ``drift`` apart; ``uneven``: twice in turn too much; ``tried_drift``: as
-    much when a search failed. ``in_vain``: how often another plan was looked for since, and was no
-    better. ``search_s``: of the coordinator's processor that the last search for it took;
-    ``share``: of it that the search may take. ``asked``: requests begun since.
+    flight, as the plan says. ``drift``, ``links``: what has changed since. ``in_vain``: how often
+    another plan was looked for since, and was no better. ``search_s``: of the coordinator's
+    processor that the last search took; ``share``: of it that it may. ``asked``: requests since.
     ``head``: the device that is source and sink, where the client is not. ``tasks``: of a request.
-    ``links``: how often links had changed when it was planned. ``ready_at``: since when it serves.
-    ``alone``: the one request that runs under it, on one device; it is not what serves.
+    ``ready_at``: since when it serves. ``alone``: the one request that runs under it; it does not.
     """
 
     number: int
@@ -138,16 +136,13 @@ class Deployment:
     window: int = 1
     factors: Mapping[str, float] = field(default_factory=dict)
     given: bool = False
-    looked: int = 0
-    drift: float = 1.0
-    uneven: bool = False
-    tried_drift: float = 1.0
+    drift: Drift = field(default_factory=Drift)
+    links: Links = field(default_factory=Links)
     in_vain: int = 0
     search_s: float = 0.0
     share: float = 1.0
     asked: int = 0
     head: str = ""
-    links: int = 0
     alone: str = ""
     ready_at: float = 0.0
     spares: Spares = field(default_factory=Spares)
@@ -184,6 +179,11 @@ class Deployment:
         return tuple(p for each in self.programs.values() for p in each if name in p.spares)
 
     @property
+    def idle(self) -> frozenset[str]:
+        """Devices that might have tasks of it, and have none."""
+        return frozenset(self.candidates) - self.programs.keys()
+
+    @property
     def longest_s(self) -> float:
         """What its longest task is expected to take, anywhere."""
         return max(self.expected.values(), default=0.0)
@@ -207,7 +207,7 @@ class Deployment:
         """The same plan, with times expected by other factors."""
         scale = {d: f / self.factors.get(d, 1.0) for d, f in factors.items()}
         self.expected = {key: s * scale.get(key[1], 1.0) for key, s in self.expected.items()}
-        self.factors, self.drift, self.uneven = factors, 1.0, False
+        self.factors, self.drift.times, self.drift.uneven = factors, 1.0, False
 
     @property
     def most_running(self) -> int:

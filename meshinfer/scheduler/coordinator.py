@@ -48,6 +48,7 @@ from meshinfer.scheduler.on_device import only_task
 from meshinfer.scheduler.parting import Parting
 from meshinfer.scheduler.reaching import Reaching
 from meshinfer.scheduler.request import Request
+from meshinfer.scheduler.trying import Tries
 
 
 class CoordinatorCore:
@@ -83,6 +84,7 @@ class CoordinatorCore:
         self._parting = Parting(*parts, self._answering, self._deploying, self._enrolment)
         self._links = LinkRounds()
         self._tallies = Tallies(self.members.knows)
+        self._tries = Tries(self.members, self.catalogue, self._balance)
         self._bulk = bulk
         self._stop_due: float | None = None
         self._now = self._ruled = 0.0
@@ -235,6 +237,9 @@ class CoordinatorCore:
                 else:
                     self._links.measured(self.members, device, message.link, now)
                 return []
+            case m.Tried() if device is not None:
+                self._tries.heard(device, message, now)
+                return []
             case m.Installed() if device is not None:
                 effects = self._answering.fallback.prepared(device.name, message)
                 return effects or self._deploying.installed(peer, message, now)
@@ -343,6 +348,11 @@ class CoordinatorCore:
         effects, ledger = self._enrolment.begin(now), self._ledger
         return effects + ([] if ledger is None else self._deploying.models.resume(ledger, now))
 
+    def _unused(self) -> set[str]:
+        """Devices that have no part in any plan."""
+        plans = self.catalogue.deployments.values()
+        return self.members.devices.keys() - {name for made in plans for name in made.programs}
+
     def _stop(self, now: float) -> list[Effect]:
         self._stop_due = now if self._stop_due is not None else now + limits.DRAIN_S
         return []
@@ -362,7 +372,9 @@ class CoordinatorCore:
         effects += self._answering.start_waiting(now)
         effects += self._deploying.retire_unused(now)
         effects += self._parting.with_the_drained()
-        effects += self._links.next(self.members, now, busy=bool(self.requests))
+        effects += self._tries.begin(now)
+        busy = bool(self.requests)
+        effects += self._links.next(self.members, now, busy=busy, free=self._unused)
         over = not self.requests and not self._journal.waits
         stops = self._stop_due is not None and (now >= self._stop_due or over)
         effects += self._journal.flush(now, last=stops)

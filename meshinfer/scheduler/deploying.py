@@ -16,7 +16,7 @@ from meshinfer.protocol.codec import header_bytes
 from meshinfer.scheduler.admission import unavailable
 from meshinfer.scheduler.answering import Answering
 from meshinfer.scheduler.assigning import choices_of
-from meshinfer.scheduler.balance import Balance, pause_of, unusual
+from meshinfer.scheduler.balance import Balance, unusual
 from meshinfer.scheduler.catalogue import Catalogue, Deployment, Model, Phase, with_notes
 from meshinfer.scheduler.events import (
     Candidate,
@@ -34,6 +34,7 @@ from meshinfer.scheduler.journal import Journal
 from meshinfer.scheduler.membership import Device, Membership
 from meshinfer.scheduler.publishing import Publishing
 from meshinfer.scheduler.remembered import Remembered, entry_of
+from meshinfer.scheduler.replanning import Replanning
 from meshinfer.scheduler.request import Request
 
 
@@ -60,6 +61,7 @@ class Deploying:
             catalogue, answering, journal, heads, self._remembered, self.retire
         )
         self.fetching = self.models.fetching
+        self._replanning = Replanning(members, balance)
         self._busy_at = 0.0
 
     # --- plans
@@ -82,10 +84,10 @@ class Deploying:
         plan = None if alone is not None else self._given_plan(model, set(members))
         made = self._catalogue.new_deployment(model, signature, members, names, now)
         made.factors, made.given, made.head = factors, plan is not None, head.name
-        made.links = self._members.links_changed
+        self._replanning.planned(made)
         made.alone = "" if alone is None else alone.id
         if present is not None:
-            grave = self._grave(present)
+            grave = self._replanning.grave(present)
             made.share = limits.SEARCH_SHARE_GRAVE if grave else limits.SEARCH_SHARE
         return MakePlan(
             deployment=made.number,
@@ -235,7 +237,7 @@ class Deploying:
         if serving is not None:
             serving.candidates = made.candidates  # it stays; these devices were tried
             self._look_again_later(made, now)
-            serving.tried_drift = serving.drift
+            serving.drift.tried = serving.drift.times
             serving.in_vain += made.share < 1.0  # maybe the end of the process that plans
             return [note, *effects]
         if signature in model.signatures:
@@ -305,7 +307,7 @@ class Deploying:
                     effects += [] if coming is None else self.retire(coming)
                     effects.append(self._plan(model, signature, now))
                     room -= 1
-                elif serving is not None and self._uneven(serving, now) and not planning:
+                elif serving is not None and self._is_due(serving, now) and not planning:
                     effects.append(self._plan(model, signature, now, serving))
                 else:
                     continue
@@ -323,27 +325,8 @@ class Deploying:
         room = max(0, limits.PLANS_AT_ONCE - len(known))
         return [self._plan(r.model, r.signature, now, alone=r) for r in wanted[:room]]
 
-    def _uneven(self, made: Deployment, now: float) -> bool:
-        """Whether devices or links have changed so much that another plan may be better.
-
-        Not where the plan was given, and not where each request's tasks go to who is free.
-        """
-        if made.given or len(made.choices) == made.tasks or len(made.candidates) < 2:
-            return False
-        self._balance.look(made, now)
-        # A search takes the coordinator's device, maybe as slow as the others, from its tasks.
-        # So for a small gain it is rare, waits until nothing runs, and is rarer each time in vain;
-        # and a model that nobody asks gains nothing.
-        grave = self._grave(made)
-        upset = made.drift > limits.PACE_UPSET * made.tried_drift
-        pause_s = pause_of(made.search_s, made.in_vain, grave=grave, upset=upset)
-        quiet = now >= self._busy_at + limits.REPLAN_QUIET_S
-        asked = made.asked >= limits.REPLAN_REQUESTS
-        changed = made.uneven or made.links != self._members.links_changed
-        return changed and asked and (quiet or grave) and now >= made.since + pause_s
-
-    def _grave(self, made: Deployment) -> bool:
-        return made.drift > limits.PACE_GRAVE or made.links != self._members.links_changed
+    def _is_due(self, serving: Deployment, now: float) -> bool:
+        return self._replanning.due(serving, now, self._busy_at)
 
     def _give_up_without_workers(self, now: float) -> list[Effect]:
         failure = unavailable(

@@ -315,7 +315,7 @@ class Discard:
 @dataclass(frozen=True, slots=True)
 class Compute:
     """Run a prepared program in the compute thread -> ``Computed``. ``again``: to see whether
-    another device was right."""
+    another device was right; with no ``request``: how long it takes."""
 
     request: str
     attempt: int

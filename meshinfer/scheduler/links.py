@@ -8,10 +8,14 @@ a long one over the bulk plane, so that all is in it that a transfer goes throug
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+
+from msgspec import structs
 
 from meshinfer import limits
 from meshinfer.protocol import messages as m
+from meshinfer.scheduler.ages import Ages, measured_again
 from meshinfer.scheduler.events import Connect, Effect, Plane, Send
 from meshinfer.scheduler.membership import Device, Membership
 from meshinfer.scheduler.telling import told
@@ -54,16 +58,25 @@ class _Doubt:
 @dataclass(slots=True)
 class LinkRounds:
     """The coordinator's half. Mutable: owned by its core. ``asked``: the one under way, and since
-    when. ``_known_at``: when each device's link with the head was last measured, oldest first.
+    when. ``_look_at``, ``_look_busy_at``: when to look what is next, the second while requests run.
     """
 
     asked: tuple[str, str, float] | None = None
     _look_at: float = 0.0
-    _known_at: dict[str, float] = field(default_factory=dict)
+    _look_busy_at: float = 0.0
+    _ages: Ages = field(default_factory=Ages)
     _doubted: dict[tuple[str, str], _Doubt] = field(default_factory=dict)
 
-    def next(self, members: Membership, now: float, *, busy: bool) -> list[Effect]:
-        """Ask for the next link, if none is being measured and nothing runs."""
+    def next(
+        self,
+        members: Membership,
+        now: float,
+        *,
+        busy: bool,
+        free: Callable[[], Collection[str]] = tuple,
+    ) -> list[Effect]:
+        """Ask for the next link, if none is being measured and nothing runs; of devices that are
+        ``free`` of all that runs, also then."""
         if self.asked is not None:
             name, peer, since = self.asked
             there = name in members.devices and peer in members.devices
@@ -73,39 +86,23 @@ class LinkRounds:
             if doubt is not None and doubt.asked:
                 doubt.asked, doubt.next_at = False, now + limits.LINK_DOUBT_S
             elif there:  # unknown it stays, rather than being asked for ever
-                members.devices[name].links[peer] = m.Link(peer=peer)
+                members.devices[name].links.setdefault(peer, m.Link(peer=peer))
             self.asked = None
         self._starved(members, now)
         pair = self._doubtful(members, now) if self._doubted else None
-        if pair is None and (busy or now < self._look_at):
+        if pair is None and now < (self._look_busy_at if busy else self._look_at):
             return []
-        pair = pair or _missing(members, now) or self._aged(members, now)
-        if pair is None:
-            self._look_at = now + limits.HEARTBEAT_S  # of many devices there are many pairs
+        first = None if pair or busy else _missing(members, now)
+        pair = pair or first or self._ages.next(members, now, free() if busy else None)
+        if pair is None:  # of many devices there are many pairs
+            self._look_busy_at = now + limits.HEARTBEAT_S
+            self._look_at = self._look_at if busy else self._look_busy_at
             return []
         device, other = pair
         self.asked = (device.name, other.name, now)
-        if other is members.head:
-            self._known_at.pop(device.name, None)
-            self._known_at[device.name] = now
+        if device is not members.head:
+            self._ages.asked((device.name, other.name), now, first=first is not None)
         return [Send(Plane.CONTROL, device.peer, m.MeasureLink(peer=other.bulk))]
-
-    def _aged(self, members: Membership, now: float) -> tuple[Device, Device] | None:
-        """A device whose link with the head was measured long ago. Heartbeats come often enough
-        to notice, so that no timer is needed."""
-        head = members.head
-        for name in [name for name in self._known_at if name not in members.devices]:
-            del self._known_at[name]
-        if head is None:
-            return None
-        many = len(self._known_at) > limits.LINKED_DEVICES
-        if many and now < max(self._known_at.values()) + limits.LINK_AGAIN_S:
-            return None
-        for name, since in self._known_at.items():
-            device = members.devices[name]
-            if now - since > limits.LINK_AGE_S and device.state(now) == "ready":
-                return device, head
-        return None
 
     def _starved(self, members: Membership, now: float) -> None:
         """Devices to which messages come late: their links with the head are in doubt. What a
@@ -142,8 +139,7 @@ class LinkRounds:
             doubt.open = True
 
     def measured(self, members: Membership, device: Device, link: m.Link, now: float = 0.0) -> None:
-        """A device tells what its link came to. What is worse than before counts half: a link may
-        have become slow, or something was in the way for a moment."""
+        """A device tells what its link came to."""
         if self.asked is None or self.asked[:2] != (device.name, link.peer):
             return
         self.asked = None
@@ -151,17 +147,16 @@ class LinkRounds:
         if doubt is not None and doubt.asked:
             self._checked(members, device, link, doubt, now)
             return
-        head = members.head
-        if head is not None and link.peer == head.name and device.name in head.links:
+        head, known = members.head, device.links.get(link.peer)
+        with_head = head is not None and link.peer == head.name
+        if known is not None and with_head:
             known = members.link(device.name)
-            rate = link.bytes_per_s
-            if known is not None and rate < known.bytes_per_s:
-                rate = (rate + known.bytes_per_s) / 2
-            link = m.Link(peer=link.peer, bytes_per_s=rate, latency_s=link.latency_s)
-            head.links[device.name] = m.Link(
-                peer=device.name, bytes_per_s=rate, latency_s=link.latency_s
-            )
-        device.links[link.peer] = link
+        device.links[link.peer] = new = measured_again(known, link)
+        if head is not None and with_head and known is not None and device.name in head.links:
+            head.links[device.name] = structs.replace(new, peer=device.name)
+        if known is not None and known != new:
+            better = new.bytes_per_s > known.bytes_per_s or new.latency_s < known.latency_s
+            members.links_bettered += better
 
     def _checked(
         self, members: Membership, device: Device, link: m.Link, doubt: _Doubt, now: float

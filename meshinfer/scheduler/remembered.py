@@ -64,7 +64,7 @@ class Remembered:
         members = {name: devices[name].peer for name in (*entry.grants, entry.head)}
         made = catalogue.new_deployment(model, signature, members, entry.candidates, now)
         made.head, made.given = entry.head, model.plan is not None
-        made.links = self._members.links_changed
+        made.links.changed = self._members.links_changed
         return PlanReady(
             made.number,
             entry.plan,

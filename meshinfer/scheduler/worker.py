@@ -36,6 +36,7 @@ from meshinfer.scheduler.installing import Installing
 from meshinfer.scheduler.links import LinkMeter
 from meshinfer.scheduler.recipe import SOURCE
 from meshinfer.scheduler.telling import COORDINATOR, refusal, told
+from meshinfer.scheduler.trying import Trying
 
 __all__ = ["COORDINATOR", "SOURCE", "WorkerCore"]
 
@@ -57,6 +58,7 @@ class WorkerCore(Member):
             granted_bytes=hello.facts.memory_bytes,
         )
         self._checking = Checking(hello.device, self._computing, self._installing)
+        self._trying = Trying(self._computing, self._installing)
         self._links = LinkMeter()
         self._detours = Detours("" if hello.bulk is None else hello.bulk.id)
         self._hello_due = 0.0
@@ -77,6 +79,8 @@ class WorkerCore(Member):
                 return self._arrived(event, now)
             case Ticked():
                 return self._tick(now)
+            case Computed(request=""):
+                return self._trying.computed(event)
             case Computed(again=True):
                 return self._checking.computed(event)
             case Computed():
@@ -173,6 +177,8 @@ class WorkerCore(Member):
                 return self._computing.release(message, now)
             case m.Check():
                 return self._checking.asked(message, now)
+            case m.Try():
+                return self._trying.asked(message)
             case m.Install():
                 return self._installing.install(message)
             case m.Forget():

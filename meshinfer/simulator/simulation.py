@@ -250,6 +250,8 @@ class Simulation(Copies):
                 pass
 
     def _seconds(self, node: Node, job: e.Compute) -> float:
+        if not job.request:  # a try; it draws nothing, so that seeds are what they were
+            return self.timing.compute_s * self.slow.get(node.name, 1.0)
         spread = 0.5 + self.streams["kernels"].random()
         took = self.timing.compute_s * spread * self.slow.get(node.name, 1.0)
         if self._by_seed[job.request] == POISON:

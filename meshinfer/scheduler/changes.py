@@ -1,0 +1,36 @@
+"""What has changed since a plan was made: how far its devices have drifted apart, and their links.
+
+Noted with its deployment; ``balance``, ``ages`` and ``replanning`` say what it means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from meshinfer.protocol import messages as m
+
+
+@dataclass(slots=True)
+class Drift:
+    """``looked``: how many samples of paces there were when this was seen last; ``times``: by how
+    much devices have drifted apart; ``uneven``: twice in turn too much; ``tried``: as much when a
+    search failed. ``wanted_at``: since when another plan only waits for samples to agree."""
+
+    looked: int = 0
+    times: float = 1.0
+    uneven: bool = False
+    tried: float = 1.0
+    wanted_at: float | None = None
+
+
+@dataclass(slots=True)
+class Links:
+    """``known``: the links that a plan was made by; ``changed``: how often any had become another
+    by then; ``seen``: how often any was found to be better when this was looked at last;
+    ``nearer``: one of a device that the plan leaves out is much better."""
+
+    changed: int = 0
+    seen: int = 0
+    known: Mapping[tuple[str, str], m.Link] = field(default_factory=dict)
+    nearer: bool = False

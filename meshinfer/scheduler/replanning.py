@@ -1,0 +1,75 @@
+"""When a better plan is looked for than the one that serves: rarely, since it takes the
+coordinator's device from requests, and not before what has changed is known."""
+
+from __future__ import annotations
+
+from meshinfer import limits
+from meshinfer.scheduler.ages import bettered, known_links
+from meshinfer.scheduler.balance import Balance, pause_of
+from meshinfer.scheduler.catalogue import Deployment
+from meshinfer.scheduler.changes import Links
+from meshinfer.scheduler.membership import Membership
+
+
+class Replanning:
+    """Mutable: owned by the coordinator's core."""
+
+    def __init__(self, members: Membership, balance: Balance) -> None:
+        self._members, self._balance = members, balance
+
+    def planned(self, made: Deployment) -> None:
+        """A plan is made by the links as they are now."""
+        members = self._members
+        known = known_links(members, made.candidates)
+        made.links = Links(members.links_changed, members.links_bettered, known)
+
+    def due(self, made: Deployment, now: float, busy_at: float) -> bool:
+        """Whether devices or links have changed so much that another plan may be better.
+
+        Not where the plan was given, and not where each request's tasks go to who is free.
+        ``busy_at``: when requests ran last.
+        """
+        if made.given or len(made.choices) == made.tasks or len(made.candidates) < 2:
+            return False
+        self._balance.look(made, now)
+        self._look_at_links(made)
+        # A search takes the coordinator's device, maybe as slow as the others, from its tasks.
+        # So for a small gain it is rare, waits until nothing runs, and is rarer each time in vain;
+        # and a model that nobody asks gains nothing.
+        grave = self.grave(made)
+        upset = made.drift.times > limits.PACE_UPSET * made.drift.tried
+        pause_s = pause_of(made.search_s, made.in_vain, grave=grave, upset=upset)
+        quiet = now >= busy_at + limits.REPLAN_QUIET_S
+        asked = made.asked >= limits.REPLAN_REQUESTS
+        changed = made.drift.uneven or self._links_changed(made)
+        wanted = changed and asked and (quiet or grave) and now >= made.since + pause_s
+        return self._settled(made, now, wanted=wanted)
+
+    def grave(self, made: Deployment) -> bool:
+        """Whether so much has changed that requests need not be spared."""
+        return made.drift.times > limits.PACE_GRAVE or self._links_changed(made)
+
+    def _settled(self, made: Deployment, now: float, *, wanted: bool) -> bool:
+        """Whether another plan is wanted, and need not wait any more.
+
+        A device that becomes slow is so within a task: a plan for what it was on the way there
+        would be followed by another. For those that never agree nobody waits for long.
+        """
+        since = made.drift.wanted_at
+        if since is None or not wanted:
+            since = now
+        made.drift.wanted_at = since if wanted else None
+        waited = now >= since + limits.PACE_SETTLE_S
+        return wanted and (waited or self._balance.settled(made.candidates))
+
+    def _links_changed(self, made: Deployment) -> bool:
+        return made.links.nearer or made.links.changed != self._members.links_changed
+
+    def _look_at_links(self, made: Deployment) -> None:
+        """Whether devices are left out for links that are found to be much better."""
+        links, members = made.links, self._members
+        if links.seen == members.links_bettered:
+            return
+        links.seen = members.links_bettered
+        here = [name for name in made.candidates if name in members.devices]
+        links.nearer = bettered(links.known, known_links(members, here), made.idle)

@@ -1,0 +1,162 @@
+"""Devices that the plan leaves out are tried now and then: how fast they are is known of nobody
+whose tasks are not timed, and a wrong or an old figure would leave them idle for ever.
+
+A spare device runs a task that it has prepared anyway, on made-up inputs, while it has nothing else
+to do, and tells what it took. To put it into a plan to see would slow all requests down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+
+from meshinfer import limits
+from meshinfer.protocol import messages as m
+from meshinfer.scheduler.balance import Balance
+from meshinfer.scheduler.catalogue import Catalogue, Deployment, Phase
+from meshinfer.scheduler.computing import Computing
+from meshinfer.scheduler.events import Array, Compute, Computed, Effect, Plane, Send
+from meshinfer.scheduler.installing import Installing
+from meshinfer.scheduler.membership import Device, Membership
+from meshinfer.scheduler.recipe import Recipe
+from meshinfer.scheduler.telling import told
+
+
+@dataclass(frozen=True, slots=True)
+class _Open:
+    """A device that was asked, as which peer, what, and when."""
+
+    peer: str
+    deployment: int
+    place: m.Place
+    since: float
+
+
+class Tries:
+    """The coordinator's half. Mutable: owned by its core. ``_asked``: requests of each deployment
+    when it was looked at; ``_spoilt``: deployments of which a try may have ended a process."""
+
+    def __init__(self, members: Membership, catalogue: Catalogue, balance: Balance) -> None:
+        self._members, self._catalogue, self._balance = members, catalogue, balance
+        self._open: dict[str, _Open] = {}
+        self._next: dict[str, float] = {}
+        self._asked: dict[int, int] = {}
+        self._spoilt: set[int] = set()
+        self._look_at = 0.0
+
+    def begin(self, now: float) -> list[Effect]:
+        """Ask those whose turn has come. Heartbeats come often enough, so no timer is needed."""
+        if now < self._look_at:
+            return []
+        self._look_at = now + limits.HEARTBEAT_S
+        self._give_up(now)
+        known, here = self._asked, self._catalogue.deployments
+        self._asked = {number: made.asked for number, made in here.items()}
+        self._spoilt &= here.keys()
+        asked = [made for number, made in here.items() if made.asked > known.get(number, 0)]
+        busy = {name for made in asked for name in made.programs}
+        effects: list[Effect] = []
+        for made in filter(self._may_change, asked):
+            effects += self._ask(made, busy, now)
+        return effects
+
+    def _may_change(self, made: Deployment) -> bool:
+        """Whether it serves, and another plan may take its place."""
+        if made.phase is not Phase.READY or made.given or made.number in self._spoilt:
+            return False
+        return self._catalogue.serving(made.model, made.signature) is made
+
+    def _ask(self, made: Deployment, busy: Collection[str], now: float) -> list[Effect]:
+        """``busy``: who has tasks, of whatever model, is timed by these."""
+        effects: list[Effect] = []
+        may = made.idle & made.spares.ready & set(self._members.ready(now))
+        for name in sorted(may.difference(busy, self._members.presence.away, self._open)):
+            place = _task_for(made, name) if now >= self._next.get(name, 0.0) else None
+            if place is not None:
+                peer = self._members.devices[name].peer
+                self._open[name] = _Open(peer, made.number, place, now)
+                word = m.Try(deployment=made.number, place=place)
+                effects.append(Send(Plane.CONTROL, peer, word))
+        return effects
+
+    def heard(self, device: Device, message: m.Tried, now: float) -> None:
+        """What a task took, 0 where it could not be run."""
+        asked = self._open.get(device.name)
+        if asked is None or asked.peer != device.peer:
+            return
+        if (asked.deployment, asked.place) != (message.deployment, message.place):
+            return
+        del self._open[device.name]
+        took, made = message.compute_s, self._catalogue.deployments.get(message.deployment)
+        self._next[device.name] = now + limits.TRY_VAIN_S
+        if not took or made is None or self._catalogue.searching:
+            return
+        done = m.Done(place=message.place, compute_s=took, sent_bytes=0)
+        self._balance.note(made, device.name, (done,), now)
+        sure = self._balance.sure(device.name, now)
+        pause_s = limits.TRY_S if sure else limits.TRY_SOON_S
+        self._next[device.name] = now + max(pause_s, took / limits.TRY_SHARE)
+
+    def _give_up(self, now: float) -> None:
+        for name, asked in list(self._open.items()):
+            device = self._members.devices.get(name)
+            if device is None or device.peer != asked.peer:
+                self._spoilt.add(asked.deployment)  # nobody else is to end of it
+            elif now < asked.since + limits.TRY_VAIN_S:
+                continue
+            del self._open[name]
+            self._next[name] = now + limits.TRY_VAIN_S
+
+
+def _task_for(made: Deployment, name: str) -> m.Place | None:
+    """Of the tasks that a device has prepared for others: the shortest that is long enough to tell
+    something, else the longest."""
+    known = [(made.seconds(p.place, name), p.place) for p in made.spare_programs(name)]
+    timed = sorted((took, place) for took, place in known if took)
+    enough = (place for took, place in timed if took >= limits.TRY_LEAST_S)
+    return next(enough, timed[-1][1] if timed else None)
+
+
+class Trying:
+    """The device's half. Mutable: owned by a worker's core."""
+
+    def __init__(self, computing: Computing, installing: Installing) -> None:
+        self._computing, self._installing = computing, installing
+        self._running: tuple[int, m.Place] | None = None
+
+    def asked(self, message: m.Try) -> list[Effect]:
+        """Run a task, unless there is something to do."""
+        made = self._installing.deployments.get(message.deployment)
+        recipe = None if made is None else made.recipes.get(message.place)
+        inputs = None if recipe is None or recipe.program.model is None else made_up(recipe)
+        if inputs is None or self._running is not None or not self._computing.idle:
+            return [_tried(message.deployment, message.place, 0.0)]
+        self._running = (message.deployment, message.place)
+        return [Compute("", 0, message.deployment, message.place, inputs, again=True)]
+
+    def computed(self, event: Computed) -> list[Effect]:
+        running, self._running = self._running, None
+        if running is None:
+            return []
+        return [_tried(*running, 0.0 if event.error is not None else event.compute_s)]
+
+
+def made_up(recipe: Recipe) -> dict[str, Array] | None:
+    """Inputs of a task, of the right kind; None where that is known only when they come.
+
+    Whole numbers are 1, by which one may divide; others are small, as what goes through a network.
+    """
+    found: dict[str, Array] = {}
+    for value in recipe.program.inputs:
+        box = value.box.box
+        if not box.axes or not value.dtype:
+            return None
+        dtype = np.dtype(value.dtype)
+        found[value.name] = np.full(box.shape, 0.5 if dtype.kind == "f" else 1, dtype)
+    return found
+
+
+def _tried(deployment: int, place: m.Place, took: float) -> Send:
+    return told(m.Tried(deployment=deployment, place=place, compute_s=took))
