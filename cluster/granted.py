@@ -49,10 +49,10 @@ def memory_left(limit: int) -> int:
     return max(0, limit - int(psutil.Process().memory_info().rss))
 
 
-def memory_for_shares(granted: int) -> int:
+def memory_for_shares(has: int) -> int:
     """Bytes that models may take of what a worker has. Never 0, which means that nobody said: who
-    has no room offers one byte."""
-    return max(1, granted - max(limits.WORKER_BYTES, int(psutil.Process().memory_info().rss)))
+    has no room grants one byte."""
+    return max(1, has - max(limits.WORKER_BYTES, int(psutil.Process().memory_info().rss)))
 
 
 def _quota(folder: Path) -> Quota | None:
