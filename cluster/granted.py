@@ -12,6 +12,8 @@ from pathlib import Path
 
 import psutil
 
+from meshinfer import limits
+
 CGROUPS = Path("/sys/fs/cgroup")
 OWN = Path("/proc/self/cgroup")
 _UNLIMITED_BYTES = 1 << 60
@@ -45,6 +47,12 @@ def memory_limit(root: Path = CGROUPS, own: Path = OWN) -> int:
 def memory_left(limit: int) -> int:
     """Bytes of a limit that this process has not taken itself: its code and its libraries."""
     return max(0, limit - int(psutil.Process().memory_info().rss))
+
+
+def memory_for_shares(has: int) -> int:
+    """Bytes that models may take of what a worker has. Never 0, which means that nobody said: who
+    has no room grants one byte."""
+    return max(1, has - max(limits.WORKER_BYTES, int(psutil.Process().memory_info().rss)))
 
 
 def _quota(folder: Path) -> Quota | None:

@@ -227,16 +227,18 @@ def facts(
 ) -> m.Facts:
     """What this device says of itself when it joins. ``measured``: None where it does not compute.
 
-    ``memory_bytes``: what MeshInfer may use, 0 for all that is left of what the kernel grants.
+    ``memory_bytes``: what MeshInfer may use, 0 for all that the kernel grants; a worker itself
+    takes some of it.
     """
     limit = granted.memory_limit()
+    has = min(memory_bytes or limit, limit)
     quota = granted.cpu_quota()
     known = measured or Measured((0.0,), 0.0, 0.0, 0.0)
     return m.Facts(
         host=socket.gethostname(),
         cores=psutil.cpu_count(logical=True) or 1,
         cpu_quota=quota.cores if quota else 0.0,
-        memory_bytes=min(memory_bytes or limit, granted.memory_left(limit)),
+        memory_bytes=granted.memory_for_shares(has) if measured else granted.memory_left(has),
         architecture=platform.machine(),
         processor=processor(),
         system=f"{platform.system()} {platform.release()}",

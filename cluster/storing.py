@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import queue
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Protocol
 from weakref import WeakValueDictionary
 
@@ -100,9 +102,11 @@ class StoreThread:
                     if answer is not None:
                         self._post(answer)
                 case Prepare(deployment, programs):
-                    self._post(Prepared(deployment, self._prepare(deployment, programs)))
+                    failure = self._prepare(deployment, programs)
+                    _trim()
+                    self._post(Prepared(deployment, failure))
                 case Discard(deployment):
-                    self.prepared.pop(deployment, None)
+                    self._discard(deployment)
                 case _:
                     raise AssertionError(f"a worker cannot perform {effect}")
 
@@ -127,6 +131,11 @@ class StoreThread:
         except Exception as error:
             return report(error)
 
+    def _discard(self, deployment: int) -> None:
+        if self.prepared.pop(deployment, None) is not None and self._engine is not None:
+            self._engine().give_back()
+            _trim()
+
     def _session(self, program: m.Program) -> PreparedModel:
         assert program.model is not None and self._engine is not None
         session = self._sessions.get(program.model)
@@ -136,3 +145,10 @@ class StoreThread:
                 session = engine.prepare(self._store.load(program.model))
             self._sessions[program.model] = session
         return session
+
+
+def _trim() -> None:
+    """What glibc keeps free goes back to the kernel: to prepare VGG-16's parts leaves 5 to 44 MB of
+    it. Other systems' allocators do that of themselves."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

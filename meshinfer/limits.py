@@ -334,6 +334,12 @@ DEVICES: Final = 1024
 PINS: Final = 256
 OPERATOR_KINDS: Final = 64
 
+# Memory of a device.
+WORKER_BYTES: Final = 176 * MIB
+"""Of what a worker is granted so much is not for shares of models: it takes 60 MB idle, with its
+supervisor, and 166 MB as it measures; upscaling 451 x 300 pixels 134 to 185 MB beside its share,
+for what a kernel works in, what is received and what waits to be sent are in no plan."""
+
 # Importing. Weights come on top of the memory; a value that is folded from constants is a weight.
 SUBGRAPH_DEPTH: Final = 32
 WINDOW_ELEMENTS: Final = 1 << 26

@@ -182,6 +182,65 @@ def test_what_a_further_session_costs_is_known(tmp_path: Path, kind: str, most_m
     assert further[-1] - first < 3 * most_mib, f"{first} then {further} MiB"
 
 
+WORKING = """
+import sys, tempfile
+from pathlib import Path
+import numpy as np, psutil
+sys.path[:0] = ["tests", "."]
+import test_engine as t
+from architectures import Builder
+import meshinfer as mi
+from meshinfer.engine.ort import OrtEngine
+from meshinfer.geometry import Box
+ROWS = range(96, 256, 16)
+b = Builder(0)
+x = b.input("x", [1, 16, 256, 512])
+graph = mi.load(b.model([b.rename(b.conv(b.relu(b.conv(x, 16, 16, 3)), 16, 16, 3), "y")]))
+boxes = [Box.of((0, 1), (0, 16), (0, rows), (0, 512)) for rows in ROWS]
+parts = [t.lowered(graph, box) for box in boxes]
+folder = Path(tempfile.mkdtemp(dir=sys.argv[1]))
+t.write_weights(graph, parts[-1], folder)
+engine = OrtEngine(folder)
+feed = np.ones((1, 16, 256, 512), np.float32)
+def anonymous():
+    full = psutil.Process().memory_full_info()
+    return full.rss - full.shared >> 20
+def run(session, part):
+    (name, shard), = part.inputs
+    session.run({name: np.ascontiguousarray(feed[:, :, : shard.box.shape[2]])})
+kept = [engine.prepare(part.model) for part in parts]
+before = anonymous()
+run(kept[-1], parts[-1])
+run(kept[-1], parts[-1])
+largest = anonymous()
+for _ in range(3):
+    for session, part in zip(kept, parts):
+        run(session, part)
+print(largest - before, anonymous() - before)
+del kept, session
+engine.give_back()
+print(anonymous() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux counts")
+def test_many_sessions_hold_room_for_one_to_compute_in(tmp_path: Path) -> None:
+    """Ten parts of one model, the largest with three values of 8 MiB. With an arena each they held
+    ten times as much for ever."""
+    done = subprocess.run(
+        [sys.executable, "-B", "-c", WORKING, str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    largest, all_of_them, given_back = (int(word) for word in done.stdout.split())
+    assert 16 < largest < 64, "it is the room to compute in that is measured"
+    assert all_of_them < 1.5 * largest + 8, f"{largest} then {all_of_them} MiB"
+    assert given_back < 12, f"{given_back} MiB are held for no session"
+
+
 # -- refusals ------------------------------------------------------------------------------------
 
 

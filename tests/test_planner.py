@@ -327,6 +327,18 @@ def test_a_model_too_large_for_all_is_an_error_with_numbers() -> None:
     assert caught.value.hint
 
 
+@pytest.mark.parametrize("spread", [False, True])
+def test_a_device_without_room_rests_and_is_told_why(spread: bool) -> None:
+    """Spread over all devices, a plan was refused for the one that grants next to nothing."""
+    profiles = devices(3, memory_bytes=1 << 30)
+    full = profiles[1] = replace(profiles[1], memory_bytes=1)
+    planned = make_plan(graph("vgg16"), profiles, PI0, PI0, spread=spread)
+    others = {p.id for p in profiles} - {full.id}
+    assert set(planned.plan.devices()) == others
+    told = [note for note in planned.notes if note.startswith(f"{full.id} idle: it grants 0.0 kB")]
+    assert len(told) == 1 and "a share would take" in told[0]
+
+
 def test_wrong_options_are_refused() -> None:
     g = graph("sppf")
     with pytest.raises(mi.InvalidInput, match="objective"):

@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from cluster import granted, profiler
+from meshinfer import limits
 from meshinfer.cost import DeviceProfile, OpKind
 from meshinfer.identity import DeviceId
 from meshinfer.protocol import messages as m
@@ -50,11 +51,12 @@ def test_a_quota_stretches_what_was_measured_by_what_it_grants(
 
 def test_what_is_measured_travels_and_becomes_the_planners_profile() -> None:
     measured = profiler.Measured(tuple(range(1, 12)), 5.0, 1e-6, 2e-3, 3e-4, 4e-9)
-    facts = profiler.facts(threads=1, engine="onnxruntime", measured=measured, memory_bytes=1000)
+    facts = profiler.facts(threads=1, engine="onnxruntime", measured=measured, memory_bytes=1 << 30)
     again = msgspec.json.decode(msgspec.json.encode(facts), type=m.Facts)
     profile = profile_of("pi", again, m.Link(peer="head", bytes_per_s=7.0))
     assert [profile.rate(kind) for kind in OpKind][:11] == list(measured.rates)
-    assert (profile.memory_bytes, profile.memory_bytes_per_s) == (1000, 5.0)
+    assert profile.memory_bytes == (1 << 30) - limits.WORKER_BYTES
+    assert profile.memory_bytes_per_s == 5.0
     assert (profile.kernel_s, profile.overhead_s) == (1e-6, 2e-3)
     assert (profile.message_s, profile.byte_s) == (3e-4, 4e-9)
     assert profile.bandwidth_bytes_per_s == 7.0
@@ -158,6 +160,14 @@ def test_from_where_a_group_is_slowed_down_is_its_limit(tmp_path: Path) -> None:
     (group / "memory.max").write_text("400000000\n")
     (group / "memory.high").write_text("300000000\n")
     assert granted.memory_limit(tmp_path / "groups", own) == 300_000_000
+
+
+def test_a_worker_grants_what_it_has_less_what_it_takes_itself() -> None:
+    """Of 200 MiB it once granted 136 MB, and was killed: tests/test_lab_memory.py."""
+    assert granted.memory_for_shares(200 << 20) == (200 << 20) - limits.WORKER_BYTES < 26e6
+    assert granted.memory_for_shares(100 << 20) == 1, "0 would mean that nobody said"
+    facts = profiler.facts(threads=1, engine="x", measured=None, memory_bytes=1 << 30)
+    assert facts.memory_bytes > (1 << 30) - limits.WORKER_BYTES, "who only coordinates holds none"
 
 
 def test_without_groups_the_machine_is_the_limit(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from test_daemons import address_of, coordinator_options, daemon
 
 import meshinfer as mi
 from cluster.tokens import leave_token
+from meshinfer import limits
 
 LONG_S = 60.0
 IDLE_BYTES = 80_000_000
@@ -48,7 +49,7 @@ def test_a_worker_grants_and_takes_what_it_was_told_and_is_small_while_idle(
             with started as worker:
                 ready = lambda: [d for d in admin.devices() if d.device == "pi"]  # noqa: E731
                 assert eventually(lambda: bool(ready()), LONG_S)
-                assert 400e6 < ready()[0].facts.memory_bytes <= 500 << 20
+                assert ready()[0].facts.memory_bytes == 500_000_000 - limits.WORKER_BYTES
                 both = tree(worker.pid)
                 assert len(both) == 2, [each.cmdline() for each in both]
                 assert both[1].nice() - os.nice(0) == 7

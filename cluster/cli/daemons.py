@@ -170,7 +170,7 @@ def worker(
     interface: Listens = None,
     threads: Threads = None,
     memory: Annotated[
-        int, typer.Option(min=0, help="MB that MeshInfer may use; 0: all that is left.")
+        int, typer.Option(min=0, help="MB that MeshInfer may use; 0: all that is granted.")
     ] = 0,
     nice: Annotated[
         int | None, typer.Option(min=0, max=19, help="Give way to what else runs here; 19: always.")

@@ -30,6 +30,9 @@ class Engine(Protocol):
     def prepare(self, model: bytes) -> Prepared:
         """Load an ONNX model. Raises ``EngineError`` when the engine refuses it."""
 
+    def give_back(self) -> None:
+        """Give memory that no run uses now back to the system."""
+
 
 class EngineError(Exception):
     """The engine refused a model or a kernel failed; the text is the engine's own."""

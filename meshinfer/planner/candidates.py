@@ -113,14 +113,19 @@ class Choice:
         self.effort += len(loads) + len(messages) // 4
         return predict(plan, self.profiles, loads, messages, brief=True)
 
+    def overfull(self, c: Candidate) -> dict[DeviceId, int]:
+        """Of the devices of a candidate that grant less than they would hold: how much that is."""
+        uses = ((u, self.by_id.get(u.id)) for u in c.timeline.devices)
+        return {
+            p.id: u.peak_bytes
+            for u, p in uses
+            if p is not None and 0 < p.memory_bytes < u.peak_bytes
+        }
+
     def excess(self, c: Candidate) -> int:
         """Bytes by which a candidate's devices exceed what they granted, added up."""
-        granted = ((u, self.by_id.get(u.id)) for u in c.timeline.devices)
-        return sum(
-            max(0, u.peak_bytes - p.memory_bytes)
-            for u, p in granted
-            if p is not None and p.memory_bytes
-        )
+        needs = self.overfull(c)
+        return sum(needed - self.by_id[name].memory_bytes for name, needed in needs.items())
 
     def value(self, c: Candidate) -> float:
         """What the objective makes small, in seconds or bytes."""

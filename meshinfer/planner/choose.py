@@ -98,9 +98,9 @@ def make_plan(
 
 def _search(choice: Choice, *, spread: bool) -> Candidate:
     if spread:
-        found = list(spread_out(choice))
-        if found:
-            return choice.best(found)
+        best = _spread(choice)
+        if best is not None:
+            return best
     ranked = sorted(finalists(choice), key=choice.key)
     best = refine(choice, ranked[0])
     if choice.objective == "memory":
@@ -109,6 +109,21 @@ def _search(choice: Choice, *, spread: bool) -> Candidate:
         if len(rival.plan.devices()) > 1 and not rival.breach:
             best = choice.best([best, balance(choice, rival)])
     return _surely(choice, settle(choice, _members(choice, best)))
+
+
+def _spread(choice: Choice) -> Candidate | None:
+    """Over every device, but for those that cannot hold what they would be given: one that grants
+    next to nothing does not spoil it for the others."""
+    best, order = None, choice.order
+    while found := list(spread_out(choice)):
+        best = choice.best(found)
+        small = choice.overfull(best)
+        rest = tuple(p for p in choice.order if p.id not in small)
+        if best.breach or not small or len(rest) < 2:
+            break
+        choice.order = rest
+    choice.order = order
+    return best
 
 
 def _quick(choice: Choice) -> Candidate:

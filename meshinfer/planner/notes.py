@@ -39,6 +39,7 @@ def notes_of(choice: Choice, best: Candidate, course: Timeline, spread: bool) ->
     if spread:
         short = "" if len(used) == len(order) else " as far as this model can be split"
         yield f"spread over all devices{short}, as was asked, even if fewer were faster"
+        yield from _too_small(choice, best)
     else:
         yield from _idle(choice, best)
     kinds = sorted({p.numeric_class for p in order if p.id in used})
@@ -111,6 +112,8 @@ def _idle(choice: Choice, best: Candidate) -> Iterator[str]:
             yield f"{p.id} idle: too slow for a share of its own"
         elif more.breach > best.breach:
             yield f"{p.id} idle: what is pinned may not reach it"
+        elif p.id in choice.overfull(more):
+            yield _no_room(choice, more, p)
         else:
             added = choice.value(more) - choice.value(best)
             if choice.objective == "memory":
@@ -122,6 +125,22 @@ def _idle(choice: Choice, best: Candidate) -> Iterator[str]:
                 yield f"{p.id} idle: would add {added * 1e3:.0f} ms"
     if len(resting) > TRIED_APART:
         yield f"{len(resting) - TRIED_APART} more idle: the others do no better with them"
+
+
+def _too_small(choice: Choice, best: Candidate) -> Iterator[str]:
+    """Of a plan over all devices."""
+    for p in idle(choice, best)[:TRIED_APART]:
+        more = including(choice, best, p)
+        if more is not None and p.id in choice.overfull(more):
+            yield _no_room(choice, more, p)
+
+
+def _no_room(choice: Choice, c: Candidate, p: DeviceProfile) -> str:
+    needed = choice.overfull(c)[p.id]
+    return (
+        f"{p.id} idle: it grants {_size(p.memory_bytes)}, and a share would take "
+        f"{_size(needed)}; give it more (--memory, or its group's limit)"
+    )
 
 
 def including(choice: Choice, c: Candidate, p: DeviceProfile) -> Candidate | None:
@@ -159,11 +178,10 @@ def without(choice: Choice, c: Candidate, device: DeviceId) -> Candidate:
 
 
 def too_large(choice: Choice, best: Candidate) -> NotEnoughMemory:
-    over = []
-    for use in best.timeline.devices:
-        p = choice.by_id.get(use.id)
-        if p is not None and p.memory_bytes and use.peak_bytes > p.memory_bytes:
-            over.append(f"{use.id} would need {_size(use.peak_bytes)} of {_size(p.memory_bytes)}")
+    over = (
+        f"{name} would need {_size(needed)} of {_size(choice.by_id[name].memory_bytes)}"
+        for name, needed in choice.overfull(best).items()
+    )
     return NotEnoughMemory(
         f"no plan fits the devices' memory: at best {', '.join(over)}",
         hint="add a device, grant more memory (--memory), or use a smaller model or image",
