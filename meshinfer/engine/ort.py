@@ -7,10 +7,10 @@ are pages of a file, which the kernel can drop and read again: VGG-16 whole hold
 that it cannot, and 1131 MB if read; most of it is what Gemm's and MatMul's kernels pack.
 
 Sessions compute in one arena. Each with its own, as is onnxruntime's default, kept what it took: 12
-parts of the upscaler at 451 x 300 held 430 MB after each had run twice, in one arena 70 MB, with
-the same bits. Measured the same way: without memory patterns each 260 MB, for a pattern is a second
-layout beside that of the first run; with no arena 125 MB, but a part alone then takes a third more
-processor time, for the kernel gives each run new pages.
+parts of the upscaler at 451 x 300 held 430 MB after each had run twice, in one arena 25 MB, with
+the same bits and speed. With arenas of their own and no memory patterns it was 255 MB, for a
+pattern is a second layout beside that of the first run; with no arena 125 MB, but a part alone then
+takes up to a third more processor time, for the kernel gives each run new pages.
 """
 
 from __future__ import annotations
