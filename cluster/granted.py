@@ -52,7 +52,7 @@ def memory_left(limit: int) -> int:
 def memory_for_shares(has: int) -> int:
     """Bytes that models may take of what a worker has. Never 0, which means that nobody said: who
     has no room grants one byte."""
-    return max(1, has - max(limits.WORKER_BYTES, int(psutil.Process().memory_info().rss)))
+    return max(1, has - limits.WORKER_BYTES)
 
 
 def _quota(folder: Path) -> Quota | None:

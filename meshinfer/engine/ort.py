@@ -7,19 +7,18 @@ are pages of a file, which the kernel can drop and read again: VGG-16 whole hold
 that it cannot, and 1131 MB if read; most of it is what Gemm's and MatMul's kernels pack.
 
 Sessions compute in one arena. Each with its own, as is onnxruntime's default, kept what it took: 12
-parts of the upscaler at 451 x 300 held 430 MB after each had run twice, in one arena 70 MB, with
-the same bits. Measured the same way: without memory patterns each 260 MB, for a pattern is a second
-layout beside that of the first run; with no arena 125 MB, but a part alone then takes a third more
-processor time, for the kernel gives each run new pages.
+parts of the upscaler at 451 x 300 held 430 MB after each had run twice, in one arena 25 MB, with
+the same bits and speed. With arenas of their own and no memory patterns it was 255 MB, for a
+pattern is a second layout beside that of the first run; with no arena 125 MB, but a part alone then
+takes up to a third more processor time, for the kernel gives each run new pages.
 """
 
 from __future__ import annotations
 
 import platform
 import tempfile
-import threading
 from collections.abc import Mapping, Sequence
-from functools import cache
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -81,7 +80,7 @@ class OrtEngine:
 
     def give_back(self) -> None:
         """To the system: what was computed in and is not in use; the next run takes it anew."""
-        _shrink(_arena())
+        _shrink(_SHRINKING)
 
     def _options(self, level: ort.GraphOptimizationLevel) -> ort.SessionOptions:
         options = ort.SessionOptions()
@@ -134,7 +133,6 @@ class OrtEngine:
             value = self._share(data, _NUMPY[tensor.data_type], tensor.shape)
             options.add_initializer(tensor.name, value)
             held.append(value)
-        _arena()
         _in_the_arena(options)
         session = ort.InferenceSession(
             str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"]
@@ -153,30 +151,6 @@ class OrtEngine:
         return value
 
 
-_ONCE = threading.Lock()
-
-
-def _arena() -> ort.InferenceSession:
-    """The session that shrinks the arena of this process."""
-    with _ONCE:
-        return _made_arena()
-
-
-@cache
-def _made_arena() -> ort.InferenceSession:
-    where = ort.OrtMemoryInfo(
-        "Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT
-    )
-    ort.create_and_register_allocator(where, ort.OrtArenaCfg(_ARENA))
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = _FATAL_ONLY
-    _in_the_arena(options)
-    session = ort.InferenceSession(_IDENTITY, options, providers=["CPUExecutionProvider"])
-    _shrink(session)  # the size that regions grow by holds from here on
-    return session
-
-
 def _in_the_arena(options: ort.SessionOptions) -> None:
     """Values go there. Weights that kernels pack do not: they stay, and would hold pieces apart."""
     options.enable_mem_pattern = False
@@ -188,6 +162,26 @@ def _shrink(session: ort.InferenceSession) -> None:
     options = ort.RunOptions()
     options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
     session.run(["y"], {"x": np.zeros(1, np.float32)}, options)
+
+
+def _arena() -> ort.InferenceSession:
+    """Make the arena of this process: the session that shrinks it."""
+    where = ort.OrtMemoryInfo(
+        "Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT
+    )
+    with suppress(Exception):  # documented, where the user's program has one: that is used
+        ort.create_and_register_allocator(where, ort.OrtArenaCfg(_ARENA))
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = _FATAL_ONLY
+    _in_the_arena(options)
+    session = ort.InferenceSession(_IDENTITY, options, providers=["CPUExecutionProvider"])
+    _shrink(session)  # the size that regions grow by holds from here on
+    return session
+
+
+_SHRINKING = _arena()
+"""Made as this is imported: once, whichever threads make engines."""
 
 
 class OrtPrepared:
