@@ -17,6 +17,7 @@ from typing import assert_never
 from cluster import results
 from cluster.blobs import BlobStore
 from cluster.loop import Post
+from cluster.processor import instruction_set
 from cluster.results import Result
 from cluster.storing import StoreThread
 from meshinfer.engine import Engine, EngineError
@@ -153,7 +154,7 @@ class OnDevice:
     def _make_engine(self) -> Engine:
         from meshinfer.engine.ort import OrtEngine
 
-        return OrtEngine(self._blobs.folder, self._threads)
+        return OrtEngine(self._blobs.folder, self._threads, instruction_set())
 
     def _told(self, item: Event | Send | Stop) -> None:
         """From the thread that stores and loads."""

@@ -25,6 +25,7 @@ import structlog
 import meshinfer
 from cluster import granted
 from cluster.fixed_costs import LONGEST_S, HandOver, Wire
+from cluster.processor import processor
 from meshinfer.errors import ConfigurationError
 from meshinfer.protocol import messages as m
 
@@ -237,7 +238,7 @@ def facts(
         cpu_quota=quota.cores if quota else 0.0,
         memory_bytes=min(memory_bytes or limit, granted.memory_left(limit)),
         architecture=platform.machine(),
-        processor=_processor(),
+        processor=processor(),
         system=f"{platform.system()} {platform.release()}",
         engine=engine,
         version=meshinfer.__version__,
@@ -289,7 +290,7 @@ def _key(engine: str, threads: int, plaintext: bool) -> str:
     return " ".join(
         (
             machine or socket.gethostname(),
-            _processor(),
+            processor(),
             engine,
             f"{threads} threads",
             f"{quota.cores:.3f} cores" if quota else "no quota",
@@ -297,20 +298,6 @@ def _key(engine: str, threads: int, plaintext: bool) -> str:
             "messages in plaintext" if plaintext else "messages encrypted",
         )
     )
-
-
-def _processor() -> str:
-    """The board's name where there is one (a Raspberry Pi), else the processor's, as Linux has
-    them."""
-    board = _first_line(Path("/proc/device-tree/model")).strip("\0 ")
-    if board:
-        return board
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()
 
 
 def _first_line(path: Path) -> str:

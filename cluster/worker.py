@@ -34,6 +34,7 @@ from cluster.locate import NOT_FOUND_HINT, Where, find_coordinator, local_addres
 from cluster.loop import Loop, Post, start_thread
 from cluster.measuring import measured_apart
 from cluster.membership import worker_keyring
+from cluster.processor import instruction_set
 from cluster.signing import verifying_in
 from cluster.sockets import Endpoint, Plane
 from cluster.storing import StoreThread
@@ -182,7 +183,7 @@ def run_worker(options: WorkerOptions) -> m.Failure | None:
     bulk_port = bulk_port if gate is None else gate.front
     coordinator = Endpoint(host, port, keyring.coordinator_public)
     store = _store(options, state)
-    engine = OrtEngine(store.loading, options.threads)
+    engine = OrtEngine(store.loading, options.threads, instruction_set())
     facts = _facts(options, engine, plaintext=keyring.plaintext)
     plain = WorkerCore(_hello(options, identity, address, bulk_port, keyring.key.public, facts))
     core = verifying_in(state, plain, identity, keyring.coordinator_public)

@@ -7,18 +7,17 @@ imports neither numpy nor onnxruntime, and learns from the child's last line how
 from __future__ import annotations
 
 import base64
-import platform
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 from cluster.processes import cause_of, oom_kills
+from cluster.processor import instruction_set, processor
 from meshinfer.doctor import EngineRun
 
 _LONGEST_S = 60.0
 _TEXT_CHARS = 500
-_CPUINFO = Path("/proc/cpuinfo")
 
 
 def run_engine(threads: int) -> EngineRun:
@@ -43,20 +42,6 @@ def run_engine(threads: int) -> EngineRun:
     return EngineRun(steps[-1], ended, text, processor())
 
 
-def processor() -> str:
-    """Its name, as far as the system tells."""
-    try:
-        lines = _CPUINFO.read_text().splitlines()
-    except OSError:
-        lines = []
-    for key in ("model name", "Model"):  # x86; a Raspberry Pi's board
-        for line in lines:
-            name, _, value = line.partition(":")
-            if name.strip() == key:
-                return value.strip()
-    return platform.processor() or platform.machine()
-
-
 def _text(found: str | bytes | None) -> str:
     return found.decode(errors="replace") if isinstance(found, bytes) else found or ""
 
@@ -78,7 +63,7 @@ def main(arguments: list[str]) -> int:
     from meshinfer.engine.ort import OrtEngine
 
     with tempfile.TemporaryDirectory(prefix="meshinfer-doctor-") as folder:
-        engine = OrtEngine(Path(folder), int(arguments[0]))
+        engine = OrtEngine(Path(folder), int(arguments[0]), instruction_set())
         for probe in probes():
             _step(f"computing {probe.name}")
             prepared = engine.prepare(base64.b64decode(probe.model))

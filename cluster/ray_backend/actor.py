@@ -22,6 +22,7 @@ import platformdirs
 
 from cluster import profiler
 from cluster.blobs import BlobStore
+from cluster.processor import instruction_set
 from cluster.results import closed_error
 from meshinfer.engine import EngineError
 from meshinfer.engine import Prepared as PreparedModel
@@ -57,7 +58,7 @@ class NodeActor:
     def __init__(self, threads: int) -> None:
         # There only while something is prepared: whoever kills us leaves nothing behind.
         self._folder = Path(tempfile.gettempdir()) / f"meshinfer-ray-{secrets.token_hex(8)}"
-        self._engine = OrtEngine(self._folder, threads)
+        self._engine = OrtEngine(self._folder, threads, instruction_set())
         self._threads, self._over = threads, False
         self._sessions: WeakValueDictionary[str, PreparedModel] = WeakValueDictionary()
         self._held: dict[tuple[int, int, int], _Held] = {}

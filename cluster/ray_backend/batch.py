@@ -16,6 +16,7 @@ from cluster.blobs import BlobStore
 from cluster.importing import Importer
 from cluster.models import model_and_shapes, offer_model
 from cluster.pictures import read_picture
+from cluster.processor import instruction_set
 from cluster.ray_backend import session
 from cluster.ray_backend.nodes import Asks
 from meshinfer import limits
@@ -108,7 +109,7 @@ class Whole:
         threads: int,
     ) -> None:
         self._store, self._outputs, self._fixed = store, outputs, fixed
-        self._engine = OrtEngine(store.folder, threads)
+        self._engine = OrtEngine(store.folder, threads, instruction_set())
         self._digest = digest
         source = self._source()
         self.spec = image or source.image

@@ -33,12 +33,15 @@ _NUMPY = {
 
 
 class OrtEngine:
-    """onnxruntime on the CPU. ``blobs`` is the folder where weights lie under their SHA-256."""
+    """onnxruntime on the CPU. ``blobs`` is the folder where weights lie under their SHA-256.
 
-    def __init__(self, blobs: Path, threads: int = 1) -> None:
+    ``instructions``: the processor's, for the name; the architecture alone where left out.
+    """
+
+    def __init__(self, blobs: Path, threads: int = 1, instructions: str = "") -> None:
         self.blobs = blobs
         self.threads = threads
-        self.name = f"onnxruntime-{ort.__version__}/{platform.machine()}/{threads}t"
+        self.name = f"onnxruntime-{ort.__version__}/{instructions or platform.machine()}/{threads}t"
         self._shared: WeakValueDictionary[str, ort.OrtValue] = WeakValueDictionary()
 
     def prepare(self, model: bytes) -> OrtPrepared:

@@ -141,10 +141,10 @@ class Run:
         options = {"spread": True, **how}
         self.user.call("deploy", name=name, path=str(path), shape=[1, 3, size, size], **options)
 
-    def calm(self, count: int, name: str = "net", **how: Any) -> None:
+    def calm(self, count: int, name: str = "net", phase: str = "calm", **how: Any) -> None:
         """The same load without any fault: where T comes from. The first answers warm up."""
         self.user.call("load", name=name, phase="warm", count=8, in_flight=2)
-        self.user.call("load", name=name, phase="calm", count=count, **how)
+        self.user.call("load", name=name, phase=phase, count=count, **how)
 
     @contextmanager
     def load(self, phase: str, count: int, name: str = "net", **how: Any) -> Iterator[Load]:

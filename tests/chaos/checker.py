@@ -18,13 +18,14 @@ from typing import Any, Final
 
 from chaos.history import Event, read
 from meshinfer import limits
+from meshinfer.plan import Plan
 
 SETTLED_S: Final = 10.0
 CRASHES: Final = ("C4", "C11", "C15")
 LIES: Final = ("always", "tenth")
 """Phases in which answers may be wrong until the liar is found."""
 
-CALM: Final = ("warm", "calm", "without", "peak")
+CALM: Final = ("warm", "calm", "calm forced", "without", "peak")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,14 +90,17 @@ class View:
     def faults(self, *what: str) -> list[Event]:
         return [e for e in self.of("fault") if not what or e["what"] in what]
 
-    @property
-    def calm_s(self) -> float:
+    def calm_s(self, phase: str = "calm") -> float:
         """T: the fault-free p99 of the same run."""
-        return p99([r.took_s for r in self.phase("calm") if r.answered])
+        return p99([r.took_s for r in self.phase(phase) if r.answered])
 
-    def times_calm(self, requests: Sequence[Request]) -> float:
+    def times_calm(self, requests: Sequence[Request], phase: str = "calm") -> float:
         """Their p99 over T; lost and failed ones count as never."""
-        return p99([r.took_s if r.answered else math.inf for r in requests]) / self.calm_s
+        return p99([r.took_s if r.answered else math.inf for r in requests]) / self.calm_s(phase)
+
+    def devices(self, request: Request) -> int:
+        """How many took part in an answer."""
+        return len({*Plan.parse(request.outcome["plan"]).devices()}) if request.outcome else 0
 
     def extra_tasks(self, phase: str) -> float:
         """Tasks done beyond those that the answers name, as a share of these."""
@@ -247,7 +251,7 @@ class Book:
     def slower(self, limit: float, requests: Sequence[Request] | None = None) -> None:
         """The p99 of these against T."""
         times = self.view.times_calm(self.view.hurt() if requests is None else requests)
-        self.want(times <= limit, f"p99 {times:.1f} T (T = {self.view.calm_s * 1000:.0f} ms)")
+        self.want(times <= limit, f"p99 {times:.1f} T (T = {self.view.calm_s() * 1000:.0f} ms)")
 
 
 Judge = Callable[[Book], None]
@@ -283,7 +287,7 @@ def halves(book: Book) -> None:
     """C6."""
     book.nothing_lost()
     times = book.view.times_calm(book.view.hurt())
-    book.say(f"p99 {times:.1f} T (T = {book.view.calm_s * 1000:.0f} ms)")
+    book.say(f"p99 {times:.1f} T (T = {book.view.calm_s() * 1000:.0f} ms)")
     parted = [r for r in book.view.hurt() if r.answered and r.outcome["attempts"] > 1]
     book.say(f"{len(parted)} took several attempts")
 
@@ -407,9 +411,16 @@ def causes(book: Book) -> None:
 
 
 def lossy(book: Book) -> None:
-    """C7."""
+    """C7. What is forced onto lossy links is told, and has to be right; its time has no goal."""
+    view = book.view
     book.nothing_lost()
-    book.slower(10.0)
+    planned = [view.devices(r) for r in view.phase("calm") if r.answered]
+    book.want(min(planned, default=0) > 1, f"by {min(planned, default=0)} devices before it")
+    hurt = [r for r in view.phase("faults") if r.answered]
+    book.say(f"by {min(map(view.devices, hurt), default=0)} at least under it")
+    book.slower(10.0, view.phase("faults"))
+    forced = view.times_calm(view.phase("faults forced"), "calm forced")
+    book.say(f"forced onto all: p99 {forced:.1f} T")
 
 
 def thin(book: Book) -> None:
@@ -497,7 +508,7 @@ def jumps(book: Book) -> None:
     again = sum(r.outcome["attempts"] > 1 for r in view.hurt() if r.answered)
     book.want(not again, f"{again} begun anew")
     times = view.times_calm(view.hurt())
-    book.say(f"p99 {times:.1f} T (T = {view.calm_s * 1000:.0f} ms)")
+    book.say(f"p99 {times:.1f} T (T = {view.calm_s() * 1000:.0f} ms)")
 
 
 def spoiled(book: Book) -> None:
@@ -538,7 +549,7 @@ def soak(book: Book) -> None:
     view = book.view
     book.say(f"{len(view.faults())} faults")
     book.nothing_lost()
-    book.say(f"p99 {view.times_calm(view.hurt()):.1f} T (T = {view.calm_s * 1000:.0f} ms)")
+    book.say(f"p99 {view.times_calm(view.hurt()):.1f} T (T = {view.calm_s() * 1000:.0f} ms)")
     slope = view.slope_mib_per_h("coordinator")
     book.want(slope < 1.0, f"the coordinator's RSS {slope:+.1f} MiB/h")
     for what in ("threads", "descriptors"):

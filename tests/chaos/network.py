@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from architectures import Builder
+from architectures import Builder, yolov2
 
 from chaos.arena import Run
 from chaos.spoiler import KINDS
@@ -39,18 +39,30 @@ def halves(run: Run) -> None:
     run.heal()
 
 
+WIDE_SIDE = 608
+WIDE_RATE = 2.0
+"""YOLOv2 of half its channels: the planner divides it where links are good."""
+
+
 def lossy(run: Run) -> None:
-    """C7: 1 to 10 % of all packets are lost, on every device."""
-    shares = [0.01, 0.03, 0.10] if run.full else [0.01, 0.10]
-    requests = run.count(40, 300)
+    """C7: 1 to 10 % of all packets are lost, on every device. What the planner divides by itself,
+    and may take back; and beside it what is forced onto all devices whatever their links do."""
+    wide = yolov2(WIDE_SIDE, width=0.5)
+    run.deploy("wide", wide, size=WIDE_SIDE, spread=False)
+    _lossy(run, "wide", ("calm", "faults"), run.count(20, 100), WIDE_RATE)
+    run.heal("wide")
     run.deploy()
-    run.calm(requests, rate=RATE)
-    for share in shares:
+    _lossy(run, "net", ("calm forced", "faults forced"), run.count(40, 300), RATE)
+    run.heal()
+
+
+def _lossy(run: Run, name: str, phases: tuple[str, str], requests: int, rate: float) -> None:
+    run.calm(requests, name, phases[0], rate=rate)
+    for share in [0.01, 0.03, 0.10] if run.full else [0.01, 0.10]:
         for i in range(len(run.names)):
             run.hurt("loss", i, lambda i=i, share=share: run.lab.lose(i, share), share=share)
-        with run.load("faults", requests, rate=RATE, deadline_s=60.0):
+        with run.load(phases[1], requests, name, rate=rate, deadline_s=60.0):
             pass
-    run.heal()
 
 
 SIDE = 836
