@@ -45,7 +45,7 @@ DEALER_EVENTS: Final = (
     | zmq.EVENT_CLOSED
     | zmq.EVENT_CONNECT_RETRIED
 )
-_FELL_S: Final = 0.1  # libzmq says within a millisecond that it will connect once more
+_FELL_S: Final = 0.5  # libzmq says within a millisecond that it will connect once more
 
 
 @dataclass(slots=True, eq=False)

@@ -138,8 +138,7 @@ class Transport:
         sockets.check_endpoint(peer, endpoint)
         old = self._links.get((plane, peer))
         if old is not None:
-            lives = old.fell is None or plane is Plane.BULK  # who says hello does not wait for it
-            if old.endpoint == endpoint and not old.refused and lives:
+            if old.endpoint == endpoint and not old.refused:
                 return
             self._drop(old)
         wire = draw_wire_id(self.identity, self._key.public if self._plaintext else "")
@@ -358,7 +357,7 @@ class Transport:
             if link.monitor in spoken:
                 for event, value in sockets.monitor_events(link.monitor):
                     reason = heard_of(link, event, value)
-                    if reason == sockets.WRONG_KEY and not self._proxy:  # or not: it is asked
+                    if reason == sockets.WRONG_KEY and not self._proxy:  # or another: it is asked
                         self._enquiries.ask(link)
                     elif reason:
                         self._lost.setdefault((link.plane, link.peer), reason)

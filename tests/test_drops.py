@@ -40,7 +40,7 @@ Key = tuple[str, str, str]
 """A message's type, and what sends and gets it."""
 NOT_SAID = {
     "Probe", "Gone", "Ran", "Approve", "ListAdmitted",
-    "NotKept", "Doubtful", "Stalled", "Unreachable", "Detour", "Relay",
+    "NotKept", "Doubtful", "Stalled", "Unreachable", "Detour", "Relay", "Who",
     "Join", "Joined", "Wait",
 }  # fmt: skip
 """Not in this story; what is of control is counted as all others are, and strangers ask again."""
@@ -281,6 +281,8 @@ def stopped(life: Life) -> None:
     cluster = life.cluster
     cluster.stop("coordinator")
     life.until(lambda: not cluster.coordinator.here)
+    if cluster.nodes["pi-4"].here:  # it has not heard that it was revoked
+        cluster.kill("pi-4")  # outside the gate ends its connections
     cluster.start_coordinator()
     life.until(life.joined)
     life.answered(life.begin("ann"), seed=1)
