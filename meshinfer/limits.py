@@ -226,7 +226,7 @@ TRY_SHARE: Final = 0.1
 TRY_LEAST_S: Final = 0.005
 """A shorter task tells little."""
 TRY_VAIN_S: Final = 30.0
-"""After one that came to nothing."""
+"""At most, where tries come to nothing; and where there is no answer."""
 REPLAN_GAIN: Final = 1.10
 REPLAN_EVERY_S: Final = 5.0
 REPLAN_DOUBLINGS: Final = 5

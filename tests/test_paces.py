@@ -221,7 +221,7 @@ def test_who_cannot_run_a_task_on_made_up_inputs_says_so_and_is_asked_seldom() -
     worker: Any = made.nodes["pi-4"].core
     worker._trying._running = (0, (0, 0))  # it never ends
     made.stream(20.0)
-    assert made.sent["Try"] == made.sent["Tried"] == 1
+    assert 2 <= made.sent["Try"] == made.sent["Tried"] <= 4
 
 
 def test_inputs_are_made_up_by_their_kinds() -> None:

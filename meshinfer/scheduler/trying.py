@@ -36,12 +36,14 @@ class _Open:
 
 class Tries:
     """The coordinator's half. Mutable: owned by its core. ``_asked``: requests of each deployment
-    when it was looked at; ``_spoilt``: deployments of which a try may have ended a process."""
+    when it was looked at; ``_vain``: tries of a device that came to nothing in turn;
+    ``_spoilt``: deployments of which a try may have ended a process."""
 
     def __init__(self, members: Membership, catalogue: Catalogue, balance: Balance) -> None:
         self._members, self._catalogue, self._balance = members, catalogue, balance
         self._open: dict[str, _Open] = {}
         self._next: dict[str, float] = {}
+        self._vain: dict[str, int] = {}
         self._asked: dict[int, int] = {}
         self._spoilt: set[int] = set()
         self._look_at = 0.0
@@ -90,8 +92,14 @@ class Tries:
             return
         del self._open[device.name]
         took, made = message.compute_s, self._catalogue.deployments.get(message.deployment)
-        self._next[device.name] = now + limits.TRY_VAIN_S
-        if not took or made is None or self._catalogue.searching:
+        if not took or made is None:  # it has something to do, maybe, or it cannot at all
+            self._vain[device.name] = times = self._vain.get(device.name, 0) + 1
+            pause_s = limits.TRY_S * 2 ** min(times - 1, limits.REPLAN_DOUBLINGS)
+            self._next[device.name] = now + min(pause_s, limits.TRY_VAIN_S)
+            return
+        self._vain.pop(device.name, None)
+        if self._catalogue.searching:  # which may have slowed it down
+            self._next[device.name] = now + limits.TRY_SOON_S
             return
         done = m.Done(place=message.place, compute_s=took, sent_bytes=0)
         self._balance.note(made, device.name, (done,), now)
