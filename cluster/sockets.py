@@ -137,6 +137,11 @@ def _options(plane: Plane, *, server: bool, plaintext: bool) -> dict[int, int]:
         zmq.SNDHWM: limits.HIGH_WATER_MARK if bulk else 1000,
         zmq.RCVHWM: limits.HIGH_WATER_MARK if bulk else 1000,
     }
+    # A connection that is closed with bytes that nobody acknowledged goes on by itself in the
+    # kernel, for minutes: after a cut they came to a peer that had long been connected to anew.
+    # libzmq then never reads them, nor closes that connection (``handover`` in router.cpp): ten
+    # descriptors an hour at a coordinator whose devices were cut off now and then.
+    options[zmq.TCP_MAXRT] = int(limits.SILENT_MOST_S * 1000)
     if bulk:
         # The only detector of a dead link here: give up on unacknowledged bytes after this time.
         options[zmq.TCP_MAXRT] = limits.TCP_MAX_RETRANSMIT_MS
