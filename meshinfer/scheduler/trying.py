@@ -24,6 +24,10 @@ from meshinfer.scheduler.recipe import Recipe
 from meshinfer.scheduler.telling import told
 
 
+_SINCE = 6
+"""The protocol that has these messages."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Open:
     """A device that was asked, as which peer, what, and when."""
@@ -76,8 +80,9 @@ class Tries:
         may = made.idle & made.spares.ready & set(self._members.ready(now))
         for name in sorted(may.difference(busy, self._members.presence.away, self._open)):
             place = _task_for(made, name) if now >= self._next.get(name, 0.0) else None
-            if place is not None:
-                peer = self._members.devices[name].peer
+            device = self._members.devices[name]
+            if place is not None and device.hello.protocol[1] >= _SINCE:
+                peer = device.peer
                 self._open[name] = _Open(peer, made.number, place, now)
                 word = m.Try(deployment=made.number, place=place)
                 effects.append(Send(Plane.CONTROL, peer, word))
