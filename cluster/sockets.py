@@ -137,15 +137,13 @@ def _options(plane: Plane, *, server: bool, plaintext: bool) -> dict[int, int]:
         zmq.SNDHWM: limits.HIGH_WATER_MARK if bulk else 1000,
         zmq.RCVHWM: limits.HIGH_WATER_MARK if bulk else 1000,
     }
-    # A connection that is closed with bytes that nobody acknowledged goes on by itself in the
-    # kernel, for minutes: after a cut they came to a peer that had long been connected to anew.
-    # libzmq then never reads them, nor closes that connection (``handover`` in router.cpp): ten
-    # descriptors an hour at a coordinator whose devices were cut off now and then.
-    options[zmq.TCP_MAXRT] = int(limits.SILENT_MOST_S * 1000)
+    # Give up on bytes that nobody acknowledges: on bulk the only detector of a dead link. On control
+    # because those of a closed connection outlive it in the kernel: after a cut they reach a ROUTER
+    # that has the peer by another one by then, and libzmq (``handover``) never lets go of the old.
+    silent_ms = int(limits.SILENT_MOST_S * 1000)
+    options[zmq.TCP_MAXRT] = limits.TCP_MAX_RETRANSMIT_MS if bulk else silent_ms
     if bulk:
-        # The only detector of a dead link here: give up on unacknowledged bytes after this time.
-        options[zmq.TCP_MAXRT] = limits.TCP_MAX_RETRANSMIT_MS
-        # And on an idle link there are none: the kernel asks, or a Pi that lost its power would
+        # On an idle link there are none: the kernel asks, or a Pi that lost its power would
         # leave a descriptor behind for ever. (Asked and answered below ZeroMQ, whatever is queued.)
         options[zmq.TCP_KEEPALIVE] = 1
         options[zmq.TCP_KEEPALIVE_IDLE] = limits.KEEPALIVE_IDLE_S
@@ -157,11 +155,11 @@ def _options(plane: Plane, *, server: bool, plaintext: bool) -> dict[int, int]:
         # One end asks for both, which costs an idle coordinator half as many wake-ups.
         options[zmq.HEARTBEAT_IVL] = int(limits.HEARTBEAT_S * 1000)
         # What is frozen or cut off for less keeps its connection, and so all that is under way.
-        options[zmq.HEARTBEAT_TIMEOUT] = int(limits.SILENT_MOST_S * 1000)
+        options[zmq.HEARTBEAT_TIMEOUT] = silent_ms
         # The same for who is connected to: it closes what has been silent for so long. It has no
         # heartbeat of its own, since libzmq aborts the process when that is due on a connection
         # that was reset while its input stood at the mark (stream_engine_base.cpp: !_io_error).
-        options[zmq.HEARTBEAT_TTL] = int(limits.SILENT_MOST_S * 1000)
+        options[zmq.HEARTBEAT_TTL] = silent_ms
         # And here, where there is one, the input never stands: a coordinator's words are bounded.
         options[zmq.RCVHWM] = 0
     if server and plane is Plane.JOIN:  # of strangers, who have no reason to send more

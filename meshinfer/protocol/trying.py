@@ -14,7 +14,7 @@ class Try(Message, frozen=True):
 
 
 class Tried(Message, frozen=True):
-    """What it took; 0 where it was not run."""
+    """What it took, 0 where it was not run; also of a task that was done in vain, unasked."""
 
     deployment: Count
     place: Place

@@ -23,7 +23,6 @@ from meshinfer.scheduler.membership import Device, Membership
 from meshinfer.scheduler.recipe import Recipe
 from meshinfer.scheduler.telling import told
 
-
 _SINCE = 6
 """The protocol that has these messages."""
 
@@ -36,6 +35,10 @@ class _Open:
     deployment: int
     place: m.Place
     since: float
+
+    def is_for(self, peer: str, message: m.Tried) -> bool:
+        said = (peer, message.deployment, message.place)
+        return said == (self.peer, self.deployment, self.place)
 
 
 class Tries:
@@ -89,14 +92,16 @@ class Tries:
         return effects
 
     def heard(self, device: Device, message: m.Tried, now: float) -> None:
-        """What a task took, 0 where it could not be run."""
+        """What a task took, 0 where it could not be run; or one that nobody had asked for, which
+        was done in vain."""
         asked = self._open.get(device.name)
-        if asked is None or asked.peer != device.peer:
-            return
-        if (asked.deployment, asked.place) != (message.deployment, message.place):
+        took, made = message.compute_s, self._catalogue.deployments.get(message.deployment)
+        done = m.Done(place=message.place, compute_s=took, sent_bytes=0)
+        if asked is None or not asked.is_for(device.peer, message):
+            if made is not None and not self._catalogue.searching:
+                self._balance.note(made, device.name, (done,), now)
             return
         del self._open[device.name]
-        took, made = message.compute_s, self._catalogue.deployments.get(message.deployment)
         if not took or made is None:  # it has something to do, maybe, or it cannot at all
             self._vain[device.name] = times = self._vain.get(device.name, 0) + 1
             pause_s = limits.TRY_S * 2 ** min(times - 1, limits.REPLAN_DOUBLINGS)
@@ -106,7 +111,6 @@ class Tries:
         if self._catalogue.searching:  # which may have slowed it down
             self._next[device.name] = now + limits.TRY_SOON_S
             return
-        done = m.Done(place=message.place, compute_s=took, sent_bytes=0)
         self._balance.note(made, device.name, (done,), now)
         sure = self._balance.sure(device.name, now)
         pause_s = limits.TRY_S if sure else limits.TRY_SOON_S
@@ -148,6 +152,11 @@ class Trying:
             return [_tried(message.deployment, message.place, 0.0)]
         self._running = (message.deployment, message.place)
         return [Compute("", 0, message.deployment, message.place, inputs, again=True)]
+
+    def in_vain(self, deployment: int, event: Computed) -> list[Effect]:
+        """A task of a request that was over by then, as of one so slow that others took over: what
+        it took is known by nothing else."""
+        return [] if event.error is not None else [_tried(deployment, event.place, event.compute_s)]
 
     def computed(self, event: Computed) -> list[Effect]:
         running, self._running = self._running, None

@@ -84,7 +84,7 @@ class WorkerCore(Member):
             case Computed(again=True):
                 return self._checking.computed(event)
             case Computed():
-                return self._computing.computed(event, now)
+                return self._computed(event, now)
             case Prepared():
                 return self._installing.prepared(event)
             case BlobsFound():
@@ -212,6 +212,13 @@ class WorkerCore(Member):
                 return [Note("warning", "unexpected message", {"type": type(message).__name__})]
 
     # --- joining and staying
+
+    def _computed(self, event: Computed, now: float) -> list[Effect]:
+        running, wasted = self._computing.running, self._computing.wasted
+        effects = self._computing.computed(event, now)
+        if running is not None and self._computing.wasted > wasted and self._tally.counts:
+            effects += self._trying.in_vain(running[0].deployment, event)
+        return effects
 
     def _welcome(self, message: m.Welcome, now: float) -> list[Effect]:
         """What was told before this welcome may have been lost, so the coordinator starts anew."""
