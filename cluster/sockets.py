@@ -137,22 +137,21 @@ def _options(plane: Plane, *, server: bool, plaintext: bool) -> dict[int, int]:
         zmq.SNDHWM: limits.HIGH_WATER_MARK if bulk else 1000,
         zmq.RCVHWM: limits.HIGH_WATER_MARK if bulk else 1000,
     }
-    # Give up on bytes that nobody acknowledges: on bulk the only detector of a dead link. On control
-    # because those of a closed connection outlive it in the kernel: after a cut they reach a ROUTER
-    # that has the peer by another one by then, and libzmq (``handover``) never lets go of the old.
+    # Give up on bytes that nobody acknowledges. On bulk this alone finds a dead link. On control
+    # those of a closed connection outlive it in the kernel, reach after a cut a ROUTER that has the
+    # peer by another one by then, and libzmq (``handover``) never lets go of the old.
     silent_ms = int(limits.SILENT_MOST_S * 1000)
     options[zmq.TCP_MAXRT] = limits.TCP_MAX_RETRANSMIT_MS if bulk else silent_ms
     if bulk:
-        # On an idle link there are none: the kernel asks, or a Pi that lost its power would
-        # leave a descriptor behind for ever. (Asked and answered below ZeroMQ, whatever is queued.)
+        # On an idle link there are none: the kernel asks, or a Pi without power would leave a
+        # descriptor behind for ever. (Asked and answered below ZeroMQ, whatever is queued.)
         options[zmq.TCP_KEEPALIVE] = 1
         options[zmq.TCP_KEEPALIVE_IDLE] = limits.KEEPALIVE_IDLE_S
         options[zmq.TCP_KEEPALIVE_INTVL] = limits.TCP_MAX_RETRANSMIT_MS // 1000
         options[zmq.TCP_KEEPALIVE_CNT] = 3
     elif not server:
-        # Finds a dead link or host that TCP does not tell of. It proves nothing about the
-        # program (PONG comes from libzmq's thread): that is what our own heartbeat is for.
-        # One end asks for both, which costs an idle coordinator half as many wake-ups.
+        # Finds a dead link or host that TCP does not tell of, and proves nothing about the program
+        # (PONG comes from libzmq's thread). One end asks for both: half as many wake-ups.
         options[zmq.HEARTBEAT_IVL] = int(limits.HEARTBEAT_S * 1000)
         # What is frozen or cut off for less keeps its connection, and so all that is under way.
         options[zmq.HEARTBEAT_TIMEOUT] = silent_ms
