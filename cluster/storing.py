@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import queue
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Protocol
 from weakref import WeakValueDictionary
 
@@ -102,9 +100,7 @@ class StoreThread:
                     if answer is not None:
                         self._post(answer)
                 case Prepare(deployment, programs):
-                    failure = self._prepare(deployment, programs)
-                    _trim()
-                    self._post(Prepared(deployment, failure))
+                    self._post(Prepared(deployment, self._prepare(deployment, programs)))
                 case Discard(deployment):
                     self._discard(deployment)
                 case _:
@@ -134,7 +130,6 @@ class StoreThread:
     def _discard(self, deployment: int) -> None:
         if self.prepared.pop(deployment, None) is not None and self._engine is not None:
             self._engine().give_back()
-            _trim()
 
     def _session(self, program: m.Program) -> PreparedModel:
         assert program.model is not None and self._engine is not None
@@ -145,10 +140,3 @@ class StoreThread:
                 session = engine.prepare(self._store.load(program.model))
             self._sessions[program.model] = session
         return session
-
-
-def _trim() -> None:
-    """What glibc keeps free goes back to the kernel: to prepare VGG-16's parts leaves 5 to 44 MB of
-    it. Other systems' allocators do that of themselves."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)

@@ -59,7 +59,7 @@ class Middle:
 
     def is_whole(self, pids: list[int]) -> None:
         """Everybody who was there is there, and everything works. A worker may have begun again:
-        of a dozen runs libzmq aborted some in one (``stream_engine_base.cpp``: !_io_error)."""
+        in 2 of 6 runs libzmq aborted some (``stream_engine_base.cpp``: !_io_error)."""
         assert eventually(self.ready, 30.0), [(d.device, d.state) for d in self.client.devices()]
         assert burst(self) == (BURST, 0)
         ours = set(all_pids(self.cluster)) - set(worker_pids(self.cluster))

@@ -41,7 +41,7 @@ Key = tuple[str, str, str]
 NOT_SAID = {
     "Probe", "Gone", "Ran", "Approve", "ListAdmitted",
     "NotKept", "Doubtful", "Stalled", "Unreachable", "Detour", "Relay", "Who",
-    "Join", "Joined", "Wait", "Try", "Tried",
+    "Join", "Joined", "Wait", "Try",
 }  # fmt: skip
 """Not in this story; what is of control is counted as all others are, and strangers ask again."""
 

@@ -327,12 +327,12 @@ def test_a_revoked_device_is_out_at_once_and_others_answer_what_it_was_at(
     with mi.LocalCluster(3, speeds=[0.2, 0.2, 0.2]) as cluster, cluster.client() as client:
         client.deploy("net", MODEL, spread=True)
         client.infer("net", IMAGE)
+        worker = cluster._worker(0)
         futures = [client.submit("net", IMAGE) for _ in range(8)]
         (gone,) = client.admitting.revoke("worker-0")
         assert gone.name == "worker-0"
         for future in futures:
             assert_exact(MODEL, IMAGE, future.result(LONG_S).outputs)
-        worker = cluster._worker(0)
         assert worker.name == "worker-0" and worker.supervisor.wait(LONG_S) == 77
         words = capfd.readouterr().err
         assert "revoked" in words and "again in" not in words

@@ -22,9 +22,11 @@ from cluster.blobs import BlobStore
 from cluster.forgetting import remove_blobs
 from cluster.signing import KEY_FILE, SIGNER_FILE
 from cluster.worker import WorkerOptions
+from meshinfer.cost import DeviceProfile
 from meshinfer.graph import Graph
 from meshinfer.identity import DeviceId
 from meshinfer.plan import Plan, Shard, Stage, Task
+from meshinfer.planner import find_spares, pins_of
 from meshinfer.scheduler import events as e
 
 WITHIN_S = 30.0
@@ -163,3 +165,17 @@ def test_a_device_that_is_revoked_keeps_no_blobs() -> None:
         client.admitting.revoke(name)
         assert supervisor.wait(timeout=WITHIN_S) == 77
         assert not (state / "blobs").exists() and (state / "identity.json").exists()
+
+
+def test_the_one_that_is_nearest_stands_by_for_all_but_not_with_the_whole_model() -> None:
+    model = vgg16(32, classifier_width=64, width=0.125)
+    size = (1, 3, 32, 32)
+    graph = _imported(model.SerializeToString(), None, e.Signature(False, (("image", size),)))
+    plan = _quarters(graph, ("pi-0", "pi-1", "pi-2", "pi-3"))
+    names = [DeviceId(f"pi-{i}") for i in range(6)]
+    profiles = [DeviceProfile(name, 1e9, bandwidth_bytes_per_s=1e5) for name in names[:5]]
+    profiles.append(DeviceProfile(names[5], 1e10, bandwidth_bytes_per_s=1e9))
+    spares = find_spares(graph, plan, profiles, pins_of(graph, plan, profiles, {})).devices
+    assert len(spares) == 4
+    (left,) = (ref for ref, devices in spares.items() if devices[0] != names[5])
+    assert names[5] not in spares[left]

@@ -108,6 +108,7 @@ class _Search:
             if first in self.known:
                 key = (ref.stage, first)
                 self.busy[key] = self.busy.get(key, 0.0) + seconds(load.work, self.known[first])
+        self.weights = {number for load in self.loads.values() for number in load.weights}
         self.first = dict(self.held)
         self.most: dict[DeviceId, int] = {}
 
@@ -132,6 +133,8 @@ class _Search:
             fitting = [p for p in options if self._fits(then[p.id], p)]
             if self.most:
                 fitting = [p for p in fitting if then[p.id].peak <= self.most[p.id]]
+            # Nobody gets the whole model while another can stand by.
+            fitting = [p for p in fitting if not self._is_whole(then[p.id])] or fitting
             if not fitting:
                 return why or ("no other has room" if options else "no other may take its tasks")
             done = {p.id: self._done(p, ref, taken, busy) for p in fitting}
@@ -161,6 +164,9 @@ class _Search:
             and (allowed is None or p.id in allowed)
             and (not self.strict or own is None or p.numeric_class == own.numeric_class)
         ]
+
+    def _is_whole(self, held: _Held) -> bool:
+        return held.weights.keys() >= self.weights
 
     def _fits(self, held: _Held, p: DeviceProfile) -> bool:
         return not p.memory_bytes or held.peak <= limits.SPARES_ROOM * p.memory_bytes
