@@ -109,6 +109,7 @@ class _Search:
                 key = (ref.stage, first)
                 self.busy[key] = self.busy.get(key, 0.0) + seconds(load.work, self.known[first])
         self.weights = {number for load in self.loads.values() for number in load.weights}
+        self.apart = not any(map(self._is_whole, self.held.values()))
         self.first = dict(self.held)
         self.most: dict[DeviceId, int] = {}
 
@@ -133,8 +134,9 @@ class _Search:
             fitting = [p for p in options if self._fits(then[p.id], p)]
             if self.most:
                 fitting = [p for p in fitting if then[p.id].peak <= self.most[p.id]]
-            # Nobody gets the whole model while another can stand by.
-            fitting = [p for p in fitting if not self._is_whole(then[p.id])] or fitting
+            if self.apart:  # nobody gets the whole model while another can be the first
+                some = [p for p in fitting if not self._is_whole(then[p.id])]
+                fitting = some if some or self.most else fitting
             if not fitting:
                 return why or ("no other has room" if options else "no other may take its tasks")
             done = {p.id: self._done(p, ref, taken, busy) for p in fitting}
