@@ -10,10 +10,15 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    from wires import Net
 
 ORDER = (
     "test_style",
@@ -147,6 +152,17 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         if os.environ.get("CI") == "true":
             pytest.fail(f"{reason}, and CI must run it", pytrace=False)
         pytest.skip(f"{reason}: sudo scripts/test")
+
+
+@pytest.fixture
+def net() -> Iterator[Net]:
+    """Transports that a test connects; all are closed at its end."""
+    from wires import Net
+
+    made = Net()
+    yield made
+    for one in made.transports:
+        one.close()
 
 
 @pytest.fixture(scope="session")

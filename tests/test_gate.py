@@ -6,7 +6,6 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
 
 import pytest
 import zmq
@@ -22,14 +21,6 @@ from meshinfer import limits
 from meshinfer.errors import AuthError
 from meshinfer.protocol.joining import Admission
 from meshinfer.protocol.token import Role, client_name
-
-
-@pytest.fixture
-def net() -> Iterator[Net]:
-    made = Net()
-    yield made
-    for one in made.transports:
-        one.close()
 
 
 def admission(pair: KeyPair, name: str = "pi-1", role: Role = "worker") -> Admission:

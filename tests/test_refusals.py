@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import socket
 import threading
-from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 
@@ -19,14 +18,6 @@ from cluster.ports import draw_wire_id
 from cluster.transport import Endpoint, Lost, Plane, Transport
 from meshinfer import limits
 from meshinfer.protocol.joining import Admission
-
-
-@pytest.fixture
-def net() -> Iterator[Net]:
-    made = Net()
-    yield made
-    for one in made.transports:
-        one.close()
 
 
 def test_a_strangers_key_is_refused_and_told_so_until_it_is_admitted(net: Net) -> None:

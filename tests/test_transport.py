@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -22,14 +21,6 @@ from cluster import sockets
 from cluster.transport import Endpoint, Lost, Plane, Received, Transport
 from meshinfer import limits
 from meshinfer.errors import AuthError, ConfigurationError
-
-
-@pytest.fixture
-def net() -> Iterator[Net]:
-    made = Net()
-    yield made
-    for one in made.transports:
-        one.close()
 
 
 @dataclass
