@@ -35,11 +35,14 @@ from cluster.sockets import (
 )
 from meshinfer import limits
 
+# Never HANDSHAKE_FAILED_PROTOCOL: libzmq 4.3.5 says it also of what it cannot decrypt later on, and
+# saying it turns errno from EPROTO to EAGAIN (``curve_mechanism_base_t::decode``; the monitor's
+# ``process_commands``). Then the engine believes that its reader is behind: it reads no more, stays
+# for ever, and at the first heartbeat after the other side has gone aborts us (``!_io_error``).
 DEALER_EVENTS: Final = (
     zmq.EVENT_CONNECTED
     | zmq.EVENT_HANDSHAKE_SUCCEEDED
     | zmq.EVENT_HANDSHAKE_FAILED_AUTH
-    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
     | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
     | zmq.EVENT_DISCONNECTED
     | zmq.EVENT_CLOSED
@@ -112,11 +115,6 @@ def heard_of(link: Link, event: int, value: int) -> str:
         # ZAP: 400 refused, 500 busy (300, try again, closes without a word).
         reason = BUSY if value == 500 else REFUSED
         link.refused = link.failing = True
-    elif event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL and not link.up:  # else it has fallen
-        reason = NOT_OURS
-        if value == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
-            reason = ENCRYPTED if link.plaintext else PLAINTEXT
-        link.refused = link.failing = True
     elif event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
         # A server that cannot read our first packet closes, and so does a gate that is to be tried
         # again (only workers have one), and one that is in haste or ends: that is not so twice.
@@ -129,9 +127,8 @@ def heard_of(link: Link, event: int, value: int) -> str:
     elif event == zmq.EVENT_DISCONNECTED:
         if link.up:
             reason, link.fell = LOST, time.monotonic()
-        elif not link.failing:  # no handshake began: these were no words of ZeroMQ
+        elif not link.failing:  # what it said was no handshake, or another than ours
             reason = NOT_OURS
-            link.refused = True
         link.up, link.failing, link.connection = False, False, None
     elif event == zmq.EVENT_CLOSED:
         reason = CANNOT_CONNECT
@@ -156,24 +153,35 @@ def linked(
 
 
 def told_by(link: Link, mechanism: str) -> str:
-    """Why a handshake failed without a word, given what ``mechanism_at`` says of the other side."""
-    if not mechanism:  # a frozen one, which may well be ours
-        return CANNOT_CONNECT
+    """Why a handshake failed without a word, or by words that were none of a handshake, given what
+    ``mechanism_at`` says of the other side."""
+    if not mechanism:  # a frozen one, which may well be ours, unless it said something
+        return NOT_OURS if link.said == NOT_OURS else CANNOT_CONNECT
     if link.plaintext:
         return ENCRYPTED if mechanism == "CURVE" else LOST
-    return PLAINTEXT if mechanism in ("NULL", "PLAIN") else WRONG_KEY
+    if mechanism in ("NULL", "PLAIN"):
+        return PLAINTEXT
+    return LOST if link.said == NOT_OURS else WRONG_KEY
 
 
 class Enquiries:
     """Asks, each in a thread of its own, what the other sides of links are. ``wake``: when one
-    is answered."""
+    is answered. ``proxy``: nobody can be asked through one."""
 
-    def __init__(self, wake: Callable[[], None]) -> None:
+    def __init__(self, wake: Callable[[], None], proxy: str) -> None:
         self._wake = wake
+        self._proxy = proxy
         self._answered: deque[tuple[Link, str]] = deque()
 
-    def ask(self, link: Link) -> None:
+    def ask(self, link: Link) -> bool:
+        """Whether it is asked; else ``said`` is all that will be known."""
+        if link.said not in (WRONG_KEY, NOT_OURS):
+            return False
+        if self._proxy:
+            self._settle(link, LOST if link.said == NOT_OURS else WRONG_KEY)
+            return False
         threading.Thread(target=self._ask, args=(link,), daemon=True).start()
+        return True
 
     def _ask(self, link: Link) -> None:
         self._answered.append((link, mechanism_at(link.endpoint.host, link.endpoint.port)))
@@ -184,5 +192,15 @@ class Enquiries:
         while self._answered:
             link, mechanism = self._answered.popleft()
             if not link.up:
-                link.said = told_by(link, mechanism)
+                self._settle(link, told_by(link, mechanism))
                 yield link
+
+    @staticmethod
+    def _settle(link: Link, reason: str) -> None:
+        """After NOT_OURS libzmq makes no other connection. Where the other side is ours, somebody
+        put that in between, and it is to be tried again."""
+        if link.said == NOT_OURS and reason == LOST:
+            link.fell = time.monotonic()
+        elif link.said == NOT_OURS:
+            link.refused = True
+        link.said = reason

@@ -72,8 +72,7 @@ class Transport:
         self._ports: dict[Plane, Port] = {}
         self._links: dict[tuple[Plane, str], Link] = {}
         self._backlogs: dict[tuple[Plane, str], Backlog] = {}
-        self._proxy = proxy
-        self._enquiries = Enquiries(self.wake)
+        self._enquiries = Enquiries(self.wake, proxy)
         self._lost: dict[tuple[Plane, str], str] = {}
         self._fallen: set[Link] = set()
         self._data: dict[sockets.Socket, Port | Link] = {}
@@ -344,7 +343,7 @@ class Transport:
         """Turn the sockets' own events into losses."""
         for link in self._enquiries.answers():
             if self._links.get((link.plane, link.peer)) is link:
-                self._lost.setdefault((link.plane, link.peer), link.said)
+                self._falls(link)
         spoken = ready & self._monitors
         if not spoken:
             return
@@ -356,13 +355,13 @@ class Transport:
         for link in self._links.values():
             if link.monitor in spoken:
                 for event, value in sockets.monitor_events(link.monitor):
-                    reason = heard_of(link, event, value)
-                    if reason == sockets.WRONG_KEY and not self._proxy:  # or another: it is asked
-                        self._enquiries.ask(link)
-                    elif reason:
-                        self._lost.setdefault((link.plane, link.peer), reason)
-                if link.fell is not None:
-                    self._fallen.add(link)
+                    if heard_of(link, event, value) and not self._enquiries.ask(link):
+                        self._falls(link)
+
+    def _falls(self, link: Link) -> None:
+        self._lost.setdefault((link.plane, link.peer), link.said)
+        if link.fell is not None:
+            self._fallen.add(link)
 
     def _raise_fallen(self) -> None:
         for link in tuple(self._fallen):
