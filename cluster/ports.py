@@ -118,6 +118,7 @@ class Port(sockets.Ends):
             return None
         if not self._is_work and not self._joins.take():
             self._counters["too many strangers"] += 1
+            self._end(connection)  # nothing else bounds what it says; an honest one comes back
             return None
         return Received(
             self.plane, route.peer, [part.buffer.toreadonly() for part in parts], key, inbound=True

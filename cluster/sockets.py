@@ -135,7 +135,10 @@ def _options(plane: Plane, *, server: bool, plaintext: bool) -> dict[int, int]:
         # HWM counts messages, so it must be small where messages are large. Control messages are
         # small and already bounded by the cores; a low mark there would delay heartbeats.
         zmq.SNDHWM: limits.HIGH_WATER_MARK if bulk else 1000,
-        zmq.RCVHWM: limits.HIGH_WATER_MARK if bulk else 1000,
+        # None: input that stands at a mark as its connection is reset, with a heartbeat of anybody
+        # to be answered behind it, aborts the process (stream_engine_base.cpp: !_io_error). What
+        # comes is bounded by credits, by the cores, and of strangers by ``ports``.
+        zmq.RCVHWM: 0,
     }
     # Give up on bytes that nobody acknowledges. On bulk this alone finds a dead link. On control
     # those of a closed connection outlive it in the kernel, reach after a cut a ROUTER that has the
@@ -155,15 +158,10 @@ def _options(plane: Plane, *, server: bool, plaintext: bool) -> dict[int, int]:
         options[zmq.HEARTBEAT_IVL] = int(limits.HEARTBEAT_S * 1000)
         # What is frozen or cut off for less keeps its connection, and so all that is under way.
         options[zmq.HEARTBEAT_TIMEOUT] = silent_ms
-        # The same for who is connected to: it closes what has been silent for so long. It has no
-        # heartbeat of its own, since libzmq aborts the process when that is due on a connection
-        # that was reset while its input stood at the mark (stream_engine_base.cpp: !_io_error).
+        # The same for who is connected to: it closes what has been silent for so long.
         options[zmq.HEARTBEAT_TTL] = silent_ms
-        # And here, where there is one, the input never stands: a coordinator's words are bounded.
-        options[zmq.RCVHWM] = 0
-    if server and plane is Plane.JOIN:  # of strangers, who have no reason to send more
-        # (1 would be taken by the routing id: then nothing ever comes)
-        options[zmq.RCVHWM] = options[zmq.SNDHWM] = 4
+    if server and plane is Plane.JOIN:  # of strangers, who have no reason to be told more
+        options[zmq.SNDHWM] = 4
     if server:
         # An unknown peer is an error that we see, not a silent drop.
         options[zmq.ROUTER_MANDATORY] = 1
