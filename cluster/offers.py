@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from cluster.blobs import BlobStore
+from meshinfer.protocol.codec import Buffer
 
 if TYPE_CHECKING:
     from meshinfer.importers.external import Segment
@@ -42,7 +43,7 @@ class Offers:
         self._files: dict[str, Segment] = {}
         self._holders: Counter[str] = Counter()
 
-    def read(self, digest: str, offset: int, length: int) -> tuple[bytes, int] | None:
+    def read(self, digest: str, offset: int, length: int) -> tuple[Buffer, int] | None:
         """Bytes of a blob and its whole size; None when it is not here."""
         with self._lock:
             segment = self._files.get(digest)

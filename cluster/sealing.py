@@ -31,6 +31,7 @@ import structlog
 from cluster.blobs import BlobStore
 from meshinfer import limits
 from meshinfer.errors import AuthError, ConfigurationError
+from meshinfer.protocol.codec import Buffer
 
 _MAGIC = b"meshinfer sealed 1\n"
 _LENGTH = struct.Struct("<I")
@@ -133,7 +134,7 @@ class SealedStore(BlobStore):
                 raise
             raise self._damaged(digest) from error
 
-    def read(self, digest: str, offset: int, length: int) -> tuple[bytes, int] | None:
+    def read(self, digest: str, offset: int, length: int) -> tuple[Buffer, int] | None:
         """A sealed store serves nobody."""
         return None
 
