@@ -13,6 +13,8 @@ MESSAGE_BYTES: Final = FRAME_BYTES * (FRAMES_PER_MESSAGE - 1)
 CONTROL_FRAME_BYTES: Final = 4 * MIB
 BLOB_CHUNK_BYTES: Final = 8 * MIB
 BLOB_WANT_BYTES: Final = 1 * MIB
+BLOB_GONE_TIMES: Final = 3
+"""A blob is lost when its peer says so often that it has it not."""
 HIGH_WATER_MARK: Final = 32
 TENSOR_RANK: Final = 16
 BACKLOG_BYTES: Final = 64 * MIB

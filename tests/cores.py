@@ -258,7 +258,8 @@ class Cluster(World):
     # --- what a user does
 
     def deploy(self, name: str = "net", model: bytes | None = None, *, client: str = "ann",
-               announce: str | None = None, **fields: object) -> str:  # fmt: skip
+               announce: str | None = None, timeout_s: float = 60.0,
+               **fields: object) -> str:  # fmt: skip
         """Ask to deploy; returns the call."""
         data = conv_net() if model is None else model
         digest = hashlib.sha256(data).hexdigest() if announce is None else announce
@@ -266,7 +267,7 @@ class Cluster(World):
         node.blobs[digest] = data
         call = f"call-{next(self._order)}"
         message = m.Deploy(call=call, name=name, digest=digest, nbytes=len(data), **fields)  # type: ignore[arg-type]
-        self._handle(node, e.Asked(call, message, 60.0))
+        self._handle(node, e.Asked(call, message, timeout_s))
         return call
 
     def deployed(

@@ -4,12 +4,15 @@ any, neither from the coordinator nor from another member.
 
 from __future__ import annotations
 
-from cores import Cluster
+import pytest
+from cores import Cluster, image, kind
 from shared import graph
 from test_fallback import NAMES, pipeline, ready
 
+from meshinfer import limits
 from meshinfer.protocol import messages as m
 from meshinfer.scheduler import events as e
+from meshinfer.simulator.node import Node
 
 UNKNOWN = "0" * 64
 
@@ -72,3 +75,57 @@ def test_members_serve_nobody_but_the_coordinator() -> None:
         peer = cluster.nodes[other].id if other else coordinator
         effects = cluster.nodes[name].core.handle(e.Arrived(peer, want), cluster.now)
         assert any(isinstance(x, e.ServeBlob) for x in effects) is serves, (name, other)
+
+
+def test_that_a_blob_is_not_handed_out_is_believed_once_it_is_said_again() -> None:
+    """Seed 1865: word of what was asked for another deployment comes as the next one fetches."""
+    cluster = Cluster(("pi-1",))
+    device, told = cluster.nodes["pi-1"], set[str]()
+
+    def stale(sender: Node, receiver: Node, message: m.AnyMessage) -> bool:
+        if isinstance(message, m.Want) and sender is device and message.digest not in told:
+            told.add(message.digest)
+            gone = m.Gone(digest=message.digest)
+            cluster.inject(device, cluster.coordinator.id, gone)
+        return False
+
+    cluster.when(stale, lambda: None)
+    cluster.deployed()
+    assert told
+    cluster.check(cluster.submit(image(1)), image(1))
+
+
+def test_a_blob_that_is_lost_fails_the_deployment_and_says_so() -> None:
+    cluster = Cluster(("pi-1",))
+    cluster.when(kind(m.Install, to="pi-1"), cluster.coordinator.blobs.clear)
+    failure = cluster.answer(cluster.deploy()).answer.failure
+    assert failure is not None and "has lost it" in failure.message
+
+
+@pytest.mark.parametrize(("times", "answered"), [(1, True), (limits.INSTALL_ATTEMPTS, False)])
+def test_a_blob_that_does_not_come_is_fetched_anew_where_nobody_else_can(
+    times: int, answered: bool
+) -> None:
+    """Its bulk link carries nothing for so long that it gives the blob up."""
+    cluster = Cluster(("pi-1",))
+
+    def withheld(sender: Node, receiver: Node, message: m.AnyMessage) -> bool:
+        failed = [n for n in cluster.coordinator.notes if "could not prepare" in n.text]
+        return kind(m.Chunk, to="pi-1")(sender, receiver, message) and len(failed) < times
+
+    for _ in range(200):
+        cluster.drop(withheld)
+    failure = cluster.answer(cluster.deploy(timeout_s=600.0)).answer.failure
+    assert (failure is None) == answered
+    if failure is None:
+        cluster.check(cluster.submit(image(1)), image(1))
+    else:
+        assert failure.error == "ClusterUnavailable" and "does not send it" in failure.message
+
+
+def test_a_deploy_that_takes_too_long_says_so_and_not_that_nobody_answers() -> None:
+    cluster = Cluster(("pi-1",))
+    for _ in range(10):
+        cluster.drop(kind(m.Chunk, to="pi-1"))
+    late = cluster.answer(cluster.deploy(timeout_s=5.0)).failure
+    assert late is not None and late.error == "DeadlineExceeded" and "5 s" in late.message

@@ -45,7 +45,7 @@ from meshinfer.scheduler.installing import Installing
 from meshinfer.scheduler.load import nbytes_of
 from meshinfer.scheduler.on_device import OnDevice
 from meshinfer.scheduler.outbox import Outbox
-from meshinfer.scheduler.refusing import Full, overdue, silence
+from meshinfer.scheduler.refusing import Full, overdue, silence, unanswered
 from meshinfer.scheduler.telling import COORDINATOR, refusal, told
 
 NOBODY = ""
@@ -70,6 +70,7 @@ class _Request:
 @dataclass(slots=True)
 class _Question:
     message: m.AnyMessage
+    asked_s: float
     deadline: float
     sent: bool = False
 
@@ -121,7 +122,7 @@ class ClientCore(Member):
                 return self._send_open(now)
             case Asked(call, message, deadline_s):
                 self._begin_to_wait(now)
-                self._questions[call] = _Question(message, now + deadline_s)
+                self._questions[call] = _Question(message, deadline_s, now + deadline_s)
                 return self._send_open(now)
             case Cancelled(request):
                 given_up = self._requests.pop(request, None)
@@ -355,8 +356,8 @@ class ClientCore(Member):
         for name in [n for n, r in self._requests.items() if r.deadline + LATE_S <= now]:
             effects += self._give_up(name)
         for call in [c for c, q in self._questions.items() if q.deadline <= now]:
-            del self._questions[call]
-            effects.append(Settle(call, None, silence()))
+            late = unanswered(self._questions.pop(call).asked_s)
+            effects.append(Settle(call, None, silence() if self._welcome is None else late))
         return effects
 
     def _give_up(self, name: str) -> list[Effect]:

@@ -201,10 +201,13 @@ class Deploying:
     ) -> list[Effect]:
         fields = {**device.ids, "deployment": made.number, "why": failure.message}
         note = self._members.faults.note("error", "a device could not prepare its programs", fields)
-        computes = device.name in made.candidates
+        computes, others = device.name in made.candidates, True
         failed = made.model.unprepared.pop(made.signature, ())
-        failed = (*failed, f"{device.name} is left out: {failure.message}")
-        if computes:
+        what = "is left out"
+        if failure.error == "ClusterUnavailable" and self._members.ready(now) == (device.name,):
+            what, others = "tries again", False  # who else? And a link may work the next time
+        failed = (*failed, f"{device.name} {what}: {failure.message}")
+        if computes and others:
             device.exclude(f"it cannot prepare its tasks: {failure.message}", now)
         if computes and len(failed) < limits.INSTALL_ATTEMPTS and self._members.ready(now):
             made.model.unprepared[made.signature] = failed

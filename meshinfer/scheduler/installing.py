@@ -136,7 +136,7 @@ class Installing:
     def written(self, event: BlobWritten) -> list[Effect]:
         self._puller.done(event.digest)
         if event.failure is not None:
-            return self.blob_failed(event.digest, event.failure.message)
+            return self._blob_failed(event.digest, event.failure.message)
         effects: list[Effect] = []
         for number, deployment in self.deployments.items():
             if event.digest in deployment.missing:
@@ -145,10 +145,17 @@ class Installing:
                     effects += _prepare(number, deployment)
         return effects
 
-    def blob_failed(self, digest: str, why: str) -> list[Effect]:
+    def gone(self, peer: str, digest: str, now: float) -> list[Effect]:
+        """The coordinator does not hand it out, as it says."""
+        asked = self._puller.gone(peer, digest, now)
+        if asked is None:
+            return self._blob_failed(digest, "the coordinator has lost it")
+        return asked
+
+    def _blob_failed(self, digest: str, why: str, error: str = "MeshInferError") -> list[Effect]:
         """No deployment that needs this blob can be prepared."""
         self._puller.done(digest)
-        failure = m.Failure(error="MeshInferError", message=f"blob {digest[:12]}: {why}")
+        failure = m.Failure(error=error, message=f"blob {digest[:12]}: {why}")
         return [
             told(m.Installed(deployment=number, failure=failure))
             for number, deployment in self.deployments.items()
@@ -182,7 +189,8 @@ class Installing:
     def due(self, now: float) -> list[Effect]:
         effects, failed = self._puller.due(now)
         for digest in failed:
-            effects += self.blob_failed(digest, "the coordinator does not send it")
+            why = "the coordinator does not send it"
+            effects += self._blob_failed(digest, why, "ClusterUnavailable")
         return effects
 
     def next_deadline(self) -> float | None:

@@ -195,8 +195,7 @@ class OnDevice:
         """Of a blob that was asked for."""
         if isinstance(message, m.Chunk):
             return self._installing.chunk(peer, message, data, now)
-        why = "the coordinator has lost it"
-        return self._settled(self._installing.blob_failed(message.digest, why))
+        return self._settled(self._installing.gone(peer, message.digest, now))
 
     def hasten(self, peer: str, now: float) -> None:
         self._installing.connection_cut(peer, now)

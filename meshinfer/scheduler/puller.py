@@ -25,7 +25,7 @@ class _Pull:
     """``gentle``: nobody waits for it, so it must not be in the way of what somebody waits for.
     ``since``: when it last got on, or was begun; ``asked``: when it was last asked for;
     ``overtaken``: chunks of its peer that were asked for later, and are here.
-    ``look``: when to look whether its peer sends anything."""
+    ``look``: when to look whether its peer sends anything; ``gone``: how often it had not it."""
 
     peer: str
     total: int | None
@@ -37,6 +37,7 @@ class _Pull:
     asked: float = 0.0
     overtaken: int = 0
     look: float = 0.0
+    gone: int = 0
 
 
 class Puller:
@@ -93,6 +94,18 @@ class Puller:
         if chunk.digest not in self._active:
             return effects + self._fill(now)
         return [*effects, self._ask(chunk.digest, now)]
+
+    def gone(self, peer: str, digest: str, now: float) -> list[Effect] | None:
+        """A peer says that it has it not, or not for us. Asked once more: that may have been said
+        of what was asked for another deployment, before. None: it is said again and again."""
+        pull = self._pulls.get(digest)
+        if pull is None or pull.peer != peer or digest not in self._active:
+            return []
+        pull.gone += 1
+        if pull.gone >= limits.BLOB_GONE_TIMES:
+            self.done(digest)
+            return None
+        return [self._ask(digest, now)]
 
     def _overtakes(self, came: _Pull, now: float) -> list[Effect]:
         """What was asked for before, of the same peer, may be lost."""

@@ -59,3 +59,12 @@ def overdue(deadline_s: float) -> m.Failure:
         message=f"no answer within {deadline_s:.3g} s",
         hint="give a longer deadline_s, or look at meshinfer devices",
     )
+
+
+def unanswered(timeout_s: float) -> m.Failure:
+    """Of anything but a request, from a coordinator that is there: it goes on with it, perhaps."""
+    return m.Failure(
+        error="DeadlineExceeded",
+        message=f"not done within {timeout_s:.3g} s",
+        hint="look at meshinfer devices and at the coordinator's log, or give a longer timeout_s",
+    )

@@ -156,9 +156,7 @@ class WorkerCore(Member):
                 busy = not self._computing.idle
                 return self._installing.chunk(peer, message, event.payload, now, busy=busy)
             case m.Gone():
-                if self._coordinator is None or peer != self._coordinator.id:
-                    return []
-                return self._installing.blob_failed(message.digest, "the coordinator has lost it")
+                return self._installing.gone(peer, message.digest, now)
             case m.Probe():
                 return []
             case _:
