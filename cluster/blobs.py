@@ -18,11 +18,13 @@ import time
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from meshinfer import limits
 from meshinfer.errors import ConfigurationError
-from meshinfer.protocol.codec import Buffer
+
+if TYPE_CHECKING:
+    from meshinfer.protocol.codec import Buffer
 
 READ_BYTES = 1 << 20
 _OWN_PAGES_BYTES = 64 << 10

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from cluster.blobs import BlobStore
-from meshinfer.protocol.codec import Buffer
 
 if TYPE_CHECKING:
     from meshinfer.importers.external import Segment
+    from meshinfer.protocol.codec import Buffer
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,13 +25,16 @@ import struct
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import structlog
 
 from cluster.blobs import BlobStore
 from meshinfer import limits
 from meshinfer.errors import AuthError, ConfigurationError
-from meshinfer.protocol.codec import Buffer
+
+if TYPE_CHECKING:
+    from meshinfer.protocol.codec import Buffer
 
 _MAGIC = b"meshinfer sealed 1\n"
 _LENGTH = struct.Struct("<I")
