@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import io
+import mmap
 import os
 import shutil
 import threading
@@ -16,12 +18,16 @@ import time
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from meshinfer import limits
 from meshinfer.errors import ConfigurationError
 
+if TYPE_CHECKING:
+    from meshinfer.protocol.codec import Buffer
+
 READ_BYTES = 1 << 20
+_OWN_PAGES_BYTES = 64 << 10
 _KEEP_S = 1200.0
 """Whoever found a blob here may rely on it for so long; longer than any deployment may take."""
 
@@ -163,7 +169,7 @@ class BlobStore:
         self.remove(digest)
         return BlobDamaged(f"the file of blob {digest[:12]} was changed or is gone")
 
-    def read(self, digest: str, offset: int, length: int) -> tuple[bytes, int] | None:
+    def read(self, digest: str, offset: int, length: int) -> tuple[Buffer, int] | None:
         """Bytes of a blob and its whole size; None when it is not here, or was damaged since an
         earlier process wrote it."""
         try:
@@ -171,9 +177,10 @@ class BlobStore:
             if old and not self._whole(digest):
                 self.remove(digest)
                 return None
-            with self.path(digest).open("rb") as file:
+            with self.path(digest).open("rb", buffering=0) as file:
+                total = os.fstat(file.fileno()).st_size
                 file.seek(offset)
-                return file.read(length), os.fstat(file.fileno()).st_size
+                return _piece(file, max(0, min(length, total - offset))), total
         except OSError:
             return None
 
@@ -247,6 +254,17 @@ class BlobStore:
                 return
             if path.name not in keep and self._remove_unused(path, newest):
                 size -= nbytes
+
+
+def _piece(file: io.FileIO, nbytes: int) -> Buffer:
+    """What comes next in a file. Many large pieces are on their way at once and then none for long:
+    in pages of their own they go back to the kernel, while the allocator would keep them, for the
+    small things between them."""
+    if nbytes < _OWN_PAGES_BYTES:
+        return file.read(nbytes)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
+    view = memoryview(mmap.mmap(-1, nbytes, flags=flags))
+    return view[: file.readinto(view)].toreadonly()
 
 
 def _identity(path: Path) -> tuple[int, ...]:

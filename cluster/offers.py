@@ -17,6 +17,7 @@ from cluster.blobs import BlobStore
 
 if TYPE_CHECKING:
     from meshinfer.importers.external import Segment
+    from meshinfer.protocol.codec import Buffer
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,7 @@ class Offers:
         self._files: dict[str, Segment] = {}
         self._holders: Counter[str] = Counter()
 
-    def read(self, digest: str, offset: int, length: int) -> tuple[bytes, int] | None:
+    def read(self, digest: str, offset: int, length: int) -> tuple[Buffer, int] | None:
         """Bytes of a blob and its whole size; None when it is not here."""
         with self._lock:
             segment = self._files.get(digest)

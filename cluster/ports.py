@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from collections import Counter, deque
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import dataclass
 from typing import Final
 
 import zmq
@@ -45,7 +45,7 @@ class Route:
     key: str
     connection: int = UNKNOWN
     gone: bool = False
-    retired: deque[bytes] = field(default_factory=lambda: deque(maxlen=limits.RETIRED_KEPT))
+    retired: tuple[bytes, ...] = ()
 
 
 @dataclass(slots=True)
@@ -74,6 +74,7 @@ class Port(sockets.Ends):
         self._admitted, self._counters, self._plaintext = admitted, counters, plaintext
         self._routes: dict[str, Route] = {}
         self._by_wire: dict[bytes, Route] = {}
+        self._gone: dict[str, Route] = {}  # the first to go first
         self._strangers: dict[int, _Stranger] = {}  # the oldest first
         self._connections: dict[int, Connection] = {}
         self._is_work = plane is not Plane.JOIN
@@ -105,6 +106,7 @@ class Port(sockets.Ends):
         connection = sockets.connection_of(frames[-1])
         if connection != route.connection or route.gone:
             route.connection, route.gone = connection, False
+            self._gone.pop(route.peer, None)
             self._untold = self._untold or connection == UNKNOWN
             if self._is_work:
                 self._strangers.pop(connection, None)
@@ -165,21 +167,28 @@ class Port(sockets.Ends):
             return None
         else:
             del self._by_wire[route.wire]
-            route.retired.append(route.wire)
+            route.retired = (*route.retired, route.wire)[-limits.RETIRED_KEPT :]
             route.wire = wire
         self._by_wire[wire] = route
         return route
 
     def _make_room(self) -> None:
-        """Forget those who left, when there are many: each client has a name of its own."""
-        if len(self._routes) < limits.ROUTES_KEPT:
-            return
-        gone = [route for route in self._routes.values() if route.gone]
-        for route in gone or [next(iter(self._routes.values()))]:
-            self._forget(route)
+        """Of those who left, all are known by ``_gone``; who stays was here first."""
+        while len(self._routes) >= limits.ROUTES_KEPT:
+            self._forget(next(iter((self._gone or self._routes).values())))
+
+    def _left(self, route: Route) -> None:
+        """Its connection is over. It may come back by another; most never do, for each process has
+        a name of its own: of those only the last are known."""
+        route.connection, route.gone = UNKNOWN, True
+        self._gone.pop(route.peer, None)
+        self._gone[route.peer] = route
+        if len(self._gone) > limits.ROUTES_GONE:
+            self._forget(next(iter(self._gone.values())))
 
     def _forget(self, route: Route) -> None:
         del self._routes[route.peer], self._by_wire[route.wire]
+        self._gone.pop(route.peer, None)
 
     def end(self, peer: str, *, if_silent: bool) -> None:
         """End the connection by which this peer last spoke; what it still says does not count."""
@@ -241,7 +250,7 @@ class Port(sockets.Ends):
             if route.gone:
                 continue
             if route.connection == connection:
-                route.connection, route.gone = UNKNOWN, True
+                self._left(route)
                 lost.append((route.peer, LOST))
                 if not self._is_work:
                     self._forget(route)

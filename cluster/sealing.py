@@ -25,12 +25,16 @@ import struct
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import structlog
 
 from cluster.blobs import BlobStore
 from meshinfer import limits
 from meshinfer.errors import AuthError, ConfigurationError
+
+if TYPE_CHECKING:
+    from meshinfer.protocol.codec import Buffer
 
 _MAGIC = b"meshinfer sealed 1\n"
 _LENGTH = struct.Struct("<I")
@@ -133,7 +137,7 @@ class SealedStore(BlobStore):
                 raise
             raise self._damaged(digest) from error
 
-    def read(self, digest: str, offset: int, length: int) -> tuple[bytes, int] | None:
+    def read(self, digest: str, offset: int, length: int) -> tuple[Buffer, int] | None:
         """A sealed store serves nobody."""
         return None
 

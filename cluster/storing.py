@@ -14,7 +14,7 @@ from cluster.loop import Post, report, start_thread
 from meshinfer.engine import Engine, EngineError
 from meshinfer.engine import Prepared as PreparedModel
 from meshinfer.protocol import messages as m
-from meshinfer.protocol.codec import failure_of
+from meshinfer.protocol.codec import Buffer, failure_of
 from meshinfer.scheduler.events import (
     BlobsFound,
     BlobWritten,
@@ -33,7 +33,7 @@ from meshinfer.scheduler.events import (
 class Readable(Protocol):
     """Who has blobs to serve."""
 
-    def read(self, digest: str, offset: int, length: int) -> tuple[bytes, int] | None: ...
+    def read(self, digest: str, offset: int, length: int) -> tuple[Buffer, int] | None: ...
 
 
 StoreEffect = FindBlobs | WriteBlob | ServeBlob

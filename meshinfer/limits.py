@@ -159,6 +159,8 @@ GATE_TRIED_S: Final = 2.0
 """How long a port may take to turn a stranger away, as it starts."""
 GREETING_S: Final = 1.0
 ROUTES_KEPT: Final = 4096
+ROUTES_GONE: Final = 64
+"""Of those whose connection is over: so many may come back by it and are known."""
 RETIRED_KEPT: Final = 8
 WAITS_S: Final = 5 * JOIN_AGAIN_S
 """Who has not asked again for so long waits no more."""

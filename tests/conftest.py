@@ -74,7 +74,8 @@ ORDER = (
 PURE = frozenset(
     """
     test_architectures test_architectures_exact test_arrays test_board test_calls test_checks
-    test_client_core test_cluster_cores test_coordinator_core test_counting test_cost test_credits
+    test_client_core test_cluster_cores test_come_and_go test_coordinator_core test_counting
+    test_cost test_credits
     test_deadlines test_detours test_draw test_drops test_enrolment test_exact test_fuzz_import
     test_fuzz_manifest test_geometry test_halves test_handing test_heads test_health test_hearing
     test_importers test_invented test_links test_manifest test_nothing_executes

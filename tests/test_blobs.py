@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from onnx import TensorProto
 from processes import image, small_model
@@ -365,3 +366,19 @@ def test_two_engines_give_the_same_bits_from_a_sealed_store(tmp_path: Path) -> N
             prepared = OrtEngine(store.loading).prepare(model.SerializeToString())
         answers.append(prepared.run(image())[0])
     assert np.array_equal(*answers)
+
+
+def test_pieces_that_were_on_their_way_at_once_leave_no_memory_behind(tmp_path: Path) -> None:
+    """What is freed between small things that stay is of no use to anybody else."""
+    store, data = BlobStore(tmp_path), os.urandom(1 << 20)
+    digest = hashlib.sha256(data).hexdigest()
+    store.put(digest, data)
+    hashlib.sha256(bytes(8 << 20))  # once that is freed, the allocator keeps what is smaller
+    pieces, small = [], []
+    for _ in range(32):
+        pieces.append(store.read(digest, 0, len(data)))
+        small.append(bytes(4096))
+    assert pieces[-1] == (data, len(data))
+    held = psutil.Process().memory_info().rss
+    pieces.clear()
+    assert held - psutil.Process().memory_info().rss > 24 << 20

@@ -30,6 +30,7 @@ from meshinfer.identity import DeviceId
 from meshinfer.ops import rule_of, why_barrier
 from meshinfer.plan import Plan, Shard, Stage, Task
 from meshinfer.protocol import messages as m
+from meshinfer.protocol.codec import Buffer
 from meshinfer.protocol.messages import Facts
 from meshinfer.scheduler.admission import refuse_deploy
 from meshinfer.scheduler.catalogue import Catalogue
@@ -240,7 +241,7 @@ class Folder(Offers):
         super().__init__(BlobStore(folder))
         self.served: list[str] = []
 
-    def read(self, digest: str, offset: int, length: int) -> tuple[bytes, int] | None:
+    def read(self, digest: str, offset: int, length: int) -> tuple[Buffer, int] | None:
         if not offset:
             self.served.append(digest)
         return super().read(digest, offset, length)
@@ -330,7 +331,7 @@ def test_weights_that_have_not_changed_do_not_travel_again(
 
 def test_a_weight_that_never_comes_fails_the_deployment(client: mi.Client, tmp_path: Path) -> None:
     class Losing(Folder):
-        def read(self, digest: str, offset: int, length: int) -> tuple[bytes, int] | None:
+        def read(self, digest: str, offset: int, length: int) -> tuple[Buffer, int] | None:
             found = super().read(digest, offset, length)
             return None if found is None or found[1] == 200 * 200 * 4 else found
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import zmq
+from entries import entries
 from wires import HOST, MIB, PLANES, Net, RawClient, counted, greet, lost, pump, received
 
 from cluster import sockets
@@ -254,6 +255,30 @@ def test_a_peer_that_comes_back_under_its_name_takes_it_over(net: Net) -> None:
     assert pump(hub, after, within_s=0.3) == [], "the name lives on by its new connection"
     after.close()
     assert pump(hub) == [Lost(Plane.CONTROL, "pi-1#1", sockets.LOST)]
+
+
+def test_processes_that_connect_and_go_leave_nothing_but_the_last_few(
+    net: Net, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has a name of its own: what was kept of all would add up. Who comes back is known."""
+    monkeypatch.setattr(limits, "ROUTES_GONE", 2)
+    hub, endpoints = net.server()
+    stays = net.client("pi-2#1", endpoints)
+    greet(hub, stays)
+    held = []
+    for i in range(9):
+        comes = net.client(f"pi-1#{i}", endpoints)
+        greet(hub, comes)
+        comes.close()
+        heard = pump(hub, stays)
+        assert heard == [Lost(Plane.CONTROL, f"pi-1#{i}", sockets.LOST)]
+        pump(hub, stays, within_s=0.1)  # the other plane's end
+        held.append(entries(hub))
+    assert not held[-1] - held[2], "more than after the third"
+    assert not hub.send(Plane.CONTROL, "pi-1#0", [b"nobody"])
+    again = net.client("pi-1#8", endpoints)
+    greet(hub, stays, again)
+    assert hub.send(Plane.CONTROL, "pi-1#8", [b"known"])
 
 
 CHILD = """

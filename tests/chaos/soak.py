@@ -6,8 +6,11 @@ import time
 from collections.abc import Callable
 
 from chaos.arena import CORES, Run
+from meshinfer import limits
 
 RATE = 4.0
+IN_FLIGHT = 8
+HOUR_MINUTES = 60.0
 QUIET_S = 15.0
 LEFT = 2
 
@@ -17,6 +20,8 @@ def soak(run: Run, minutes: float) -> None:
     which memory, threads and descriptors can be compared."""
     run.deploy()
     run.calm(100, rate=RATE)
+    if minutes >= HOUR_MINUTES:  # at that rate the table of ids would be full only after 34 of them
+        run.calm(limits.JOURNALED_IDS, phase="warm", in_flight=IN_FLIGHT)
     with run.sampled(2.0):
         _quiet(run, "before")
         until = time.monotonic() + 60.0 * minutes
