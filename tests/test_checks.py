@@ -19,6 +19,7 @@ from meshinfer.protocol import messages as m
 from meshinfer.protocol.records import Facts
 from meshinfer.scheduler import events as e
 from meshinfer.scheduler.comparing import FAR, difference
+from meshinfer.scheduler.request import Request, Try
 from meshinfer.scheduler.trust import Trust
 
 Made = tuple[np.ndarray, ...]
@@ -129,6 +130,33 @@ def test_what_a_check_needs_and_does_not_come_ends_it() -> None:
     cluster.pass_time(limits.CHECK_S + 2.0)
     assert not cluster.core._answering.checks._open
     assert all(node.core.idle for node in cluster.workers())
+
+
+def test_a_task_is_checked_only_where_one_device_made_each_of_its_inputs() -> None:
+    """Seed 2743: a liar and its second copy both made one, and who had used the honest piece was
+    checked by the lie."""
+    cluster = ready()
+    checks, places = cluster.core._answering.checks, set[m.Place]()
+    checks._draws = lambda device: True  # type: ignore[method-assign]
+    cluster.draw = lambda: 0.99  # the last task first
+    begin, copied = checks.begin, False
+
+    def with_copies(request: Request, tried: Try, now: float) -> list[e.Effect]:
+        if copied:
+            tried.assigned |= dict.fromkeys(tried.tasks, ("pi-1", "pi-2"))
+        return begin(request, tried, now)
+
+    def note(sender: Node, receiver: Node, message: m.AnyMessage) -> bool:
+        if isinstance(message, m.Check):
+            places.add(message.place)
+        return False
+
+    checks.begin = with_copies  # type: ignore[method-assign]
+    cluster.when(note, lambda: None)
+    assert all(ask(cluster, 4)) and min(places) > (0, 9)
+    places.clear()
+    copied = True
+    assert all(ask(cluster, 4)) and places and max(places) < (1, 0)
 
 
 # --- who is wrong

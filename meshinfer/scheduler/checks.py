@@ -72,6 +72,8 @@ class Checks:
         first = int(self._draw() * len(places)) if places else 0
         for place in (*places[first:], *places[:first]):
             of = tried.tasks[place].device
+            if not tried.made_once(programs[place]):
+                continue
             must = place == wanted or (made.number, place) in self._due
             if must or self._draws(of):
                 by = self._other(programs[place], tried, of, now)

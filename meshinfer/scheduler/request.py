@@ -84,6 +84,12 @@ class Try:
         its = name in self.assigned.get(place, devices[:1]) or name in self.took
         return its and name in devices
 
+    def made_once(self, program: m.Program) -> bool:
+        """Whether all that a task was given had one maker; else, should one of two lie, nobody
+        knows by whose piece the task was computed."""
+        read = {piece.producer for value in program.inputs for piece in value.pieces}
+        return all(p not in self.moved and len(self.assigned.get(p, ())) < 2 for p in read)
+
     @property
     def all_told(self) -> bool:
         """Whether the times of all tasks are in that are to come."""
