@@ -179,7 +179,8 @@ class _Measuring:
         """Processor seconds of one run of what is not a kernel, whichever threads it takes, behind
         a kernel: the middle of some runs."""
         run()
-        evict, took = Cold(), []
+        evict = Cold()
+        took: list[float] = []
         while len(took) < _COLD_RUNS and (not took or time.perf_counter() < self.ends):
             evict()
             since = time.process_time()
