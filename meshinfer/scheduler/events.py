@@ -299,10 +299,12 @@ class ServeBlob:
 
 @dataclass(frozen=True, slots=True)
 class Prepare:
-    """Load the programs' submodels into the engine -> ``Prepared``."""
+    """Load the programs' submodels into the engine -> ``Prepared``. ``gentle``: nobody waits for
+    it, so it must not be in the way of what somebody waits for."""
 
     deployment: int
     programs: tuple[Program, ...]
+    gentle: bool = False
 
 
 @dataclass(frozen=True, slots=True)
