@@ -1,4 +1,4 @@
-"""The worker process: one I/O thread (core and sockets), one compute thread, one store thread.
+"""The worker process: one thread for core and sockets, one that computes, two that store and load.
 
 Started by ``cluster.supervisor``, which knows why it died. Never imports onnx or torch.
 """
