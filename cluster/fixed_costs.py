@@ -21,20 +21,6 @@ LONGEST_S = 8.0
 """A slow device stops measuring after this; kinds without a rate are derived from the others."""
 
 
-_CACHES_BYTES = 16 << 20
-
-
-class Cold:
-    """Leaves the caches as a kernel does that has gone through more than they hold: what is timed
-    behind it takes up to twice what it takes at once again (a short message 1.7 times)."""
-
-    def __init__(self) -> None:
-        self._other = np.ones(_CACHES_BYTES // 4, np.float32)
-
-    def __call__(self) -> None:
-        self._other.sum()
-
-
 class HandOver:
     """What a compute thread does, there and back."""
 

@@ -11,7 +11,6 @@ import base64
 import hashlib
 import platform
 import socket
-import statistics
 import time
 from collections.abc import Callable
 from importlib.resources import files
@@ -25,7 +24,7 @@ import structlog
 
 import meshinfer
 from cluster import granted
-from cluster.fixed_costs import LONGEST_S, Cold, HandOver, Wire
+from cluster.fixed_costs import LONGEST_S, HandOver, Wire
 from cluster.processor import processor
 from meshinfer.errors import ConfigurationError
 from meshinfer.protocol import messages as m
@@ -39,13 +38,11 @@ _LEAST_SHARE = 0.1
 _DRIFT = 0.2
 _FIXED = ("BYTES", "KERNELS")
 _SHORT_BYTES, _LONG_BYTES = 16, 400_000
-_COLD_RUNS = 32
-_MESSAGE, _BYTE, _TASK = 1.0, 1.5, 8.0
+_MESSAGE, _BYTE, _TASK = 1.2, 1.4, 8.0
 """What a message and each of its bytes take of a worker's processor, sending and receiving alone
 being 1; and what a task takes beside its hand-over and its messages, in messages sent or received.
-The rest is the core and the loop. ``scripts/bench_messages``: 0.051 to 0.055 ms a message, 1.2 to
-1.8 ns a byte and 0.40 to 0.43 ms a task in a LocalCluster, where these probes gave 0.050 to 0.054
-ms, 0.7 to 1.1 ns and 0.03 ms; at once again, instead of behind a kernel, 0.03 ms a message."""
+The rest is the core and the loop. ``scripts/bench_messages``: 0.075 ms a message, 1.42 ns a byte
+and 0.55 ms a task in a LocalCluster, where these probes gave 0.065 ms, 1.0 ns and 0.02 ms."""
 
 
 class Probe(msgspec.Struct, frozen=True):
@@ -134,9 +131,8 @@ class _Measuring:
             took = self.probe(probe) if time.perf_counter() < self.ends else 0.0
             known = probe.nbytes * byte_s + probe.kernels * kernel_s
             rates.append(probe.flops / max(took - known, took * _LEAST_SHARE) if took else 0.0)
-        kernel = _prepared(found["KERNELS"], 1)
-        with HandOver(kernel) as task:
-            handed_s = max(0.0, self.cold(task) - self.cold(kernel))
+        with HandOver(_prepared(found["KERNELS"], 1)) as task:
+            handed_s = max(0.0, self.one_thread(task) - fixed["KERNELS"])
         short, long = self.messages()
         stretch, alone = self.stretch(), self.stretch(1)
         return Measured(
@@ -155,8 +151,8 @@ class _Measuring:
         try:
             with Wire(plaintext=self.plaintext) as wire:
                 return (
-                    self.cold(wire(_SHORT_BYTES)) / Wire.ENDS,
-                    self.cold(wire(_LONG_BYTES)) / Wire.ENDS,
+                    self.one_thread(wire(_SHORT_BYTES)) / Wire.ENDS,
+                    self.one_thread(wire(_LONG_BYTES)) / Wire.ENDS,
                 )
         except ConfigurationError as error:
             structlog.get_logger().warning("messages are not measured", why=error.message)
@@ -175,21 +171,13 @@ class _Measuring:
         """Seconds of one run of a probe."""
         return self.seconds(_prepared(probe, self.threads))
 
-    def cold(self, run: Callable[[], object]) -> float:
-        """Processor seconds of one run of what is not a kernel, whichever threads it takes, behind
-        a kernel: the middle of some runs."""
-        run()
-        evict = Cold()
-        took: list[float] = []
-        while len(took) < _COLD_RUNS and (not took or time.perf_counter() < self.ends):
-            evict()
-            since = time.process_time()
-            run()
-            took.append(time.process_time() - since)
-        return statistics.median(took)
+    def one_thread(self, run: Callable[[], object]) -> float:
+        """Processor seconds of one run of what is not a kernel, whichever threads it takes."""
+        return self.seconds(run, whole=True)
 
-    def seconds(self, run: Callable[[], object]) -> float:
-        """Of one run: the best of a few windows, each many runs long where they are short."""
+    def seconds(self, run: Callable[[], object], *, whole: bool = False) -> float:
+        """Of one run: the best of a few windows, each many runs long where they are short.
+        ``whole``: the processor time of all threads together."""
         run()
         window_s = _WINDOW_S if self.quota is None else _QUOTA_WINDOW_S
         best = float("inf")
@@ -202,7 +190,7 @@ class _Measuring:
                 if took >= window_s:
                     break
             used = time.process_time() - cpu
-            each = used / self.threads if self.by_cpu else took
+            each = used if whole else used / self.threads if self.by_cpu else took
             best = min(best, each / runs)
             if time.perf_counter() > self.ends:
                 break

@@ -96,9 +96,9 @@ def test_the_head_has_the_processor_of_the_device_on_its_host() -> None:
         *devices, head = with_head([near, far], "head", host)
         assert [p.id for p in devices] == ["near", "far"]
         assert (head.id, head.host, head.able) == ("head", host, False)
-        assert head.request_s > head.message_s > base.message_s > 0 < head.report_s
+        assert head.request_s > head.message_s > base.message_s > head.report_s > 0
         assert head.message_s / base.message_s == pytest.approx(head_factor(near, "one"))
-        assert head.byte_s >= base.byte_s
+        assert head.byte_s > base.byte_s
         assert head.bandwidth_bytes_per_s == 1e8, "its link is as good as the best"
 
 

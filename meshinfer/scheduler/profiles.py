@@ -12,16 +12,16 @@ from meshinfer.identity import DeviceId
 from meshinfer.protocol.messages import Facts
 from meshinfer.protocol.records import Link
 
-REQUEST_MESSAGES = 27.0
+REQUEST_MESSAGES = 20.0
 """What a request takes of the processor of the head's host, as multiples of a worker's message:
-a client that is its own head and the coordinator 1.45 ms, where a message takes 0.053 ms (processor
+a client that is its own head and the coordinator 1.45 ms, where a message takes 0.071 ms (processor
 time in a LocalCluster, ``scripts/bench_messages``, as the figures below)."""
-HEAD_MESSAGE = 5.5
+HEAD_MESSAGE = 4.0
 """A message of such a client, beside one of a worker: 0.29 ms."""
-HEAD_BYTE = 1.0
-"""A byte that it sends or receives, beside a worker's: 1.35 ns against 1.2 to 1.8 ns. By the head
-in the coordinator's process, for clients elsewhere, it was 4.7 ns."""
-REPORT_MESSAGES = 1.3
+HEAD_BYTE = 1.3
+"""A byte that it sends or receives, beside a worker's: 1.73 ns against 1.36 ns. By the head in the
+coordinator's process, for clients elsewhere, it was 4.7 ns."""
+REPORT_MESSAGES = 0.6
 """What the coordinator takes for each task that it hears of, as a multiple of a message."""
 
 
