@@ -201,13 +201,14 @@ class Deploying:
     ) -> list[Effect]:
         fields = {**device.ids, "deployment": made.number, "why": failure.message}
         note = self._members.faults.note("error", "a device could not prepare its programs", fields)
-        computes, others = device.name in made.candidates, True
+        computes = device.name in made.candidates
         failed = made.model.unprepared.pop(made.signature, ())
-        what = "is left out"
-        if failure.error == "ClusterUnavailable" and self._members.ready(now) == (device.name,):
-            what, others = "tries again", False  # who else? And a link may work the next time
+        # What was only late may come the next time; and who else is there to take its tasks?
+        again = failure.error == "ClusterUnavailable"
+        again = again and self._members.ready(now) == (device.name,)
+        what = "tries again" if again else "is left out"
         failed = (*failed, f"{device.name} {what}: {failure.message}")
-        if computes and others:
+        if computes and not again:
             device.exclude(f"it cannot prepare its tasks: {failure.message}", now)
         if computes and len(failed) < limits.INSTALL_ATTEMPTS and self._members.ready(now):
             made.model.unprepared[made.signature] = failed
