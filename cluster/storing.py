@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import queue
-import sys
-import threading
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Protocol
 from weakref import WeakValueDictionary
 
@@ -32,10 +28,6 @@ from meshinfer.scheduler.events import (
     ServeBlob,
     WriteBlob,
 )
-
-_CLOSE_S = 5.0
-_NICE = 5
-"""A task that computes meanwhile gets three parts of four, and not one of two."""
 
 
 class Readable(Protocol):
@@ -84,51 +76,21 @@ def serve(store: Readable, effect: ServeBlob) -> Send:
 
 class StoreThread:
     """Performs what touches the disk or loads models, one after another. ``engine``: where it comes
-    from; asked in this thread, at the first model.
+    from; asked in this thread, at the first model."""
 
-    Models for which nobody waits are loaded by a thread beside it, one session at a time, so that
-    what somebody waits for never waits for more than that one. ``stands_back``: that thread leaves
-    most of the processor to tasks; not where sessions have threads of their own, for those would
-    have its low priority for ever.
-    """
-
-    def __init__(
-        self,
-        store: BlobStore,
-        engine: Callable[[], Engine] | None,
-        post: Post,
-        *,
-        stands_back: bool = False,
-    ) -> None:
+    def __init__(self, store: BlobStore, engine: Callable[[], Engine] | None, post: Post) -> None:
         self._store, self._engine, self._post = store, engine, post
-        self._stands_back = stands_back
         self._queue: queue.SimpleQueue[Effect | None] = queue.SimpleQueue()
-        self._later: queue.SimpleQueue[Prepare | Discard | None] = queue.SimpleQueue()
         self._sessions: WeakValueDictionary[str, PreparedModel] = WeakValueDictionary()
-        self._one, self._free = threading.Lock(), threading.Event()
-        self._free.set()
-        self._gone: set[int] = set()  # discarded, and the other thread is not there yet
         self.prepared: dict[int, dict[m.Place, PreparedModel]] = {}
         self._thread = start_thread("store", self._run, post)
-        self._beside: threading.Thread | None = None
 
     def put(self, effect: Effect) -> None:
-        if isinstance(effect, Prepare) and effect.gentle:
-            if self._beside is None:
-                self._beside = start_thread("spares", self._run_beside, self._post)
-            self._later.put(effect)
-            return
-        if isinstance(effect, Discard) and self._beside is not None:
-            self._gone.add(effect.deployment)
-            self._later.put(effect)
         self._queue.put(effect)
 
     def close(self) -> None:
         self._queue.put(None)
-        self._later.put(None)
-        for thread in (self._thread, self._beside):
-            if thread is not None:
-                thread.join(timeout=_CLOSE_S)
+        self._thread.join(timeout=5.0)
 
     def _run(self) -> None:
         while (effect := self._queue.get()) is not None:
@@ -137,40 +99,16 @@ class StoreThread:
                     answer = perform(self._store, effect)
                     if answer is not None:
                         self._post(answer)
-                case Prepare():
-                    self._free.clear()
-                    self._load(effect)
-                    self._free.set()
-                case Discard():
-                    self._load(effect)
+                case Prepare(deployment, programs):
+                    self._post(Prepared(deployment, self._prepare(deployment, programs)))
+                case Discard(deployment):
+                    self._discard(deployment)
                 case _:
                     raise AssertionError(f"a worker cannot perform {effect}")
 
-    def _run_beside(self) -> None:
-        if self._stands_back:
-            _stand_back()
-        while (effect := self._later.get()) is not None:
-            self._load(effect)
-            if isinstance(effect, Discard):
-                self._gone.discard(effect.deployment)
-
-    def _load(self, effect: Prepare | Discard) -> None:
-        if isinstance(effect, Prepare):
-            failure = self._prepare(effect)
-            self._post(Prepared(effect.deployment, failure))
-        else:
-            self._discard(effect.deployment)
-
-    def _prepare(self, effect: Prepare) -> m.Failure | None:
+    def _prepare(self, deployment: int, programs: tuple[m.Program, ...]) -> m.Failure | None:
         try:
-            made = {}
-            for program in effect.programs:
-                if effect.gentle:
-                    self._free.wait()
-                    if effect.deployment in self._gone:
-                        return None
-                made[program.place] = self._session(program)
-            self.prepared[effect.deployment] = made
+            self.prepared[deployment] = {p.place: self._session(p) for p in programs}
             self._store.trim()
             return None
         except BlobDamaged as error:
@@ -195,19 +133,10 @@ class StoreThread:
 
     def _session(self, program: m.Program) -> PreparedModel:
         assert program.model is not None and self._engine is not None
-        with self._one:
-            session = self._sessions.get(program.model)
-            if session is None:
-                engine = self._engine()
-                with self._store.opened(program.weights):
-                    session = engine.prepare(self._store.load(program.model))
-                self._sessions[program.model] = session
+        session = self._sessions.get(program.model)
+        if session is None:
+            engine = self._engine()
+            with self._store.opened(program.weights):
+                session = engine.prepare(self._store.load(program.model))
+            self._sessions[program.model] = session
         return session
-
-
-def _stand_back() -> None:
-    """On Linux each thread has a priority of its own."""
-    if sys.platform == "linux":
-        who = os.PRIO_PROCESS, threading.get_native_id()
-        with suppress(OSError):
-            os.setpriority(*who, os.getpriority(*who) + _NICE)

@@ -198,7 +198,7 @@ def run_worker(options: WorkerOptions) -> m.Failure | None:
     watch = Watch(lambda board: loop.post(BoardRead(board), wake=False))
     each_step = _each_step(plain, coordinator, watch)
     loop = Loop(core, lambda: transport, perform, coordinator, each_step)
-    storing = StoreThread(store, lambda: engine, loop.post, stands_back=options.threads == 1)
+    storing = StoreThread(store, lambda: engine, loop.post)
     doing = Doing(options.doing)
     compute = ComputeThread(storing, loop.post, partial(_speed, options), doing)
     for number in (signal.SIGTERM, signal.SIGINT):

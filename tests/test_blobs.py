@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-import queue
-import threading
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 from onnx import TensorProto
-from processes import eventually, image, small_model
+from processes import image, small_model
 
 from cluster import sealing
 from cluster.blobs import BlobDamaged, BlobStore
@@ -25,7 +22,7 @@ from cluster.storing import StoreThread
 from meshinfer.engine.ort import OrtEngine
 from meshinfer.errors import AuthError, ConfigurationError, InvalidInput
 from meshinfer.protocol import messages as m
-from meshinfer.scheduler.events import Discard, Prepare, Prepared
+from meshinfer.scheduler.events import Prepare, Prepared
 
 WORDS = b"the weights of a model, as they are " * 9
 DIGEST = hashlib.sha256(WORDS).hexdigest()
@@ -164,70 +161,6 @@ def test_a_worker_does_not_prepare_what_was_changed_on_its_disk(tmp_path: Path) 
         else:
             assert answer.failure is not None and "not loaded" in answer.failure.message
             assert answer.failure.hint and thread.prepared == {}
-
-
-class Gated:
-    """An engine that loads when it is let, and knows by which thread, of which priority."""
-
-    name = "gated"
-
-    def __init__(self) -> None:
-        self.began, self.go = queue.SimpleQueue[bytes](), threading.Event()
-        self.nice: dict[bytes, int] = {}
-
-    def prepare(self, model: bytes) -> Loaded:
-        self.began.put(model)
-        assert self.go.wait(30.0)
-        self.nice[model] = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
-        return Loaded()
-
-    def give_back(self) -> None:
-        """Nothing."""
-
-
-class Loaded:
-    def run(self, inputs: object) -> tuple[()]:
-        return ()
-
-
-def _gated(folder: Path, models: Sequence[bytes]) -> tuple[Gated, StoreThread, list[Prepared]]:
-    store, engine, answers = plain(folder), Gated(), list[Prepared]()
-    for model in models:
-        write(store, model)
-    return engine, StoreThread(store, lambda: engine, answers.append, stands_back=True), answers
-
-
-def _programs(*models: bytes) -> tuple[m.Program, ...]:
-    digests = [hashlib.sha256(model).hexdigest() for model in models]
-    return tuple(m.Program(place=(i, 0), model=digest) for i, digest in enumerate(digests))
-
-
-def test_what_somebody_waits_for_waits_for_one_session_of_what_nobody_waits_for(
-    tmp_path: Path,
-) -> None:
-    mine, others = b"mine", [b"first", b"second", b"third"]
-    engine, thread, answers = _gated(tmp_path, [mine, *others])
-    thread.put(Prepare(1, _programs(*others), gentle=True))
-    assert engine.began.get(timeout=30.0) == b"first"
-    thread.put(Prepare(2, _programs(mine)))
-    assert eventually(lambda: not thread._free.is_set())
-    engine.go.set()
-    thread.close()
-    assert engine.began.get() == mine
-    assert [answer.deployment for answer in answers] == [2, 1]
-    assert set(thread.prepared) == {1, 2} and len(thread.prepared[1]) == 3
-    own = os.getpriority(os.PRIO_PROCESS, 0)
-    assert engine.nice[mine] == own and {engine.nice[each] for each in others} == {own + 5}
-
-
-def test_what_nobody_waits_for_and_nobody_wants_any_more_is_not_loaded(tmp_path: Path) -> None:
-    engine, thread, _ = _gated(tmp_path, [b"first", b"second"])
-    thread.put(Prepare(1, _programs(b"first", b"second"), gentle=True))
-    assert engine.began.get(timeout=30.0) == b"first"
-    thread.put(Discard(1))
-    engine.go.set()
-    thread.close()
-    assert engine.began.empty() and thread.prepared == {} and thread._gone == set()
 
 
 def _outside(tensor: TensorProto) -> None:

@@ -299,12 +299,10 @@ class ServeBlob:
 
 @dataclass(frozen=True, slots=True)
 class Prepare:
-    """Load the programs' submodels into the engine -> ``Prepared``. ``gentle``: nobody waits for
-    it, so it must not be in the way of what somebody waits for."""
+    """Load the programs' submodels into the engine -> ``Prepared``."""
 
     deployment: int
     programs: tuple[Program, ...]
-    gentle: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,11 +56,6 @@ class Deployment:
         self.head, self.keep_bytes = message.head, message.keep_bytes
         self.parts += 1
 
-    @property
-    def gentle(self) -> bool:
-        """What is still to come is for others: this device's own part serves."""
-        return self.parts > 1
-
     def may_send(self, peer: str, consumer: m.Place, slot: int, head: str) -> bool:
         """Whether such a piece is a peer's to send: a task's is of the devices that have it, the
         source's is also of the client ``head`` that stands there."""
@@ -128,7 +123,8 @@ class Installing:
             return _prepare(number, deployment)
         effects: list[Effect] = []
         for digest in event.missing:
-            effects += self._puller.want(digest, coordinator.id, now, gentle=deployment.gentle)
+            gentle = deployment.parts > 1  # for others: this device's own part serves
+            effects += self._puller.want(digest, coordinator.id, now, gentle=gentle)
         return effects
 
     def chunk(
@@ -203,4 +199,4 @@ class Installing:
 
 def _prepare(number: int, deployment: Deployment) -> list[Effect]:
     programs = tuple(p for p in deployment.programs.values() if p.model is not None)
-    return [Prepare(number, programs, deployment.gentle)]
+    return [Prepare(number, programs)]
