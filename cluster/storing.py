@@ -108,7 +108,8 @@ class StoreThread:
 
     def _prepare(self, deployment: int, programs: tuple[m.Program, ...]) -> m.Failure | None:
         try:
-            self.prepared[deployment] = {p.place: self._session(p) for p in programs}
+            made = {p.place: self._session(p) for p in programs}
+            self.prepared.setdefault(deployment, {}).update(made)
             self._store.trim()
             return None
         except BlobDamaged as error:

@@ -65,6 +65,8 @@ SLOWEST_LINK_BYTES_PER_S: Final = 250_000
 PULLS_AT_ONCE: Final = 4
 GENTLE_PAUSE_TIMES: Final = 9.0
 """What nobody waits for is fetched for a tenth of the time while requests run."""
+SPARE_PAUSE_TIMES: Final = 4.0
+"""What nobody waits for is prepared for a fifth of the time while requests run."""
 COORDINATOR_SILENT_S: Final = 10.0
 NO_WORKER_GRACE_S: Final = 5.0
 REPLAN_SETTLE_S: Final = 0.2

@@ -410,7 +410,7 @@ class Cluster(World):
                 assert {program.model, *program.weights} <= set(node.blobs), "a blob is not here"
                 session = _engine().session(program.model, node.blobs[program.model])
                 found[program.place] = session
-            node.prepared[effect.deployment] = found
+            node.prepared.setdefault(effect.deployment, {}).update(found)
             return e.Prepared(effect.deployment)
         except EngineError as error:
             return e.Prepared(effect.deployment, failure_of(error))

@@ -332,3 +332,67 @@ def test_inputs_are_of_who_asked() -> None:
     told(core, m.Start(request="r", attempt=1, deployment=5, client="ann#1"), 0.5)
     assert [type(x) for x in feed(core, 2, "mallory#1")] == [e.Note], "and not acknowledged"
     assert messages(feed(core, 2, "ann#2")) == ["Ack"]  # the same user's next process
+
+
+def installed(core: WorkerCore, number: int, spares: int, now: float) -> list[e.Effect]:
+    """Its own task is installed, then those that it may take over."""
+    own, *others = (m.Program(place=(0, i), model=f"{number}{i}") for i in range(1 + spares))
+    last: list[e.Effect] = []
+    for programs in ((own,), tuple(others)):
+        told(core, m.Install(deployment=number, programs=programs, peers=()), now)
+        last = core.handle(e.BlobsFound(str(number), ()), now)
+        if programs[0] is own:
+            assert places(last) == [(0, 0)]
+            assert messages(core.handle(e.Prepared(number), now)) == ["Installed"]
+    return last
+
+
+def places(effects: list[e.Effect]) -> list[m.Place]:
+    return [p.place for x in effects if isinstance(x, e.Prepare) for p in x.programs]
+
+
+def test_spare_tasks_are_prepared_one_by_one_and_requests_have_the_processor_in_between() -> None:
+    core = alone()
+    told(core, welcome(), 0.0)
+    assert places(installed(core, 5, 3, 1.0)) == [(0, 1)]
+    assert places(core.handle(e.Prepared(5), 1.5)) == [(0, 2)]  # nothing else to do
+    told(core, m.Start(request="r", attempt=1, deployment=5, client="c"), 1.6)
+    assert not core.idle
+    assert core.handle(e.Prepared(5), 2.0) == []
+    due = 2.0 + limits.SPARE_PAUSE_TIMES * 0.5
+    for now in (2.1, due - 0.1):
+        assert places(core.handle(e.Ticked(), now)) == []
+        core._beat_due = 99.0
+        assert core.next_deadline() <= due
+    assert places(core.handle(e.Ticked(), due)) == [(0, 3)]
+    assert messages(core.handle(e.Prepared(5), due + 0.1)) == ["Installed"]
+
+
+def test_what_a_device_needs_itself_does_not_wait_for_spare_tasks() -> None:
+    core = alone()
+    told(core, welcome(), 0.0)
+    assert places(installed(core, 5, 3, 1.0)) == [(0, 1)]
+    assert places(installed(core, 6, 2, 1.0)) == []  # but for its own: after the one under way
+    assert places(core.handle(e.Prepared(5), 1.5)) == [(0, 2)]
+    told(core, m.Forget(deployment=5), 1.6)
+    effects = core.handle(e.Prepared(5), 1.7)
+    assert e.Discard(5) in effects and places(effects) == [(0, 1)]
+    assert places(core.handle(e.Prepared(6), 1.8)) == [(0, 2)]
+    assert messages(core.handle(e.Prepared(6), 1.9)) == ["Installed"]
+
+
+def test_spare_tasks_wait_for_their_weights_and_end_with_the_first_that_fails() -> None:
+    core = alone()
+    told(core, welcome(), 0.0)
+    assert places(installed(core, 5, 3, 1.0)) == [(0, 1)]
+    own, other = (m.Program(place=(0, i), model=f"6{i}") for i in range(2))
+    told(core, m.Install(deployment=6, programs=(own,), peers=()), 1.0)
+    assert places(core.handle(e.BlobsFound("6", ()), 1.0)) == [(0, 0)]
+    core.handle(e.Prepared(6), 1.0)
+    told(core, m.Install(deployment=6, programs=(other,), peers=()), 1.0)
+    failure = m.Failure(error="ConfigurationError", message="disk full")
+    effects = core.handle(e.Prepared(5, failure), 1.5)
+    assert messages(effects) == ["Installed"] and places(effects) == []
+    core.handle(e.BlobsFound("6", ("61",)), 1.6)
+    assert places(core.handle(e.Ticked(), 1.7)) == []
+    assert places(core.handle(e.BlobWritten("61"), 1.8)) == [(0, 1)]

@@ -299,7 +299,8 @@ class ServeBlob:
 
 @dataclass(frozen=True, slots=True)
 class Prepare:
-    """Load the programs' submodels into the engine -> ``Prepared``."""
+    """Load the programs' submodels into the engine, beside those of this deployment that are there
+    already -> ``Prepared``."""
 
     deployment: int
     programs: tuple[Program, ...]

@@ -29,9 +29,10 @@ from meshinfer.scheduler.telling import told
 class Deployment:
     """``peers``: device -> peer id, for what the programs send; ``tasks``: how many programs
     compute in each request; ``head``: the plan's source and sink; ``keep_bytes``: as in
-    ``Install``; ``makers``: of each task, who may send what it makes; ``missing``: blobs to come;
-    ``parts``: of it that were told of; ``odd``: tasks whose results are not all finite,
-    as was told."""
+    ``Install``; ``makers``: of each task, who may send what it makes; ``missing``: blobs to come,
+    as soon as the store has been asked (``looking`` until then); ``to_load``: programs to prepare
+    once these are here; ``parts``: of it that were told of;
+    ``odd``: tasks whose results are not all finite, as was told."""
 
     programs: dict[m.Place, m.Program] = field(default_factory=dict)
     recipes: dict[m.Place, Recipe] = field(default_factory=dict)
@@ -41,6 +42,8 @@ class Deployment:
     keep_bytes: int = limits.KEPT_BYTES
     makers: dict[m.Place, tuple[str, ...]] = field(default_factory=dict)
     missing: set[str] = field(default_factory=set)
+    looking: bool = False
+    to_load: list[m.Program] = field(default_factory=list)
     parts: int = 0
     odd: set[m.Place] = field(default_factory=set)
 
@@ -49,12 +52,22 @@ class Deployment:
         for program in message.programs:
             self.programs[program.place] = program
             self.recipes[program.place] = Recipe.of(program)
+        self.to_load += (p for p in message.programs if p.model is not None)
         self.peers |= {peer.device: peer.id for peer in message.peers}
         self.makers |= dict(message.makers)
         own = (p for p in self.programs.values() if p.is_own(device))
         self.tasks = sum(p.model is not None for p in own)
         self.head, self.keep_bytes = message.head, message.keep_bytes
         self.parts += 1
+
+    @property
+    def gentle(self) -> bool:
+        """What is still to come is for others: this device's own part serves."""
+        return self.parts > 1
+
+    @property
+    def has_spares_to_load(self) -> bool:
+        return bool(self.gentle and self.to_load and not self.missing and not self.looking)
 
     def may_send(self, peer: str, consumer: m.Place, slot: int, head: str) -> bool:
         """Whether such a piece is a peer's to send: a task's is of the devices that have it, the
@@ -76,6 +89,9 @@ class Installing:
         self._device = device
         self._connected: dict[str, str] = {}
         self._puller = Puller()
+        self._spare: tuple[int, float] | None = None
+        """Whose spare task is being prepared, and since when."""
+        self._spares_from = 0.0
 
     @property
     def idle(self) -> bool:
@@ -92,6 +108,7 @@ class Installing:
         effects = self.connect(message.peers)
         if not digests:
             return [*effects, told(m.Installed(deployment=message.deployment))]
+        self.deployments[message.deployment].looking = True
         return [*effects, FindBlobs(str(message.deployment), tuple(sorted(digests)))]
 
     def connect(self, peers: tuple[m.Peer, ...]) -> list[Effect]:
@@ -118,13 +135,12 @@ class Installing:
         deployment = self.deployments.get(number)
         if deployment is None:
             return []
-        deployment.missing = set(event.missing)
+        deployment.missing, deployment.looking = set(event.missing), False
         if not deployment.missing:
-            return _prepare(number, deployment)
+            return self._load(number, deployment, now)
         effects: list[Effect] = []
         for digest in event.missing:
-            gentle = deployment.parts > 1  # for others: this device's own part serves
-            effects += self._puller.want(digest, coordinator.id, now, gentle=gentle)
+            effects += self._puller.want(digest, coordinator.id, now, gentle=deployment.gentle)
         return effects
 
     def chunk(
@@ -133,7 +149,7 @@ class Installing:
         """``busy``: requests run here meanwhile."""
         return self._puller.arrived(peer, chunk, data, now, busy=busy)
 
-    def written(self, event: BlobWritten) -> list[Effect]:
+    def written(self, event: BlobWritten, now: float) -> list[Effect]:
         self._puller.done(event.digest)
         if event.failure is not None:
             return self._blob_failed(event.digest, event.failure.message)
@@ -142,7 +158,7 @@ class Installing:
             if event.digest in deployment.missing:
                 deployment.missing.discard(event.digest)
                 if not deployment.missing:
-                    effects += _prepare(number, deployment)
+                    effects += self._load(number, deployment, now)
         return effects
 
     def gone(self, peer: str, digest: str, now: float) -> list[Effect]:
@@ -162,10 +178,43 @@ class Installing:
             if digest in deployment.missing
         ]
 
-    def prepared(self, event: Prepared) -> list[Effect]:
-        if event.deployment not in self.deployments:
-            return [Discard(event.deployment)]
-        return [told(m.Installed(deployment=event.deployment, failure=event.failure))]
+    def _load(self, number: int, deployment: Deployment, now: float) -> list[Effect]:
+        """All blobs are here: prepare this device's own part at once; what it may take over for
+        others, task by task."""
+        if deployment.gentle:
+            return self._load_spare(now)
+        programs = tuple(deployment.to_load)
+        deployment.to_load.clear()
+        return [Prepare(number, programs)]
+
+    def _load_spare(self, now: float) -> list[Effect]:
+        """One at a time: what somebody waits for then waits for one session, and requests that run
+        here meanwhile get the processor in between. A lower priority would not do: under a quota
+        whoever runs while tasks wait for their pieces takes from what these get afterwards."""
+        if self._spare is not None or now < self._spares_from:
+            return []
+        for number, deployment in self.deployments.items():
+            if deployment.has_spares_to_load:
+                self._spare = (number, now)
+                return [Prepare(number, (deployment.to_load.pop(0),))]
+        return []
+
+    def prepared(self, event: Prepared, now: float, *, busy: bool) -> list[Effect]:
+        """``busy``: requests run here meanwhile."""
+        number = event.deployment
+        if self._spare is not None and self._spare[0] == number:
+            took_s = now - self._spare[1]
+            self._spare = None
+            self._spares_from = now + limits.SPARE_PAUSE_TIMES * took_s if busy else now
+        return [*self._loaded(number, event.failure), *self._load_spare(now)]
+
+    def _loaded(self, number: int, failure: m.Failure | None) -> list[Effect]:
+        deployment = self.deployments.get(number)
+        if deployment is None:
+            return [Discard(number)]
+        if failure is not None:
+            deployment.to_load.clear()
+        return [] if deployment.to_load else [told(m.Installed(deployment=number, failure=failure))]
 
     def forget(self, number: int) -> list[Effect]:
         deployment = self.deployments.pop(number, None)
@@ -191,12 +240,10 @@ class Installing:
         for digest in failed:
             why = "the coordinator does not send it"
             effects += self._blob_failed(digest, why, "ClusterUnavailable")
-        return effects
+        return effects + self._load_spare(now)
 
     def next_deadline(self) -> float | None:
-        return self._puller.next_deadline()
-
-
-def _prepare(number: int, deployment: Deployment) -> list[Effect]:
-    programs = tuple(p for p in deployment.programs.values() if p.model is not None)
-    return [Prepare(number, programs)]
+        due = self._puller.next_deadline()
+        if self._spare is None and any(d.has_spares_to_load for d in self.deployments.values()):
+            return self._spares_from if due is None else min(due, self._spares_from)
+        return due

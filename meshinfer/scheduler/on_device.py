@@ -175,7 +175,7 @@ class OnDevice:
                 found = [] if bulk is None else self._installing.found(event, bulk, now)
                 return self._settled(found)
             case BlobWritten():
-                return self._settled(self._installing.written(event))
+                return self._settled(self._installing.written(event, now))
             case RanHere():
                 return self._ran(event)
             case _:

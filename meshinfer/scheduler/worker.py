@@ -86,13 +86,13 @@ class WorkerCore(Member):
             case Computed():
                 return self._computed(event, now)
             case Prepared():
-                return self._installing.prepared(event)
+                return self._installing.prepared(event, now, busy=not self._computing.idle)
             case BlobsFound():
                 if self._coordinator is None:
                     return []
                 return self._installing.found(event, self._coordinator, now)
             case BlobWritten():
-                return self._installing.written(event)
+                return self._installing.written(event, now)
             case PeerLost():
                 return self._lost(event, now)
             case BoardRead(board):

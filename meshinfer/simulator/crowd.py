@@ -324,7 +324,8 @@ class Crowd(World):
         return self.search_s
 
     def _prepare(self, node: Node, effect: e.Prepare) -> e.Prepared:
-        node.prepared[effect.deployment] = {p.place: p for p in effect.programs}
+        found = {p.place: p for p in effect.programs}
+        node.prepared.setdefault(effect.deployment, {}).update(found)
         return e.Prepared(effect.deployment)
 
     def _seconds(self, node: Node, job: e.Compute) -> float:

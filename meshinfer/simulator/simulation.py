@@ -295,7 +295,7 @@ class Simulation(Copies):
             assert program.model is not None
             assert {program.model, *program.weights} <= set(node.blobs), "a blob is not here"
             found[program.place] = self.kernels.prepare(data, plan, program)
-        node.prepared[effect.deployment] = found
+        node.prepared.setdefault(effect.deployment, {}).update(found)
         return e.Prepared(effect.deployment)
 
     def plan_by_number(self, number: int, *programs: m.Program) -> tuple[bytes, Made]:
