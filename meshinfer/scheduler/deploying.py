@@ -312,11 +312,16 @@ class Deploying:
                     effects.append(self._plan(model, signature, now))
                     room -= 1
                 elif serving is not None and self._is_due(serving, now) and not planning:
-                    effects.append(self._plan(model, signature, now, serving))
+                    effects += self._look_for_better(serving, now)
                 else:
                     continue
                 planning.append(1.0)
         return effects + self._plan_for_one(now)
+
+    def _look_for_better(self, serving: Deployment, now: float) -> list[Effect]:
+        said = {"model": serving.model.name, "apart": f"{serving.drift.times:.2f}"}
+        note = Note("info", "looks for a better plan", {**said, "deployment": serving.number})
+        return [note, self._plan(serving.model, serving.signature, now, serving)]
 
     def _plan_for_one(self, now: float) -> list[Effect]:
         """For each request that may run only alone, a plan on one device."""
