@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -35,7 +35,16 @@ from meshinfer.image import ImageSpec
 from meshinfer.importers import Source, check_image, inputs_needed, load, open_model
 from meshinfer.legality import as_asked, refuse_sums, validate
 from meshinfer.plan import Plan
-from meshinfer.planner import Spares, find_spares, make_plan, pins_of, refuse_pinned
+from meshinfer.planner import (
+    Layout,
+    Planned,
+    Spares,
+    adapt_plan,
+    find_spares,
+    make_plan,
+    pins_of,
+    refuse_pinned,
+)
 from meshinfer.programs import Programs, make_programs
 from meshinfer.protocol import messages as m
 from meshinfer.protocol.messages import Report
@@ -123,6 +132,7 @@ class Planner:
     def __init__(self, store: BlobStore, models: Mapping[str, tuple[str, ...]], pace: Pace) -> None:
         self._store, self._pace = store, pace
         self._graphs: OrderedDict[object, tuple[Graph, int]] = OrderedDict()
+        self._layouts: OrderedDict[object, deque[Layout]] = OrderedDict()
         # Model -> the files of its weights; newest last. Trimming spares them.
         self._models = dict(models)
         self._import = Importer()
@@ -218,18 +228,39 @@ class Planner:
             refuse_pinned(graph, given, profiles, _pins(effect))
             expected = timeline(graph, given, profiles)
             return given, report_of(graph, given, expected, ("the plan was given",))
-        head = DeviceId(effect.head)
-        planned = make_plan(
-            graph,
-            profiles,
-            head,
-            head,
-            objective=effect.objective,
-            spread=effect.spread,
-            pin=_pins(effect),
-        )
+        planned = self._searched(graph, profiles, effect)
         validate(graph, planned.plan)
         return planned.plan, report_of(graph, planned.plan, planned.timeline, planned.notes)
+
+    def _searched(self, graph: Graph, profiles: list[DeviceProfile], effect: MakePlan) -> Planned:
+        """By what earlier plans for these devices were like, where that is enough: devices that
+        become slow do so now and then, and are what they were afterwards."""
+        key = (graph.digest, effect.strict, effect.half_transfers, effect.objective)
+        layouts = self._layouts.setdefault(key, deque(maxlen=limits.LAYOUTS_KNOWN))
+        self._layouts.move_to_end(key)
+        while len(self._layouts) > limits.SHAPES_PER_MODEL:
+            self._layouts.popitem(last=False)
+        head, pin, objective = DeviceId(effect.head), _pins(effect), effect.objective
+        planned = None
+        if effect.paced and effect.present is not None and not effect.spread:
+            present = Plan.parse(effect.present)
+            planned = adapt_plan(graph, profiles, head, head, layouts, objective=objective, pin=pin)
+            if planned and not is_better(graph, planned.plan, present, profiles, objective):
+                planned = None
+        if planned is None:
+            planned = make_plan(
+                graph,
+                profiles,
+                head,
+                head,
+                objective=objective,
+                spread=effect.spread,
+                pin=pin,
+            )
+        if planned.layout in layouts:
+            layouts.remove(planned.layout)
+        layouts.append(planned.layout)
+        return planned
 
     def _given_plan(self, graph: Graph, effect: MakePlan) -> Plan | None:
         """The user's plan, if the core asks for it and it is for this graph."""

@@ -1,4 +1,4 @@
-"""The worker process: one thread for core and sockets, one that computes, one that stores and loads.
+"""The worker process: a thread for core and sockets, one that computes, one that stores and loads.
 
 Started by ``cluster.supervisor``, which knows why it died. Never imports onnx or torch.
 """

@@ -64,9 +64,8 @@ a thousand each minute, at 4 MB each, the head's own link would have no end of i
 SLOWEST_LINK_BYTES_PER_S: Final = 250_000
 PULLS_AT_ONCE: Final = 4
 GENTLE_PAUSE_TIMES: Final = 9.0
-"""What nobody waits for is fetched for a tenth of the time while requests run."""
 SPARE_PAUSE_TIMES: Final = 4.0
-"""What nobody waits for is prepared for a fifth of the time while requests run."""
+"""What nobody waits for is fetched for a tenth, prepared for a fifth of the time of requests."""
 COORDINATOR_SILENT_S: Final = 10.0
 NO_WORKER_GRACE_S: Final = 5.0
 REPLAN_SETTLE_S: Final = 0.2
@@ -241,6 +240,7 @@ REPLAN_REQUESTS: Final = 8
 REPLAN_QUIET_S: Final = 1.0
 REPLAN_SHARE: Final = 0.01
 REPLAN_SHARE_GRAVE: Final = 0.05
+LAYOUTS_KNOWN: Final = 4  # of plans for one graph: with them begins a search for other paces
 SEARCH_SHARE: Final = 0.1
 """Of what the coordinator's device is granted of a processor: a search for a better plan takes no
 more. So its tasks slow down by less than what counts as drift, and nobody waits for the search."""

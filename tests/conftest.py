@@ -82,7 +82,8 @@ PURE = frozenset(
     test_onnx_operators test_ops_conv_transpose test_ops_gather test_ops_normalise test_ops_pad
     test_paces
     test_ops_pool test_ops_quant test_ops_resize test_pictures test_plan test_planner
-    test_planner_borders test_planner_search test_planner_wishes test_planted test_poison
+    test_planner_adapts test_planner_borders test_planner_search test_planner_wishes test_planted
+    test_poison
     test_found_by_seeds test_load test_processor test_takers
     test_protocol test_random_schedules test_recipe test_restart_core test_silence test_simulator
     test_strict test_style test_token test_torch test_upscaler test_worker_core

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from architectures import Builder, squeezenet1_1
+from architectures import Builder, squeezenet1_1, yolov2
 from onnx import ModelProto, TensorProto, helper
 from processes import eventually, none_alive, small_model
 
@@ -27,6 +27,7 @@ from cluster.blobs import BlobStore
 from cluster.planning import PlanningThread
 from meshinfer import ImageSpec, limits
 from meshinfer.plan import Plan
+from meshinfer.planner.choose import ADAPTED
 from meshinfer.protocol.messages import Facts, Failure, Link, Program
 from meshinfer.scheduler.events import (
     Candidate,
@@ -133,7 +134,7 @@ def test_whatever_effects_and_answers_may_hold_comes_out_as_it_went_in() -> None
         candidates=(Candidate("a", Facts(), link, (link, link), 1.5, "host"), *devices(1)),
         head="head", plan="text", objective="throughput", spread=True, strict=True, present="text",
         head_host="host", pin={"x": ("a", "head")}, memory={"a": 1 << 40}, share=0.1,
-        half_transfers=True, tell_loss=True,
+        half_transfers=True, tell_loss=True, paced=True,
     )  # fmt: skip
     failure = Failure(error="InvalidInput", message="no", hint="yes", retry_after_s=0.5)
     opened = ModelOpened(
@@ -186,6 +187,35 @@ def test_a_model_is_opened_planned_and_its_programs_are_in_the_store(planning: P
     assert kept.kept and not kept.dropped and kept.failure is None
     given = planning.planned(replace(making(digest, 7), plan=ready.plan))
     assert given.plan == ready.plan
+
+
+def test_for_devices_of_other_paces_a_plan_is_made_from_those_of_before(
+    planning: Planning,
+) -> None:
+    """The second of four becomes slow, and is back."""
+    digest = planning.opened(yolov2(128, width=0.25))
+    of = Signature(False, (("image", (1, 3, 128, 128)),))
+    facts = Facts(flops_per_s=1e9, memory_bytes=1 << 30)
+    paces = {"pi-1": 1.0, "pi-2": 1.0, "pi-3": 1.0, "pi-4": 1.0}
+
+    def asked(number: int, **changes: object) -> PlanReady:
+        found = tuple(Candidate(name, facts, slowdown=pace) for name, pace in paces.items())
+        effect = replace(making(digest, number, signature=of), candidates=found, spread=False)
+        return planning.planned(replace(effect, **changes))  # type: ignore[arg-type]
+
+    def adapted(ready: PlanReady) -> bool:
+        assert ready.failure is None and not ready.kept and ready.report is not None
+        return ADAPTED in ready.report.notes
+
+    first = asked(1)
+    assert not adapted(first) and len(Plan.parse(first.plan).devices()) == 4
+    paces["pi-2"] = 6.0
+    slow = asked(2, present=first.plan, paced=True)
+    assert adapted(slow) and not adapted(asked(3, present=first.plan))
+    paces["pi-2"] = 1.0
+    back = asked(4, present=slow.plan, paced=True)
+    assert adapted(back) and len(Plan.parse(back.plan).devices()) == 4
+    assert asked(5, present=back.plan, paced=True).kept
 
 
 def test_what_is_refused_is_refused_in_the_same_words(planning: Planning) -> None:

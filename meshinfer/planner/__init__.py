@@ -9,15 +9,25 @@ from __future__ import annotations
 
 from meshinfer.planner.axes import Axes, axes_of
 from meshinfer.planner.bands import Block, build
-from meshinfer.planner.choose import OBJECTIVES, Planned, make_plan, pins_of, refuse_pinned
+from meshinfer.planner.choose import (
+    OBJECTIVES,
+    Layout,
+    Planned,
+    adapt_plan,
+    make_plan,
+    pins_of,
+    refuse_pinned,
+)
 from meshinfer.planner.spares import Spares, find_spares
 
 __all__ = [
     "OBJECTIVES",
     "Axes",
     "Block",
+    "Layout",
     "Planned",
     "Spares",
+    "adapt_plan",
     "axes_of",
     "build",
     "find_spares",

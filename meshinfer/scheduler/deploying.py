@@ -101,6 +101,7 @@ class Deploying:
             spread=model.spread and alone is None,
             strict=model.strict,
             present=None if present is None else present.plan,
+            paced=present is not None and self._replanning.paced(present),
             head_host=head.where,
             pin=model.pin,
             memory=model.memory,

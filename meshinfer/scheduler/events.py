@@ -357,7 +357,9 @@ class MakePlan:
     """Import for a signature, plan (or take ``plan``), lower, store the blobs -> ``PlanReady``.
 
     ``present``: the plan that serves; it is kept unless the new one is better by REPLAN_GAIN.
-    ``head_host``: as ``Candidate.host``. ``pin``, ``memory``, ``half_transfers``: as in ``Deploy``.
+    ``paced``: since that was made, devices have only become faster or slower, so that what follows
+    from plans made before will do. ``head_host``: as ``Candidate.host``. ``pin``, ``memory``,
+    ``half_transfers``: as in ``Deploy``.
     ``tell_loss``: somebody awaits the report, with what rounding costs (and not the plan for a lost
     device's requests). ``share``: of the coordinator's processor that it may take. Below 1 nobody
     waits for it, and it is dropped as soon as anything else is to be opened or planned.
@@ -374,6 +376,7 @@ class MakePlan:
     spread: bool
     strict: bool
     present: str | None = None
+    paced: bool = False
     head_host: str = ""
     pin: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     memory: Mapping[str, int] | int | None = None

@@ -49,6 +49,10 @@ class Replanning:
         """Whether so much has changed that requests need not be spared."""
         return made.drift.times > limits.PACE_GRAVE or self._links_changed(made)
 
+    def paced(self, made: Deployment) -> bool:
+        """Whether devices have become faster or slower, and nothing else has changed."""
+        return made.drift.uneven and not self._links_changed(made)
+
     def _settled(self, made: Deployment, now: float, *, wanted: bool) -> bool:
         """Whether another plan is wanted, and need not wait any more.
 
