@@ -1,0 +1,24 @@
+"""One heap for all threads of a process that is to live for months.
+
+glibc gives each thread a heap of its own (an *arena*, mallopt(3)), and each keeps the most that it
+ever held, in pieces between small things that stay. It reads its variables as a process begins, so
+who wants another number of them begins anew.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+VARIABLE = "MALLOC_ARENA_MAX"
+ONE = {VARIABLE: "1"}
+"""For the environment of a process that is to have one heap."""
+
+
+def share_one() -> None:
+    """Begin this process anew with one heap, unless it has been begun so: the same process, by its
+    id, its arguments, and what it has open but for what Python opened. For the main thread, before
+    anything is under way. What it starts later chooses for itself."""
+    if sys.platform == "linux" and os.environ.pop(VARIABLE, None) is None:
+        environment = {**os.environ, **ONE}
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
