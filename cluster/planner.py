@@ -36,6 +36,7 @@ from meshinfer.importers import Source, check_image, inputs_needed, load, open_m
 from meshinfer.legality import as_asked, refuse_sums, validate
 from meshinfer.plan import Plan
 from meshinfer.planner import (
+    ADAPTED,
     Layout,
     Planned,
     Spares,
@@ -205,6 +206,7 @@ class Planner:
                 made,
                 window=plan.window,
                 expected=expected_seconds(graph, plan, profiles, programs.spares),
+                adapted=ADAPTED in made.notes,
             )
         except Exception as error:
             return PlanReady(effect.deployment, failure=report(error))
@@ -241,10 +243,13 @@ class Planner:
         while len(self._layouts) > limits.SHAPES_PER_MODEL:
             self._layouts.popitem(last=False)
         head, pin, objective = DeviceId(effect.head), _pins(effect), effect.objective
+        paces = {DeviceId(c.device): c.slowdown for c in effect.candidates}
         planned = None
         if effect.paced and effect.present is not None and not effect.spread:
             present = Plan.parse(effect.present)
-            planned = adapt_plan(graph, profiles, head, head, layouts, objective=objective, pin=pin)
+            planned = adapt_plan(
+                graph, profiles, head, head, layouts, paces, objective=objective, pin=pin
+            )
             if planned and not is_better(graph, planned.plan, present, profiles, objective):
                 planned = None
         if planned is None:
@@ -257,9 +262,8 @@ class Planner:
                 spread=effect.spread,
                 pin=pin,
             )
-        if planned.layout in layouts:
-            layouts.remove(planned.layout)
-        layouts.append(planned.layout)
+        if len(paces) > 1:
+            layouts.append(Layout(planned.blocks, paces))
         return planned
 
     def _given_plan(self, graph: Graph, effect: MakePlan) -> Plan | None:

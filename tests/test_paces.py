@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -35,7 +36,8 @@ class Noisy(Cluster):
     """Four devices whose tasks take up to NOISE more or less than they should.
 
     ``useless``: so many times slower than the fastest, a device gets no task; nor one with a link
-    of LATE_S. ``booting``: its echoes are late. ``searched``: when, and by which paces.
+    of LATE_S. ``booting``: its echoes are late. ``searched``: when, and by which paces; ``paced``:
+    whether plans of before would do. ``adapts``: then one is made from them.
     """
 
     def __init__(
@@ -45,6 +47,8 @@ class Noisy(Cluster):
         self.by_work, self.rng = True, random.Random(seed)
         self.useless, self.booting = useless, booting
         self.searched: list[tuple[float, dict[str, float]]] = []
+        self.paced: list[bool] = []
+        self.adapts = False
         for name in NAMES:
             facts = m.Facts(flops_per_s=flops.get(name.replace("-", ""), FLOPS), host=name)
             self.join(name, facts)
@@ -71,7 +75,8 @@ class Noisy(Cluster):
             return banded(graph, used, effect.head, [round(speeds[n]) for n in used])
 
         self.planner = planner
-        return super()._plan(node, effect)
+        self.paced.append(effect.paced)
+        return replace(super()._plan(node, effect), adapted=self.adapts and effect.paced)
 
     def stream(self, seconds: float) -> list[m.Reply]:
         """Requests one after another."""
@@ -111,6 +116,21 @@ def test_a_device_that_becomes_slow_and_recovers_costs_one_plan_each_time(
     assert back["pi-3"] == pytest.approx(1.0, rel=0.25)
     assert first_at - slow_at < SOON_S and second_at - back_at < SOON_S
     made.check_idle()
+
+
+def test_what_was_made_from_plans_of_before_is_followed_by_one_search_while_requests_run() -> None:
+    made = Noisy()
+    made.adapts, made.plan_s = True, 0.3
+    made.deployed(model=MODEL)
+    made.stream(12.0)
+    made.slowness["pi-3"] = SLOW
+    made.stream(15.0)
+    assert made.paced == [False, True]
+    made.stream(made.plan_s / limits.REPLAN_SHARE + 10.0)
+    assert made.paced == [False, True, False], "then it is known that there is nothing better"
+    made.slowness["pi-3"] = 1.0
+    made.stream(15.0)
+    assert made.paced == [False, True, False, True]
 
 
 def test_a_plan_waits_until_it_is_known_how_slow_a_device_has_become() -> None:

@@ -27,7 +27,7 @@ from cluster.blobs import BlobStore
 from cluster.planning import PlanningThread
 from meshinfer import ImageSpec, limits
 from meshinfer.plan import Plan
-from meshinfer.planner.choose import ADAPTED
+from meshinfer.planner import ADAPTED
 from meshinfer.protocol.messages import Facts, Failure, Link, Program
 from meshinfer.scheduler.events import (
     Candidate,
@@ -143,7 +143,7 @@ def test_whatever_effects_and_answers_may_hold_comes_out_as_it_went_in() -> None
     )  # fmt: skip
     ready = PlanReady(
         3, "text", {}, None, failure, 4, True, {((-1, 0), "head"): 0.0, ((2, 3), "a"): 1e-9},
-        True, 0.25,
+        True, 0.25, True,
     )  # fmt: skip
     for each in (making_all, opened, ready):
         told = [f.name for f in fields(each) if getattr(each, f.name) != f.default]
@@ -205,7 +205,8 @@ def test_for_devices_of_other_paces_a_plan_is_made_from_those_of_before(
 
     def adapted(ready: PlanReady) -> bool:
         assert ready.failure is None and not ready.kept and ready.report is not None
-        return ADAPTED in ready.report.notes
+        assert (ADAPTED in ready.report.notes) == ready.adapted
+        return ready.adapted
 
     first = asked(1)
     assert not adapted(first) and len(Plan.parse(first.plan).devices()) == 4

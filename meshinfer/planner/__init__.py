@@ -10,6 +10,7 @@ from __future__ import annotations
 from meshinfer.planner.axes import Axes, axes_of
 from meshinfer.planner.bands import Block, build
 from meshinfer.planner.choose import (
+    ADAPTED,
     OBJECTIVES,
     Layout,
     Planned,
@@ -21,6 +22,7 @@ from meshinfer.planner.choose import (
 from meshinfer.planner.spares import Spares, find_spares
 
 __all__ = [
+    "ADAPTED",
     "OBJECTIVES",
     "Axes",
     "Block",

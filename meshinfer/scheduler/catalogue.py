@@ -207,7 +207,7 @@ class Deployment:
         """The same plan, with times expected by other factors."""
         scale = {d: f / self.factors.get(d, 1.0) for d, f in factors.items()}
         self.expected = {key: s * scale.get(key[1], 1.0) for key, s in self.expected.items()}
-        self.factors, self.drift.times, self.drift.uneven = factors, 1.0, False
+        self.factors, self.drift = factors, self.drift.settled()
 
     @property
     def most_running(self) -> int:

@@ -6,7 +6,7 @@ Noted with its deployment; ``balance``, ``ages`` and ``replanning`` say what it 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from meshinfer.protocol import messages as m
 
@@ -15,13 +15,19 @@ from meshinfer.protocol import messages as m
 class Drift:
     """``looked``: how many samples of paces there were when this was seen last; ``times``: by how
     much devices have drifted apart; ``uneven``: twice in turn too much; ``tried``: as much when a
-    search failed. ``wanted_at``: since when another plan only waits for samples to agree."""
+    search failed. ``wanted_at``: since when another plan only waits for samples to agree.
+    ``adapted``: the plan itself was made from plans of before, when they had."""
 
     looked: int = 0
     times: float = 1.0
     uneven: bool = False
     tried: float = 1.0
     wanted_at: float | None = None
+    adapted: bool = False
+
+    def settled(self) -> Drift:
+        """A search has found no better plan for devices as they are."""
+        return replace(self, times=1.0, uneven=False, adapted=False)
 
 
 @dataclass(slots=True)

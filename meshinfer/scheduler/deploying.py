@@ -89,6 +89,7 @@ class Deploying:
         if present is not None:
             grave = self._replanning.grave(present)
             made.share = limits.SEARCH_SHARE_GRAVE if grave else limits.SEARCH_SHARE
+            made.spares.beside = not grave  # requests are to leave what has become slow at once
         return MakePlan(
             deployment=made.number,
             digest=model.digest,
@@ -101,7 +102,7 @@ class Deploying:
             spread=model.spread and alone is None,
             strict=model.strict,
             present=None if present is None else present.plan,
-            paced=present is not None and self._replanning.paced(present),
+            paced=present is not None and self._replanning.paced(present, names),
             head_host=head.where,
             pin=model.pin,
             memory=model.memory,
@@ -124,7 +125,10 @@ class Deploying:
         made = self._catalogue.deployments.get(event.deployment)
         if made is None or made.phase is not Phase.PLANNING:
             return []
-        made.search_s = event.search_s
+        made.search_s, made.drift.adapted = event.search_s, event.adapted
+        serving = self._catalogue.serving(made.model, made.signature)
+        if event.adapted and serving is not None:  # or one would follow the other ever sooner
+            made.search_s = max(made.search_s, serving.search_s)
         if event.dropped:
             self._look_again_later(made, now)
             return self.retire(made)

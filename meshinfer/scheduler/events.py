@@ -154,7 +154,8 @@ class PlanReady:
 
     ``expected``: seconds of each task on each device that may get it. ``kept``: the present plan is
     as good; there is no other. ``dropped``: the search for a better one was given up for what is
-    more urgent. ``search_s``: of the coordinator's processor, as much as it is granted, that the
+    more urgent. ``adapted``: made from plans of before, so that a search may find a better one.
+    ``search_s``: of the coordinator's processor, as much as it is granted, that the
     search took.
     """
 
@@ -168,6 +169,7 @@ class PlanReady:
     expected: Mapping[tuple[Place, str], float] = field(default_factory=dict)
     dropped: bool = False
     search_s: float = 0.0
+    adapted: bool = False
 
 
 @dataclass(frozen=True, slots=True)

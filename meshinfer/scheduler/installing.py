@@ -32,6 +32,7 @@ class Deployment:
     ``Install``; ``makers``: of each task, who may send what it makes; ``missing``: blobs to come,
     as soon as the store has been asked (``looking`` until then); ``to_load``: programs to prepare
     once these are here; ``parts``: of it that were told of;
+    ``gentle``: what is still to come is for others, this device's own part serves or there is none;
     ``odd``: tasks whose results are not all finite, as was told."""
 
     programs: dict[m.Place, m.Program] = field(default_factory=dict)
@@ -45,6 +46,7 @@ class Deployment:
     looking: bool = False
     to_load: list[m.Program] = field(default_factory=list)
     parts: int = 0
+    gentle: bool = False
     odd: set[m.Place] = field(default_factory=set)
 
     def add(self, message: m.Install, device: str) -> None:
@@ -52,18 +54,16 @@ class Deployment:
         for program in message.programs:
             self.programs[program.place] = program
             self.recipes[program.place] = Recipe.of(program)
-        self.to_load += (p for p in message.programs if p.model is not None)
+        computing = [p for p in message.programs if p.model is not None]
+        self.to_load += computing
         self.peers |= {peer.device: peer.id for peer in message.peers}
         self.makers |= dict(message.makers)
         own = (p for p in self.programs.values() if p.is_own(device))
         self.tasks = sum(p.model is not None for p in own)
         self.head, self.keep_bytes = message.head, message.keep_bytes
+        spare = all(p.spare and not p.is_own(device) for p in computing)
+        self.gentle = self.parts > 0 or (bool(computing) and spare)
         self.parts += 1
-
-    @property
-    def gentle(self) -> bool:
-        """What is still to come is for others: this device's own part serves."""
-        return self.parts > 1
 
     @property
     def has_spares_to_load(self) -> bool:
@@ -172,11 +172,12 @@ class Installing:
         """No deployment that needs this blob can be prepared."""
         self._puller.done(digest)
         failure = m.Failure(error=error, message=f"blob {digest[:12]}: {why}")
-        return [
-            told(m.Installed(deployment=number, failure=failure))
-            for number, deployment in self.deployments.items()
-            if digest in deployment.missing
-        ]
+        effects: list[Effect] = []
+        for number, deployment in self.deployments.items():
+            if digest in deployment.missing:
+                deployment.to_load.clear()
+                effects.append(told(m.Installed(deployment=number, failure=failure)))
+        return effects
 
     def _load(self, number: int, deployment: Deployment, now: float) -> list[Effect]:
         """All blobs are here: prepare this device's own part at once; what it may take over for

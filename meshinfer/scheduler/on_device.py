@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import assert_never
 
+from msgspec import structs
+
 from meshinfer import limits
 from meshinfer.protocol import messages as m
 from meshinfer.scheduler.catalogue import Deployment
@@ -146,7 +148,9 @@ class OnDevice:
         if number not in heads:  # it is forgotten already
             return []
         self._coming[number] = OwnTask.of(message, heads[number])
-        fetch = m.Install(deployment=number, programs=(message.program,), peers=())
+        # Here somebody waits for it.
+        program = structs.replace(message.program, spare=False, devices=())
+        fetch = m.Install(deployment=number, programs=(program,), peers=())
         return self._settled(self._installing.install(fetch))
 
     def revoked(self, deployment: int) -> list[Effect]:

@@ -3,6 +3,8 @@ coordinator's device from requests, and not before what has changed is known."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from meshinfer import limits
 from meshinfer.scheduler.ages import bettered, known_links
 from meshinfer.scheduler.balance import Balance, pause_of
@@ -41,17 +43,20 @@ class Replanning:
         pause_s = pause_of(made.search_s, made.in_vain, grave=grave, upset=upset)
         quiet = now >= busy_at + limits.REPLAN_QUIET_S
         asked = made.asked >= limits.REPLAN_REQUESTS
-        changed = made.drift.uneven or self._links_changed(made)
-        wanted = changed and asked and (quiet or grave) and now >= made.since + pause_s
+        adapted = made.drift.adapted  # a search may find better, so it comes some time
+        changed = made.drift.uneven or self._links_changed(made) or adapted
+        may = quiet or grave or adapted
+        wanted = changed and asked and may and now >= made.since + pause_s
         return self._settled(made, now, wanted=wanted)
 
     def grave(self, made: Deployment) -> bool:
         """Whether so much has changed that requests need not be spared."""
         return made.drift.times > limits.PACE_GRAVE or self._links_changed(made)
 
-    def paced(self, made: Deployment) -> bool:
-        """Whether devices have become faster or slower, and nothing else has changed."""
-        return made.drift.uneven and not self._links_changed(made)
+    def paced(self, made: Deployment, names: Collection[str]) -> bool:
+        """Whether these devices have become much faster or slower, and nothing else has changed."""
+        same = tuple(names) == made.candidates and not self._links_changed(made)
+        return same and made.drift.times > limits.PACE_GRAVE
 
     def _settled(self, made: Deployment, now: float, *, wanted: bool) -> bool:
         """Whether another plan is wanted, and need not wait any more.
