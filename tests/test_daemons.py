@@ -24,6 +24,7 @@ from oracle import assert_exact
 from processes import alive, eventually, image, let_in, small_model
 
 import meshinfer as mi
+from cluster import heap
 from cluster.coordinator import CoordinatorOptions, await_address
 from cluster.identity import IDENTITY_FILE, machine_id
 from cluster.keyring import KEYRING_FILE, Keyring, new_keyring, read_keyring, write_keyring
@@ -77,6 +78,24 @@ def test_all_threads_of_a_coordinator_share_one_heap(tmp_path: Path) -> None:
         assert heaps(coordinator.pid) == 0
         began = Path(f"/proc/{coordinator.pid}/environ").read_bytes()
         assert b"MALLOC_ARENA_MAX=1" in began.split(b"\0")
+
+
+@pytest.mark.parametrize("chosen", ["", "3"])
+def test_only_who_shares_one_heap_begins_anew_and_what_it_starts_chooses(chosen: str) -> None:
+    """Its user's own choice stays, also for what it starts."""
+    code = (
+        "import os; from cluster.heap import share_one; began = os.environ.get('MALLOC_ARENA_MAX')\n"
+        "share_one(); print(os.getpid(), began, os.environ.get('MALLOC_ARENA_MAX'))"
+    )
+    given = {k: v for k, v in os.environ.items() if k not in heap.ONE}
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=given | ({"MALLOC_ARENA_MAX": chosen} if chosen else {}),
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        said, _ = process.communicate(timeout=WITHIN_S)
+    assert said.split() == [str(process.pid), *([chosen, chosen] if chosen else ["1", "None"])]
 
 
 @pytest.mark.parametrize("hard", [600, 6000])
