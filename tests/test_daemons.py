@@ -84,8 +84,9 @@ def test_all_threads_of_a_coordinator_share_one_heap(tmp_path: Path) -> None:
 def test_only_who_shares_one_heap_begins_anew_and_what_it_starts_chooses(chosen: str) -> None:
     """Its user's own choice stays, also for what it starts."""
     code = (
-        "import os; from cluster.heap import share_one; began = os.environ.get('MALLOC_ARENA_MAX')\n"
-        "share_one(); print(os.getpid(), began, os.environ.get('MALLOC_ARENA_MAX'))"
+        "import os; from cluster.heap import share_one\n"
+        "began = os.environ.get('MALLOC_ARENA_MAX'); share_one()\n"
+        "print(os.getpid(), began, os.environ.get('MALLOC_ARENA_MAX'))"
     )
     given = {k: v for k, v in os.environ.items() if k not in heap.ONE}
     with subprocess.Popen(
