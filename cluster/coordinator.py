@@ -24,7 +24,7 @@ import msgspec
 import structlog
 
 import meshinfer
-from cluster import notify, processes, profiler, telemetry
+from cluster import heap, notify, processes, profiler, telemetry
 from cluster.blobs import BlobStore
 from cluster.config import ADDRESS_FILE
 from cluster.discovery import announce, browse
@@ -369,6 +369,7 @@ def _stop_at_once(loop: Loop) -> None:
 
 def main(arguments: list[str]) -> int:
     """``python -m cluster.coordinator OPTIONS`` with the options as JSON."""
+    heap.share_one()
     options = msgspec.convert(json.loads(arguments[0]), CoordinatorOptions)
     telemetry.configure(options.log_level, options.log_form, name=COORDINATOR)
     if options.parent:

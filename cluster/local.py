@@ -27,6 +27,7 @@ from typing import Any
 import msgspec
 import psutil
 
+from cluster import heap
 from cluster.client import Client
 from cluster.config import ADDRESS_FILE
 from cluster.coordinator import HEAD, Address, CoordinatorOptions, await_address
@@ -310,6 +311,8 @@ def _ways(gate: GateProcess, name: str) -> Ways:
 
 def _spawn(module: str, options: Any) -> subprocess.Popen[bytes]:
     environment = {k: v for k, v in os.environ.items() if k != "MESHINFER_COORDINATOR"}
+    if module == "cluster.coordinator":
+        environment |= heap.ONE
     return subprocess.Popen(
         [sys.executable, "-m", module, json.dumps(options)],
         stdin=subprocess.DEVNULL,

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from oracle import assert_exact
 from processes import alive, eventually, image, let_in, small_model
 
 import meshinfer as mi
+from cluster import heap
 from cluster.coordinator import CoordinatorOptions, await_address
 from cluster.identity import IDENTITY_FILE, machine_id
 from cluster.keyring import KEYRING_FILE, Keyring, new_keyring, read_keyring, write_keyring
@@ -48,6 +50,53 @@ def test_a_coordinator_may_open_what_a_thousand_devices_take(tmp_path: Path) -> 
         await_address(process, tmp_path, WITHIN_S)
         soft, hard = psutil.Process(process.pid).rlimit(psutil.RLIMIT_NOFILE)
     assert soft == min(hard, 4 * limits.DEVICES + 512) > 512
+
+
+def heaps(pid: int) -> int:
+    """Of other threads than the first: glibc keeps 64 MiB of addresses for each."""
+    spans = []
+    for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+        first, last = (int(part, 16) for part in line.split()[0].split("-"))
+        spans.append((first, last))
+    found = 0
+    for (first, middle), (begin, last) in pairwise(spans):
+        found += middle == begin and last - first == 64 << 20 and first % (64 << 20) == 0
+    return found
+
+
+def test_all_threads_of_a_coordinator_share_one_heap(tmp_path: Path) -> None:
+    """It is the process that was started. Others have a heap a thread, which shows that the count
+    counts."""
+    code = "import sys, threading; threading.Thread(target=sys.stdin.read).start()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE) as other:
+        assert eventually(lambda: heaps(other.pid) > 0)
+        other.communicate()
+    options = coordinator_options(tmp_path / "c")
+    with daemon("cluster.coordinator", options) as coordinator:
+        await_address(coordinator, tmp_path / "c", WITHIN_S)
+        assert psutil.Process(coordinator.pid).num_threads() > 8
+        assert heaps(coordinator.pid) == 0
+        began = Path(f"/proc/{coordinator.pid}/environ").read_bytes()
+        assert b"MALLOC_ARENA_MAX=1" in began.split(b"\0")
+
+
+@pytest.mark.parametrize("chosen", ["", "3"])
+def test_only_who_shares_one_heap_begins_anew_and_what_it_starts_chooses(chosen: str) -> None:
+    """Its user's own choice stays, also for what it starts."""
+    code = (
+        "import os; from cluster.heap import share_one\n"
+        "began = os.environ.get('MALLOC_ARENA_MAX'); share_one()\n"
+        "print(os.getpid(), began, os.environ.get('MALLOC_ARENA_MAX'))"
+    )
+    given = {k: v for k, v in os.environ.items() if k not in heap.ONE}
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=given | ({"MALLOC_ARENA_MAX": chosen} if chosen else {}),
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        said, _ = process.communicate(timeout=WITHIN_S)
+    assert said.split() == [str(process.pid), *([chosen, chosen] if chosen else ["1", "None"])]
 
 
 @pytest.mark.parametrize("hard", [600, 6000])

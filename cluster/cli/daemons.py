@@ -89,6 +89,9 @@ def coordinator(
     """Run the coordinator of a cluster, with a worker beside it. SIGTERM drains, twice stops.
 
     As it starts, it prints the line that adds a device: once, within 15 minutes."""
+    from cluster import heap
+
+    heap.share_one()  # before what takes long to import
     import msgspec
 
     from cluster import telemetry

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 import psutil
 
+from cluster import heap
 from cluster.config import ADDRESS_FILE
 from cluster.coordinator import HEAD, Address, CoordinatorOptions, await_address
 from cluster.keyring import KEYRING_FILE, read_keyring
@@ -248,6 +249,8 @@ class LabCluster:
 
     def _spawn(self, i: int, module: str, options: msgspec.Struct) -> subprocess.Popen:
         environment = {k: v for k, v in os.environ.items() if k != "MESHINFER_COORDINATOR"}
+        if module == "cluster.coordinator":
+            environment |= heap.ONE
         with ExitStack() as stack:
             log = None if self._log is None else stack.enter_context(self._log.open("ab"))
             return self._lab.spawn(

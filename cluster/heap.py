@@ -1,0 +1,31 @@
+"""One heap for all threads of a process that is to live for months.
+
+glibc gives each thread a heap of its own (an *arena*, mallopt(3)), and each keeps the most that it
+ever held, in pieces between small things that stay. It reads its variables as a process begins, so
+who wants another number of them begins anew.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import suppress
+
+_VARIABLE = "MALLOC_ARENA_MAX"
+_MARK = "MESHINFER_ONE_HEAP"
+ONE = {_VARIABLE: "1", _MARK: "1"}
+"""For the environment of a process that is to have one heap."""
+
+
+def share_one() -> None:
+    """Begin this process anew with one heap, unless it has been begun so, or its user has chosen
+    how many: the same process, by its id, its arguments, and what it has open but for what Python
+    opened. For the main thread, before anything is under way. What it starts later has as many
+    heaps as if this process had never been told."""
+    if sys.platform != "linux":
+        return
+    if os.environ.pop(_MARK, None) is not None:
+        os.environ.pop(_VARIABLE, None)
+    elif _VARIABLE not in os.environ:
+        with suppress(OSError):  # with more heaps, then
+            os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **ONE})
