@@ -228,8 +228,8 @@ TRY_SOON_S: Final = 0.5
 """The same while its pace is not known, or becomes another."""
 TRY_SHARE: Final = 0.1
 """Of the time of a device that has nothing else to do."""
-TRY_LEAST_S: Final = 0.005
-"""A shorter task tells little."""
+TRY_SPAN_S: Final = 0.2  # two of the periods, 0.1 s, in which the kernel gives out a quota
+TRY_LEAST_S: Final = 0.005  # of a shorter task the timing tells little
 TRY_VAIN_S: Final = 30.0
 """At most, where tries come to nothing; and where there is no answer."""
 REPLAN_GAIN: Final = 1.10

@@ -90,6 +90,29 @@ class Noisy(Cluster):
         return {d for s in Plan.parse(reply.plan).stages for t in s.tasks for d in t.devices}
 
 
+class Saving(Noisy):
+    """Whoever is slow has a quota, of which half a period's is saved up while it has nothing to do:
+    so long its tasks are as fast as ever."""
+
+    PERIOD_S = 0.1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.saved: dict[str, float] = {}
+        self.until: dict[str, float] = {}
+
+    def _seconds(self, node: Any, job: Any) -> float:
+        took, name = super()._seconds(node, job), node.name
+        slowness = self.slowness.get(name, 1.0)
+        if self.now > self.until.get(name, 0.0) + self.PERIOD_S:
+            self.saved[name] = self.PERIOD_S / 2
+        if slowness > 1.0 and self.saved.get(name, 0.0) > 0.0:
+            took /= slowness
+            self.saved[name] -= took
+        self.until[name] = self.now + took
+        return took
+
+
 # --- one plan for each change
 
 
@@ -116,6 +139,18 @@ def test_a_device_that_becomes_slow_and_recovers_costs_one_plan_each_time(
     assert back["pi-3"] == pytest.approx(1.0, rel=0.25)
     assert first_at - slow_at < SOON_S and second_at - back_at < SOON_S
     made.check_idle()
+
+
+def test_what_a_slow_device_saved_up_while_it_was_left_out_makes_it_no_fast_one() -> None:
+    made = Saving()
+    made.deployed(model=MODEL)
+    made.stream(12.0)
+    made.slowness["pi-3"] = SLOW
+    made.stream(60.0)
+    assert len(made.searched) == 2 and made.searched[1][1]["pi-3"] > 3.0
+    made.slowness["pi-3"] = 1.0
+    (*_, last) = made.stream(20.0)
+    assert made.uses(last) == set(NAMES) and len(made.searched) == 3
 
 
 def test_what_was_made_from_plans_of_before_is_followed_by_one_search_while_requests_run() -> None:

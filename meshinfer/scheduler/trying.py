@@ -8,7 +8,8 @@ to do, and tells what it took. To put it into a plan to see would slow all reque
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate
 
 import numpy as np
 
@@ -136,12 +137,34 @@ def _task_for(made: Deployment, name: str) -> m.Place | None:
     return next(enough, timed[-1][1] if timed else None)
 
 
+@dataclass(slots=True)
+class _Running:
+    """A task that is tried, time and again: what is run, and what each run has taken."""
+
+    job: Compute
+    took: list[float] = field(default_factory=list)
+
+    @property
+    def over(self) -> bool:
+        return sum(self.took) >= limits.TRY_SPAN_S
+
+    @property
+    def lasting(self) -> float:
+        """What a run takes once it has gone on for half of the time; 0 if it has not. A device
+        with a quota has saved up some of it while it had nothing to do, and is as fast as if it
+        had none until that is spent."""
+        spans = zip(accumulate(self.took), self.took, strict=True)
+        late = [took for until, took in spans if until - took >= limits.TRY_SPAN_S / 2]
+        late = late or self.took[-1:] * self.over  # one run may be longer than all that
+        return sum(late) / len(late) if late else 0.0
+
+
 class Trying:
     """The device's half. Mutable: owned by a worker's core."""
 
     def __init__(self, computing: Computing, installing: Installing) -> None:
         self._computing, self._installing = computing, installing
-        self._running: tuple[int, m.Place] | None = None
+        self._running: _Running | None = None
 
     def asked(self, message: m.Try) -> list[Effect]:
         """Run a task, unless there is something to do."""
@@ -150,8 +173,9 @@ class Trying:
         inputs = None if recipe is None or recipe.program.model is None else made_up(recipe)
         if inputs is None or self._running is not None or not self._computing.idle:
             return [_tried(message.deployment, message.place, 0.0)]
-        self._running = (message.deployment, message.place)
-        return [Compute("", 0, message.deployment, message.place, inputs, again=True)]
+        job = Compute("", 0, message.deployment, message.place, inputs, again=True)
+        self._running = _Running(job)
+        return [job]
 
     def in_vain(self, deployment: int, event: Computed) -> list[Effect]:
         """A task of a request that was over by then, as of one so slow that others took over: what
@@ -159,10 +183,16 @@ class Trying:
         return [] if event.error is not None else [_tried(deployment, event.place, event.compute_s)]
 
     def computed(self, event: Computed) -> list[Effect]:
-        running, self._running = self._running, None
+        """Again, until it has run for long enough, or there is something to do."""
+        running = self._running
         if running is None:
             return []
-        return [_tried(*running, 0.0 if event.error is not None else event.compute_s)]
+        running.took.append(event.compute_s)
+        if event.error is None and not running.over and self._computing.idle:
+            return [running.job]
+        self._running = None
+        took = 0.0 if event.error is not None else running.lasting
+        return [_tried(running.job.deployment, running.job.place, took)]
 
 
 def made_up(recipe: Recipe) -> dict[str, Array] | None:
