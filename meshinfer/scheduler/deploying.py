@@ -293,9 +293,7 @@ class Deploying:
         if self._members.idle_since is not None:
             return self._give_up_without_workers(now)
         settled = now >= self._members.changed_at + limits.REPLAN_SETTLE_S
-        planning = [
-            made.share for made in self._catalogue.deployments.values() if _is_planning(made)
-        ]
+        planning = [d.share for d in self._catalogue.deployments.values() if _is_planning(d)]
         room = limits.PLANS_AT_ONCE - planning.count(1.0)
         effects: list[Effect] = []
         asked = [request.model for request in self._answering.open.values()]
@@ -311,7 +309,11 @@ class Deploying:
                 serving = self._catalogue.serving(model, signature)
                 urgent = serving is None or (settled and serving.candidates != names)
                 if coming is not None and not (urgent and _is_search_beside(coming)):
-                    continue
+                    share = coming.share if _is_search_beside(coming) else 1.0
+                    if not self._is_due(serving, now, share):
+                        continue
+                    effects += self.retire(coming)
+                    planning.remove(coming.share)
                 if urgent and room > 0:
                     effects += [] if coming is None else self.retire(coming)
                     effects.append(self._plan(model, signature, now))
@@ -324,8 +326,8 @@ class Deploying:
         return effects + self._plan_for_one(now)
 
     def _look_for_better(self, serving: Deployment, now: float) -> list[Effect]:
-        said = {"model": serving.model.name, "apart": f"{serving.drift.times:.2f}"}
-        note = Note("info", "looks for a better plan", {**said, "deployment": serving.number})
+        said = {"deployment": serving.number, "apart": f"{serving.drift.times:.2f}"}
+        note = Note("info", "looks for a better plan", {"model": serving.model.name, **said})
         return [note, self._plan(serving.model, serving.signature, now, serving)]
 
     def _plan_for_one(self, now: float) -> list[Effect]:
@@ -339,8 +341,9 @@ class Deploying:
         room = max(0, limits.PLANS_AT_ONCE - len(known))
         return [self._plan(r.model, r.signature, now, alone=r) for r in wanted[:room]]
 
-    def _is_due(self, serving: Deployment, now: float) -> bool:
-        return self._replanning.due(serving, now, self._busy_at)
+    def _is_due(self, serving: Deployment | None, now: float, under_way: float = 0.0) -> bool:
+        due = self._replanning.due
+        return serving is not None and due(serving, now, self._busy_at, under_way)
 
     def _give_up_without_workers(self, now: float) -> list[Effect]:
         failure = unavailable(

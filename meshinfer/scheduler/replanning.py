@@ -25,11 +25,12 @@ class Replanning:
         known = known_links(members, made.candidates)
         made.links = Links(members.links_changed, members.links_bettered, known)
 
-    def due(self, made: Deployment, now: float, busy_at: float) -> bool:
+    def due(self, made: Deployment, now: float, busy_at: float, under_way: float = 0.0) -> bool:
         """Whether devices or links have changed so much that another plan may be better.
 
         Not where the plan was given, and not where each request's tasks go to who is free.
-        ``busy_at``: when requests ran last.
+        ``busy_at``: when requests ran last. ``under_way``: the share that a search takes which is:
+        one for a small gain is over once a device has become slow.
         """
         if made.given or len(made.choices) == made.tasks or len(made.candidates) < 2:
             return False
@@ -47,6 +48,8 @@ class Replanning:
         changed = made.drift.uneven or self._links_changed(made) or adapted
         may = quiet or grave or adapted
         wanted = changed and asked and may and now >= made.since + pause_s
+        if under_way:
+            wanted = wanted and grave and under_way <= limits.SEARCH_SHARE
         return self._settled(made, now, wanted=wanted)
 
     def grave(self, made: Deployment) -> bool:
