@@ -12,6 +12,7 @@ from meshinfer.protocol.codec import digest_of
 from meshinfer.scheduler import events as e
 from meshinfer.scheduler.catalogue import Phase
 from meshinfer.scheduler.puller import Puller
+from meshinfer.scheduler.worker import WorkerCore
 
 
 def ready(cluster: Cluster) -> list[int]:
@@ -50,11 +51,15 @@ def test_a_lost_chunk_is_asked_for_again() -> None:
 
 
 def test_a_start_that_did_not_come_is_told_again_once_the_request_is_late() -> None:
-    """As where somebody in between drops whole messages."""
+    """As where somebody in between drops whole messages. It has just said that it lives: at the
+    next time it would find by itself that a word is missing, and join anew."""
     cluster = Cluster()
     cluster.deployed()
     for seed in range(8):  # until it is known how long one takes
         cluster.check(cluster.submit(image(seed)), image(seed))
+    worker = cluster.nodes["pi-1"].core
+    assert isinstance(worker, WorkerCore)
+    cluster.pass_time(worker._beat_due - cluster.now + 0.01)
     cluster.drop(kind(m.Start, to="pi-1"))
     request = cluster.submit()
     reply = cluster.check(request)
