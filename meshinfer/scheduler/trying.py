@@ -139,9 +139,11 @@ def _task_for(made: Deployment, name: str) -> m.Place | None:
 
 @dataclass(slots=True)
 class _Running:
-    """A task that is tried, time and again: what is run, and what each run has taken."""
+    """A task that is tried, time and again: what is run, since when, and what each run before has
+    taken, with its way there and back: of a short task a quota ends mostly in between."""
 
     job: Compute
+    since: float
     took: list[float] = field(default_factory=list)
 
     @property
@@ -166,7 +168,7 @@ class Trying:
         self._computing, self._installing = computing, installing
         self._running: _Running | None = None
 
-    def asked(self, message: m.Try) -> list[Effect]:
+    def asked(self, message: m.Try, now: float) -> list[Effect]:
         """Run a task, unless there is something to do."""
         made = self._installing.deployments.get(message.deployment)
         recipe = None if made is None else made.recipes.get(message.place)
@@ -174,7 +176,7 @@ class Trying:
         if inputs is None or self._running is not None or not self._computing.idle:
             return [_tried(message.deployment, message.place, 0.0)]
         job = Compute("", 0, message.deployment, message.place, inputs, again=True)
-        self._running = _Running(job)
+        self._running = _Running(job, now)
         return [job]
 
     def in_vain(self, deployment: int, event: Computed) -> list[Effect]:
@@ -182,12 +184,13 @@ class Trying:
         it took is known by nothing else."""
         return [] if event.error is not None else [_tried(deployment, event.place, event.compute_s)]
 
-    def computed(self, event: Computed) -> list[Effect]:
+    def computed(self, event: Computed, now: float) -> list[Effect]:
         """Again, until it has run for long enough, or there is something to do."""
         running = self._running
         if running is None:
             return []
-        running.took.append(event.compute_s)
+        running.took.append(max(event.compute_s, now - running.since))
+        running.since = now
         if event.error is None and not running.over and self._computing.idle:
             return [running.job]
         self._running = None

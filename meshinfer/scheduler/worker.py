@@ -80,7 +80,7 @@ class WorkerCore(Member):
             case Ticked():
                 return self._tick(now)
             case Computed(request=""):
-                return self._trying.computed(event)
+                return self._trying.computed(event, now)
             case Computed(again=True):
                 return self._checking.computed(event)
             case Computed():
@@ -176,7 +176,7 @@ class WorkerCore(Member):
             case m.Check():
                 return self._checking.asked(message, now)
             case m.Try():
-                return self._trying.asked(message)
+                return self._trying.asked(message, now)
             case m.Install():
                 return self._installing.install(message)
             case m.Forget():
