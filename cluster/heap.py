@@ -17,6 +17,13 @@ ONE = {_VARIABLE: "1", _MARK: "1"}
 """For the environment of a process that is to have one heap."""
 
 
+def environment_of(module: str) -> dict[str, str]:
+    """Of a daemon that this process starts: a coordinator is to have one heap; which cluster this
+    process itself uses is nothing to it."""
+    own = {k: v for k, v in os.environ.items() if k != "MESHINFER_COORDINATOR"}
+    return own | ONE if module == "cluster.coordinator" else own
+
+
 def share_one() -> None:
     """Begin this process anew with one heap, unless it has been begun so, or its user has chosen
     how many: the same process, by its id, its arguments, and what it has open but for what Python

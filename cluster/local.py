@@ -27,11 +27,11 @@ from typing import Any
 import msgspec
 import psutil
 
-from cluster import heap
 from cluster.client import Client
 from cluster.config import ADDRESS_FILE
 from cluster.coordinator import HEAD, Address, CoordinatorOptions, await_address
 from cluster.gate import GateProcess
+from cluster.heap import environment_of
 from cluster.keyring import read_keyring
 from cluster.profiler import Measured, measure
 from cluster.tokens import FOR_EVER_S, given, leave_token, new_secret, places_of, token_for
@@ -310,13 +310,10 @@ def _ways(gate: GateProcess, name: str) -> Ways:
 
 
 def _spawn(module: str, options: Any) -> subprocess.Popen[bytes]:
-    environment = {k: v for k, v in os.environ.items() if k != "MESHINFER_COORDINATOR"}
-    if module == "cluster.coordinator":
-        environment |= heap.ONE
     return subprocess.Popen(
         [sys.executable, "-m", module, json.dumps(options)],
         stdin=subprocess.DEVNULL,
-        env=environment,
+        env=environment_of(module),
         start_new_session=True,  # Ctrl-C goes to the user's program, which closes us
     )
 

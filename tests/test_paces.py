@@ -335,8 +335,6 @@ def test_a_search_for_a_small_gain_ends_when_a_device_becomes_slow() -> None:
     made = Noisy()
     made.deployed(model=MODEL)
     made.stream(12.0)
-    (first,) = made.core.catalogue.deployments.values()
-    first.links.nearer = False
     made.slowness["pi-2"] = 1.3
     made.plan_s = 30.0
     made.stream(12.0)

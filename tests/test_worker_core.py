@@ -398,25 +398,26 @@ def test_spare_tasks_wait_for_their_weights_and_end_with_the_first_that_fails() 
     assert places(core.handle(e.BlobWritten("61"), 1.8)) == [(0, 1)]
 
 
-def test_a_device_that_only_stands_by_prepares_one_by_one_too() -> None:
+def standing_by() -> WorkerCore:
+    """A device without a task of its own, which is told of two that it may take over."""
     core = alone()
     told(core, welcome(), 0.0)
     others = tuple(
         m.Program(place=(i, 0), model=f"5{i}", devices=("a", "pi"), spare=True) for i in range(2)
     )
     told(core, m.Install(deployment=5, programs=others, peers=()), 1.0)
+    return core
+
+
+def test_a_device_that_only_stands_by_prepares_one_by_one_too() -> None:
+    core = standing_by()
     assert places(core.handle(e.BlobsFound("5", ()), 1.0)) == [(0, 0)]
     assert places(core.handle(e.Prepared(5), 1.1)) == [(1, 0)]
     assert messages(core.handle(e.Prepared(5), 1.2)) == ["Installed"]
 
 
 def test_spare_tasks_of_which_a_blob_does_not_come_are_not_prepared_later() -> None:
-    core = alone()
-    told(core, welcome(), 0.0)
-    others = tuple(
-        m.Program(place=(i, 0), model=f"5{i}", devices=("a", "pi"), spare=True) for i in range(2)
-    )
-    told(core, m.Install(deployment=5, programs=others, peers=()), 1.0)
+    core = standing_by()
     core.handle(e.BlobsFound("5", ("51",)), 1.0)
     failure = m.Failure(error="MeshInferError", message="disk full")
     assert messages(core.handle(e.BlobWritten("51", failure), 1.1)) == ["Installed"]

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 import psutil
 
-from cluster import heap
 from cluster.config import ADDRESS_FILE
 from cluster.coordinator import HEAD, Address, CoordinatorOptions, await_address
+from cluster.heap import environment_of
 from cluster.keyring import KEYRING_FILE, read_keyring
 from cluster.tokens import FOR_EVER_S, given, leave_token, new_secret, places_of, token_for
 from cluster.worker import Ways, WorkerOptions
@@ -248,9 +248,6 @@ class LabCluster:
         leave_token(state, token_for(read_keyring(self.keyring), "worker", self._secret, places))
 
     def _spawn(self, i: int, module: str, options: msgspec.Struct) -> subprocess.Popen:
-        environment = {k: v for k, v in os.environ.items() if k != "MESHINFER_COORDINATOR"}
-        if module == "cluster.coordinator":
-            environment |= heap.ONE
         with ExitStack() as stack:
             log = None if self._log is None else stack.enter_context(self._log.open("ab"))
             return self._lab.spawn(
@@ -258,7 +255,7 @@ class LabCluster:
                 _daemon(module, msgspec.to_builtins(options)),
                 stdin=subprocess.DEVNULL,
                 stderr=log,
-                env={**environment, **self._environment},
+                env={**environment_of(module), **self._environment},
                 start_new_session=True,  # Ctrl-C goes to the user's program, which closes the lab
             )
 

@@ -51,10 +51,10 @@ class Layout:
     def leads_to(self, paces: Paces) -> bool:
         """Whether moving borders and devices makes a good plan of it for these paces: where all is
         shared, or where they are much as they were. What is whole on one device stays there."""
-        if not self.blocks or any(b.whole_on is not None for b in self.blocks):
-            ratios = [pace / self.paces.get(name, 1.0) for name, pace in paces.items()]
-            return bool(self.blocks) and max(ratios) < limits.PACE_GRAVE * min(ratios)
-        return True
+        if all(b.whole_on is None for b in self.blocks):
+            return bool(self.blocks)
+        ratios = [pace / self.paces.get(name, 1.0) for name, pace in paces.items()]
+        return max(ratios) < limits.PACE_GRAVE * min(ratios)
 
 
 ADAPTED = "made from plans of before, for the devices' present paces"
