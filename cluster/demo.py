@@ -222,7 +222,7 @@ def _spec(model: bytes) -> ImageSpec:
 def ask_oracle(model: bytes, pixels: Array, spec: ImageSpec) -> Oracle:
     """The original model on one thread here, and onnxruntime's own difference between no and full
     optimisation, four times which is allowed (but at least 1e-5)."""
-    import onnxruntime as ort
+    from meshinfer.onnxrt import ort
 
     tensor: Array = pixels.astype(np.float32) * np.float32(spec.scale)
     if spec.colour == "BGR":

@@ -30,7 +30,7 @@ from meshinfer.errors import ConfigurationError
 from meshinfer.protocol import messages as m
 
 if TYPE_CHECKING:  # loaded where something is measured: a coordinator starts without it
-    import onnxruntime as ort
+    from meshinfer.onnxrt import ort
 
 _WINDOWS, _WINDOW_S, _QUOTA_WINDOW_S = 4, 0.012, 0.02
 _LEAST_SHARE = 0.1
@@ -198,7 +198,7 @@ class _Measuring:
 
 
 def _prepared(probe: Probe, threads: int) -> Callable[[], object]:
-    import onnxruntime as ort
+    from meshinfer.onnxrt import ort
 
     session = ort.InferenceSession(
         base64.b64decode(probe.model), _options(threads), providers=["CPUExecutionProvider"]
@@ -208,7 +208,7 @@ def _prepared(probe: Probe, threads: int) -> Callable[[], object]:
 
 
 def _options(threads: int) -> ort.SessionOptions:
-    import onnxruntime as ort
+    from meshinfer.onnxrt import ort
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads

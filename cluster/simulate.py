@@ -16,11 +16,11 @@ from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 
 from cluster import crowd
 from meshinfer.engine.ort import OrtEngine
 from meshinfer.errors import InvalidInput
+from meshinfer.onnxrt import ort
 from meshinfer.simulator.kernels import Array, Kernels, Symbolic, Tensors
 from meshinfer.simulator.mutants import MUTANTS, planted
 from meshinfer.simulator.run import Failed, Result, run

@@ -20,6 +20,8 @@ from hypothesis import HealthCheck, settings
 if TYPE_CHECKING:
     from wires import Net
 
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # tests import onnxruntime, the oracle, plain
+
 ORDER = (
     "test_style",
     "test_nothing_executes",

@@ -57,8 +57,7 @@ def main(arguments: list[str]) -> int:
     import numpy as np
 
     _step("importing onnxruntime")
-    import onnxruntime  # noqa: F401
-
+    import meshinfer.onnxrt  # noqa: F401
     from cluster.profiler import probes
     from meshinfer.engine.ort import OrtEngine
 

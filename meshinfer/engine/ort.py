@@ -24,11 +24,11 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import numpy as np
-import onnxruntime as ort
 import xxhash
 
 from meshinfer.engine import Array, EngineError
 from meshinfer.engine.wire import external_tensors
+from meshinfer.onnxrt import ort
 
 _SHARED_FROM_BYTES = 1024
 _FATAL_ONLY = 4

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime as ort
+
+from meshinfer.onnxrt import ort
 
 _SUMS = ("Add", "Sum")
 _CONVOLUTION = re.compile(r"(.*?)(_bn)?_nchwc(?:_token_\d+)?$")

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import onnx
 import onnx_ir as ir
-import onnxruntime as ort
 
 from meshinfer import limits
 from meshinfer.errors import InvalidInput, MeshInferError
@@ -22,6 +21,7 @@ from meshinfer.importers.checks import tensor_nbytes, tensors_of, title
 from meshinfer.importers.external import MOVED_FROM_BYTES
 from meshinfer.importers.rewrite import take_apart
 from meshinfer.importers.types import infer_types
+from meshinfer.onnxrt import ort
 
 GIVEN, MADE = "given.onnx", "model.onnx"
 

@@ -11,10 +11,10 @@ import re
 from pathlib import Path
 
 import onnx
-import onnxruntime as ort
 from onnx import TensorProto, TypeProto, helper
 
 from meshinfer.importers.pools import trim_pools
+from meshinfer.onnxrt import ort
 
 _TENSOR = re.compile(r"tensor\((\w+)\)")
 _ELEMENTS = {

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
+
+from meshinfer.onnxrt import ort
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 

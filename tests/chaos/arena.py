@@ -262,6 +262,11 @@ class Run:
             over.set()
             thread.join(10.0)
 
+    def list_descriptors(self) -> None:
+        """Write down what the coordinator has open, so that one more or less can be named."""
+        pid = self.cluster.coordinator_pid
+        self.history.write("descriptors", name="coordinator", open=_opened(pid))
+
     def close(self) -> None:
         self.user.close()
         self.history.close()
@@ -281,6 +286,18 @@ def _holds(pid: int) -> dict[str, int]:
             "threads": process.num_threads(),
             "descriptors": process.num_fds(),
         }
+
+
+def _opened(pid: int) -> list[str]:
+    """What a process has open: files and kinds by name, connections by their ends."""
+    ends = {
+        c.fd: f"tcp {c.laddr} {c.raddr} {c.status}" for c in psutil.Process(pid).net_connections()
+    }
+    opened = []
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed meanwhile
+            opened.append(ends.get(int(path.name), os.readlink(path).partition(":[")[0]))
+    return sorted(opened)
 
 
 class Load:

@@ -11,7 +11,8 @@ from meshinfer import limits
 RATE = 4.0
 IN_FLIGHT = 8
 HOUR_MINUTES = 60.0
-QUIET_S = 15.0
+QUIET_S = limits.KEEPALIVE_IDLE_S + 5 * limits.TCP_MAX_RETRANSMIT_MS / 1000.0
+"""Until the kernel has told of every connection whose other end went without a word."""
 LEFT = 2
 
 
@@ -35,6 +36,7 @@ def soak(run: Run, minutes: float) -> None:
 
 def _quiet(run: Run, which: str) -> None:
     run.pause(QUIET_S)
+    run.list_descriptors()
     run.history.write("quiet", which=which, span_s=QUIET_S)
 
 

@@ -245,7 +245,7 @@ def _told(error: BaseException) -> dict[str, Any]:
 
 
 def _inputs(model: bytes) -> list[str]:
-    import onnxruntime as ort
+    from meshinfer.onnxrt import ort
 
     session = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
     return [each.name for each in session.get_inputs()]
