@@ -18,9 +18,10 @@ import onnxruntime as ort
 import oracle
 import pytest
 from bench_parts import figures, shapes
+from bench_parts.answers import Answers, Wrong
 from bench_parts.child import Broken, Peer
 from bench_parts.fits import fits, holds
-from bench_parts.measure import Answers, Effort, Job, Rigs, Wrong, measure
+from bench_parts.measure import Effort, Job, Rigs, measure
 from bench_parts.models import YOLO_LAYERS, Model, make, pictures, yolo
 from bench_parts.page import page
 from bench_parts.rig import OutOfTime, Patience, Setup, shared
@@ -521,7 +522,9 @@ def test_a_small_run_in_the_lab_writes_exact_rows(tmp_path: Path) -> None:
         ("2", "throughput"),
     ]
     assert all(r["answers"] > 0 and not r["wrong"] for r in rows)
-    assert "MobileNetV2" in files["html"].read_text()
+    assert [bool(r["beside"]) for r in rows] == [False, True, True]
+    assert all(0.2 < r["beside"]["median"] < 2.0 for r in rows[1:])
+    assert all(text in files["html"].read_text() for text in ("MobileNetV2", "speedup beside"))
 
 
 @pytest.mark.root

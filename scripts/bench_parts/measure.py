@@ -10,18 +10,21 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import oracle
 
+from bench_parts.answers import Answers, Wrong
 from bench_parts.baseline import Baseline
+from bench_parts.beside import Beside
 from bench_parts.child import Broken
 from bench_parts.models import Model, make
 from bench_parts.rig import OutOfTime, Patience, Rig, Setup, shared
@@ -50,47 +53,14 @@ class Job:
 @dataclass(frozen=True, slots=True)
 class Effort:
     """How much is measured. ``frames``: of a stream in each of ``stream_rounds``. ``tries``: of the
-    baseline with each number of threads."""
+    baseline with each number of threads. ``beside``: rounds of plain runs beside each other."""
 
     rounds: int
     stream_rounds: int
     frames: int
     tries: int
     warm_ups: int = 2
-
-
-class Wrong(Exception):
-    """An answer is not the oracle's."""
-
-
-class Answers:
-    """Holds answers against the oracle, each file of answers once."""
-
-    def __init__(self, model: Model) -> None:
-        self._model = model
-        self._known: dict[tuple[Path, int], bool] = {}
-        self._truths: dict[int, dict[str, Any]] = {}
-
-    def check(self, folder: Path, results: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether they are the oracle's bit for bit. Raises ``Wrong``."""
-        identical = True
-        for result in results:
-            key = (folder / result["answer"], result["request"])
-            if key not in self._known:
-                self._known[key] = self._is_identical(
-                    key[1], dict(np.load(key[0], allow_pickle=False))
-                )
-            identical &= self._known[key]
-        return identical
-
-    def _is_identical(self, request: int, outputs: Mapping[str, Any]) -> bool:
-        path, feeds = self._model.path, self._model.requests[request].feeds
-        if request not in self._truths:
-            self._truths[request] = oracle.reference(path, feeds)
-        try:
-            return oracle.assert_exact(path, feeds, outputs, truth=self._truths[request])
-        except AssertionError as error:
-            raise Wrong(f"{self._model.title}: {error}") from error
+    beside: int = 0
 
 
 class Subject:
@@ -113,6 +83,28 @@ class Subject:
         )
         tried = ", ".join(f"{n}: {s * 1e3:.0f} ms" for n, s in self.baseline.tried.items())
         say(f"  plain, by threads: {tried}")
+        self._beside: dict[int, list[float]] = {}
+        self._new_beside = partial(
+            Beside,
+            cores,
+            model=self.model,
+            inputs=plain,
+            folder=folder,
+            load_cores=deploy_cores,
+            threads=self.baseline.threads,
+            patience=patience,
+        )
+
+    def beside(self, counts: Sequence[int], rounds: int) -> dict[int, list[float]]:
+        """See ``Beside.shares``; of each number of devices once."""
+        new = sorted(set(counts) - set(self._beside))
+        if new and rounds:
+            with self._new_beside(count=new[-1]) as all_:
+                self._beside |= all_.shares(new, rounds)
+            for count in new:
+                share = statistics.median(self._beside[count])
+                say(f"  plain beside {count - 1} others: {share:.2f} of its speed alone")
+        return self._beside
 
 
 class Rigs:
@@ -224,6 +216,7 @@ def measure(job: Job, rigs: Rigs, effort: Effort) -> Iterator[dict[str, Any]]:
         stream = Series(largest.setup, "throughput", largest.rig, largest.members)
         all_.append(stream)
         _stream_rounds(stream, rigs, subject, effort)
+    _beside(all_, subject, effort)
     for series in all_:
         if series.failed or not series.latency_s:
             why = series.failed or series.rig.broken or "no round was made"
@@ -235,12 +228,25 @@ def measure(job: Job, rigs: Rigs, effort: Effort) -> Iterator[dict[str, Any]]:
     rigs.done()
 
 
+def _beside(all_: Sequence[Series], subject: Subject, effort: Effort) -> None:
+    """What devices of a lab take from each other, for those clusters whose devices are equal."""
+    equal = [s for s in all_ if s.latency_s and len(s.setup.cores) > 1 == len(set(s.setup.cores))]
+    try:
+        found = subject.beside([len(s.setup.cores) for s in equal], effort.beside)
+    except (OutOfTime, Broken, MeshInferError) as error:  # a row lacks its second figure, then
+        say(f"  no plain runs beside each other: {error}")
+        return
+    for series in equal:
+        series.beside = found.get(len(series.setup.cores), [])
+
+
 def _said(row: Mapping[str, Any]) -> str:
     expected = f"{row['predicted_s'] * 1e3:.0f} ms" if row["predicted_s"] else "nothing"
     return (
         f"{row['short']}: {row['speedup']['median']:.2f}× of at most "
         f"{row['bound_speedup']:.2f}×, predicted {expected}, "
         f"measured {row['latency_s']['median'] * 1e3:.0f} ms"
+        + (f", {row['speedup_beside']:.2f}× if none is beside" if row["speedup_beside"] else "")
         + (f"; DOUBTFUL: {row['doubt']}" if row["doubt"] else "")
     )
 

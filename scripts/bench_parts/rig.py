@@ -357,11 +357,11 @@ def _is_worker(pid: int) -> bool:
         return False
 
 
-def spawn(lab: Lab, script: str, options: dict[str, Any], log: Path) -> Peer:
-    """Start one of the measured processes on device 0."""
+def spawn(lab: Lab, script: str, options: dict[str, Any], log: Path, device: int = 0) -> Peer:
+    """Start one of the measured processes on a device."""
     with log.open("ab") as errors:
         process = lab.spawn(
-            0,
+            device,
             [sys.executable, str(_HERE / script), json.dumps(options)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -36,6 +36,7 @@ class Series:
     answers: int = 0
     identical: bool = True
     workers: list[WorkerMemory] = field(default_factory=list)
+    beside: list[float] = field(default_factory=list)
 
     @property
     def lives(self) -> bool:
@@ -103,6 +104,10 @@ def row_of(series: Series, model: Model, baseline: Baseline) -> dict[str, Any]:
         "baseline_tried_s": baseline.tried,
         "latency_s": asdict(latency),
         "speedup": asdict(speedup),
+        "beside": asdict(spread(series.beside)) if series.beside else None,
+        "speedup_beside": speedup.median / statistics.median(series.beside)
+        if series.beside
+        else None,
         "efficiency": speedup.median / ideal,
         "bound_s": bound,
         "bound_speedup": alone_s / bound,
