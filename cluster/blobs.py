@@ -15,6 +15,7 @@ import os
 import shutil
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -83,8 +84,9 @@ class BlobStore:
         self.folder = self.loading = folder
         self.max_bytes = max_bytes
         self._files: Files = files or Plain()
-        # Each is looked for on the disk before it counts.
-        self._verified: dict[str, tuple[int, ...]] = {}
+        # Each is looked for on the disk before it counts. The last that were used: others are
+        # verified anew, for every plan adds some that are soon of no use.
+        self._verified: OrderedDict[str, tuple[int, ...]] = OrderedDict()
         self._since = time.time()  # beside the files' own times
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -192,7 +194,7 @@ class BlobStore:
             part.unlink(missing_ok=True)
             raise ValueError("its bytes are not those of its SHA-256")
         os.replace(part, self.path(digest))
-        self._verified[digest] = _identity(self.path(digest))
+        self._note(digest)
 
     def _digest(self, path: Path) -> str:
         total = hashlib.sha256()
@@ -210,11 +212,17 @@ class BlobStore:
                 return False
             with self._locked():
                 os.utime(path)  # used now
-            self._verified[digest] = _identity(path)
+            self._note(digest)
         except OSError:
             self._verified.pop(digest, None)
             return False
         return True
+
+    def _note(self, digest: str) -> None:
+        self._verified[digest] = _identity(self.path(digest))
+        self._verified.move_to_end(digest)
+        if len(self._verified) > limits.BLOBS_VERIFIED:
+            self._verified.popitem(last=False)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

@@ -96,6 +96,7 @@ class Journal:
             raise sqlite3.OperationalError(f"its journal mode is {mode}, not wal")
         run("PRAGMA synchronous=NORMAL")
         run(f"PRAGMA wal_autocheckpoint={limits.JOURNAL_WAL_PAGES}")
+        run(f"PRAGMA cache_size=-{limits.JOURNAL_CACHE_BYTES // 1024}")  # by itself 2 MB, in time
         (schema,) = run("PRAGMA user_version").fetchone()
         if not 0 <= schema <= _SCHEMA:  # 0: it is new
             raise sqlite3.DatabaseError(f"it is of another release of MeshInfer (form {schema})")

@@ -13,8 +13,7 @@ MESSAGE_BYTES: Final = FRAME_BYTES * (FRAMES_PER_MESSAGE - 1)
 CONTROL_FRAME_BYTES: Final = 4 * MIB
 BLOB_CHUNK_BYTES: Final = 8 * MIB
 BLOB_WANT_BYTES: Final = 1 * MIB
-BLOB_GONE_TIMES: Final = 3
-"""A blob is lost when its peer says so often that it has it not."""
+BLOB_GONE_TIMES: Final = 3  # a blob is lost when its peer says so often that it has it not
 HIGH_WATER_MARK: Final = 32
 TENSOR_RANK: Final = 16
 BACKLOG_BYTES: Final = 64 * MIB
@@ -82,8 +81,7 @@ QUARANTINE_FORGOTTEN_S: Final = 600.0
 REST_S: Final = 1.0
 RESTS: Final = 4
 """A device that is killed again and again as it joins rests for 1, 2, then 4 s each time."""
-NEVER_QUARANTINED: Final = 2
-"""So many devices work, whatever they did."""
+NEVER_QUARANTINED: Final = 2  # so many devices work, whatever they did
 LOST_SHOWN_S: Final = 600.0
 
 # Results that may be wrong: tasks that are computed a second time, by another device.
@@ -163,8 +161,7 @@ ROUTES_KEPT: Final = 4096
 ROUTES_GONE: Final = 64
 """Of those whose connection is over: so many may come back by it and are known."""
 RETIRED_KEPT: Final = 8
-WAITS_S: Final = 5 * JOIN_AGAIN_S
-"""Who has not asked again for so long waits no more."""
+WAITS_S: Final = 5 * JOIN_AGAIN_S  # who has not asked again for so long waits no more
 ID_CHARS_LEAST: Final = 4
 """Of an id, to say whom one means."""
 DEVICE_NAME_CHARS: Final = 64
@@ -286,6 +283,7 @@ MODELS: Final = 64
 OPEN_DEPLOYS: Final = 16
 PLANS_AT_ONCE: Final = 4
 ANSWERED_IDS_KEPT: Final = 1024
+TASK_TIMES_KEPT: Final = 4096  # of their tasks, at 250 bytes: who asks again does so within seconds
 FED_REQUESTS: Final = 4 * QUEUE_REQUESTS
 """Whose inputs a head holds of one client: as many as may be open, and more that came with them and
 are refused; twice that of all."""
@@ -302,6 +300,7 @@ JOURNAL_DELAY_S: Final = 0.5
 """The outcome of a success waits so long for an acceptance to be written with."""
 JOURNAL_RETRY_S: Final = 1.0
 JOURNAL_WAL_PAGES: Final = 1000
+JOURNAL_CACHE_BYTES: Final = 256 << 10
 JOURNAL_PAGE_BYTES: Final = 1024
 """A commit writes whole pages, and a memory card wears by them."""
 
@@ -314,6 +313,7 @@ WEIGHT_FILE_BYTES: Final = 64 << 10
 WEIGHT_FILES: Final = 16384
 DEPLOYING_BYTES: Final = 2 * MODEL_BYTES
 BLOB_STORE_BYTES: Final = 8 << 30
+BLOBS_VERIFIED: Final = 1024
 TENSOR_BYTES: Final = MESSAGE_BYTES
 GRAPH_CACHE_BYTES: Final = 1 << 30
 PLAN_TEXT_BYTES: Final = 2 * MIB

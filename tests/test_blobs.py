@@ -19,6 +19,7 @@ from cluster.forgetting import forget
 from cluster.processes import hold_folder
 from cluster.sealing import SealedStore, sealed_store
 from cluster.storing import StoreThread
+from meshinfer import limits
 from meshinfer.engine.ort import OrtEngine
 from meshinfer.errors import AuthError, ConfigurationError, InvalidInput
 from meshinfer.protocol import messages as m
@@ -129,6 +130,24 @@ def test_what_changed_since_it_was_verified_is_not_loaded(
             with pytest.raises(BlobDamaged), store.opened((digest,)):
                 pytest.fail("it was opened")
         assert store.missing((digest,)) == (digest,)
+
+
+@KINDS
+def test_of_blobs_that_were_not_used_for_long_nothing_is_held(
+    tmp_path: Path, make: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1. of five blobs two may be held as verified; 2. all are found whole; 3. one of which nothing
+    is held is changed: it is not loaded."""
+    monkeypatch.setattr(limits, "BLOBS_VERIFIED", 2)
+    store = make(tmp_path)
+    digests = tuple(write(store, b"blob %d, " % i * 9) for i in range(5))
+    assert len(store._verified) == 2
+    assert store.missing(digests) == () and len(store._verified) == 2
+    path = store.path(digests[0])
+    path.write_bytes(path.read_bytes()[::-1])
+    assert store.missing(digests) == digests[:1]
+    with pytest.raises(BlobDamaged), store.opened(digests[:1]):
+        pass
 
 
 def test_a_worker_does_not_prepare_what_was_changed_on_its_disk(tmp_path: Path) -> None:

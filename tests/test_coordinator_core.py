@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pytest
 from cores import Cluster, image, kind
+from msgspec import structs
 
 from meshinfer import limits
 from meshinfer.protocol import messages as m
-from meshinfer.protocol.records import BESIDE_COORDINATOR
+from meshinfer.protocol.records import BESIDE_COORDINATOR, TaskTime
 from meshinfer.scheduler import events as e
 from meshinfer.scheduler.coordinator import CoordinatorCore
+from meshinfer.scheduler.journal import Journal
+from meshinfer.scheduler.request import Answered
 
 
 def sends(effects: list[e.Effect], kind_: type) -> list[e.Send]:
@@ -209,6 +212,25 @@ def test_only_the_last_answered_ids_are_remembered(monkeypatch: pytest.MonkeyPat
         cluster.check(cluster.submit(request=request))
     cluster.check(cluster.submit(request="first", client="bob"), client="bob")
     cluster.check_idle()
+
+
+def test_of_older_answers_what_their_tasks_took_is_forgotten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two answers of two tasks each, of which three may be kept; both can be told again."""
+    monkeypatch.setattr(limits, "TASK_TIMES_KEPT", 3)
+    journal, told = Journal(None), []
+    times = [TaskTime(place=(0, i), compute_s=0.1, sent_bytes=1, device="pi-1") for i in range(2)]
+    for name in ("first", "second"):
+        asked = m.Submit(
+            request=name, model="net", version=3, inputs=(), picture=False, deadline_s=1.0
+        )
+        journal.accepted(asked)
+        reply = m.Reply(request=name, version=3, tasks=tuple(times))
+        journal.ended(Answered(reply, "head", "ann"), "", e.Note("info", "told", {}))
+        told.append((asked, reply))
+    again = [journal.outcome(asked, "ann", "head") for asked, _ in told]
+    assert again == [structs.replace(told[0][1], tasks=()), told[1][1]]
 
 
 def test_a_device_that_cannot_prepare_is_left_out_for_a_while() -> None:

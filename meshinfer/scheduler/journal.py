@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from msgspec import structs
 
 from meshinfer import limits
 from meshinfer.protocol import messages as m
@@ -60,6 +62,8 @@ class Journal:
             for name, entry in requests.items()
         )
         self._answered: OrderedDict[str, Answered] = OrderedDict()
+        self._timed: deque[tuple[str, int]] = deque()  # of which the tasks' times are kept
+        self._times = 0
         self._entries: list[Entry] = []
         self._held: deque[_Held] = deque()
         self._last = self._recorded = self._urged = self._wanted = 0
@@ -108,12 +112,25 @@ class Journal:
         self._answered[name] = answered
         while len(self._answered) > limits.ANSWERED_IDS_KEPT:
             self._answered.popitem(last=False)
+        self._forget_times(name, len(answered.reply.tasks))
         known = self._known.get(name)
         if known is None:
             return [told]
         known.failure = failure
         self._add(Ended(name, known.body, digest, failure), prompt=failure is not None)
         return self.tell(answered.reply, told)
+
+    def _forget_times(self, newest: str, tasks: int) -> None:
+        """Of older answers: a plan for many devices has hundreds of tasks."""
+        if not tasks:
+            return
+        self._timed.append((newest, tasks))
+        self._times += tasks
+        while self._times > limits.TASK_TIMES_KEPT and len(self._timed) > 1:
+            name, count = self._timed.popleft()
+            self._times -= count
+            if old := self._answered.get(name):
+                self._answered[name] = replace(old, reply=structs.replace(old.reply, tasks=()))
 
     def tell(self, reply: m.Reply, told: Effect) -> list[Effect]:
         """Send an outcome; that an id has failed once it is written."""

@@ -281,8 +281,10 @@ class Run:
 def _holds(pid: int) -> dict[str, int]:
     process = psutil.Process(pid)
     with process.oneshot():
+        memory = process.memory_info()
         return {
-            "rss": process.memory_info().rss,
+            "rss": memory.rss,
+            "shared": memory.shared,
             "threads": process.num_threads(),
             "descriptors": process.num_fds(),
         }
