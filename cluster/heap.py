@@ -1,8 +1,10 @@
-"""One heap for all threads of a process that is to live for months.
+"""One heap for all threads of a process that is to live for months, and nothing large in it.
 
 glibc gives each thread a heap of its own (an *arena*, mallopt(3)), and each keeps the most that it
-ever held, in pieces between small things that stay. It reads its variables as a process begins, so
-who wants another number of them begins anew.
+ever held, in pieces between small things that stay. Where one large block was given back, larger
+ones than that are no longer pages of their own but lie in the heap (M_MMAP_THRESHOLD is dynamic):
+small things settle in the gaps that pieces of tensors and tables of ids leave, and the next large
+one needs new room. glibc reads its variables as a process begins, so who wants others begins anew.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from contextlib import suppress
 
 _VARIABLE = "MALLOC_ARENA_MAX"
 _MARK = "MESHINFER_ONE_HEAP"
-ONE = {_VARIABLE: "1", _MARK: "1"}
+ONE = {_VARIABLE: "1", "MALLOC_MMAP_THRESHOLD_": str(64 << 10), _MARK: "1"}
 """For the environment of a process that is to have one heap."""
 
 
@@ -31,8 +33,9 @@ def share_one() -> None:
     heaps as if this process had never been told."""
     if sys.platform != "linux":
         return
-    if os.environ.pop(_MARK, None) is not None:
-        os.environ.pop(_VARIABLE, None)
+    if _MARK in os.environ:
+        for name in ONE:
+            os.environ.pop(name, None)
     elif _VARIABLE not in os.environ:
         with suppress(OSError):  # with more heaps, then
             os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **ONE})

@@ -76,8 +76,31 @@ def test_all_threads_of_a_coordinator_share_one_heap(tmp_path: Path) -> None:
         await_address(coordinator, tmp_path / "c", WITHIN_S)
         assert psutil.Process(coordinator.pid).num_threads() > 8
         assert heaps(coordinator.pid) == 0
-        began = Path(f"/proc/{coordinator.pid}/environ").read_bytes()
-        assert b"MALLOC_ARENA_MAX=1" in began.split(b"\0")
+        began = Path(f"/proc/{coordinator.pid}/environ").read_bytes().split(b"\0")
+        assert {f"{k}={v}".encode() for k, v in heap.ONE.items()} <= set(began)
+
+
+def test_what_is_large_leaves_no_gaps_in_the_one_heap() -> None:
+    """1. large blocks come and go, each larger than the last, and a small one in between stays;
+    2. the process holds hardly more than at first. By glibc's own rule it holds all of them."""
+    code = (
+        "import os, sys, gc\n"
+        "held = lambda: int(open('/proc/self/statm').read().split()[1]) * 4096\n"
+        "stay, before = [], held()\n"
+        "for i in range(200):\n"
+        "    blocks = [bytearray(b'x') * (150_000 + 1000 * i) for _ in range(9)]\n"
+        "    stay.append(bytearray(b'y') * 30_000)\n"
+        "    del blocks\n"
+        "print(held() - before - 200 * 30_000)"
+    )
+    grown = []
+    for settings in ({}, heap.ONE):
+        own = {k: v for k, v in os.environ.items() if k not in heap.ONE}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=own | settings, capture_output=True, timeout=60
+        )
+        grown.append(int(done.stdout))
+    assert grown[1] < 1 << 20 < grown[0]
 
 
 @pytest.mark.parametrize("chosen", ["", "3"])
