@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 
-_VARIABLE = "MALLOC_ARENA_MAX"
 _MARK = "MESHINFER_ONE_HEAP"
-ONE = {_VARIABLE: "1", "MALLOC_MMAP_THRESHOLD_": str(64 << 10), _MARK: "1"}
+ONE = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(64 << 10), _MARK: "1"}
 """For the environment of a process that is to have one heap."""
 
 
@@ -23,7 +23,7 @@ def environment_of(module: str) -> dict[str, str]:
     """Of a daemon that this process starts: a coordinator is to have one heap; which cluster this
     process itself uses is nothing to it."""
     own = {k: v for k, v in os.environ.items() if k != "MESHINFER_COORDINATOR"}
-    return own | ONE if module == "cluster.coordinator" else own
+    return _told(own) if module == "cluster.coordinator" else own
 
 
 def share_one() -> None:
@@ -36,6 +36,11 @@ def share_one() -> None:
     if _MARK in os.environ:
         for name in ONE:
             os.environ.pop(name, None)
-    elif _VARIABLE not in os.environ:
+    elif (told := _told(os.environ)) != os.environ:
         with suppress(OSError):  # with more heaps, then
-            os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **ONE})
+            os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], told)
+
+
+def _told(environment: Mapping[str, str]) -> dict[str, str]:
+    """With ``ONE``, unless the user has chosen any of it."""
+    return {**environment, **({} if ONE.keys() & environment.keys() else ONE)}
