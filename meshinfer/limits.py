@@ -69,6 +69,7 @@ COORDINATOR_SILENT_S: Final = 10.0
 NO_WORKER_GRACE_S: Final = 5.0
 REPLAN_SETTLE_S: Final = 0.2
 EXCLUDED_S: Final = 15.0
+REFUSED_DOUBLINGS: Final = 5  # of that, while a client and a device do not reach each other
 DETOUR_ASKED_S: Final = 5.0
 DETOUR_PROBE_S: Final = 1.0
 """How often two devices whose pieces go by the head try to reach each other."""
@@ -154,8 +155,7 @@ JOIN_MESSAGES_PER_S: Final = 64.0
 """Of all strangers together."""
 HANDSHAKES_AT_ONCE: Final = 256
 """Connections to one work socket that have not said who they are; one more, the oldest ends."""
-GATE_TRIED_S: Final = 2.0
-"""How long a port may take to turn a stranger away, as it starts."""
+GATE_TRIED_S: Final = 2.0  # how long a port may take to turn a stranger away, as it starts
 GREETING_S: Final = 1.0
 ROUTES_KEPT: Final = 4096
 ROUTES_GONE: Final = 64

@@ -13,6 +13,7 @@ from meshinfer import limits
 from meshinfer.protocol import messages as m
 from meshinfer.protocol.records import BESIDE_COORDINATOR
 from meshinfer.scheduler import events as e
+from meshinfer.scheduler.worker import COORDINATOR
 
 WHY = "x came as <f4 of shape (1,)"
 
@@ -193,7 +194,7 @@ def test_only_who_shares_a_plan_may_say_that_another_is_late() -> None:
 
 
 def test_only_who_computes_for_a_client_may_say_that_it_is_late() -> None:
-    """Else any device could have it go by the head for good."""
+    """Else any device could have it go by the head."""
     cluster = two_of_three(beside=True)
     say(cluster, "pi-1#1", m.Stalled(peer="ann#1"))
     assert not cluster.core._heads._refused, "it has asked for nothing"
@@ -201,8 +202,27 @@ def test_only_who_computes_for_a_client_may_say_that_it_is_late() -> None:
     say(cluster, "pi-3#1", m.Stalled(peer="ann#1"))
     assert not cluster.core._heads._refused
     say(cluster, "pi-1#1", m.Stalled(peer="ann#1"))
-    assert cluster.core._heads._refused == {"ann#1"}
+    assert list(cluster.core._heads._refused) == ["ann#1"]
     cluster.check(request)
+
+
+def test_a_client_that_a_device_did_not_reach_is_tried_again_later_each_time() -> None:
+    """1. ann goes by the head; 2. after a while it is the head of its requests again; 3. refused
+    again, it goes by the head for twice as long; 4. and not so long where that was long ago."""
+    cluster = two_of_three(beside=True)
+    heads, ann = cluster.core._heads, cluster.nodes["ann"]
+    for rest_s in (limits.EXCLUDED_S, 2 * limits.EXCLUDED_S, 4 * limits.EXCLUDED_S):
+        assert heads.stands("ann#1") and cluster.check(cluster.submit()).attempts == 1
+        cluster.pass_time(2.0)  # all is acknowledged
+        assert len(heads.refuse("ann#1", cluster.now)) == 2
+        cluster.inject(ann, COORDINATOR, m.Who())
+        cluster.pass_time(rest_s - 2.0)
+        assert not heads.stands("ann#1") and cluster.check(cluster.submit()).attempts == 1
+        cluster.pass_time(3.0)
+    assert heads.stands("ann#1")
+    cluster.pass_time(limits.QUARANTINE_FORGOTTEN_S + 2.0)
+    heads.refuse("ann#1", cluster.now)
+    assert heads._refused["ann#1"].until == cluster.now + limits.EXCLUDED_S
 
 
 def test_only_who_is_to_prepare_something_may_say_that_it_cannot() -> None:

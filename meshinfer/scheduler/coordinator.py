@@ -372,7 +372,7 @@ class CoordinatorCore:
         effects += self._answering.start_waiting(now)
         effects += self._deploying.retire_unused(now)
         effects += self._parting.with_the_drained()
-        effects += self._tries.begin(now)
+        effects += self._tries.begin(now) + self._heads.due(now)
         busy = bool(self.requests)
         effects += self._links.next(self.members, now, busy=busy, free=self._unused)
         over = not self.requests and not self._journal.waits

@@ -7,6 +7,7 @@ answers itself, so that no tensor passes through another process on the way.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from msgspec import structs
 
@@ -22,24 +23,34 @@ from meshinfer.scheduler.request import Request
 Names = tuple[str, ...]
 
 
+@dataclass(slots=True)
+class _Refusal:
+    """``times``: in a row, this one too; ``over``: it may stand for the head again."""
+
+    until: float
+    times: int
+    over: bool = False
+
+
 class Heads:
     """Mutable: owned by the coordinator's core. ``_with``: of each client that stands for the head,
     the deployments that it has (True) or was told of. ``_granted``: those whose requests it may
     compute itself, None where it was looked at and may not. ``_where``: the host of each.
-    ``_refused``: clients that may not."""
+    ``_refused``: clients that may not, for a while, or might not of late."""
 
     def __init__(self, members: Membership) -> None:
         self._members = members
         self._with: dict[str, dict[int, bool]] = {}
         self._granted: dict[str, dict[int, Deployment | None]] = {}
         self._where: dict[str, str] = {}
-        self._refused: set[str] = set()
+        self._refused: dict[str, _Refusal] = {}
 
     def admit(self, peer: str, hello: m.Hello) -> str:
         """The name that a client acts under, or none; what it was told before, it has forgotten."""
         self._forget_client(peer)
         head = self._members.head
-        if hello.role != "client" or head is None or peer in self._refused:
+        refusal = self._refused.get(peer)
+        if hello.role != "client" or head is None or (refusal and not refusal.over):
             return ""
         if not self._beside_a_device(hello):
             return ""
@@ -53,17 +64,32 @@ class Heads:
 
     def gone(self, peer: str) -> None:
         self._forget_client(peer)
-        self._refused.discard(peer)
+        self._refused.pop(peer, None)
 
     def _forget_client(self, peer: str) -> None:
         for known in (self._with, self._granted, self._where):
             known.pop(peer, None)
 
-    def refuse(self, peer: str) -> list[Effect]:
-        """It and a device do not reach each other: from its next hello on it goes by the head."""
-        self._refused.add(peer)
+    def refuse(self, peer: str, now: float) -> list[Effect]:
+        """It and a device do not reach each other: from its next hello on it goes by the head, for
+        a while, which costs a copy of each tensor and the coordinator memory for it."""
+        old = self._refused.get(peer)
+        late = old is None or now > old.until + limits.QUARANTINE_FORGOTTEN_S
+        times = 1 if old is None or late else old.times + 1
+        doubled = min(times - 1, limits.REFUSED_DOUBLINGS)
+        self._refused[peer] = _Refusal(now + limits.EXCLUDED_S * 2**doubled, times)
         note = Note("warning", "a client does not reach all devices", {"client": peer})
         return [note, Send(Plane.CONTROL, peer, m.Who())]
+
+    def due(self, now: float) -> list[Effect]:
+        """Let those stand for the head again who could not for long enough."""
+        effects: list[Effect] = []
+        for peer, refusal in self._refused.items():
+            if not refusal.over and now >= refusal.until:
+                refusal.over = True
+                note = Note("info", "a client may reach all devices again", {"client": peer})
+                effects += [note, Send(Plane.CONTROL, peer, m.Who())]
+        return effects
 
     def stands(self, peer: str) -> bool:
         """Whether a peer is the head of its own requests."""

@@ -47,7 +47,7 @@ class Reaching:
         other = message.peer if client == peer else peer
         there = self._members.by_peer(other) is not None  # else it is late for good
         there = there and self._answering.hearing.share_attempt(client, other)
-        return self._heads.refuse(client) if there else []
+        return self._heads.refuse(client, now) if there else []
 
     def _detour(self, peer: str, message: m.Stalled, now: float) -> list[Effect]:
         effects = detour(self._members, peer, message)
@@ -69,7 +69,7 @@ class Reaching:
             return []
         client = self._heads.among(peer, message.peer)
         if client is not None:
-            return self._heads.refuse(client)
+            return self._heads.refuse(client, now)
         device, lost = self._members.by_peer(peer), self._members.by_peer(message.peer)
         assert device is not None
         if lost is None or lost.hello.facts.head:
