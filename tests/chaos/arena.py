@@ -290,15 +290,23 @@ def _holds(pid: int) -> dict[str, int]:
         }
 
 
+_SOCKETS = {"tcp": 9, "udp": 9, "unix": 6, "netlink": 9}
+"""Which column of each of these lists of the kernel (proc(5)) has a socket's inode."""
+
+
 def _opened(pid: int) -> list[str]:
-    """What a process has open: files and kinds by name, connections by their ends."""
-    ends = {
-        c.fd: f"tcp {c.laddr} {c.raddr} {c.status}" for c in psutil.Process(pid).net_connections()
-    }
+    """What a process has open: files and kinds by name, sockets of its namespace by their ends and
+    state. A socket without is in no list: its connection is over, and it was not closed."""
+    ends = {}
+    for kind, column in _SOCKETS.items():
+        for line in Path(f"/proc/{pid}/net/{kind}").read_text().splitlines()[1:]:
+            words = line.split()
+            ends[f"socket:[{words[column]}]"] = f"{kind} {' '.join(words[1:4])}"
     opened = []
     for path in Path(f"/proc/{pid}/fd").iterdir():
         with suppress(FileNotFoundError):  # closed meanwhile
-            opened.append(ends.get(int(path.name), os.readlink(path).partition(":[")[0]))
+            link = os.readlink(path)
+            opened.append(ends.get(link, link.partition(":[")[0]))
     return sorted(opened)
 
 
