@@ -103,7 +103,7 @@ class Subject:
                 self._beside |= all_.shares(new, rounds)
             for count in new:
                 share = statistics.median(self._beside[count])
-                say(f"  plain beside {count - 1} others: {share:.2f} of its speed alone")
+                say(f"  plain on {count} at once: {share:.2f} of its speed alone")
         return self._beside
 
 
