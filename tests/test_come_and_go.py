@@ -17,6 +17,7 @@ WORKERS = ("pi-1", "pi-2", "pi-3")
 BOUNDS = (
     "JOURNALED_IDS",
     "ANSWERED_IDS_KEPT",
+    "TASK_TIMES_KEPT",
     "CAUSES_KEPT",
     "STALE_REQUESTS_KEPT",
     "LATE_SAMPLES",
