@@ -14,6 +14,24 @@ from bench_parts.rig import Patience, lifted, spawn
 from cluster.lab import DeviceSpec, Lab
 
 
+def spawn_plain(
+    lab: Lab, device: int, model: Model, inputs: Sequence[Path], threads: int, log: Path
+) -> Peer:
+    """Start plain onnxruntime on the whole model."""
+    options = {
+        "model": str(model.path),
+        "inputs": [str(p) for p in inputs],
+        "threads": threads,
+    }
+    return spawn(lab, "plain.py", options, log, device)
+
+
+def await_plain(peer: Peer, patience: Patience) -> None:
+    """Until it has loaded the model, and run it once: the first run touches all the memory."""
+    assert peer.hear(patience.start_s) == "ready"
+    peer.ask({"run": 1}, patience.answer_s)
+
+
 class Baseline:
     """Plain onnxruntime on one device of its own, with the better of 1 and 2 threads."""
 
@@ -37,16 +55,12 @@ class Baseline:
             folder.mkdir(parents=True, exist_ok=True)
             tried: dict[int, tuple[float, Peer]] = {}
             for threads in (1, 2):
-                options = {
-                    "model": str(model.path),
-                    "inputs": [str(p) for p in inputs],
-                    "threads": threads,
-                }
                 log = folder / f"plain-{threads}.log"
                 with lifted(lab, load_cores):
-                    peer = self._stack.enter_context(spawn(lab, "plain.py", options, log))
-                    assert peer.hear(patience.start_s) == "ready"
-                    peer.ask({"run": 1}, patience.answer_s)  # the first touches all the memory
+                    peer = self._stack.enter_context(
+                        spawn_plain(lab, 0, model, inputs, threads, log)
+                    )
+                    await_plain(peer, patience)
                 tried[threads] = min(peer.ask({"run": tries}, patience.answer_s)["wall_s"]), peer
             self.tried = {threads: best_s for threads, (best_s, _) in tried.items()}
             self.threads = min(tried, key=lambda n: tried[n][0])

@@ -13,9 +13,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from bench_parts.baseline import await_plain, spawn_plain
 from bench_parts.child import Peer
 from bench_parts.models import Model
-from bench_parts.rig import Patience, lifted, spawn
+from bench_parts.rig import Patience, lifted
 from cluster.lab import DeviceSpec, Lab
 
 _RUNS = 2
@@ -37,11 +38,6 @@ class Beside:
         patience: Patience,
     ) -> None:
         self._patience, self._stack = patience, contextlib.ExitStack()
-        options = {
-            "model": str(model.path),
-            "inputs": [str(p) for p in inputs],
-            "threads": threads,
-        }
         try:
             lab = self._stack.enter_context(
                 Lab([DeviceSpec(f"plain-{i}", cores) for i in range(count)])
@@ -49,13 +45,12 @@ class Beside:
             with lifted(lab, load_cores):
                 self._peers = [
                     self._stack.enter_context(
-                        spawn(lab, "plain.py", options, folder / f"beside-{i}.log", i)
+                        spawn_plain(lab, i, model, inputs, threads, folder / f"beside-{i}.log")
                     )
                     for i in range(count)
                 ]
                 for peer in self._peers:
-                    assert peer.hear(patience.start_s) == "ready"
-                    peer.ask({"run": 1}, patience.answer_s)  # the first touches all the memory
+                    await_plain(peer, patience)
             self._pool = self._stack.enter_context(ThreadPoolExecutor(count))
         except BaseException:
             self._stack.close()

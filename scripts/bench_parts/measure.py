@@ -246,7 +246,7 @@ def _said(row: Mapping[str, Any]) -> str:
         f"{row['short']}: {row['speedup']['median']:.2f}× of at most "
         f"{row['bound_speedup']:.2f}×, predicted {expected}, "
         f"measured {row['latency_s']['median'] * 1e3:.0f} ms"
-        + (f", {row['speedup_beside']:.2f}× if none is beside" if row["speedup_beside"] else "")
+        + (f", {row['speedup_beside']:.2f}× beside plain on all" if row["speedup_beside"] else "")
         + (f"; DOUBTFUL: {row['doubt']}" if row["doubt"] else "")
     )
 
