@@ -52,8 +52,7 @@ LINK_SAMPLE_S: Final = 0.5
 LINK_SAMPLES: Final = 4
 LINK_SLACK_S: Final = 0.015
 """Of the time of a real transfer so much may be its processors': a quota makes them late."""
-LINK_DEVIATION: Final = 1.5
-"""By how much a link must differ from what is known of it to be measured again, or planned for."""
+LINK_DEVIATION: Final = 1.5  # from what is known of it, to be measured again, or planned for
 LINK_DOUBT_S: Final = 5.0
 LINKED_DEVICES: Final = 12
 """Up to so many devices the links of all pairs are measured; of more, those with the head."""
@@ -93,10 +92,8 @@ CHECK_NEW_TASKS: Final = 100
 checked at once."""
 CHECKS_AT_ONCE: Final = 2
 CHECKS_HELD: Final = 4
-CHECK_S: Final = 5.0
-"""A check that takes longer is given up: what it needs was not kept, or a device is gone."""
-CHECK_IDLE_S: Final = 1.0
-"""So long the device that checks waits to have nothing else to do."""
+CHECK_S: Final = 5.0  # one that takes longer is given up: what it needs was not kept, or is gone
+CHECK_IDLE_S: Final = 1.0  # so long the device that checks waits to have nothing else to do
 CHECK_ERROR: Final = 1e-5
 """Of the largest value, between devices of one numeric class, whose bits are the same."""
 CHECK_ERROR_MIXED: Final = 1e-4
@@ -170,8 +167,7 @@ ADMIN_CALLS_KEPT: Final = 64
 
 DISCOVERED: Final = 64
 DISCOVERY_TXT_BYTES: Final = 512
-DISK_LOW_BYTES: Final = 512 * MIB
-"""With less free, ``meshinfer doctor`` warns: weights of models are kept on disk."""
+DISK_LOW_BYTES: Final = 512 * MIB  # with less free, ``meshinfer doctor`` warns
 
 # Requests.
 QUEUE_REQUESTS: Final = 256
@@ -219,8 +215,7 @@ PACE_SETTLE_S: Final = 3.0
 PACE_FORGOTTEN_S: Final = 30.0
 PACE_FORGOTTEN_MOST_S: Final = 600.0
 PACES_KEPT: Final = 256
-TRY_S: Final = 3.0
-"""Between two tries of a device that the plan leaves out, while requests run."""
+TRY_S: Final = 3.0  # between two tries of a device that the plan leaves out, while requests run
 TRY_SOON_S: Final = 0.5
 """The same while its pace is not known, or becomes another."""
 TRY_SHARE: Final = 0.1
@@ -229,6 +224,10 @@ TRY_SPAN_S: Final = 0.2  # two of the periods, 0.1 s, in which the kernel gives 
 TRY_LEAST_S: Final = 0.005  # of a shorter task the timing tells little
 TRY_VAIN_S: Final = 30.0
 """At most, where tries come to nothing; and where there is no answer."""
+RETREAT_TIMES: Final = 1.5  # as long as one device alone, and it does all; judged by so many:
+RETREAT_REQUESTS: Final = 4
+RETREAT_S: Final = 5.0  # until one goes by the plan, to see; twice as long each time in vain
+RETREAT_DOUBLINGS: Final = 4
 REPLAN_GAIN: Final = 1.10
 REPLAN_EVERY_S: Final = 5.0
 REPLAN_DOUBLINGS: Final = 5
@@ -288,6 +287,7 @@ FED_REQUESTS: Final = 4 * QUEUE_REQUESTS
 """Whose inputs a head holds of one client: as many as may be open, and more that came with them and
 are refused; twice that of all."""
 STALE_REQUESTS_KEPT: Final = 1024
+GIVEN_UP_KEPT: Final = QUEUE_REQUESTS  # by a client, of which it tells a coordinator again
 
 # The coordinator's journal.
 JOURNALED_IDS: Final = 8192

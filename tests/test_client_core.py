@@ -142,6 +142,26 @@ def test_closing_it_fails_and_cancels_what_is_open() -> None:
     assert kinds == [m.Cancel, e.Resolve, e.Stop] and request
 
 
+def test_that_a_request_is_given_up_is_told_again_if_its_connection_breaks() -> None:
+    """1. its inputs are with the head, and no word reaches the coordinator; 2. it is given up, and
+    the connection is made anew; 3. the head holds nothing. 4. One under the same id goes on."""
+    cluster = Cluster()
+    cluster.deployed()
+    cluster.severed.add(frozenset(("coordinator", "ann")))
+    request = cluster.submit()
+    cluster.pass_time(0.1)
+    cluster._handle(cluster.nodes["ann"], e.Cancelled(request))
+    with pytest.raises(AssertionError, match="head#1"):
+        cluster.check_idle()
+    cluster.severed.clear()
+    cluster.cut("ann")
+    cluster.pass_time(limits.ACK_TIMEOUT_S)
+    cluster.check_idle()
+    again = cluster.submit(request=request)
+    cluster.cut("ann")
+    cluster.check(again)
+
+
 def test_an_admin_s_call_that_fails_is_told_as_a_failure() -> None:
     """Here: nobody has a key in this cluster. A list that does not fail is told as an answer."""
     cluster = Cluster()

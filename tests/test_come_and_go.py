@@ -20,6 +20,7 @@ BOUNDS = (
     "TASK_TIMES_KEPT",
     "CAUSES_KEPT",
     "STALE_REQUESTS_KEPT",
+    "GIVEN_UP_KEPT",
     "LATE_SAMPLES",
 )
 

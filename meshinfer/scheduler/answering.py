@@ -28,6 +28,7 @@ from meshinfer.scheduler.membership import Device, Membership
 from meshinfer.scheduler.poison import Poison
 from meshinfer.scheduler.releasing import release
 from meshinfer.scheduler.request import Answered, Request, Try
+from meshinfer.scheduler.retreat import Retreat
 from meshinfer.scheduler.silence import Silence
 
 
@@ -58,6 +59,7 @@ class Answering:
         self.fallback = Fallback(members, catalogue, self.open)
         self.checks = Checks(self.open, members, draw)
         self.silence = Silence(self.open, members, self.fallback)
+        self._retreat = Retreat(members, balance)
         self.hearing = Hearing(self.open, members, catalogue, balance, self._covering, self._fail)
 
     # --- messages
@@ -138,6 +140,7 @@ class Answering:
     def retired(self, made: Deployment) -> None:
         self._covering.forget(made)
         self.checks.forget(made)
+        self._retreat.forget(made)
         for request in self.open.values():
             if request.deployment is made:
                 request.deployment = None
@@ -202,6 +205,7 @@ class Answering:
                 effects += self._end(request, reply)
                 self._load.answered(now)
                 self.silence.took(tried, now)
+                effects += self._retreat.took(request, tried, now)
         return effects
 
     def back_up(self, now: float) -> list[Effect]:
@@ -241,7 +245,7 @@ class Answering:
             if len(request.tried) >= limits.ATTEMPTS_PER_REQUEST:
                 effects += self._fail(request, outcomes.lost_too_often(request), now)
                 continue
-            effects += self._begin(request, made, now)
+            effects += self._begin(request, made, now, running[made.number])
             running[made.number] += 1
         return effects
 
@@ -284,12 +288,15 @@ class Answering:
 
     # --- one request
 
-    def _begin(self, request: Request, made: Deployment, now: float) -> list[Effect]:
+    def _begin(self, request: Request, made: Deployment, now: float, beside: int) -> list[Effect]:
         self._attempts += 1
         request.attempt, request.deployment, request.merged = self._attempts, made, None
         own = request.client if self._heads.stands(request.client) else ""
-        moved = self.fallback.from_now(made, now)
+        by = self._retreat.device(made, now)
+        all_ = self.fallback.all_by(made, by)
+        moved = all_ or self.fallback.from_now(made, now)
         tried = Try(made, now, own, request.client, moved=moved, took=set(moved.values()))
+        tried.beside, tried.all_by = beside, by if all_ else ""
         request.tried[request.attempt] = tried
         made.asked += 1
         self._covering.begin(tried, partial(self._seconds, now), now)

@@ -45,7 +45,7 @@ from meshinfer.scheduler.installing import Installing
 from meshinfer.scheduler.load import nbytes_of
 from meshinfer.scheduler.on_device import OnDevice
 from meshinfer.scheduler.outbox import Outbox
-from meshinfer.scheduler.refusing import Full, overdue, silence, unanswered
+from meshinfer.scheduler.refusing import Full, GivenUp, overdue, silence, unanswered
 from meshinfer.scheduler.telling import COORDINATOR, refusal, told
 
 NOBODY = ""
@@ -94,7 +94,7 @@ class ClientCore(Member):
         self._ever_welcome, self._head = False, ""
         self._connected: set[str] = set()
         self._on_device = OnDevice()
-        self.full = Full(self._requests)
+        self.full, self._given_up = Full(self._requests), GivenUp()
 
     def _act_as(self, name: str) -> None:
         """Begin with nothing, as the device of this name in plans."""
@@ -129,7 +129,7 @@ class ClientCore(Member):
                 if given_up is None:
                     return []
                 self._forget_feeds(request, given_up.turn)
-                return [told(m.Cancel(request=request, turn=given_up.turn))]
+                return [self._given_up.tell(request, given_up.turn)]
             case PeerLost():
                 return self._lost(event, now)
             case BlobsFound() | BlobWritten() | RanHere():
@@ -252,8 +252,7 @@ class ClientCore(Member):
             self._computing.reset(keep_inputs=True)
             self._installing.reset()
         peers = {peer.id: peer for peer in (message.bulk, message.head)}
-        left = sorted(self._connected - set(peers))
-        self._connected = set(peers)
+        left, self._connected = sorted(self._connected - set(peers)), set(peers)
         self._welcome, self._head = message, message.head.id
         self._ever_welcome = True
         self.full.over()
@@ -262,6 +261,7 @@ class ClientCore(Member):
             *apart,
             *(Disconnect(peer) for peer in left),
             *(Connect(peer) for peer in peers.values()),
+            *self._given_up.again(self._requests),
             *self._send_open(now),
         ]
 
@@ -334,7 +334,7 @@ class ClientCore(Member):
         self._forget_feeds(name, request.turn)
         effects: list[Effect] = [Resolve(name, reply, request.whole[1])]
         if request.turn > 1:  # the header of the last turn may be lost, and its inputs held
-            effects.append(told(m.Cancel(request=name, turn=request.turn)))
+            effects.append(self._given_up.tell(name, request.turn))
         return effects
 
     # --- time, loss
@@ -366,7 +366,7 @@ class ClientCore(Member):
         late = overdue(request.header.deadline_s)
         failure = silence() if self._welcome is None else late
         return [
-            told(m.Cancel(request=name, turn=request.turn)),
+            self._given_up.tell(name, request.turn),
             Resolve(name, m.Reply(request=name, failure=failure), {}),
         ]
 
@@ -389,6 +389,7 @@ class ClientCore(Member):
         effects += [Settle(call, None, failure) for call in self._questions]
         for name, request in self._requests.items():
             self._forget_feeds(name, request.turn)
+            self._given_up.note(name, request.turn)
         self._requests.clear()
         self._questions.clear()
         return effects

@@ -173,6 +173,13 @@ class Fallback:
         """Who runs tasks instead of their own devices in an attempt that begins now."""
         return self.takers(made, self._members.presence.resting(now) | self._at_risk())
 
+    def all_by(self, made: Deployment, name: str) -> dict[m.Place, str]:
+        """The others' tasks, for a device that does all of an attempt that begins now."""
+        if not name or name in self._at_risk():
+            return {}
+        others = (p for n, each in made.programs.items() if n != name for p in each)
+        return {p.place: name for p in others if p.model is not None}
+
     def _at_risk(self) -> set[str]:
         """Devices that run a request by itself, for fear that it ends their process: it would be
         stuck in that for long before, and what came behind it would wait."""

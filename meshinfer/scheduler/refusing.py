@@ -1,4 +1,5 @@
-"""Why a client fails a request by itself: nobody answers, its time is over, or as much was refused.
+"""Why a client fails a request by itself: nobody answers, its time is over, or as much was refused;
+and that it has given one up, said until it is heard.
 
 What a full queue will refuse once more is neither copied nor sent: the one who lacks time would
 have to read it. How long, only the coordinator says.
@@ -6,12 +7,15 @@ have to read it. How long, only the coordinator says.
 
 from __future__ import annotations
 
-from collections.abc import Sized
+from collections.abc import Container, Sized
 
 from msgspec import structs
 
+from meshinfer import limits
 from meshinfer.protocol import messages as m
+from meshinfer.scheduler.events import Effect
 from meshinfer.scheduler.load import nbytes_of
+from meshinfer.scheduler.telling import told
 
 
 class Full:
@@ -42,6 +46,30 @@ class Full:
         if now >= until or len(self._open) < most or nbytes < least:
             return None
         return structs.replace(failure, retry_after_s=until - now)
+
+
+class GivenUp:
+    """The last requests that are given up, by their turn. On a connection that breaks the word of
+    it may be lost, and the head would hold their inputs for long: it is said again on the next."""
+
+    def __init__(self) -> None:
+        self._turns: dict[str, int] = {}
+
+    def tell(self, request: str, turn: int) -> Effect:
+        self.note(request, turn)
+        return told(m.Cancel(request=request, turn=turn))
+
+    def note(self, request: str, turn: int) -> None:
+        """One that nobody can be told of now."""
+        self._turns.pop(request, None)
+        self._turns[request] = turn
+        while len(self._turns) > limits.GIVEN_UP_KEPT:
+            del self._turns[next(iter(self._turns))]
+
+    def again(self, open_: Container[str]) -> list[Effect]:
+        """What to say on a new connection, but of those that are ``open_`` again."""
+        turns = self._turns.items()
+        return [told(m.Cancel(request=name, turn=t)) for name, t in turns if name not in open_]
 
 
 def silence(why: str = "no coordinator answers") -> m.Failure:

@@ -32,7 +32,8 @@ class Try:
     ``moved``: tasks of lost or silent devices, and where they go on; ``took``: who ever took one;
     ``untold``: those that nobody awaits, so that nobody may tell of them. ``question``: what all
     were asked about such tasks; ``unasked``: but for these, that were away.
-    ``doubted``: when those that owe it were last asked for a sign of life.
+    ``doubted``: when those that owe it were last asked for a sign of life. ``beside``: how many
+    others ran as it began. ``all_by``: the device that does all of it, since links keep requests.
     """
 
     deployment: Deployment
@@ -47,6 +48,8 @@ class Try:
     unasked: set[str] = field(default_factory=set)
     question: Question | None = None
     doubted: float | None = None
+    beside: int = 0
+    all_by: str = ""
 
     def merges_at(self, peer: str, head: str, client: str) -> bool:
         """Whether a peer is its sink, and its answer goes to the process that asks now."""

@@ -7,11 +7,12 @@ silent while another is, a device whose results are wrong (of three, or more), p
 for the next attempt, a client that ends as it is answered, and clients on a device's host, which
 may compute requests themselves until another version serves. A stream between two devices that
 carries nothing more until the connection is made anew, and words of the coordinator or to it that
-never come, on connections that live.
+never come, on connections that live. Links on which all takes long, so that one device is sooner.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 from meshinfer.scheduler.worker import COORDINATOR
@@ -29,6 +30,7 @@ _BESIDE_CHANCE = 0.2
 _DEAF_CHANCE, _DEAF_AFTER_S = 0.1, 0.7
 _WORDS_CHANCE, _WORDS_TIMES = 0.1, 4
 _LIAR_CHANCE, _LIAR_REQUESTS = 0.15, 40
+_THICK_CHANCE, _THICK_REQUESTS = 0.1, 16
 _BESIDE_A_FREEZE = ("freeze", "crash", "power", "partition", "cut")
 _LONG = ("partition", "partition", "one way", "partition of workers", "client away")
 
@@ -41,11 +43,13 @@ class Hardships:
         own = "hardships strike"
         self._faults = Faults(world, users.deploy, users.crash, (), own)
         self._hosts = hosts
+        self._slowest_s = 0.0
         rng = self._rng = world.streams["hardships"]
         draws = [(kind, rng.random()) for kind in KINDS]
         self.kinds = () if calm else tuple(kind for kind, draw in draws if draw < CHANCE)
         self._deaf = not calm and world.streams["deaf"].random() < _DEAF_CHANCE
         self._words = not calm and world.streams["words"].random() < _WORDS_CHANCE
+        self.thick = not calm and world.streams["thick"].random() < _THICK_CHANCE
         lies = world.streams["liar"]
         self._lies = not calm and len(hosts) >= 3 and lies.random() < _LIAR_CHANCE
         world.spares = world.spares or self._lies
@@ -85,6 +89,8 @@ class Hardships:
             world.at(world.now + _DEAF_AFTER_S * length_s, self._deafen)
         if self._words:
             self._lose_words(length_s)
+        if self.thick:
+            self._thicken(length_s)
         for kind in self.kinds:
             world.tell_story(lambda kind=kind: f"HARDSHIP {kind}")  # type: ignore[misc]
             since = world.now + rng.random() * length_s
@@ -132,6 +138,15 @@ class Hardships:
         world.on_word_lost = lost
         for at in (*(rng.random() for _ in range(_WORDS_TIMES)), 0.99):
             world.at(world.now + at * length_s, partial(lose, rng.choice([1, 1, 2])))
+
+    def _thicken(self, length_s: float) -> None:
+        """A message takes up to so long, the others behind it wait, and requests go on coming."""
+        world, rng = self._world, self._world.streams["thick"]
+        self._slowest_s = world.noise.slowest_s
+        world.noise = replace(world.noise, slowest_s=rng.choice([0.2, 0.5]))
+        for _ in range(_THICK_REQUESTS):
+            world.at(world.now + rng.random() * length_s, self._users.submit)
+        world.mishaps.append(Mishap("thick", world.now, world.now + length_s))
 
     def _lie(self, length_s: float) -> None:
         """From now on, to the end. More is asked, so that more is checked."""
@@ -194,6 +209,8 @@ class Hardships:
     def end(self) -> None:
         """The trouble is over. What hangs still ends at its time; poison stays poison."""
         self._world.kernel_errors = self._world.disk_full_until = 0.0
+        if self.thick:
+            self._world.noise = replace(self._world.noise, slowest_s=self._slowest_s)
         self._world.hung.clear()
         self._world.copied = 0.0
         self._world.words_to_lose = 0

@@ -173,8 +173,10 @@ class Scenario:
             most = 1 + bool(world.liar)  # it may be found only now
             if reply.failure is not None or reply.attempts > most:
                 raise Broken(f"after healing: {reply.failure or reply.attempts}", asked.request)
-        # Who is deaf to another is found out by what the last answers send, after 3 s.
-        self._pass(3.0 + (limits.ACK_TIMEOUT_S if world.deaf else 0.0))
+        # Who is deaf to another is found out by what the last answers send, after 3 s; and what was
+        # lost on links on which all takes long may be sent again only now.
+        later = world.deaf or self.hardships.thick
+        self._pass(3.0 + (limits.ACK_TIMEOUT_S if later else 0.0))
         checkers.empty(world, self.calm)
         # A search that was waiting for quiet may just have put another plan in the place of one.
         self._until(self._forgotten, FORGOTTEN_S, "forgetting")

@@ -373,9 +373,9 @@ class Simulation(Copies):
             node.blobs.setdefault(digest, blob)
         expected = {
             (program.place, device): self.timing.compute_s
-            for device, programs in plan.programs.items()
+            for own, programs in plan.programs.items()
             for program in programs
-            if program.model is not None
+            for device in ((own, *program.spares) if program.model is not None else ())
         }
         return e.PlanReady(
             effect.deployment,
