@@ -188,6 +188,8 @@ class Answering:
     def end_overdue(self, now: float) -> list[Effect]:
         effects = self.checks.due(now)
         for request in [r for r in self.open.values() if r.deadline <= now]:
+            if request.runs:
+                effects += self._retreat.took(request, request.tried[request.attempt], now)
             effects += self._fail(request, outcomes.overdue(request), now)
         return effects
 
@@ -292,12 +294,9 @@ class Answering:
         self._attempts += 1
         request.attempt, request.deployment, request.merged = self._attempts, made, None
         own = request.client if self._heads.stands(request.client) else ""
-        by = self._retreat.device(made, now)
-        all_ = self.fallback.all_by(made, by)
-        moved = all_ or self.fallback.from_now(made, now)
-        tried = Try(made, now, own, request.client, moved=moved, took=set(moved.values()))
-        tried.beside, tried.all_by = beside, by if all_ else ""
+        tried = Try(made, now, own, request.client, beside=beside)
         request.tried[request.attempt] = tried
+        self.fallback.begin(tried, self._retreat.device(request, tried, now), now)
         made.asked += 1
         self._covering.begin(tried, partial(self._seconds, now), now)
         request.started = now if request.started is None else request.started

@@ -91,7 +91,8 @@ class Checks:
         made, place = tried.deployment, program.place
         own = made.programs.keys() & program.devices[:1]
         here = own | made.spares.ready if program.spare else made.members.keys()
-        late = own if place in tried.moved else set(tried.assigned.get(place, ()))
+        gone = place in tried.moved and not tried.all_by
+        late = own if gone else set(tried.assigned.get(place, ()))
         may = set(self._members.ready(now)) & here - late - self._members.presence.away - {of}
         rivals = self.trust.rivals(of)
         found = [self._members.devices[name] for name in program.devices if name in may]

@@ -88,9 +88,7 @@ class ClientCore(Member):
         self._peer = f"{hello.device}#{hello.incarnation}"
         self._outbox = Outbox()
         self._act_as(NOBODY)
-        self._hello_due = 0.0
-        self._beat_due = 0.0
-        self._heard = 0.0
+        self._hello_due = self._beat_due = self._heard = 0.0
         self._ever_welcome, self._head = False, ""
         self._connected: set[str] = set()
         self._on_device = OnDevice()
@@ -116,9 +114,9 @@ class ClientCore(Member):
                 refusal = self.full.refusal(nbytes_of(message), now)
                 if refusal is not None:
                     return [Resolve(request, m.Reply(request=request, failure=refusal), {})]
-                deadline = now + message.deadline_s
                 self._begin_to_wait(now)
-                self._requests[request] = _Request(message, arrays, deadline)
+                deadline, turn = now + message.deadline_s, self._given_up.turn(request)
+                self._requests[request] = _Request(message, arrays, deadline, turn)
                 return self._send_open(now)
             case Asked(call, message, deadline_s):
                 self._begin_to_wait(now)
@@ -139,7 +137,7 @@ class ClientCore(Member):
                 return self._tick(now)
             case StopRequested():
                 cancels = [
-                    told(m.Cancel(request=name, turn=r.turn)) for name, r in self._requests.items()
+                    told(m.Cancel(request=n, turn=r.turn)) for n, r in self._requests.items()
                 ]
                 failed = self._fail_all("the client was closed")
                 return [*cancels, *failed, *self._acks.flush(), Stop()]
@@ -212,6 +210,7 @@ class ClientCore(Member):
             case m.Closing():
                 return [*self._fail_all("the coordinator has stopped"), *self._rejoin(now + 1.0)]
             case m.Alive():
+                self._given_up.heard()
                 if message.beat_in_s:
                     self._beat_due = now + message.beat_in_s
                 return self._on_device.heard(now)
@@ -346,7 +345,7 @@ class ClientCore(Member):
             effects.append(told(self.hello))
         if self._welcome is not None and now >= self._beat_due:
             self._beat_due = now + limits.HEARTBEAT_S
-            effects.append(told(m.Heartbeat()))
+            effects.append(self._given_up.beat())
         if self._ever_welcome and now - self._heard > limits.COORDINATOR_SILENT_S:
             effects += self._fail_all("the coordinator is silent")
             if self._welcome is not None:

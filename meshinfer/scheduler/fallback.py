@@ -169,16 +169,16 @@ class Fallback:
         found = {p.place: _first(p, made.spares.ready, away) for p in own}
         return {place: taker for place, taker in found.items() if taker}
 
-    def from_now(self, made: Deployment, now: float) -> dict[m.Place, str]:
-        """Who runs tasks instead of their own devices in an attempt that begins now."""
-        return self.takers(made, self._members.presence.resting(now) | self._at_risk())
-
-    def all_by(self, made: Deployment, name: str) -> dict[m.Place, str]:
-        """The others' tasks, for a device that does all of an attempt that begins now."""
-        if not name or name in self._at_risk():
-            return {}
-        others = (p for n, each in made.programs.items() if n != name for p in each)
-        return {p.place: name for p in others if p.model is not None}
+    def begin(self, tried: Try, by: str, now: float) -> None:
+        """Who runs tasks instead of their own devices in an attempt that begins now: ``by`` all of
+        them, if it is to, else others those of devices that are away, or may be soon."""
+        made, risk = tried.deployment, self._at_risk()
+        if by and by not in risk:
+            others = (p for n, each in made.programs.items() if n != by for p in each)
+            tried.moved, tried.all_by = {p.place: by for p in others if p.model is not None}, by
+        else:
+            tried.moved = self.takers(made, self._members.presence.resting(now) | risk)
+        tried.took = set(tried.moved.values())
 
     def _at_risk(self) -> set[str]:
         """Devices that run a request by itself, for fear that it ends their process: it would be

@@ -44,7 +44,7 @@ def failed(request: Request, failure: m.Failure, now: float) -> m.Reply:
 def _reasons(request: Request, tried: Try, members: Membership, now: float) -> tuple[str, ...]:
     """Why this answer was had with less than there is, or later than it might."""
     found = [f"{name} was lost on the way: {why}" for name, why in request.lost.items()]
-    if tried.all_by:
+    if tried.all_by and set(tried.moved.values()) == {tried.all_by}:
         found.append(f"requests waited for links of its plan: {tried.all_by} ran all tasks")
     if tried.moved and not found:
         takers = ", ".join(sorted(set(tried.moved.values())))

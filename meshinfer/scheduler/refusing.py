@@ -49,11 +49,14 @@ class Full:
 
 
 class GivenUp:
-    """The last requests that are given up, by their turn. On a connection that breaks the word of
-    it may be lost, and the head would hold their inputs for long: it is said again on the next."""
+    """Requests that are given up, by their turn. On a connection that breaks the word of it may be
+    lost, and the head would hold their inputs for long: so it is said again on the next, until the
+    coordinator has answered a heartbeat that went after it."""
 
     def __init__(self) -> None:
-        self._turns: dict[str, int] = {}
+        self._beats = 0
+        self._told: dict[str, tuple[int, int]] = {}
+        """The turn, and the number of heartbeats before it was said."""
 
     def tell(self, request: str, turn: int) -> Effect:
         self.note(request, turn)
@@ -61,15 +64,29 @@ class GivenUp:
 
     def note(self, request: str, turn: int) -> None:
         """One that nobody can be told of now."""
-        self._turns.pop(request, None)
-        self._turns[request] = turn
-        while len(self._turns) > limits.GIVEN_UP_KEPT:
-            del self._turns[next(iter(self._turns))]
+        self._told.pop(request, None)
+        self._told[request] = (turn, self._beats)
+        while len(self._told) > limits.GIVEN_UP_KEPT:
+            del self._told[next(iter(self._told))]
 
     def again(self, open_: Container[str]) -> list[Effect]:
         """What to say on a new connection, but of those that are ``open_`` again."""
-        turns = self._turns.items()
-        return [told(m.Cancel(request=name, turn=t)) for name, t in turns if name not in open_]
+        turns = {name: turn for name, (turn, _) in self._told.items() if name not in open_}
+        self._told |= {name: (turn, self._beats) for name, turn in turns.items()}
+        return [told(m.Cancel(request=name, turn=turn)) for name, turn in turns.items()]
+
+    def turn(self, request: str) -> int:
+        """Of one that begins, maybe once more: inputs of a turn that was given up are dropped."""
+        return self._told.get(request, (0, 0))[0]
+
+    def beat(self) -> Effect:
+        self._beats += 1
+        return told(m.Heartbeat())
+
+    def heard(self) -> None:
+        """The coordinator has answered a heartbeat: the last one, or the one before."""
+        late = {name: each for name, each in self._told.items() if each[1] > self._beats - 2}
+        self._told = late if len(late) < len(self._told) else self._told
 
 
 def silence(why: str = "no coordinator answers") -> m.Failure:

@@ -91,7 +91,8 @@ class Try:
         """Whether all that a task was given had one maker; else, should one of two lie, nobody
         knows by whose piece the task was computed."""
         read = {piece.producer for value in program.inputs for piece in value.pieces}
-        return all(p not in self.moved and len(self.assigned.get(p, ())) < 2 for p in read)
+        once = {p for p in read if self.moved.get(p, self.all_by) == self.all_by}
+        return once == read and all(len(self.assigned.get(p, ())) < 2 for p in read)
 
     @property
     def all_told(self) -> bool:

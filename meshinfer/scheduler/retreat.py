@@ -9,52 +9,78 @@ have taken there alone follows from when they came (Lindley 1952).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
 from meshinfer import limits
 from meshinfer.scheduler.balance import Balance
-from meshinfer.scheduler.catalogue import Deployment
+from meshinfer.scheduler.catalogue import Deployment, Phase
 from meshinfer.scheduler.events import Effect, Note
 from meshinfer.scheduler.membership import Membership
 from meshinfer.scheduler.request import Request, Try
 
 
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    """An attempt by the plan, so far at least: when it began, beside how many others, and when it
+    was over; ``alone_s``: what one device takes for it, ``expected_s``: what the plan was to."""
+
+    since: float
+    until: float
+    beside: int
+    alone_s: float
+    expected_s: float
+
+    @property
+    def took_s(self) -> float:
+        return self.until - self.since
+
+    def late(self, alone_s: float) -> bool:
+        """Whether it took much longer than so, and than the plan was expected to."""
+        usual_s = max(alone_s, self.expected_s * (self.beside + 1))
+        return self.took_s > max(limits.RETREAT_TIMES * usual_s, usual_s + limits.LATE_S)
+
+
 @dataclass(slots=True)
 class _State:
-    """Of a deployment. ``by_plan``: the newest requests by the plan while all go by it: when each
-    began, beside how many others, and what it took.
+    """Of a deployment. ``by_plan``: the newest attempts by the plan, while all go by it.
 
-    ``to``: who does all of each, empty while nobody does; ``times``: how often what that device
-    would take those took for which it was chosen. ``looked``: when a request went by the plan to
-    see, ``look_at``: when the next one may; ``good``, ``vain``: how often in turn that was well, or
-    not. ``alone``: how many times longer than expected requests took that one device did; ``pace``:
-    what those came to.
+    ``to``: who does all of each, empty while nobody does; ``longest_s``: what the longest of those
+    took for which it was chosen. ``look_at``: when the next one may go by the plan; ``probe``: the
+    one that does; ``good``, ``vain``: how often in turn that was well, or not. ``alone``: how many
+    times longer than expected those took that one device did.
     """
 
-    by_plan: deque[tuple[float, int, float]] = field(
-        default_factory=lambda: deque(maxlen=limits.RETREAT_REQUESTS)
-    )
+    by_plan: deque[_Sample] = field(default_factory=lambda: deque(maxlen=limits.RETREAT_REQUESTS))
     to: str = ""
-    times: float = 1.0
-    looked: float = -1.0
+    longest_s: float = 0.0
     look_at: float = 0.0
+    probe: Try | None = None
     good: int = 0
     vain: int = 0
     alone: deque[float] = field(default_factory=lambda: deque(maxlen=limits.PACE_SAMPLES))
-    pace: float = 1.0
 
-    def retreat(self, name: str, times: float, now: float) -> None:
-        self.to, self.times, self.good, self.look_at = name, times, 0, now + self.pause_s
+    def retreat(self, name: str, now: float) -> None:
+        self.to, self.good, self.probe = name, 0, None
+        self.longest_s = max(sample.took_s for sample in self.by_plan)
+        self.look_at = now + self._pause_s
         self.alone.clear()
 
     def advance(self) -> None:
-        self.to = ""
+        """By the plan again."""
+        self.to, self.probe = "", None
         self.by_plan.clear()
 
+    def looked(self, now: float, *, well: bool) -> None:
+        """A request has gone by the plan, to see."""
+        self.probe = None
+        self.good = self.good + 1 if well else 0
+        self.vain = self.vain if well else min(self.vain + 1, limits.RETREAT_DOUBLINGS)
+        self.look_at = now if well else now + self._pause_s
+
     @property
-    def pause_s(self) -> float:
+    def _pause_s(self) -> float:
         return limits.RETREAT_S * 2.0**self.vain
 
 
@@ -64,43 +90,57 @@ class Retreat:
     def __init__(self, members: Membership, balance: Balance) -> None:
         self._members, self._balance = members, balance
         self._states: dict[int, _State] = {}
-        self._able: dict[int, tuple[tuple[int, int, int], dict[str, float]]] = {}
+        self._able: dict[int, tuple[tuple[int, int], object, dict[str, float]]] = {}
 
-    def device(self, made: Deployment, now: float) -> str:
-        """Who does all of a request that begins now; empty where each device does its own."""
+    def device(self, request: Request, tried: Try, now: float) -> str:
+        """Who does all of an attempt that begins now; empty where each device does its own."""
+        made = tried.deployment
         state = self._states.get(made.number)
         if state is None or not state.to:
             return ""
         if state.to not in self._seconds(made, now):  # it is lost, or says nothing
             state.advance()
-        elif now >= state.look_at:
-            state.looked, state.look_at = now, now + state.pause_s  # should it never be answered
             return ""
-        return state.to
+        if now < state.look_at:
+            return state.to
+        if state.probe is not None:  # it is not back yet
+            state.looked(now, well=False)
+            return state.to
+        if request.deadline - now < 2 * state.longest_s:
+            return state.to
+        state.probe, state.look_at = tried, now + limits.RETREAT_S
+        return ""
 
     def took(self, request: Request, tried: Try, now: float) -> list[Effect]:
-        """A request has been answered. Of one that began anew, links are not to blame."""
-        made, took_s = tried.deployment, now - tried.since
-        if len(request.tried) > 1 or made.given or made.model.spread:
+        """An attempt is over: it was answered, or its deadline is here. Of a request that began
+        anew, links are not to blame."""
+        made = tried.deployment
+        if len(request.tried) > 1 or not _may(made):
             return []
         state, seconds = self._states.setdefault(made.number, _State()), self._seconds(made, now)
-        if state.to in seconds:
-            alone_s = (tried.beside + 1) * seconds[state.to]
-            if tried.all_by:
-                return self._was_alone(made, state, took_s / alone_s)
-            if tried.since == state.looked:
-                return self._was_by_plan(made, state, took_s, alone_s, now)
-        if state.to or tried.all_by or not seconds:
+        name = state.to or min(seconds, key=lambda each: (seconds[each], each), default="")
+        if name not in seconds:
             return []
-        state.by_plan.append((tried.since, tried.beside, took_s))
-        name = min(seconds, key=lambda each: (seconds[each], each))
-        alone = _alone(state.by_plan, seconds[name] * state.pace)
-        late = [_late(took_s, alone_s) for took_s, alone_s in alone]
-        if len(late) < limits.RETREAT_REQUESTS or not all(late):
+        expected_s = 0.0 if made.report is None else made.report.expected_s
+        sample = _Sample(tried.since, now, tried.beside, seconds[name], expected_s)
+        alone_s = sample.alone_s * (sample.beside + 1)
+        if state.to:
+            if tried.all_by == state.to:
+                state.alone.append(sample.took_s / alone_s)
+            elif tried is state.probe:
+                pace = max(1.0, median(state.alone or [1.0]))
+                state.looked(now, well=not sample.late(alone_s * pace))
+            return self._back(made, state) if state.good >= limits.RETREAT_REQUESTS else []
+        if tried.all_by:
             return []
-        times = median(took_s / alone_s for took_s, alone_s in alone)
-        state.retreat(name, times * state.pace, now)
-        return [_note(made, "requests wait for links: one device does all of each", name, times)]
+        state.by_plan.append(sample)
+        times = _times(state.by_plan)
+        if times is None:
+            return []
+        state.retreat(name, now)
+        self._members.presence.starved |= made.programs.keys()  # their links are in doubt
+        fields = {**_ids(made), "device": name, "times": round(times, 2)}
+        return [Note("info", "requests wait for links: one device does all of each", fields)]
 
     def forget(self, made: Deployment) -> None:
         """It is retired."""
@@ -109,34 +149,11 @@ class Retreat:
 
     # --- inside
 
-    def _was_alone(self, made: Deployment, state: _State, times: float) -> list[Effect]:
-        """One device has done all: back to the plan, if that takes as long."""
-        state.alone.append(times)
-        if len(state.alone) < limits.RETREAT_REQUESTS:
-            return []
-        state.pace = max(1.0, median(state.alone))
-        if state.pace < state.times:
-            return []
-        return self._back(made, state)
-
-    def _was_by_plan(
-        self, made: Deployment, state: _State, took_s: float, alone_s: float, now: float
-    ) -> list[Effect]:
-        """One went by the plan, to see."""
-        if _late(took_s, alone_s * state.pace):
-            state.good, state.vain = 0, min(state.vain + 1, limits.RETREAT_DOUBLINGS)
-            state.look_at = now + state.pause_s
-            return []
-        state.good, state.look_at = state.good + 1, now
-        if state.good < limits.RETREAT_REQUESTS:
-            return []
-        state.vain = 0
-        return self._back(made, state)
-
     def _back(self, made: Deployment, state: _State) -> list[Effect]:
-        note = _note(made, "requests go by their plan again", state.to, state.pace)
+        fields = {**_ids(made), "device": state.to}
+        state.vain = 0
         state.advance()
-        return [note]
+        return [Note("info", "requests go by their plan again", fields)]
 
     def _seconds(self, made: Deployment, now: float) -> dict[str, float]:
         """Who could do all tasks now, and what they take there."""
@@ -148,37 +165,48 @@ class Retreat:
         """Of each device that has all tasks, or has prepared them: what they are expected to take.
         Nobody where tasks go to who is free, or where a device was lost: there is a plan soon."""
         spares = made.spares
-        state = (len(spares.ready), len(made.members), id(made.expected))
-        if made.number not in self._able or self._able[made.number][0] != state:
+        state = (len(spares.ready), len(made.members))
+        known = self._able.get(made.number)
+        if known is None or known[0] != state or known[1] is not made.expected:
+            tasks = {p.place: p for each in made.programs.values() for p in each if p.model}
+            own = {n: {p.place for p in each if p.model} for n, each in made.programs.items()}
+            several = sum(map(bool, own.values())) > 1 and not made.choices and not spares.moved
             found: dict[str, float] = {}
-            several = len(made.programs) > 1 and not made.choices and not spares.moved
-            for name in spares.ready & made.members.keys() if several else ():
-                own = {p.place for p in made.programs.get(name, ())}
-                tasks = [p for each in made.programs.values() for p in each if p.model is not None]
-                if all(p.place in own or name in p.spares for p in tasks):
-                    known = [made.seconds(p.place, name) for p in tasks]
-                    found |= {} if None in known else {name: sum(s for s in known if s)}
-            self._able[made.number] = (state, found)
-        return self._able[made.number][1]
+            for name in sorted(spares.ready & made.members.keys()) if several else ():
+                mine = own.get(name, ())
+                if all(place in mine or name in p.spares for place, p in tasks.items()):
+                    took = [made.seconds(place, name) for place in tasks]
+                    found |= {} if None in took else {name: sum(s for s in took if s)}
+            self._able[made.number] = known = (state, made.expected, found)
+        return known[2]
 
 
-def _alone(
-    requests: Iterable[tuple[float, int, float]], each_s: float
-) -> list[tuple[float, float]]:
-    """What requests took, and would have taken had one device done them in turn, those that ran
-    beside the first one before it."""
-    found: list[tuple[float, float]] = []
-    free_at = 0.0
-    for since, beside, took_s in sorted(requests):
-        free_at = max(free_at, since) + each_s * (1 if found else 1 + beside)
-        found.append((took_s, free_at - since))
-    return found
+def _may(made: Deployment) -> bool:
+    """Whether it serves, for latency, by a plan that nobody forced."""
+    forced = made.given or made.model.spread or made.model.objective != "latency"
+    return made.phase is Phase.READY and not made.alone and not forced
 
 
-def _late(took_s: float, alone_s: float) -> bool:
-    return took_s > max(limits.RETREAT_TIMES * alone_s, alone_s + limits.LATE_S)
+def _times(by_plan: Sequence[_Sample]) -> float | None:
+    """How many times longer than on one device requests took; None where not all did by far, or
+    where they all ran at one moment, which may have been a bad one.
+
+    There they would have been done in turn, and those that ran beside the first one before it.
+    """
+    samples = sorted(by_plan, key=lambda sample: sample.since)
+    ended = min((sample.until for sample in samples), default=0.0)
+    if len(samples) < limits.RETREAT_REQUESTS or samples[-1].since < ended:
+        return None
+    free_at = samples[0].since + samples[0].beside * samples[0].alone_s
+    found = []
+    for sample in samples:
+        free_at = max(free_at, sample.since) + sample.alone_s
+        alone_s = free_at - sample.since
+        if not sample.late(alone_s):
+            return None
+        found.append(sample.took_s / alone_s)
+    return median(found)
 
 
-def _note(made: Deployment, text: str, name: str, times: float) -> Note:
-    fields = {"model": made.model.name, "deployment": made.number, "device": name}
-    return Note("info", text, {**fields, "times": round(times, 2)})
+def _ids(made: Deployment) -> dict[str, object]:
+    return {"model": made.model.name, "deployment": made.number}
