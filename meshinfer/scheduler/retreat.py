@@ -48,8 +48,8 @@ class _State:
 
     ``to``: who does all of each, empty while nobody does; ``longest_s``: what the longest of those
     took for which it was chosen. ``look_at``: when the next one may go by the plan; ``probe``: the
-    one that does; ``good``, ``vain``: how often in turn that was well, or not. ``alone``: how many
-    times longer than expected those took that one device did.
+    one that does; ``good``, ``vain``: how often in turn that was well, or not. ``alone``: what
+    those took that one device did, each for itself.
     """
 
     by_plan: deque[_Sample] = field(default_factory=lambda: deque(maxlen=limits.RETREAT_REQUESTS))
@@ -123,13 +123,12 @@ class Retreat:
             return []
         expected_s = 0.0 if made.report is None else made.report.expected_s
         sample = _Sample(tried.since, now, tried.beside, seconds[name], expected_s)
-        alone_s = sample.alone_s * (sample.beside + 1)
         if state.to:
             if tried.all_by == state.to:
-                state.alone.append(sample.took_s / alone_s)
+                state.alone.append(sample.took_s / (sample.beside + 1))
             elif tried is state.probe:
-                pace = max(1.0, median(state.alone or [1.0]))
-                state.looked(now, well=not sample.late(alone_s * pace))
+                each_s = max(sample.alone_s, median(state.alone or [0.0]))
+                state.looked(now, well=not sample.late(each_s * (sample.beside + 1)))
             return self._back(made, state) if state.good >= limits.RETREAT_REQUESTS else []
         if tried.all_by:
             return []
