@@ -145,14 +145,16 @@ def _options(plane: Plane, *, server: bool, plaintext: bool) -> dict[int, int]:
     # peer by another one by then, and libzmq (``handover``) never lets go of the old.
     silent_ms = int(limits.SILENT_MOST_S * 1000)
     options[zmq.TCP_MAXRT] = limits.TCP_MAX_RETRANSMIT_MS if bulk else silent_ms
-    if bulk:
+    if bulk or server:
         # On an idle link there are none: the kernel asks, or a Pi without power would leave a
-        # descriptor behind for ever. (Asked and answered below ZeroMQ, whatever is queued.)
+        # descriptor behind for ever. (Asked and answered below ZeroMQ, whatever is queued.) On
+        # control a client's PING sets the time after which its silence ends the connection, but
+        # libzmq takes that back with the next message: who is gone before the next PING stays.
         options[zmq.TCP_KEEPALIVE] = 1
         options[zmq.TCP_KEEPALIVE_IDLE] = limits.KEEPALIVE_IDLE_S
         options[zmq.TCP_KEEPALIVE_INTVL] = limits.TCP_MAX_RETRANSMIT_MS // 1000
         options[zmq.TCP_KEEPALIVE_CNT] = 3
-    elif not server:
+    if not bulk and not server:
         # Finds a dead link or host that TCP does not tell of, and proves nothing about the program
         # (PONG comes from libzmq's thread). One end asks for both: half as many wake-ups.
         options[zmq.HEARTBEAT_IVL] = int(limits.HEARTBEAT_S * 1000)
