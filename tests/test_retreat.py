@@ -9,15 +9,19 @@ from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
-from cores import Cluster, Node, image, kind
+from cores import Cluster, Node, _imported, banded, conv_net, image, kind
 from msgspec import structs
 from test_covering import lose
 from test_fallback import NAMES, Watched, settled
 
 from meshinfer import limits
+from meshinfer.cost import DeviceProfile
+from meshinfer.identity import DeviceId
+from meshinfer.planner import find_spares, pins_of
 from meshinfer.protocol import messages as m
 from meshinfer.scheduler import events as e
 from meshinfer.scheduler.retreat import _Sample, _times
+from meshinfer.transfers import TaskRef
 
 FLOPS_PER_S = 5e6
 """Then one device takes four times as long alone as three do together."""
@@ -230,6 +234,21 @@ def test_what_nobody_has_prepared_as_a_whole_stays_with_the_plan() -> None:
     cluster.extra_s = SLOW_S
     for i in range(2 * ROUND):
         assert on(ask(cluster, i)[0]) == set(NAMES)
+
+
+@pytest.mark.parametrize("quick", [0, 1, 2, 3, 4])
+def test_the_quickest_device_has_all_tasks_prepared(quick: int) -> None:
+    """Whatever each does by the plan, which may leave it out."""
+    signature = e.Signature(False, (("x", (1, 3, 12, 10)),))
+    names = [f"pi-{i}" for i in range(5)]
+    graph = _imported(conv_net(), None, signature)
+    plan = banded(graph, names[:4], "head")
+    speeds = [2e9 if i == quick else 1e9 for i in range(5)]
+    profiles = [DeviceProfile(DeviceId(n), s) for n, s in zip(names, speeds, strict=True)]
+    spares = find_spares(graph, plan, profiles, pins_of(graph, plan, profiles, {})).devices
+    for s, stage in enumerate(plan.stages):
+        for t, task in enumerate(stage.tasks):
+            assert names[quick] in (*task.devices, *spares[TaskRef(s, t)])
 
 
 def test_what_one_device_does_is_checked_by_others(monkeypatch: pytest.MonkeyPatch) -> None:

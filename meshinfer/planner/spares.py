@@ -2,6 +2,8 @@
 
 The boxes stay those of the plan, so that what others have made already serves on. A task goes where
 it is expected to be done first beside what that device does in the same stage anyway (Graham 1969).
+The second device of each is the one that would do all tasks first, as far as it can: it may have to
+(``scheduler/retreat``).
 """
 
 from __future__ import annotations
@@ -112,10 +114,14 @@ class _Search:
         self.apart = not any(map(self._is_whole, self.held.values()))
         self.first = dict(self.held)
         self.most: dict[DeviceId, int] = {}
+        self.one: DeviceId | None = None
 
     def once_more(self) -> None:
         """From now on a second spare device is sought for what has one."""
         self.most = {name: held.peak + SECOND_BYTES for name, held in self.held.items()}
+        able = [p for p in self.known.values() if p.able]
+        total = {p.id: sum(seconds(load.work, p) for load in self.loads.values()) for p in able}
+        self.one = min(total, key=lambda name: (total[name], name), default=None)
 
     def _devices(self, ref: TaskRef) -> tuple[DeviceId, ...]:
         return self.plan.stages[ref.stage].tasks[ref.task].devices
@@ -142,6 +148,7 @@ class _Search:
             done = {p.id: self._done(p, ref, taken, busy) for p in fitting}
             soon = (p for p in fitting if done[p.id] <= ALIKE * min(done.values()))
             best = min(soon, key=lambda p: (then[p.id].peak, p.id))
+            best = next((p for p in fitting if p.id == self.one), best)
             key = (ref.stage, best.id)
             busy[key] = busy.get(key, 0.0) + seconds(self.loads[ref].work, best)
             held[best.id], taken[ref] = then[best.id], best.id

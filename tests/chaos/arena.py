@@ -248,9 +248,7 @@ class Run:
 
         def body() -> None:
             while not over.wait(every_s):
-                daemons = {"coordinator": self.cluster.coordinator_pid}
-                daemons |= {self.names[i]: p for i, p in self.cluster.worker_pids().items()}
-                for name, pid in daemons.items():
+                for name, pid in self._daemons().items():
                     with suppress(psutil.Error):
                         self.history.write("usage", name=name, pid=pid, **_holds(pid))
 
@@ -263,9 +261,13 @@ class Run:
             thread.join(10.0)
 
     def list_descriptors(self) -> None:
-        """Write down what the coordinator has open, so that one more or less can be named."""
-        pid = self.cluster.coordinator_pid
-        self.history.write("descriptors", name="coordinator", open=_opened(pid))
+        """Write down what each daemon has open, so that one more or less can be named."""
+        for name, pid in self._daemons().items():
+            self.history.write("descriptors", name=name, open=_opened(pid))
+
+    def _daemons(self) -> dict[str, int]:
+        pids = self.cluster.worker_pids().items()
+        return {"coordinator": self.cluster.coordinator_pid} | {self.names[i]: p for i, p in pids}
 
     def close(self) -> None:
         self.user.close()

@@ -23,6 +23,10 @@ def soak(run: Run, minutes: float) -> None:
     run.calm(100, rate=RATE)
     if minutes >= HOUR_MINUTES:  # at that rate the table of ids would be full only after 34 of them
         run.calm(limits.JOURNALED_IDS, phase="warm", in_flight=IN_FLIGHT)
+    for fault in FAULTS:  # which devices have connections depends on the plans that there were
+        fault(run, run.rng.choice(run.ready()))
+    run.heal()
+    run.calm(100, phase="warm", in_flight=IN_FLIGHT)
     with run.sampled(2.0):
         _quiet(run, "before")
         until = time.monotonic() + 60.0 * minutes
@@ -45,9 +49,7 @@ def _one(run: Run) -> None:
     ready = run.ready()
     if len(ready) <= LEFT:
         return
-    i = run.rng.choice(ready)
-    faults: list[Callable[[Run, int], None]] = [_kill, _power, _freeze, _cut, _part, _lossy, _slow]
-    run.rng.choice(faults)(run, i)
+    run.rng.choice(FAULTS)(run, run.rng.choice(ready))
 
 
 def _kill(run: Run, i: int) -> None:
@@ -91,3 +93,8 @@ def _slow(run: Run, i: int) -> None:
     run.hurt("slow", i, lambda: run.lab.set_cpu(i, 0.2 * CORES[i]))
     run.pause(2.0, 6.0)
     run.hurt("fast", i, lambda: run.lab.set_cpu(i, CORES[i]))
+
+
+FAULTS: tuple[Callable[[Run, int], None], ...] = (
+    _kill, _power, _freeze, _cut, _part, _lossy, _slow,
+)  # fmt: skip
