@@ -41,8 +41,7 @@ LINK_BYTES: Final = (256 << 10, 256 << 10, 256 << 10, 1 << 20, 1 << 20, 1 << 20)
 LINK_LONG_S: Final = 0.05
 LINK_MEASURE_S: Final = 3.0
 LINK_ASKED_S: Final = 5.0
-LINK_AGE_S: Final = 60.0
-"""A link is measured again after so long, and sooner at first: after LINK_YOUNG_S, doubling."""
+LINK_AGE_S: Final = 60.0  # until measured again; sooner at first: after LINK_YOUNG_S, doubling
 LINK_YOUNG_S: Final = 2.0
 LINK_DOUBLINGS: Final = 16
 LINK_LATENCY_S: Final = 0.002
@@ -228,6 +227,7 @@ RETREAT_TIMES: Final = 1.5  # as long as one device alone, and it does all; judg
 RETREAT_REQUESTS: Final = 4
 RETREAT_S: Final = 5.0  # until one goes by the plan, to see; twice as long each time in vain
 RETREAT_DOUBLINGS: Final = 4
+RETREAT_STALL_S: Final = 1.0  # without an answer, and what is late begins again there
 REPLAN_GAIN: Final = 1.10
 REPLAN_EVERY_S: Final = 5.0
 REPLAN_DOUBLINGS: Final = 5

@@ -20,12 +20,14 @@ from meshinfer.identity import DeviceId
 from meshinfer.planner import find_spares, pins_of
 from meshinfer.protocol import messages as m
 from meshinfer.scheduler import events as e
-from meshinfer.scheduler.retreat import _Sample, _times
+from meshinfer.scheduler.retreat import _all_late, _Sample
 from meshinfer.transfers import TaskRef
 
 FLOPS_PER_S = 5e6
 """Then one device takes four times as long alone as three do together."""
-SLOW_S = 1.0
+SLOW_S = 0.8
+"""So late it is no reason to begin again."""
+STALLED_S = 2.5
 ROUND = limits.RETREAT_REQUESTS
 
 
@@ -166,7 +168,7 @@ def test_several_at_once_are_no_reason_where_links_are_good() -> None:
 def test_one_bad_moment_is_no_reason() -> None:
     """All that run then take long."""
     cluster = lossy()
-    cluster.extra_s = 2 * SLOW_S
+    cluster.extra_s = SLOW_S
     together(cluster)
     cluster.extra_s = 0.0
     for i in range(3):
@@ -175,11 +177,45 @@ def test_one_bad_moment_is_no_reason() -> None:
 
 def test_several_at_once_are_done_by_one_device_where_links_are_slow() -> None:
     cluster = lossy()
-    cluster.extra_s = 2 * SLOW_S
+    cluster.extra_s = STALLED_S
     for _ in range(3):
         replies = together(cluster)
     assert all(len(on(reply)) == 1 for reply in replies)
     assert len(set.union(*map(on, replies))) == 1
+
+
+@pytest.mark.parametrize("at_once", [1, limits.RUNNING_REQUESTS])
+def test_what_waits_while_nothing_is_answered_begins_again_on_one_device(at_once: int) -> None:
+    cluster = lossy()
+    cluster.extra_s = STALLED_S
+    since = cluster.now
+    requests = [cluster.submit(image(i)) for i in range(at_once)]
+    replies = [cluster.check(request, image(i)) for i, request in enumerate(requests)]
+    assert cluster.now - since < limits.RETREAT_STALL_S + (at_once + 1) * 0.3
+    assert [reply.attempts for reply in replies] == [2] * at_once
+    assert len(set.union(*map(on, replies))) == 1
+    cluster.check_idle()
+
+
+def test_one_that_goes_by_the_plan_to_see_begins_again_too() -> None:
+    cluster = lossy()
+    device, took = retreated(cluster)
+    cluster.extra_s = STALLED_S
+    cluster.pass_time(limits.RETREAT_S)
+    since = cluster.now
+    reply, _ = ask(cluster, 1)
+    assert on(reply) == {device} and reply.attempts == 2
+    assert cluster.now - since < limits.RETREAT_STALL_S + 2 * took
+    assert ask(cluster, 2)[0].attempts == 1
+
+
+def test_what_a_slow_device_computes_goes_on_there() -> None:
+    """Its pace becomes known, and there is a plan for it."""
+    cluster = lossy()
+    cluster.slowness["pi-2"] = 10 * STALLED_S
+    for i in range(2 * ROUND):
+        reply, took = ask(cluster, i)
+        assert took > limits.RETREAT_STALL_S and reply.attempts == 1 and on(reply) == set(NAMES)
 
 
 @pytest.mark.parametrize("why", ["spread", "plan", "throughput", "it was expected to"])
@@ -276,7 +312,9 @@ def _noting(checked: set[m.Place]) -> Callable[[Node, Node, m.AnyMessage], bool]
 def test_those_that_ran_beside_the_first_would_have_been_done_before_it() -> None:
     """Four at a time, each of them as quick as on one device; and then alone, and not."""
     four = [_Sample(t, t + 4.0, 3, 1.0, 0.0) for t in (0.0, 1.0, 2.0, 4.0)]
-    assert _times(four) is None
+    assert not _all_late(four)
     one = [_Sample(t, t + 4.0, 0, 1.0, 0.0) for t in (0.0, 4.0, 8.0, 12.0)]
-    assert _times(one) == 4.0
-    assert _times(one[:3]) is None
+    assert _all_late(one)
+    assert not _all_late(one[:3])
+    slow = [_Sample(s.since, s.until, 0, 1.0, 0.0, busiest_s=3.0) for s in one]
+    assert not _all_late(slow), "a device computed for most of it"

@@ -27,7 +27,7 @@ from meshinfer.scheduler.load import Load, nbytes_of
 from meshinfer.scheduler.membership import Device, Membership
 from meshinfer.scheduler.poison import Poison
 from meshinfer.scheduler.releasing import release
-from meshinfer.scheduler.request import Answered, Request, Try
+from meshinfer.scheduler.request import Answered, Request, Try, running
 from meshinfer.scheduler.retreat import Retreat
 from meshinfer.scheduler.silence import Silence
 
@@ -189,7 +189,8 @@ class Answering:
         effects = self.checks.due(now)
         for request in [r for r in self.open.values() if r.deadline <= now]:
             if request.runs:
-                effects += self._retreat.took(request, request.tried[request.attempt], now)
+                tried = request.tried[request.attempt]
+                effects += self._retreat.took(request, tried, now, answered=False)
             effects += self._fail(request, outcomes.overdue(request), now)
         return effects
 
@@ -213,6 +214,13 @@ class Answering:
     def back_up(self, now: float) -> list[Effect]:
         return self._covering.back_up(partial(self._seconds, now), now)
 
+    def leave_links(self, now: float) -> list[Effect]:
+        """What waits on links begins again on one device, where that is sooner."""
+        effects, again = self._retreat.waits(running(self.open), now)
+        for request in again:
+            request.deployment = None
+        return effects
+
     def give_up_without_workers(self, failure: m.Failure, now: float) -> list[Effect]:
         effects: list[Effect] = []
         for request in list(self.open.values()):
@@ -222,7 +230,7 @@ class Answering:
 
     def start_waiting(self, now: float) -> list[Effect]:
         effects: list[Effect] = []
-        running = Counter(r.deployment.number for r in self.open.values() if r.deployment)
+        count = Counter(r.deployment.number for r in self.open.values() if r.deployment)
         serving: dict[tuple[int, int], Deployment | None] = {}
         full: set[tuple[int, int]] = set()  # under overload nearly all wait behind others
         for request in [r for r in self.open.values() if r.waiting and now >= r.held_until]:
@@ -234,7 +242,7 @@ class Answering:
             if kind not in serving:
                 serving[kind] = self._catalogue.running(request.model, request.signature, now)
             made = self._catalogue.alone(request.id) if request.alone else serving[kind]
-            if made is None or running[made.number] >= made.most_running:
+            if made is None or count[made.number] >= made.most_running:
                 full |= set() if request.alone else {kind}
                 continue
             if self._is_leaving(made, now):
@@ -247,8 +255,8 @@ class Answering:
             if len(request.tried) >= limits.ATTEMPTS_PER_REQUEST:
                 effects += self._fail(request, outcomes.lost_too_often(request), now)
                 continue
-            effects += self._begin(request, made, now, running[made.number])
-            running[made.number] += 1
+            effects += self._begin(request, made, now, count[made.number])
+            count[made.number] += 1
         return effects
 
     def _is_leaving(self, made: Deployment, now: float) -> bool:

@@ -367,6 +367,7 @@ class CoordinatorCore:
         effects += self._answering.end_overdue(now)
         effects += self._answering.end_merged(now)
         effects += self._answering.silence.doubt(now)
+        effects += self._answering.leave_links(now)
         effects += self._answering.back_up(now)
         effects += self._deploying.plan_what_is_missing(now)
         effects += self._answering.start_waiting(now)

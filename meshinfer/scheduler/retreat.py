@@ -1,15 +1,17 @@
 """While links keep requests for longer than one device would take alone, it does all of each.
 
 A link that loses packets, or that others use, is not what the plan was made by; to measure it and
-plan anew takes seconds. A device that has prepared all tasks can take them at once. Now and then a
-request goes by the plan, to see: a circuit breaker (Nygard, Release It!, 2007). What requests would
-have taken there alone follows from when they came (Lindley 1952).
+plan anew takes seconds. A device that has prepared all tasks can take them at once, and what waits
+begins again there. Now and then a request goes by the plan, to see: a circuit breaker (Nygard,
+Release It!, 2007). What requests would have taken there alone follows from when they came (Lindley
+1952).
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
+import math
+from collections import defaultdict, deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -17,34 +19,39 @@ from meshinfer import limits
 from meshinfer.scheduler.balance import Balance
 from meshinfer.scheduler.catalogue import Deployment, Phase
 from meshinfer.scheduler.events import Effect, Note
-from meshinfer.scheduler.membership import Membership
+from meshinfer.scheduler.membership import Device, Membership
 from meshinfer.scheduler.request import Request, Try
 
 
 @dataclass(frozen=True, slots=True)
 class _Sample:
     """An attempt by the plan, so far at least: when it began, beside how many others, and when it
-    was over; ``alone_s``: what one device takes for it, ``expected_s``: what the plan was to."""
+    was over; ``alone_s``: what one device takes for it, ``expected_s``: what the plan was to;
+    ``busiest_s``: what the device computed that computed the longest."""
 
     since: float
     until: float
     beside: int
     alone_s: float
     expected_s: float
+    busiest_s: float = 0.0
 
     @property
     def took_s(self) -> float:
         return self.until - self.since
 
     def late(self, alone_s: float) -> bool:
-        """Whether it took much longer than so, and than the plan was expected to."""
+        """Whether it took much longer than so, and than the plan was expected to; and not since a
+        device has become slow, which is to be seen, and planned for."""
         usual_s = max(alone_s, self.expected_s * (self.beside + 1))
-        return self.took_s > max(limits.RETREAT_TIMES * usual_s, usual_s + limits.LATE_S)
+        idle = self.took_s > 2 * self.busiest_s * (self.beside + 1)
+        return idle and self.took_s > max(limits.RETREAT_TIMES * usual_s, usual_s + limits.LATE_S)
 
 
 @dataclass(slots=True)
 class _State:
-    """Of a deployment. ``by_plan``: the newest attempts by the plan, while all go by it.
+    """Of a deployment. ``by_plan``: the newest attempts by the plan, while all go by it;
+    ``answered``: when the last one was, by whom ever.
 
     ``to``: who does all of each, empty while nobody does; ``longest_s``: what the longest of those
     took for which it was chosen. ``look_at``: when the next one may go by the plan; ``probe``: the
@@ -53,6 +60,7 @@ class _State:
     """
 
     by_plan: deque[_Sample] = field(default_factory=lambda: deque(maxlen=limits.RETREAT_REQUESTS))
+    answered: float = -math.inf
     to: str = ""
     longest_s: float = 0.0
     look_at: float = 0.0
@@ -61,9 +69,8 @@ class _State:
     vain: int = 0
     alone: deque[float] = field(default_factory=lambda: deque(maxlen=limits.PACE_SAMPLES))
 
-    def retreat(self, name: str, now: float) -> None:
-        self.to, self.good, self.probe = name, 0, None
-        self.longest_s = max(sample.took_s for sample in self.by_plan)
+    def retreat(self, name: str, longest_s: float, now: float) -> None:
+        self.to, self.good, self.probe, self.longest_s = name, 0, None, longest_s
         self.look_at = now + self._pause_s
         self.alone.clear()
 
@@ -111,18 +118,19 @@ class Retreat:
         state.probe, state.look_at = tried, now + limits.RETREAT_S
         return ""
 
-    def took(self, request: Request, tried: Try, now: float) -> list[Effect]:
+    def took(
+        self, request: Request, tried: Try, now: float, *, answered: bool = True
+    ) -> list[Effect]:
         """An attempt is over: it was answered, or its deadline is here. Of a request that began
         anew, links are not to blame."""
         made = tried.deployment
-        if len(request.tried) > 1 or not _may(made):
+        if not _may(made):
             return []
-        state, seconds = self._states.setdefault(made.number, _State()), self._seconds(made, now)
-        name = state.to or min(seconds, key=lambda each: (seconds[each], each), default="")
-        if name not in seconds:
+        state = self._states.setdefault(made.number, _State())
+        state.answered = now if answered else state.answered
+        sample = self._sample(made, state, tried, now)
+        if sample is None or len(request.tried) > 1:
             return []
-        expected_s = 0.0 if made.report is None else made.report.expected_s
-        sample = _Sample(tried.since, now, tried.beside, seconds[name], expected_s)
         if state.to:
             if tried.all_by == state.to:
                 state.alone.append(sample.took_s / (sample.beside + 1))
@@ -133,13 +141,36 @@ class Retreat:
         if tried.all_by:
             return []
         state.by_plan.append(sample)
-        times = _times(state.by_plan)
-        if times is None:
+        if not _all_late(state.by_plan):
             return []
-        state.retreat(name, now)
-        self._members.presence.starved |= made.programs.keys()  # their links are in doubt
-        fields = {**_ids(made), "device": name, "times": round(times, 2)}
-        return [Note("info", "requests wait for links: one device does all of each", fields)]
+        return self._begin(made, state, max(each.took_s for each in state.by_plan), now)
+
+    def waits(self, running: Iterable[Request], now: float) -> tuple[list[Effect], list[Request]]:
+        """What of that which runs by its plan is to begin again at one device: all of it, once
+        nothing is computed there and nothing was answered for some time; and later what is late."""
+        groups: dict[int, list[tuple[Request, Try]]] = defaultdict(list)
+        for request in running:
+            tried = request.tried[request.attempt]
+            if len(request.tried) == 1 and not tried.all_by and _may(tried.deployment):
+                groups[tried.deployment.number].append((request, tried))
+        effects: list[Effect] = []
+        again: list[Request] = []
+        for group in groups.values():
+            made = group[0][1].deployment
+            state = self._states.setdefault(made.number, _State())
+            late = [(r, t) for r, t in group if self._waits(made, state, t, now)]
+            if not late or any(d.computing for d in self._devices(made)):
+                continue
+            if not state.to:
+                longest_s = now - min(t.since for _, t in late)
+                if now - max(state.answered, now - longest_s) <= limits.RETREAT_STALL_S:
+                    continue
+                effects += self._begin(made, state, longest_s, now)
+                late = group
+            if any(t is state.probe for _, t in late):
+                state.looked(now, well=False)
+            again += [request for request, _ in late]
+        return effects, again
 
     def forget(self, made: Deployment) -> None:
         """It is retired."""
@@ -147,6 +178,44 @@ class Retreat:
         self._able.pop(made.number, None)
 
     # --- inside
+
+    def _waits(self, made: Deployment, state: _State, tried: Try, now: float) -> bool:
+        """Whether an attempt by the plan is late, and has been for some time."""
+        sample = self._sample(made, state, tried, now)
+        if sample is None or sample.took_s <= limits.RETREAT_STALL_S:
+            return False
+        return sample.late(sample.alone_s * (sample.beside + 1))
+
+    def _devices(self, made: Deployment) -> Iterable[Device]:
+        names = made.programs.keys() & self._members.devices.keys()
+        return (self._members.devices[name] for name in sorted(names))
+
+    def _begin(self, made: Deployment, state: _State, longest_s: float, now: float) -> list[Effect]:
+        """From now on one device does all."""
+        state.retreat(self._first(made, state, now), longest_s, now)
+        self._members.presence.starved |= made.programs.keys()  # their links are in doubt
+        fields = {**_ids(made), "device": state.to, "longest_s": round(longest_s, 3)}
+        return [Note("info", "requests wait for links: one device does all of each", fields)]
+
+    def _first(self, made: Deployment, state: _State, now: float) -> str:
+        """Who does, or would do, all; empty where nobody can."""
+        seconds = self._seconds(made, now)
+        if state.to:
+            return state.to if state.to in seconds else ""
+        return min(seconds, key=lambda name: (seconds[name], name), default="")
+
+    def _sample(self, made: Deployment, state: _State, tried: Try, now: float) -> _Sample | None:
+        """An attempt until now; None where nobody could do all of it."""
+        name = self._first(made, state, now)
+        if not name:
+            return None
+        alone_s = self._seconds(made, now)[name]
+        expected_s = 0.0 if made.report is None else made.report.expected_s
+        computed: dict[str, float] = defaultdict(float)
+        for task in tried.tasks.values():
+            computed[task.device] += task.compute_s
+        busiest_s = max(computed.values(), default=0.0)
+        return _Sample(tried.since, now, tried.beside, alone_s, expected_s, busiest_s)
 
     def _back(self, made: Deployment, state: _State) -> list[Effect]:
         fields = {**_ids(made), "device": state.to}
@@ -186,25 +255,20 @@ def _may(made: Deployment) -> bool:
     return made.phase is Phase.READY and not made.alone and not forced
 
 
-def _times(by_plan: Sequence[_Sample]) -> float | None:
-    """How many times longer than on one device requests took; None where not all did by far, or
-    where they all ran at one moment, which may have been a bad one.
-
-    There they would have been done in turn, and those that ran beside the first one before it.
-    """
+def _all_late(by_plan: Iterable[_Sample]) -> bool:
+    """Whether all requests took much longer than on one device, where they would have been done in
+    turn, and those that ran beside the first one before it. Not if they all ran at one moment,
+    which may have been a bad one."""
     samples = sorted(by_plan, key=lambda sample: sample.since)
     ended = min((sample.until for sample in samples), default=0.0)
     if len(samples) < limits.RETREAT_REQUESTS or samples[-1].since < ended:
-        return None
+        return False
     free_at = samples[0].since + samples[0].beside * samples[0].alone_s
-    found = []
     for sample in samples:
         free_at = max(free_at, sample.since) + sample.alone_s
-        alone_s = free_at - sample.since
-        if not sample.late(alone_s):
-            return None
-        found.append(sample.took_s / alone_s)
-    return median(found)
+        if not sample.late(free_at - sample.since):
+            return False
+    return True
 
 
 def _ids(made: Deployment) -> dict[str, object]:
