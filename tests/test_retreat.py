@@ -194,6 +194,7 @@ def test_what_waits_while_nothing_is_answered_begins_again_on_one_device(at_once
     assert cluster.now - since < limits.RETREAT_STALL_S + (at_once + 1) * 0.3
     assert [reply.attempts for reply in replies] == [2] * at_once
     assert len(set.union(*map(on, replies))) == 1
+    cluster.pass_time(limits.AHEAD_S)
     cluster.check_idle()
 
 
