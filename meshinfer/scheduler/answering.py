@@ -214,6 +214,10 @@ class Answering:
     def back_up(self, now: float) -> list[Effect]:
         return self._covering.back_up(partial(self._seconds, now), now)
 
+    def stood_still(self, now: float) -> None:
+        """The coordinator itself did."""
+        self._retreat.stood_still(now)
+
     def leave_links(self, now: float) -> list[Effect]:
         """What waits on links begins again on one device, where that is sooner."""
         effects, again = self._retreat.waits(running(self.open), now)

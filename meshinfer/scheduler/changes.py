@@ -16,7 +16,8 @@ class Drift:
     """``looked``: how many samples of paces there were when this was seen last; ``times``: by how
     much devices have drifted apart; ``uneven``: twice in turn too much; ``tried``: as much when a
     search failed. ``wanted_at``: since when another plan only waits for samples to agree.
-    ``adapted``: the plan itself was made from plans of before, when they had."""
+    ``adapted``: the plan itself was made from plans of before, when they had. ``blind``: one device
+    does all, so that nothing is seen of the others."""
 
     looked: int = 0
     times: float = 1.0
@@ -24,6 +25,7 @@ class Drift:
     tried: float = 1.0
     wanted_at: float | None = None
     adapted: bool = False
+    blind: bool = False
 
     def settled(self) -> Drift:
         """A search has found no better plan for devices as they are."""

@@ -13,13 +13,12 @@ import math
 from collections import defaultdict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from statistics import median
 
 from meshinfer import limits
 from meshinfer.scheduler.balance import Balance
 from meshinfer.scheduler.catalogue import Deployment, Phase
 from meshinfer.scheduler.events import Effect, Note
-from meshinfer.scheduler.membership import Device, Membership
+from meshinfer.scheduler.membership import Membership
 from meshinfer.scheduler.request import Request, Try
 
 
@@ -56,7 +55,7 @@ class _State:
     ``to``: who does all of each, empty while nobody does; ``longest_s``: what the longest of those
     took for which it was chosen. ``look_at``: when the next one may go by the plan; ``probe``: the
     one that does; ``good``, ``vain``: how often in turn that was well, or not. ``alone``: what
-    those took that one device did, each for itself.
+    those took, each for itself, that the ``last`` device did all of.
     """
 
     by_plan: deque[_Sample] = field(default_factory=lambda: deque(maxlen=limits.RETREAT_REQUESTS))
@@ -67,12 +66,15 @@ class _State:
     probe: Try | None = None
     good: int = 0
     vain: int = 0
+    last: str = ""
     alone: deque[float] = field(default_factory=lambda: deque(maxlen=limits.PACE_SAMPLES))
 
     def retreat(self, name: str, longest_s: float, now: float) -> None:
         self.to, self.good, self.probe, self.longest_s = name, 0, None, longest_s
         self.look_at = now + self._pause_s
-        self.alone.clear()
+        if name != self.last:
+            self.last = name
+            self.alone.clear()
 
     def advance(self) -> None:
         """By the plan again."""
@@ -107,13 +109,17 @@ class Retreat:
             return ""
         if state.to not in self._seconds(made, now):  # it is lost, or says nothing
             state.advance()
+            made.drift.blind = False
             return ""
         if now < state.look_at:
             return state.to
         if state.probe is not None:  # it is not back yet
             state.looked(now, well=False)
             return state.to
-        if request.deadline - now < 2 * state.longest_s:
+        if len(request.tried) > 1:
+            return state.to
+        if request.deadline - now < 2 * state.longest_s:  # it may have become less, though
+            state.longest_s, state.look_at = state.longest_s / 2, now + limits.RETREAT_S
             return state.to
         state.probe, state.look_at = tried, now + limits.RETREAT_S
         return ""
@@ -128,15 +134,17 @@ class Retreat:
             return []
         state = self._states.setdefault(made.number, _State())
         state.answered = now if answered else state.answered
-        sample = self._sample(made, state, tried, now)
-        if sample is None or len(request.tried) > 1:
+        if len(request.tried) > 1 or not self._is_here(tried, now):
+            return []
+        until = request.merged[0] if answered and request.merged else now
+        sample = self._sample(made, state, tried, until, now)
+        if sample is None:
             return []
         if state.to:
             if tried.all_by == state.to:
                 state.alone.append(sample.took_s / (sample.beside + 1))
             elif tried is state.probe:
-                each_s = max(sample.alone_s, median(state.alone or [0.0]))
-                state.looked(now, well=not sample.late(each_s * (sample.beside + 1)))
+                state.looked(now, well=not sample.late(sample.alone_s * (sample.beside + 1)))
             return self._back(made, state) if state.good >= limits.RETREAT_REQUESTS else []
         if tried.all_by:
             return []
@@ -159,18 +167,24 @@ class Retreat:
             made = group[0][1].deployment
             state = self._states.setdefault(made.number, _State())
             late = [(r, t) for r, t in group if self._waits(made, state, t, now)]
-            if not late or any(d.computing for d in self._devices(made)):
+            if not late or self._computes(made, state, group, now):
                 continue
             if not state.to:
-                longest_s = now - min(t.since for _, t in late)
-                if now - max(state.answered, now - longest_s) <= limits.RETREAT_STALL_S:
+                if now - state.answered <= limits.RETREAT_STALL_S:
                     continue
+                longest_s = now - min(t.since for _, t in late)
                 effects += self._begin(made, state, longest_s, now)
                 late = group
             if any(t is state.probe for _, t in late):
                 state.looked(now, well=False)
             again += [request for request, _ in late]
         return effects, again
+
+    def stood_still(self, now: float) -> None:
+        """The coordinator did: nobody is to blame."""
+        for state in self._states.values():
+            state.answered = now
+            state.by_plan.clear()
 
     def forget(self, made: Deployment) -> None:
         """It is retired."""
@@ -179,21 +193,35 @@ class Retreat:
 
     # --- inside
 
+    def _is_here(self, tried: Try, now: float) -> bool:
+        """Whether the client of an attempt is heard, where it is source and sink itself: what a
+        paused one does not hand on waits for no link."""
+        heard = self._members.clients.get(tried.head, -math.inf)
+        return not tried.head or now - heard <= limits.RETREAT_STALL_S
+
     def _waits(self, made: Deployment, state: _State, tried: Try, now: float) -> bool:
         """Whether an attempt by the plan is late, and has been for some time."""
-        sample = self._sample(made, state, tried, now)
-        if sample is None or sample.took_s <= limits.RETREAT_STALL_S:
+        if now - tried.since <= limits.RETREAT_STALL_S or not self._is_here(tried, now):
             return False
-        return sample.late(sample.alone_s * (sample.beside + 1))
+        sample = self._sample(made, state, tried, now, now)
+        return sample is not None and sample.late(sample.alone_s * (sample.beside + 1))
 
-    def _devices(self, made: Deployment) -> Iterable[Device]:
+    def _computes(
+        self, made: Deployment, state: _State, group: Iterable[tuple[Request, Try]], now: float
+    ) -> bool:
+        """Whether a device of the plan computes, as it said last: that may be what they wait for.
+        Of who does, or would do, all only if it is one of these."""
+        ids = {request.id for request, _ in group}
+        first = self._first(made, state, now)
         names = made.programs.keys() & self._members.devices.keys()
-        return (self._members.devices[name] for name in sorted(names))
+        here = [self._members.devices[name] for name in names]
+        return any(d.computing and (d.name != first or d.request in ids) for d in here)
 
     def _begin(self, made: Deployment, state: _State, longest_s: float, now: float) -> list[Effect]:
         """From now on one device does all."""
         state.retreat(self._first(made, state, now), longest_s, now)
         self._members.presence.starved |= made.programs.keys()  # their links are in doubt
+        made.drift.blind = True
         fields = {**_ids(made), "device": state.to, "longest_s": round(longest_s, 3)}
         return [Note("info", "requests wait for links: one device does all of each", fields)]
 
@@ -204,22 +232,27 @@ class Retreat:
             return state.to if state.to in seconds else ""
         return min(seconds, key=lambda name: (seconds[name], name), default="")
 
-    def _sample(self, made: Deployment, state: _State, tried: Try, now: float) -> _Sample | None:
-        """An attempt until now; None where nobody could do all of it."""
+    def _sample(
+        self, made: Deployment, state: _State, tried: Try, until: float, now: float
+    ) -> _Sample | None:
+        """An attempt until then; None where nobody could do all of it. What the last device took
+        for others, inputs and outputs included, it would take for this one."""
         name = self._first(made, state, now)
         if not name:
             return None
         alone_s = self._seconds(made, now)[name]
+        if name == state.last and len(state.alone) >= limits.RETREAT_REQUESTS:
+            alone_s = max(alone_s, min(state.alone))
         expected_s = 0.0 if made.report is None else made.report.expected_s
         computed: dict[str, float] = defaultdict(float)
         for task in tried.tasks.values():
             computed[task.device] += task.compute_s
         busiest_s = max(computed.values(), default=0.0)
-        return _Sample(tried.since, now, tried.beside, alone_s, expected_s, busiest_s)
+        return _Sample(tried.since, until, tried.beside, alone_s, expected_s, busiest_s)
 
     def _back(self, made: Deployment, state: _State) -> list[Effect]:
         fields = {**_ids(made), "device": state.to}
-        state.vain = 0
+        state.vain, made.drift.blind = 0, False
         state.advance()
         return [Note("info", "requests go by their plan again", fields)]
 

@@ -263,7 +263,8 @@ class Run:
     def list_descriptors(self) -> None:
         """Write down what each daemon has open, so that one more or less can be named."""
         for name, pid in self._daemons().items():
-            self.history.write("descriptors", name=name, open=_opened(pid))
+            with suppress(OSError):  # it ends just now
+                self.history.write("descriptors", name=name, open=_opened(pid))
 
     def _daemons(self) -> dict[str, int]:
         pids = self.cluster.worker_pids().items()
