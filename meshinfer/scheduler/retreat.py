@@ -50,7 +50,8 @@ class _Sample:
 @dataclass(slots=True)
 class _State:
     """Of a deployment. ``by_plan``: the newest attempts by the plan, while all go by it;
-    ``answered``: when the last one was, by whom ever.
+    ``answered``: when the last one was, by whom ever; ``computed``: when a device last said that it
+    computes what goes by the plan, or something that this may wait for.
 
     ``to``: who does all of each, empty while nobody does; ``longest_s``: what the longest of those
     took for which it was chosen. ``look_at``: when the next one may go by the plan; ``probe``: the
@@ -60,6 +61,7 @@ class _State:
 
     by_plan: deque[_Sample] = field(default_factory=lambda: deque(maxlen=limits.RETREAT_REQUESTS))
     answered: float = -math.inf
+    computed: float = -math.inf
     to: str = ""
     longest_s: float = 0.0
     look_at: float = 0.0
@@ -166,11 +168,13 @@ class Retreat:
         for group in groups.values():
             made = group[0][1].deployment
             state = self._states.setdefault(made.number, _State())
+            if self._computes(made, state, group, now):
+                state.computed = now
             late = [(r, t) for r, t in group if self._waits(made, state, t, now)]
-            if not late or self._computes(made, state, group, now):
+            if not late or now <= state.computed + limits.RETREAT_STALL_S / 2:
                 continue
             if not state.to:
-                if now - state.answered <= limits.RETREAT_STALL_S:
+                if now <= max(state.answered, state.computed) + limits.RETREAT_STALL_S:
                     continue
                 longest_s = now - min(t.since for _, t in late)
                 effects += self._begin(made, state, longest_s, now)
