@@ -250,6 +250,25 @@ def test_one_that_goes_by_the_plan_begins_again_though_that_device_is_busy() -> 
         assert on(cluster.check(request, image(i))) == {device}
 
 
+@pytest.mark.parametrize("good", [False, True], ids=["links as before", "links are good"])
+def test_a_new_plan_is_tried_by_one_request_first(good: bool) -> None:
+    cluster = lossy()
+    device, _ = retreated(cluster)
+    (before,) = cluster.core.catalogue.deployments
+    cluster.plan_s = 0.02
+    cluster.join("pi-4", m.Facts(flops_per_s=FLOPS_PER_S, host="pi-4"))
+    cluster.settle(lambda: before not in cluster.core.catalogue.deployments)
+    settled(cluster)
+    cluster.extra_s = 0.0 if good else SLOW_S
+    cluster.pass_time(SLOW_S)
+    seen = [on(ask(cluster, i)[0]) for i in range(2 * ROUND)]
+    assert seen[0] == {*NAMES, "pi-4"}, "to see"
+    others = seen[1:] if good else seen[:1]
+    assert all(each == {*NAMES, "pi-4"} for each in others), seen
+    assert good or all(each == {device} for each in seen[1:]), seen
+    cluster.check_idle()
+
+
 def test_a_coordinator_that_stood_still_blames_no_link() -> None:
     cluster = lossy()
     ask(cluster, 0)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict, deque
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 
 from meshinfer import limits
@@ -49,9 +49,9 @@ class _Sample:
 
 @dataclass(slots=True)
 class _State:
-    """Of a deployment. ``by_plan``: the newest attempts by the plan, while all go by it;
-    ``answered``: when the last one was, by whom ever; ``computed``: when a device last said that it
-    computes what goes by the plan, or something that this may wait for.
+    """Of what is deployed, by its plan of this ``number``. ``by_plan``: the newest attempts by the
+    plan, while all go by it; ``answered``: when the last one was, by whom ever; ``computed``: when
+    a device last said that it computes what goes by the plan, or what that may wait for.
 
     ``to``: who does all of each, empty while nobody does; ``longest_s``: what the longest of those
     took for which it was chosen. ``look_at``: when the next one may go by the plan; ``probe``: the
@@ -59,6 +59,7 @@ class _State:
     those took, each for itself, that the ``last`` device did all of.
     """
 
+    number: int
     by_plan: deque[_Sample] = field(default_factory=lambda: deque(maxlen=limits.RETREAT_REQUESTS))
     answered: float = -math.inf
     computed: float = -math.inf
@@ -100,13 +101,13 @@ class Retreat:
 
     def __init__(self, members: Membership, balance: Balance) -> None:
         self._members, self._balance = members, balance
-        self._states: dict[int, _State] = {}
+        self._states: dict[Hashable, _State] = {}
         self._able: dict[int, tuple[tuple[int, int], object, dict[str, float]]] = {}
 
     def device(self, request: Request, tried: Try, now: float) -> str:
         """Who does all of an attempt that begins now; empty where each device does its own."""
         made = tried.deployment
-        state = self._states.get(made.number)
+        state = self._state(made, now) if _may(made) else None
         if state is None or not state.to:
             return ""
         if state.to not in self._seconds(made, now):  # it is lost, or says nothing
@@ -134,7 +135,9 @@ class Retreat:
         made = tried.deployment
         if not _may(made):
             return []
-        state = self._states.setdefault(made.number, _State())
+        state = self._state(made, now)
+        if state is None:
+            return []
         state.answered = now if answered else state.answered
         if len(request.tried) > 1 or not self._is_here(tried, now):
             return []
@@ -167,7 +170,9 @@ class Retreat:
         again: list[Request] = []
         for group in groups.values():
             made = group[0][1].deployment
-            state = self._states.setdefault(made.number, _State())
+            state = self._state(made, now)
+            if state is None:
+                continue
             if self._computes(made, state, group, now):
                 state.computed = now
             late = [(r, t) for r, t in group if self._waits(made, state, t, now)]
@@ -192,10 +197,28 @@ class Retreat:
 
     def forget(self, made: Deployment) -> None:
         """It is retired."""
-        self._states.pop(made.number, None)
         self._able.pop(made.number, None)
+        state = self._states.get(made.kind)
+        if state is not None and state.number == made.number:
+            state.probe = None
 
     # --- inside
+
+    def _state(self, made: Deployment, now: float) -> _State | None:
+        """None of a plan that has been replaced. Where one device does all, it does so under a new
+        plan, too, until that is seen to be well; the next request is to see."""
+        if made.phase is not Phase.READY:
+            return None
+        state = self._states.setdefault(made.kind, _State(made.number))
+        while len(self._states) > limits.PACES_KEPT:
+            del self._states[next(iter(self._states))]
+        if made.number < state.number:
+            return None
+        if made.number > state.number:
+            state.number, state.probe, state.good, state.look_at = made.number, None, 0, now
+            state.by_plan.clear()
+            made.drift.blind = bool(state.to)
+        return state
 
     def _is_here(self, tried: Try, now: float) -> bool:
         """Whether the client of an attempt is heard, where it is source and sink itself: what a
