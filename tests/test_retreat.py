@@ -203,11 +203,13 @@ def test_several_at_once_are_done_by_one_device_where_links_are_slow() -> None:
 @pytest.mark.parametrize("at_once", [1, limits.RUNNING_REQUESTS])
 def test_what_waits_while_nothing_is_answered_begins_again_on_one_device(at_once: int) -> None:
     cluster = lossy()
+    cluster.extra_s = SLOW_S
+    ask(cluster, 0)
     cluster.extra_s = STALLED_S
     since = cluster.now
     requests = [cluster.submit(image(i)) for i in range(at_once)]
     replies = [cluster.check(request, image(i)) for i, request in enumerate(requests)]
-    assert cluster.now - since < limits.RETREAT_STALL_S + (at_once + 1) * 0.3
+    assert cluster.now - since < limits.RETREAT_STALL_S + (at_once + 1) * 0.4
     assert [reply.attempts for reply in replies] == [2] * at_once
     assert len(set.union(*map(on, replies))) == 1
     cluster.pass_time(limits.AHEAD_S)

@@ -160,7 +160,8 @@ class Retreat:
 
     def waits(self, running: Iterable[Request], now: float) -> tuple[list[Effect], list[Request]]:
         """What of that which runs by its plan is to begin again at one device: all of it, once
-        nothing is computed there and nothing was answered for some time; and later what is late."""
+        nothing is computed there and nothing was answered for some time; and later what is late.
+        Not if the last ones were well: one piece is lost then, or one pair apart (``detours``)."""
         groups: dict[int, list[tuple[Request, Try]]] = defaultdict(list)
         for request in running:
             tried = request.tried[request.attempt]
@@ -179,7 +180,8 @@ class Retreat:
             if not late or now <= state.computed + limits.RETREAT_STALL_S / 2:
                 continue
             if not state.to:
-                if now <= max(state.answered, state.computed) + limits.RETREAT_STALL_S:
+                well = not any(s.late(s.alone_s * (s.beside + 1)) for s in state.by_plan)
+                if well or now <= max(state.answered, state.computed) + limits.RETREAT_STALL_S:
                     continue
                 longest_s = now - min(t.since for _, t in late)
                 effects += self._begin(made, state, longest_s, now)
