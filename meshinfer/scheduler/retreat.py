@@ -161,7 +161,7 @@ class Retreat:
     def waits(self, running: Iterable[Request], now: float) -> tuple[list[Effect], list[Request]]:
         """What of that which runs by its plan is to begin again at one device: all of it, once
         nothing is computed there and nothing was answered for some time; and later what is late.
-        Not if the last ones were well: one piece is lost then, or one pair apart (``detours``)."""
+        Not if all just now were well: one piece is lost then, or one pair apart (``detours``)."""
         groups: dict[int, list[tuple[Request, Try]]] = defaultdict(list)
         for request in running:
             tried = request.tried[request.attempt]
@@ -180,7 +180,8 @@ class Retreat:
             if not late or now <= state.computed + limits.RETREAT_STALL_S / 2:
                 continue
             if not state.to:
-                well = not any(s.late(s.alone_s * (s.beside + 1)) for s in state.by_plan)
+                just = (s for s in state.by_plan if s.until > now - limits.RETREAT_S)
+                well = not any(s.late(s.alone_s * (s.beside + 1)) for s in just)
                 if well or now <= max(state.answered, state.computed) + limits.RETREAT_STALL_S:
                     continue
                 longest_s = now - min(t.since for _, t in late)
