@@ -13,6 +13,7 @@ import math
 from collections import defaultdict, deque
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
+from statistics import median_high
 
 from meshinfer import limits
 from meshinfer.scheduler.balance import Balance
@@ -53,10 +54,11 @@ class _State:
     plan, while all go by it; ``answered``: when the last one was, by whom ever; ``computed``: when
     a device last said that it computes what goes by the plan, or what that may wait for.
 
-    ``to``: who does all of each, empty while nobody does; ``longest_s``: what the longest of those
-    took for which it was chosen. ``look_at``: when the next one may go by the plan; ``probe``: the
-    one that does; ``good``, ``vain``: how often in turn that was well, or not. ``alone``: what
-    those took, each for itself, that the ``last`` device did all of.
+    ``to``: who does all of each, empty while nobody does; ``waited_s``: what the longest of those
+    took for which it was chosen, ``longest_s``: and what the plan may take by now. ``look_at``:
+    when the next one may go by the plan, or the next device be chosen; ``probe``: the one that
+    does; ``good``, ``vain``: how often in turn that was well, or not. ``alone``: what those took,
+    each for itself, that the ``last`` device did all of.
     """
 
     number: int
@@ -65,6 +67,7 @@ class _State:
     computed: float = -math.inf
     to: str = ""
     longest_s: float = 0.0
+    waited_s: float = 0.0
     look_at: float = 0.0
     probe: Try | None = None
     good: int = 0
@@ -73,7 +76,8 @@ class _State:
     alone: deque[float] = field(default_factory=lambda: deque(maxlen=limits.PACE_SAMPLES))
 
     def retreat(self, name: str, longest_s: float, now: float) -> None:
-        self.to, self.good, self.probe, self.longest_s = name, 0, None, longest_s
+        self.to, self.good, self.probe = name, 0, None
+        self.longest_s = self.waited_s = longest_s
         self.look_at = now + self._pause_s
         if name != self.last:
             self.last = name
@@ -139,7 +143,7 @@ class Retreat:
         if state is None:
             return []
         state.answered = now if answered else state.answered
-        if len(request.tried) > 1 or not self._is_here(tried, now):
+        if (len(request.tried) > 1 and not tried.all_by) or not self._is_here(tried, now):
             return []
         until = request.merged[0] if answered and request.merged else now
         sample = self._sample(made, state, tried, until, now)
@@ -148,13 +152,15 @@ class Retreat:
         if state.to:
             if tried.all_by == state.to:
                 state.alone.append(sample.took_s / (sample.beside + 1))
+                if len(state.alone) > 1 and median_high(state.alone) > state.waited_s:
+                    return self._back(made, state, now)  # its own link is worse
             elif tried is state.probe:
                 state.looked(now, well=not sample.late(sample.alone_s * (sample.beside + 1)))
-            return self._back(made, state) if state.good >= limits.RETREAT_REQUESTS else []
+            return self._back(made, state, now) if state.good >= limits.RETREAT_REQUESTS else []
         if tried.all_by:
             return []
         state.by_plan.append(sample)
-        if not _all_late(state.by_plan):
+        if now < state.look_at or not _all_late(state.by_plan):
             return []
         return self._begin(made, state, max(each.took_s for each in state.by_plan), now)
 
@@ -182,7 +188,8 @@ class Retreat:
             if not state.to:
                 just = (s for s in state.by_plan if s.until > now - limits.RETREAT_S)
                 well = not any(s.late(s.alone_s * (s.beside + 1)) for s in just)
-                if well or now <= max(state.answered, state.computed) + limits.RETREAT_STALL_S:
+                last = max(state.answered, state.computed, state.look_at)
+                if well or now <= last + limits.RETREAT_STALL_S:
                     continue
                 longest_s = now - min(t.since for _, t in late)
                 effects += self._begin(made, state, longest_s, now)
@@ -271,8 +278,8 @@ class Retreat:
         if not name:
             return None
         alone_s = self._seconds(made, now)[name]
-        if name == state.last and len(state.alone) >= limits.RETREAT_REQUESTS:
-            alone_s = max(alone_s, min(state.alone))
+        if name == state.last and len(state.alone) > 1:
+            alone_s = max(alone_s, median_high(state.alone))
         expected_s = 0.0 if made.report is None else made.report.expected_s
         computed: dict[str, float] = defaultdict(float)
         for task in tried.tasks.values():
@@ -280,10 +287,15 @@ class Retreat:
         busiest_s = max(computed.values(), default=0.0)
         return _Sample(tried.since, until, tried.beside, alone_s, expected_s, busiest_s)
 
-    def _back(self, made: Deployment, state: _State) -> list[Effect]:
+    def _back(self, made: Deployment, state: _State, now: float) -> list[Effect]:
+        """By the plan again: since it is well, or since it is the lesser evil for a while."""
         fields = {**_ids(made), "device": state.to}
-        state.vain, made.drift.blind = 0, False
+        if state.good:
+            state.vain = 0
+        else:
+            state.looked(now, well=False)
         state.advance()
+        made.drift.blind = False
         return [Note("info", "requests go by their plan again", fields)]
 
     def _seconds(self, made: Deployment, now: float) -> dict[str, float]:
