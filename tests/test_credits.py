@@ -153,8 +153,8 @@ def test_a_cluster_with_hardly_any_credit_answers_all_the_same(
 ) -> None:
     monkeypatch.setattr(limits, "CREDIT_BYTES", 200)
     cluster = Cluster(("pi-1", "pi-2", "pi-3"), beside=beside)
-    cluster.deployed()
+    cluster.deployed(spread=True)  # else what waits so long may begin again on one device
     requests = [cluster.submit(image(i)) for i in range(8)]
     for i, request in enumerate(requests):
-        assert cluster.check(request, image(i)).attempts <= 2  # what waits may go to one device
+        assert cluster.check(request, image(i)).attempts == 1
     cluster.check_idle()

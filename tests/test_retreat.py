@@ -305,6 +305,20 @@ def test_a_client_that_stopped_as_its_own_head_blames_no_link() -> None:
     assert on(ask(cluster, 1)[0]) == set(NAMES) and requests
 
 
+@pytest.mark.parametrize("beside", [False, True], ids=["by the head", "client is the head"])
+def test_one_device_whose_own_link_is_worse_is_left_for_the_plan(
+    beside: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So little may be under way to a peer that three are four times as quick as one."""
+    monkeypatch.setattr(limits, "CREDIT_BYTES", 200)
+    cluster = Cluster(NAMES, beside=beside)
+    cluster.deployed()
+    requests = [cluster.submit(image(i)) for i in range(8)]
+    for i, request in enumerate(requests):
+        cluster.check(request, image(i))
+    cluster.check_idle()
+
+
 def test_what_inputs_take_to_come_is_seen_to_be_no_reason() -> None:
     """On one device they take as long: it does all of a few, and then no more."""
     cluster = Uploading()

@@ -119,21 +119,25 @@ class _Search:
     def once_more(self) -> None:
         """From now on a second spare device is sought for what has one."""
         self.most = {name: held.peak + SECOND_BYTES for name, held in self.held.items()}
-        able = filter(self._may_do_all, self.known.values())
+        able = self._may_do_all()
         total = {p.id: sum(seconds(load.work, p) for load in self.loads.values()) for p in able}
         self.one = min(total, key=lambda name: (total[name], name), default=None)
 
-    def _may_do_all(self, p: DeviceProfile) -> bool:
-        """Whether a device may have each task, and has room for all."""
-        weights = {k: v for load in self.loads.values() for k, v in load.weights.items()}
-        held = _Held(weights, max(load.work.peak_bytes for load in self.loads.values()))
-        if self.apart or held.peak > self.most[p.id] or not self._fits(held, p):
-            return False
+    def _may_do_all(self) -> list[DeviceProfile]:
+        """The devices that may have each task, and have room for all."""
+        if self.apart:
+            return []
+        whole = _Held({})
+        for load in self.loads.values():
+            whole = whole.with_(load)
+        most, peak = self.most, whole.peak
+        able = [p for p in self.known.values() if peak <= most[p.id] and self._fits(whole, p)]
         for ref in self.loads:
-            devices = (*self._devices(ref), *self.found.get(ref, ()))
-            if p.id not in devices and p not in self._options(ref, devices[0]):
-                return False
-        return True
+            devices = self._devices(ref)
+            may = {*devices, *self.found.get(ref, ())}
+            may |= {p.id for p in self._options(ref, devices[0])}
+            able = [p for p in able if p.id in may]
+        return able
 
     def _devices(self, ref: TaskRef) -> tuple[DeviceId, ...]:
         return self.plan.stages[ref.stage].tasks[ref.task].devices

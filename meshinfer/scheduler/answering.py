@@ -59,7 +59,7 @@ class Answering:
         self.fallback = Fallback(members, catalogue, self.open)
         self.checks = Checks(self.open, members, draw)
         self.silence = Silence(self.open, members, self.fallback)
-        self._retreat = Retreat(members, balance)
+        self.retreat = Retreat(members, balance)
         self.hearing = Hearing(self.open, members, catalogue, balance, self._covering, self._fail)
 
     # --- messages
@@ -140,7 +140,7 @@ class Answering:
     def retired(self, made: Deployment) -> None:
         self._covering.forget(made)
         self.checks.forget(made)
-        self._retreat.forget(made)
+        self.retreat.forget(made)
         for request in self.open.values():
             if request.deployment is made:
                 request.deployment = None
@@ -190,7 +190,7 @@ class Answering:
         for request in [r for r in self.open.values() if r.deadline <= now]:
             if request.runs:
                 tried = request.tried[request.attempt]
-                effects += self._retreat.took(request, tried, now, answered=False)
+                effects += self.retreat.took(request, tried, now, answered=False)
             effects += self._fail(request, outcomes.overdue(request), now)
         return effects
 
@@ -208,19 +208,15 @@ class Answering:
                 effects += self._end(request, reply)
                 self._load.answered(now)
                 self.silence.took(tried, now)
-                effects += self._retreat.took(request, tried, now)
+                effects += self.retreat.took(request, tried, now)
         return effects
 
     def back_up(self, now: float) -> list[Effect]:
         return self._covering.back_up(partial(self._seconds, now), now)
 
-    def stood_still(self, now: float) -> None:
-        """The coordinator itself did."""
-        self._retreat.stood_still(now)
-
     def leave_links(self, now: float) -> list[Effect]:
         """What waits on links begins again on one device, where that is sooner."""
-        effects, again = self._retreat.waits(running(self.open), now)
+        effects, again = self.retreat.waits(running(self.open), now)
         for request in again:
             request.deployment = None
         return effects
@@ -308,7 +304,7 @@ class Answering:
         own = request.client if self._heads.stands(request.client) else ""
         tried = Try(made, now, own, request.client, beside=beside)
         request.tried[request.attempt] = tried
-        self.fallback.begin(tried, self._retreat.device(request, tried, now), now)
+        self.fallback.begin(tried, self.retreat.device(request, tried, now), now)
         made.asked += 1
         self._covering.begin(tried, partial(self._seconds, now), now)
         request.started = now if request.started is None else request.started

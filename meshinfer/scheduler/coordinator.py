@@ -115,7 +115,7 @@ class CoordinatorCore:
     def _handle(self, event: Event, now: float) -> list[Effect]:
         if self._now and now - self._now > limits.STALL_S:  # it asks to be woken more often
             self.members.forgive(now - self._now, now)
-            self._answering.stood_still(now)
+            self._answering.retreat.stood_still(now)
         self._now = now
         asked = isinstance(event, Arrived) and self.members.speaks(event.peer, now)
         effects: list[Effect]

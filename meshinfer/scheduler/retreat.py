@@ -40,6 +40,11 @@ class _Sample:
     def took_s(self) -> float:
         return self.until - self.since
 
+    @property
+    def beside_s(self) -> float:
+        """What one device takes for it and for those that ran beside it."""
+        return self.alone_s * (self.beside + 1)
+
     def late(self, alone_s: float) -> bool:
         """Whether it took much longer than so, and than the plan was expected to; and not since a
         device has become slow, which is to be seen, and planned for."""
@@ -83,11 +88,6 @@ class _State:
             self.last = name
             self.alone.clear()
 
-    def advance(self) -> None:
-        """By the plan again."""
-        self.to, self.probe = "", None
-        self.by_plan.clear()
-
     def looked(self, now: float, *, well: bool) -> None:
         """A request has gone by the plan, to see."""
         self.probe = None
@@ -115,8 +115,7 @@ class Retreat:
         if state is None or not state.to:
             return ""
         if state.to not in self._seconds(made, now):  # it is lost, or says nothing
-            state.advance()
-            made.drift.blind = False
+            self._advance(made, state)
             return ""
         if now < state.look_at:
             return state.to
@@ -155,7 +154,7 @@ class Retreat:
                 if len(state.alone) > 1 and median_high(state.alone) > state.waited_s:
                     return self._back(made, state, now)  # its own link is worse
             elif tried is state.probe:
-                state.looked(now, well=not sample.late(sample.alone_s * (sample.beside + 1)))
+                state.looked(now, well=not sample.late(sample.beside_s))
             return self._back(made, state, now) if state.good >= limits.RETREAT_REQUESTS else []
         if tried.all_by:
             return []
@@ -187,7 +186,7 @@ class Retreat:
                 continue
             if not state.to:
                 just = (s for s in state.by_plan if s.until > now - limits.RETREAT_S)
-                well = not any(s.late(s.alone_s * (s.beside + 1)) for s in just)
+                well = not any(s.late(s.beside_s) for s in just)
                 last = max(state.answered, state.computed, state.look_at)
                 if well or now <= last + limits.RETREAT_STALL_S:
                     continue
@@ -241,43 +240,44 @@ class Retreat:
         if now - tried.since <= limits.RETREAT_STALL_S or not self._is_here(tried, now):
             return False
         sample = self._sample(made, state, tried, now, now)
-        return sample is not None and sample.late(sample.alone_s * (sample.beside + 1))
+        return sample is not None and sample.late(sample.beside_s)
 
     def _computes(
         self, made: Deployment, state: _State, group: Iterable[tuple[Request, Try]], now: float
     ) -> bool:
         """Whether a device of the plan computes, as it said last: that may be what they wait for.
         Of who does, or would do, all only if it is one of these."""
-        ids = {request.id for request, _ in group}
-        first = self._first(made, state, now)
         names = made.programs.keys() & self._members.devices.keys()
-        here = [self._members.devices[name] for name in names]
-        return any(d.computing and (d.name != first or d.request in ids) for d in here)
+        computing = [d for d in map(self._members.devices.__getitem__, names) if d.computing]
+        ids = {request.id for request, _ in group}
+        if not computing or any(d.request in ids for d in computing):
+            return bool(computing)
+        first, _ = self._first(made, state, now)
+        return any(d.name != first for d in computing)
 
     def _begin(self, made: Deployment, state: _State, longest_s: float, now: float) -> list[Effect]:
         """From now on one device does all."""
-        state.retreat(self._first(made, state, now), longest_s, now)
+        state.retreat(self._first(made, state, now)[0], longest_s, now)
         self._members.presence.starved |= made.programs.keys()  # their links are in doubt
         made.drift.blind = True
         fields = {**_ids(made), "device": state.to, "longest_s": round(longest_s, 3)}
         return [Note("info", "requests wait for links: one device does all of each", fields)]
 
-    def _first(self, made: Deployment, state: _State, now: float) -> str:
-        """Who does, or would do, all; empty where nobody can."""
+    def _first(self, made: Deployment, state: _State, now: float) -> tuple[str, float]:
+        """Who does, or would do, all, and what it takes there; an empty name where nobody can."""
         seconds = self._seconds(made, now)
-        if state.to:
-            return state.to if state.to in seconds else ""
-        return min(seconds, key=lambda name: (seconds[name], name), default="")
+        able = seconds.keys() & {state.to} if state.to else seconds.keys()
+        name = min(able, key=lambda each: (seconds[each], each), default="")
+        return name, seconds.get(name, 0.0)
 
     def _sample(
         self, made: Deployment, state: _State, tried: Try, until: float, now: float
     ) -> _Sample | None:
         """An attempt until then; None where nobody could do all of it. What the last device took
         for others, inputs and outputs included, it would take for this one."""
-        name = self._first(made, state, now)
+        name, alone_s = self._first(made, state, now)
         if not name:
             return None
-        alone_s = self._seconds(made, now)[name]
         if name == state.last and len(state.alone) > 1:
             alone_s = max(alone_s, median_high(state.alone))
         expected_s = 0.0 if made.report is None else made.report.expected_s
@@ -294,9 +294,13 @@ class Retreat:
             state.vain = 0
         else:
             state.looked(now, well=False)
-        state.advance()
-        made.drift.blind = False
+        self._advance(made, state)
         return [Note("info", "requests go by their plan again", fields)]
+
+    def _advance(self, made: Deployment, state: _State) -> None:
+        """By the plan again."""
+        state.to, state.probe, made.drift.blind = "", None, False
+        state.by_plan.clear()
 
     def _seconds(self, made: Deployment, now: float) -> dict[str, float]:
         """Who could do all tasks now, and what they take there."""
