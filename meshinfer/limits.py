@@ -102,8 +102,8 @@ quantisation, and that is no lie. What lies between both bounds is not judged.""
 CHECK_LEAST: Final = 1e-3
 """Results are held against at least so much of the largest input: what cancels leaves noise."""
 CHECKS_UNDECIDED: Final = 10
-"""After so many between the same two devices the one less known works no more: there may be no
-third that can tell which of them is wrong."""
+"""After so many between the same two devices one of them works no more: there may be no third that
+can tell which of them is wrong."""
 DOUBT_CHECKS: Final = 100
 """A device is in doubt for so many checks after one that failed."""
 LIAR_S: Final = 3600.0

@@ -20,7 +20,7 @@ from meshinfer.protocol.records import Facts
 from meshinfer.scheduler import events as e
 from meshinfer.scheduler.comparing import FAR, difference
 from meshinfer.scheduler.request import Request, Try
-from meshinfer.scheduler.trust import Trust
+from meshinfer.scheduler.trust import Trust, Verdict
 
 Made = tuple[np.ndarray, ...]
 
@@ -338,6 +338,37 @@ def test_two_others_prove_a_liar_and_clear_who_was_taken_for_one() -> None:
     assert verdict is not None and (verdict.liar, verdict.proven) == ("b", False)
     verdict = trust.differ("a", "c", {"a": 1.0, "c": 3.0})
     assert verdict is not None and (verdict.liar, verdict.cleared) == ("a", ("b",))
+
+
+def test_who_agrees_with_others_is_believed_before_who_is_known_longer() -> None:
+    """One device may do all, so that each other one is checked by it alone."""
+    trust, joined = Trust(), {"old": 1.0, "other": 2.0, "hub": 3.0}
+    for _ in range(20):
+        trust.agree("old", "other")
+    for _ in range(limits.CHECKS_UNDECIDED - 1):
+        assert trust.differ("old", "hub", joined) is None
+        trust.agree("hub", "other")
+    verdict = trust.differ("old", "hub", joined)
+    assert verdict is not None and (verdict.liar, verdict.proven) == ("old", False)
+    assert verdict.why == "its results differ from those of hub, which others agree with"
+    assert trust.differ("gone", "new", {"gone": 1.0, "new": 2.0}) == Verdict(
+        "new", "its results differ from those of gone, which is known better", proven=False
+    )
+
+
+def test_while_two_are_in_doubt_what_they_check_of_others_tells_too() -> None:
+    cluster = ready()
+    cluster.draw = lambda: 0.5  # begins with the second device's task, and draws none
+    told = compared(cluster)
+    ask(cluster, 3)
+    assert not told.total()
+    trust = cluster.core._answering.checks.trust
+    trust.differ("pi-1", "pi-3", dict.fromkeys(NAMES, 0.0))
+    ask(cluster, 3)
+    assert told["pi-1"] == 3
+    assert trust.differ("pi-1", "pi-3", {"pi-1": 1.0, "pi-3": 0.0}) == Verdict(
+        "pi-3", "its results differ from those of pi-1, which others agree with", proven=False
+    )
 
 
 def test_a_doubt_ends_after_checks_that_agree() -> None:

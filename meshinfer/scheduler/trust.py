@@ -2,12 +2,13 @@
 two that differ is wrong.
 
 Two say nothing of who it is; one that differs from two others is wrong (one liar at a time). Where
-no third can tell, the one that is less known works no more, and is believed again should the other
-one prove wrong later.
+that does not come about, the one that agreed less with others meanwhile, or is less known, works no
+more, and is believed again should the other one prove wrong later.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -28,10 +29,11 @@ class Verdict:
 @dataclass(slots=True)
 class _Pair:
     """Two devices that have differed: how often, and for how many checks more that is held against
-    both."""
+    both. ``agreed``: the checks in which one of them agreed with a third since."""
 
     times: int = 0
     left: int = limits.DOUBT_CHECKS
+    agreed: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(slots=True)
@@ -62,6 +64,10 @@ class Trust:
         new = self._of(device).tasks <= limits.CHECK_NEW_TASKS
         return limits.CHECK_SHARE_NEW if new else limits.CHECK_SHARE
 
+    def doubted(self) -> set[str]:
+        """All that are in doubt."""
+        return {name for pair in self._pairs for name in pair}
+
     def rivals(self, device: str) -> set[str]:
         """The devices that had other results than this one."""
         return {name for pair in self._pairs if device in pair for name in pair} - {device}
@@ -72,6 +78,8 @@ class Trust:
         for pair, doubt in list(self._pairs.items()):
             if pair & {one, other}:
                 doubt.left -= 1
+                if pair != {one, other}:
+                    doubt.agreed.update(pair & {one, other})
                 if not doubt.left:
                     del self._pairs[pair]
 
@@ -85,13 +93,14 @@ class Trust:
             return self._proven(most[1], others)
         if len(joined.keys() - {one, other}) and doubt.times < limits.CHECKS_UNDECIDED:
             return None
-        less = min(
-            (one, other), key=lambda name: (self._of(name).agreed, -joined.get(name, 0.0), name)
+        less, rival = sorted(
+            (one, other),
+            key=lambda n: (doubt.agreed[n], self._of(n).agreed, -joined.get(n, 0.0), n),
         )
-        rival = other if less == one else one
         self._kept_out[less] = rival
         self._known.pop(less)
-        why = f"its results and those of {rival} differ, and it is the one less known"
+        why = f"its results differ from those of {rival}, which "
+        why += "others agree with" if doubt.agreed[rival] > doubt.agreed[less] else "is known better"
         return Verdict(less, why, proven=False)
 
     def _proven(self, liar: str, others: set[str]) -> Verdict:
