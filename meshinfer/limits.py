@@ -209,8 +209,8 @@ PACE_SAMPLES_LEAST: Final = 4
 PACE_DEVIATION: Final = 1.15
 PACE_GRAVE: Final = 1.5
 PACE_UPSET: Final = 3.0
-PACE_SETTLE_S: Final = 3.0
-"""So long a plan for devices that have drifted apart waits for their newest samples to agree."""
+PACE_SETTLE_S: Final = 3.0  # so long a plan for devices far apart waits for samples to agree,
+PACE_SETTLE_MOST_S: Final = 30.0  # and so long any other
 PACE_FORGOTTEN_S: Final = 30.0
 PACE_FORGOTTEN_MOST_S: Final = 600.0
 PACES_KEPT: Final = 256

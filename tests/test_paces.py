@@ -10,14 +10,17 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from cores import Cluster, banded, conv_net, image, kind
+from cores import Cluster, _imported, banded, conv_net, image, kind
 
 from meshinfer import limits
+from meshinfer.cost import DeviceProfile
 from meshinfer.graph import Graph
+from meshinfer.identity import DeviceId
 from meshinfer.plan import Plan
+from meshinfer.planner import find_spares, pins_of
 from meshinfer.protocol import messages as m
 from meshinfer.scheduler.balance import Balance
-from meshinfer.scheduler.events import Computed
+from meshinfer.scheduler.events import Computed, Signature
 from meshinfer.scheduler.trying import made_up
 
 SIZE = (48, 20)
@@ -329,19 +332,39 @@ def test_a_link_that_measured_too_slow_at_first_is_measured_again_and_its_device
     assert len(made.searched) <= 3
 
 
-def test_a_search_for_a_small_gain_ends_when_a_device_becomes_slow() -> None:
-    """1. While nothing runs, a search begins that takes long; 2. a device becomes slow; 3. the next
-    search, by what it is now, does not wait for the first, whose plan nobody gets."""
-    made = Noisy()
+def test_a_search_for_a_small_gain_waits_for_a_device_that_just_becomes_fast() -> None:
+    """It would keep the plan waiting that is needed then. A request takes two seconds."""
+    made = Noisy(useless=99.0, **{name.replace("-", ""): FLOPS / 8 for name in NAMES})
+    made.adapts, made.plan_s = True, 1.0
     made.deployed(model=MODEL)
-    made.stream(12.0)
-    made.slowness["pi-2"] = 1.3
-    made.plan_s = 30.0
-    made.stream(12.0)
-    made.pass_time(10.0)
-    assert len(made.searched) == 2 and made.searched[1][1]["pi-2"] < 1.5
+    made.stream(60.0)
     made.slowness["pi-3"] = SLOW
-    made.plan_s = 0.3
-    (*_, last) = made.stream(25.0)
-    assert [round(paces["pi-3"]) for _, paces in made.searched] == [1, 1, 5]
-    assert "pi-3" not in made.uses(last)
+    made.stream(60.0)
+    assert made.paced == [False, True]
+    search_at = made.searched[-1][0] + made.plan_s / limits.REPLAN_SHARE
+    made.stream(search_at - 1.5 - made.now)
+    assert made.paced == [False, True], "one for a small gain is not yet due"
+    made.slowness["pi-3"] = 1.0
+    made.stream(40.0)
+    assert made.paced[-1] and all(paces["pi-3"] < 1.5 for _, paces in made.searched[2:])
+
+
+@pytest.mark.parametrize("kinds", ["", "avx2", "neon"], ids=["any", "of its kind", "of another"])
+def test_who_has_no_task_prepares_one_by_which_it_is_tried(kinds: str) -> None:
+    """However slow it is, and beside those that would take over; not what it may not compute."""
+    graph = _imported(MODEL, None, Signature(False, (("x", (1, 3, *SIZE)),)))
+    plan, left_out = banded(graph, NAMES, "head"), [f"slow-{i}" for i in range(3)]
+    four = [DeviceProfile(DeviceId(n), 1e9, numeric_class="avx2") for n in NAMES]
+    slow = [DeviceProfile(DeviceId(n), 1e7, numeric_class=kinds) for n in left_out]
+    strict = bool(kinds)
+    found = [
+        find_spares(graph, plan, each, pins_of(graph, plan, each, {}), strict=strict).devices
+        for each in (four, [*four, *slow])
+    ]
+    before, after = found
+    more = {ref: after[ref][len(before[ref]) :] for ref in before if after[ref] != before[ref]}
+    assert all(after[ref][: len(before[ref])] == before[ref] for ref in before)
+    once = [] if kinds == "neon" else [(name,) for name in left_out]
+    assert sorted(more.values()) == once  # a task each
+    few = find_spares(graph, plan, [*four, *slow], pins_of(graph, plan, four, {}), twice=False)
+    assert not {name for each in few.devices.values() for name in each} & set(left_out)

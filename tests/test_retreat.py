@@ -407,6 +407,23 @@ def test_the_quickest_device_has_all_tasks_prepared(quick: int) -> None:
             assert names[quick] in (*task.devices, *spares[TaskRef(s, t)])
 
 
+def test_who_becomes_slow_while_one_device_does_all_is_seen_to_be() -> None:
+    """All others are tried meanwhile; a task that goes on there is none that a request waits for."""
+    cluster = lossy()
+    device, _ = retreated(cluster)
+    slow, *_ = (name for name in NAMES if name != device)
+    balance = cluster.core._balance
+    assert balance.factor(slow, cluster.now) < 1.2
+    cluster.slowness[slow] = 5.0
+    for i in range(60):
+        reply, _ = ask(cluster, i % 5)
+        assert on(reply) in ({device}, set(NAMES))
+        cluster.pass_time(0.25)
+    assert balance.factor(slow, cluster.coordinator.last) > 4.0
+    made, _search = cluster.core.catalogue.deployments.values()
+    assert made.drift.by_one == device and made.drift.times > 4.0
+
+
 def test_what_one_device_does_is_checked_by_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tasks of all stages: what they read had one maker."""
     monkeypatch.setattr(limits, "RETREAT_S", 1000.0)

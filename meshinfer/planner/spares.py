@@ -3,7 +3,8 @@
 The boxes stay those of the plan, so that what others have made already serves on. A task goes where
 it is expected to be done first beside what that device does in the same stage anyway (Graham 1969).
 The second device of each is the one that would do all tasks first, as far as it can: it may have to
-(``scheduler/retreat``).
+(``scheduler/retreat``). A device that has no task at all prepares one, to be timed by it
+(``scheduler/trying``).
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ def find_spares(
         search.once_more()
         for lost in plan.devices():
             search.cover(lost)
+        search.occupy()
     extra = {name: held.peak - search.first[name].peak for name, held in search.held.items()}
     extra = {name: nbytes for name, nbytes in extra.items() if nbytes}
     return Spares(search.found, extra, _notes(plan, why, extra))
@@ -172,23 +174,44 @@ class _Search:
         self.found |= {ref: (*self.found.get(ref, ()), name) for ref, name in taken.items()}
         return ""
 
+    def occupy(self) -> None:
+        """Whoever has nothing prepares one task more than need be, if it is small: of those that
+        last long enough to tell something, one that the fewest prepare."""
+        then = {ref: _Held({}).with_(load) for ref, load in self.loads.items()}
+        for p in self.known.values():
+            if self.held[p.id].weights or self.held[p.id].values:
+                continue
+            took = {
+                ref: seconds(self.loads[ref].work, p)
+                for ref in self.found
+                if then[ref].peak <= SECOND_BYTES
+                and self._fits(then[ref], p)
+                and self._may_take(p, ref, self._devices(ref)[0])
+            }
+            long = min(limits.TRY_LEAST_S, max(took.values(), default=0.0))
+            enough = [ref for ref in took if took[ref] >= long]
+            if enough:
+                best = min(enough, key=lambda r: (len(self.found[r]), then[r].peak, r))
+                self.held[p.id] = then[best]
+                self.found[best] = (*self.found[best], p.id)
+
     def _refusal(self, ref: TaskRef) -> str:
         stage = self.plan.stages[ref.stage]
         drawn = any(map(is_random, self.graph.ops[stage.start : stage.stop]))
         return "it draws random numbers, which must happen once" if drawn else ""
 
     def _options(self, ref: TaskRef, lost: DeviceId) -> list[DeviceProfile]:
-        stage, own = self.plan.stages[ref.stage], self.known.get(lost)
+        return [p for p in self.known.values() if self._may_take(p, ref, lost)]
+
+    def _may_take(self, p: DeviceProfile, ref: TaskRef, lost: DeviceId) -> bool:
+        if not p.able or p.id == lost or p.id in self.found.get(ref, ()):
+            return False
+        own = self.known.get(lost) if self.strict else None
+        if own is not None and p.numeric_class != own.numeric_class:
+            return False
+        stage = self.plan.stages[ref.stage]
         allowed = self.pins.allowed(stage.start, stage.stop)
-        return [
-            p
-            for p in self.known.values()
-            if p.able
-            and p.id != lost
-            and p.id not in self.found.get(ref, ())
-            and (allowed is None or p.id in allowed)
-            and (not self.strict or own is None or p.numeric_class == own.numeric_class)
-        ]
+        return allowed is None or p.id in allowed
 
     def _is_whole(self, held: _Held) -> bool:
         return held.weights.keys() >= self.weights

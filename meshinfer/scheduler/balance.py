@@ -166,7 +166,7 @@ class Balance:
         """Note in a deployment by how much its devices have drifted apart, once there is news of
         most. What slows all down alike is seen of one before the others: it must be so twice."""
         seen, before = made.drift, made.drift.times
-        if seen.blind or self.count < seen.looked + len(made.candidates):
+        if self.count < seen.looked + len(made.candidates):
             return
         seen.looked = self.count
         names = made.candidates

@@ -16,8 +16,8 @@ class Drift:
     """``looked``: how many samples of paces there were when this was seen last; ``times``: by how
     much devices have drifted apart; ``uneven``: twice in turn too much; ``tried``: as much when a
     search failed. ``wanted_at``: since when another plan only waits for samples to agree.
-    ``adapted``: the plan itself was made from plans of before, when they had. ``blind``: one device
-    does all, so that nothing is seen of the others."""
+    ``adapted``: the plan itself was made from plans of before, when they had. ``by_one``: who does
+    all (``retreat``), so that the others are to be tried."""
 
     looked: int = 0
     times: float = 1.0
@@ -25,7 +25,7 @@ class Drift:
     tried: float = 1.0
     wanted_at: float | None = None
     adapted: bool = False
-    blind: bool = False
+    by_one: str = ""
 
     def settled(self) -> Drift:
         """A search has found no better plan for devices as they are."""

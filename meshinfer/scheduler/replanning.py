@@ -50,7 +50,8 @@ class Replanning:
         wanted = changed and asked and may and now >= made.since + pause_s
         if under_way:
             wanted = wanted and grave and under_way <= limits.SEARCH_SHARE
-        return self._settled(made, now, wanted=wanted)
+        patience_s = limits.PACE_SETTLE_S if grave else limits.PACE_SETTLE_MOST_S
+        return self._settled(made, now, patience_s, wanted=wanted)
 
     def grave(self, made: Deployment) -> bool:
         """Whether so much has changed that requests need not be spared."""
@@ -61,17 +62,17 @@ class Replanning:
         same = tuple(names) == made.candidates and not self._links_changed(made)
         return same and made.drift.times > limits.PACE_GRAVE
 
-    def _settled(self, made: Deployment, now: float, *, wanted: bool) -> bool:
+    def _settled(self, made: Deployment, now: float, patience_s: float, *, wanted: bool) -> bool:
         """Whether another plan is wanted, and need not wait any more.
 
         A device that becomes slow is so within a task: a plan for what it was on the way there
-        would be followed by another. For those that never agree nobody waits for long.
+        would be followed by another, and a search for a small gain keep the one that is needed.
         """
         since = made.drift.wanted_at
         if since is None or not wanted:
             since = now
         made.drift.wanted_at = since if wanted else None
-        waited = now >= since + limits.PACE_SETTLE_S
+        waited = now >= since + patience_s
         return wanted and (waited or self._balance.settled(made.candidates))
 
     def _links_changed(self, made: Deployment) -> bool:

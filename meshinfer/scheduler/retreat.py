@@ -226,7 +226,7 @@ class Retreat:
         if made.number > state.number:
             state.number, state.probe, state.good, state.look_at = made.number, None, 0, now
             state.by_plan.clear()
-            made.drift.blind = bool(state.to)
+            made.drift.by_one = state.to
         return state
 
     def _is_here(self, tried: Try, now: float) -> bool:
@@ -248,7 +248,8 @@ class Retreat:
         """Whether a device of the plan computes, as it said last: that may be what they wait for.
         Of who does, or would do, all only if it is one of these."""
         names = made.programs.keys() & self._members.devices.keys()
-        computing = [d for d in map(self._members.devices.__getitem__, names) if d.computing]
+        devices = map(self._members.devices.__getitem__, names)
+        computing = [d for d in devices if d.computing and d.request]  # others are being tried
         ids = {request.id for request, _ in group}
         if not computing or any(d.request in ids for d in computing):
             return bool(computing)
@@ -259,7 +260,7 @@ class Retreat:
         """From now on one device does all."""
         state.retreat(self._first(made, state, now)[0], longest_s, now)
         self._members.presence.starved |= made.programs.keys()  # their links are in doubt
-        made.drift.blind = True
+        made.drift.by_one = state.to
         fields = {**_ids(made), "device": state.to, "longest_s": round(longest_s, 3)}
         return [Note("info", "requests wait for links: one device does all of each", fields)]
 
@@ -299,7 +300,7 @@ class Retreat:
 
     def _advance(self, made: Deployment, state: _State) -> None:
         """By the plan again."""
-        state.to, state.probe, made.drift.blind = "", None, False
+        state.to, state.probe, made.drift.by_one = "", None, ""
         state.by_plan.clear()
 
     def _seconds(self, made: Deployment, now: float) -> dict[str, float]:

@@ -100,7 +100,9 @@ class Trust:
         self._kept_out[less] = rival
         self._known.pop(less)
         why = f"its results differ from those of {rival}, which "
-        why += "others agree with" if doubt.agreed[rival] > doubt.agreed[less] else "is known better"
+        why += (
+            "others agree with" if doubt.agreed[rival] > doubt.agreed[less] else "is known better"
+        )
         return Verdict(less, why, proven=False)
 
     def _proven(self, liar: str, others: set[str]) -> Verdict:

@@ -1,7 +1,8 @@
-"""Devices that the plan leaves out are tried now and then: how fast they are is known of nobody
-whose tasks are not timed, and a wrong or an old figure would leave them idle for ever.
+"""Devices that the plan leaves out are tried now and then, and all others while one does all: how
+fast they are is known of nobody whose tasks are not timed, and a wrong or an old figure would leave
+them idle for ever.
 
-A spare device runs a task that it has prepared anyway, on made-up inputs, while it has nothing else
+Such a device runs a task that it has prepared anyway, on made-up inputs, while it has nothing else
 to do, and tells what it took. To put it into a plan to see would slow all requests down.
 """
 
@@ -66,7 +67,7 @@ class Tries:
         self._asked = {number: made.asked for number, made in here.items()}
         self._spoilt &= here.keys()
         asked = [made for number, made in here.items() if made.asked > known.get(number, 0)]
-        busy = {name for made in asked for name in made.programs}
+        busy = {name for made in asked for name in _busy(made)}
         effects: list[Effect] = []
         for made in filter(self._may_change, asked):
             effects += self._ask(made, busy, now)
@@ -81,7 +82,10 @@ class Tries:
     def _ask(self, made: Deployment, busy: Collection[str], now: float) -> list[Effect]:
         """``busy``: who has tasks, of whatever model, is timed by these."""
         effects: list[Effect] = []
-        may = made.idle & made.spares.ready & set(self._members.ready(now))
+        timed = made.idle & made.spares.ready
+        if made.drift.by_one:
+            timed |= made.programs.keys()
+        may = timed & set(self._members.ready(now))
         for name in sorted(may.difference(busy, self._members.presence.away, self._open)):
             place = _task_for(made, name) if now >= self._next.get(name, 0.0) else None
             device = self._members.devices[name]
@@ -128,10 +132,16 @@ class Tries:
             self._next[name] = now + limits.TRY_VAIN_S
 
 
+def _busy(made: Deployment) -> Collection[str]:
+    """Who does tasks of it now."""
+    return (made.drift.by_one,) if made.drift.by_one else made.programs.keys()
+
+
 def _task_for(made: Deployment, name: str) -> m.Place | None:
-    """Of the tasks that a device has prepared for others: the shortest that is long enough to tell
-    something, else the longest."""
-    known = [(made.seconds(p.place, name), p.place) for p in made.spare_programs(name)]
+    """Of the tasks that a device has prepared, its own first: the shortest that is long enough to
+    tell something, else the longest."""
+    prepared = made.programs.get(name) or made.spare_programs(name)
+    known = [(made.seconds(p.place, name), p.place) for p in prepared]
     timed = sorted((took, place) for took, place in known if took)
     enough = (place for took, place in timed if took >= limits.TRY_LEAST_S)
     return next(enough, timed[-1][1] if timed else None)

@@ -98,6 +98,7 @@ CASES = {
             "one worker at 20 % CPU, then back",
             "≥ 0.9 of the best plan within 10 s, ≤ 2 re-plans",
             load.throttled,
+            own={"devices": load.THROTTLED},
             ci=False,
         ),
         Case(
