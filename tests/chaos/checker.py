@@ -21,6 +21,8 @@ from meshinfer import limits
 from meshinfer.plan import Plan
 
 SETTLED_S: Final = 10.0
+BEST_S: Final = 15
+"""Of the best plan: in 5 s there are 20 requests, and the best of ten such spans is a tenth more."""
 CRASHES: Final = ("C4", "C11", "C15")
 LIES: Final = ("always", "tenth")
 """Phases in which answers may be wrong until the liar is found."""
@@ -298,7 +300,7 @@ def throttled(book: Book) -> None:
     book.nothing_lost()
     best = view.rates("without", 0.0, 1e9)
     for phase, aim in (("slow", best), ("back", view.rates("calm", 0.0, 1e9))):
-        aim = max(aim, *(view.rates(phase, s, s + 5.0) for s in (5.0, 10.0, 15.0)))
+        aim = max(aim, *(view.rates(phase, s, s + BEST_S) for s in range(5, 50 - BEST_S, 5)))
         share = view.rates(phase, 10.0, 1e9) / aim
         book.want(share >= 0.9, f"{share:.2f} of the best plan 10 s after {phase}")
     whole = (r for r in view.hurt() if r.answered and not r.outcome["degraded"])
