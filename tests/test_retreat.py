@@ -408,7 +408,7 @@ def test_the_quickest_device_has_all_tasks_prepared(quick: int) -> None:
 
 
 def test_who_becomes_slow_while_one_device_does_all_is_seen_to_be() -> None:
-    """All others are tried meanwhile; a task that goes on there is none that a request waits for."""
+    """All others are tried meanwhile, and no request waits for that."""
     cluster = lossy()
     device, _ = retreated(cluster)
     slow, *_ = (name for name in NAMES if name != device)

@@ -22,7 +22,7 @@ from meshinfer.plan import Plan
 
 SETTLED_S: Final = 10.0
 BEST_S: Final = 15
-"""Of the best plan: in 5 s there are 20 requests, and the best of ten such spans is a tenth more."""
+"""Of the best plan: 5 s have 20 requests, and the best of ten such spans is a tenth more."""
 CRASHES: Final = ("C4", "C11", "C15")
 LIES: Final = ("always", "tenth")
 """Phases in which answers may be wrong until the liar is found."""
