@@ -210,11 +210,11 @@ PACE_DEVIATION: Final = 1.15
 PACE_GRAVE: Final = 1.5
 PACE_UPSET: Final = 2.0
 PACE_SETTLE_S: Final = 3.0  # so long a plan for devices far apart waits for samples to agree,
-PACE_SETTLE_MOST_S: Final = 30.0  # and so long any other
+PACE_SETTLE_MOST_S: Final = 10.0  # and so long any other
 PACE_FORGOTTEN_S: Final = 30.0
 PACE_FORGOTTEN_MOST_S: Final = 600.0
 PACES_KEPT: Final = 256
-TRY_S: Final = 3.0  # between two tries of a device that the plan leaves out, while requests run
+TRY_S: Final = 3.0  # between two tries of a device that has no task now, while requests run
 TRY_SOON_S: Final = 0.5
 """The same while its pace is not known, or becomes another."""
 TRY_SHARE: Final = 0.1

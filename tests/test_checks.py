@@ -356,21 +356,6 @@ def test_who_agrees_with_others_is_believed_before_who_is_known_longer() -> None
     )
 
 
-def test_while_two_are_in_doubt_what_they_check_of_others_tells_too() -> None:
-    cluster = ready()
-    cluster.draw = lambda: 0.5  # begins with the second device's task, and draws none
-    told = compared(cluster)
-    ask(cluster, 3)
-    assert not told.total()
-    trust = cluster.core._answering.checks.trust
-    trust.differ("pi-1", "pi-3", dict.fromkeys(NAMES, 0.0))
-    ask(cluster, 3)
-    assert told["pi-1"] == 3
-    assert trust.differ("pi-1", "pi-3", {"pi-1": 1.0, "pi-3": 0.0}) == Verdict(
-        "pi-3", "its results differ from those of pi-1, which others agree with", proven=False
-    )
-
-
 def test_a_doubt_ends_after_checks_that_agree() -> None:
     trust, joined = Trust(), {"a": 1.0, "b": 2.0, "c": 3.0}
     trust.differ("a", "b", joined)

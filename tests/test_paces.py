@@ -190,9 +190,9 @@ def test_a_plan_waits_until_it_is_known_how_slow_a_device_has_become() -> None:
             ratios = [*[1.0] * 12, 2.6, 2.4, 5.2, 3.6, 4.5, 4.4, 4.6, 4.5]
             balance.measured("net", name, ratios[i] if name == "pi-2" else 1.0, float(i))
         if i == 15:
-            assert balance.factor("pi-2", 15.0) < 3.0 and not balance.settled(NAMES)
+            assert balance.factor("pi-2", 15.0) < 3.0 and not balance.settled(NAMES, 15.0)
         if i == 17:
-            assert balance.factor("pi-2", 17.0) > 4.0 and balance.settled(NAMES)
+            assert balance.factor("pi-2", 17.0) > 4.0 and balance.settled(NAMES, 17.0)
 
 
 def test_noise_alone_is_never_grave_whatever_the_seed() -> None:
@@ -330,6 +330,24 @@ def test_a_link_that_measured_too_slow_at_first_is_measured_again_and_its_device
         (*_, last) = made.stream(60.0)
     assert made.uses(last) == set(NAMES)
     assert len(made.searched) <= 3
+
+
+def test_a_search_for_a_small_gain_ends_when_a_device_becomes_slow() -> None:
+    """1. While nothing runs, a search begins that takes long; 2. a device becomes slow; 3. the next
+    search, by what it is now, does not wait for the first, whose plan nobody gets."""
+    made = Noisy()
+    made.deployed(model=MODEL)
+    made.stream(12.0)
+    made.slowness["pi-2"] = 1.3
+    made.plan_s = 30.0
+    made.stream(12.0)
+    made.pass_time(10.0)
+    assert len(made.searched) == 2 and made.searched[1][1]["pi-2"] < 1.5
+    made.slowness["pi-3"] = SLOW
+    made.plan_s = 0.3
+    (*_, last) = made.stream(25.0)
+    assert [round(paces["pi-3"]) for _, paces in made.searched] == [1, 1, 5]
+    assert "pi-3" not in made.uses(last)
 
 
 def test_a_search_for_a_small_gain_waits_for_a_device_that_just_becomes_fast() -> None:

@@ -32,6 +32,13 @@ SECOND_BYTES = 64 << 20
 device's memory live through two losses at once."""
 
 
+TIMED = 8
+"""So many devices that have nothing else prepare a task to be timed by: each costs connections."""
+
+TIMED_BYTES = 16 << 20
+"""Of such a task at most."""
+
+
 @dataclass(frozen=True, slots=True)
 class Spares:
     """``devices``: those that prepare each task, should its own be lost, then the first of them.
@@ -175,16 +182,15 @@ class _Search:
         return ""
 
     def occupy(self) -> None:
-        """Whoever has nothing prepares one task more than need be, if it is small: of those that
-        last long enough to tell something, one that the fewest prepare."""
+        """Some of those that have nothing prepare one task more than need be, if it is small: of
+        those that last long enough to tell something, one that the fewest prepare."""
         then = {ref: _Held({}).with_(load) for ref, load in self.loads.items()}
-        for p in self.known.values():
-            if self.held[p.id].weights or self.held[p.id].values:
-                continue
+        idle = [p for p in self.known.values() if p.able and self.held[p.id] == _Held({})]
+        for p in idle[:TIMED]:
             took = {
                 ref: seconds(self.loads[ref].work, p)
                 for ref in self.found
-                if then[ref].peak <= SECOND_BYTES
+                if then[ref].peak <= TIMED_BYTES
                 and self._fits(then[ref], p)
                 and self._may_take(p, ref, self._devices(ref)[0])
             }

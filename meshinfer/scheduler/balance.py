@@ -157,15 +157,18 @@ class Balance:
         pace = self._paces.get(device)
         return pace is not None and pace.known(now) and pace.settled
 
-    def settled(self, devices: Iterable[str]) -> bool:
+    def settled(self, devices: Iterable[str], now: float) -> bool:
         """Whether what is known of them is what they are now, and not on its way there."""
         known = (self._paces.get(name) for name in devices)
-        return all(pace is None or pace.settled for pace in known)
+        return all(pace is None or pace.settled or pace.stale(now) for pace in known)
 
     def look(self, made: Deployment, now: float) -> None:
         """Note in a deployment by how much its devices have drifted apart, once there is news of
         most. What slows all down alike is seen of one before the others: it must be so twice."""
         seen, before = made.drift, made.drift.times
+        own = made.programs.keys() & set(made.candidates) if seen.by_one else ()
+        if any(name not in self._paces or not self._paces[name].known(now) for name in own):
+            return  # one does all, and the others do not come to be tried
         if self.count < seen.looked + len(made.candidates):
             return
         seen.looked = self.count

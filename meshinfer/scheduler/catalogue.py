@@ -150,9 +150,8 @@ class Deployment:
 
     def held(self, name: str) -> tuple[int, int]:
         """Bytes that a device is expected to hold at most: of its own, and of others' tasks."""
-        known = () if self.report is None else self.report.devices
-        found = ((d.peak_bytes, d.spare_bytes) for d in known if d.device == name)
-        return next(found, (0, 0))
+        known = self.report.devices if self.report else ()
+        return next(((d.peak_bytes, d.spare_bytes) for d in known if d.device == name), (0, 0))
 
     def room(self, name: str, memory_bytes: int) -> int:
         """Bytes that a device which grants so many may hold of it; 0 where nothing bounds it."""
@@ -185,8 +184,10 @@ class Deployment:
 
     @property
     def longest_s(self) -> float:
-        """What its longest task is expected to take, anywhere."""
-        return max(self.expected.values(), default=0.0)
+        """What its longest task is expected to take: on its own device or two that stand by."""
+        names = {p: every if p in self.choices else every[:3] for p, every in self.takers.items()}
+        taken = ((place, name) for place, each in names.items() for name in each)
+        return max((self.expected.get(each, 0.0) for each in taken), default=0.0)
 
     @property
     def kind(self) -> Hashable:
@@ -350,8 +351,7 @@ class Catalogue:
     def _newest(
         self, model: Model, signature: Signature, phases: tuple[Phase, ...]
     ) -> Deployment | None:
-        found = self._all(model, signature, phases)
-        return found[-1] if found else None
+        return next(reversed(self._all(model, signature, phases)), None)
 
     def _all(
         self, model: Model, signature: Signature, phases: tuple[Phase, ...]

@@ -15,7 +15,8 @@ from meshinfer.protocol import messages as m
 class Drift:
     """``looked``: how many samples of paces there were when this was seen last; ``times``: by how
     much devices have drifted apart; ``uneven``: twice in turn too much; ``tried``: as much when a
-    search failed. ``wanted_at``: since when another plan only waits for samples to agree.
+    search failed. ``wanted_at``: since when another plan only waits for samples to agree, and
+    whether it is ``grave``.
     ``adapted``: the plan itself was made from plans of before, when they had. ``by_one``: who does
     all (``retreat``), so that the others are to be tried."""
 
@@ -23,7 +24,7 @@ class Drift:
     times: float = 1.0
     uneven: bool = False
     tried: float = 1.0
-    wanted_at: float | None = None
+    wanted_at: tuple[float, bool] | None = None
     adapted: bool = False
     by_one: str = ""
 

@@ -70,15 +70,14 @@ class Checks:
         programs = {p.place: p for each in made.programs.values() for p in each}
         places = sorted(tried.tasks)
         first = int(self._draw() * len(places)) if places else 0
-        doubted = self.trust.doubted()
         for place in (*places[first:], *places[:first]):
             of = tried.tasks[place].device
             if not tried.made_once(programs[place]):
                 continue
-            must = place == wanted or (made.number, place) in self._due or self._draws(of)
-            if must or doubted:
+            must = place == wanted or (made.number, place) in self._due
+            if must or self._draws(of):
                 by = self._other(programs[place], tried, of, now)
-                if by is not None and (must or by.name in doubted):  # it tells as much of that one
+                if by is not None:
                     return self._ask(request, tried, programs[place], of, by, now)
         return []
 

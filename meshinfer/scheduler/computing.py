@@ -66,6 +66,19 @@ class Computing:
         busy = self._requests or self.running is not None or self._queue or self._aside
         return not busy
 
+    @property
+    def free(self) -> bool:
+        """Whether nothing is computed here, or is to be: requests of others may be held."""
+        if self.running is not None or self._queue or self._aside:
+            return False
+        held = ((self._deployments.get(r.deployment), r) for r in self._requests.values())
+        return not any(
+            request.takes(program, self._device)
+            for made, request in held
+            for program in (made.programs.values() if made else ())
+            if program.model is not None
+        )
+
     # --- from the coordinator
 
     def start(self, message: m.Start, now: float) -> list[Effect]:

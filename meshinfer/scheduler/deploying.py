@@ -89,7 +89,7 @@ class Deploying:
         if present is not None:
             grave = self._replanning.grave(present)
             made.share = limits.SEARCH_SHARE_GRAVE if grave else limits.SEARCH_SHARE
-            made.spares.beside = not grave  # requests are to leave what has become slow at once
+            made.spares.beside = not grave or bool(present.drift.by_one)  # else leave slow ones
         return MakePlan(
             deployment=made.number,
             digest=model.digest,

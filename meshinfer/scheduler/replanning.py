@@ -50,8 +50,7 @@ class Replanning:
         wanted = changed and asked and may and now >= made.since + pause_s
         if under_way:
             wanted = wanted and grave and under_way <= limits.SEARCH_SHARE
-        patience_s = limits.PACE_SETTLE_S if grave else limits.PACE_SETTLE_MOST_S
-        return self._settled(made, now, patience_s, wanted=wanted)
+        return self._settled(made, now, grave=grave, wanted=wanted)
 
     def grave(self, made: Deployment) -> bool:
         """Whether so much has changed that requests need not be spared."""
@@ -62,18 +61,19 @@ class Replanning:
         same = tuple(names) == made.candidates and not self._links_changed(made)
         return same and made.drift.times > limits.PACE_GRAVE
 
-    def _settled(self, made: Deployment, now: float, patience_s: float, *, wanted: bool) -> bool:
+    def _settled(self, made: Deployment, now: float, *, grave: bool, wanted: bool) -> bool:
         """Whether another plan is wanted, and need not wait any more.
 
         A device that becomes slow is so within a task: a plan for what it was on the way there
         would be followed by another, and a search for a small gain keep the one that is needed.
         """
-        since = made.drift.wanted_at
-        if since is None or not wanted:
+        since, was = made.drift.wanted_at or (now, grave)
+        if not wanted or was is not grave:
             since = now
-        made.drift.wanted_at = since if wanted else None
-        waited = now >= since + patience_s
-        return wanted and (waited or self._balance.settled(made.candidates))
+        made.drift.wanted_at = (since, grave) if wanted else None
+        waited = now >= since + (limits.PACE_SETTLE_S if grave else limits.PACE_SETTLE_MOST_S)
+        names = made.candidates if grave else tuple(made.programs)
+        return wanted and (waited or self._balance.settled(names, now))
 
     def _links_changed(self, made: Deployment) -> bool:
         return made.links.nearer or made.links.changed != self._members.links_changed

@@ -64,10 +64,6 @@ class Trust:
         new = self._of(device).tasks <= limits.CHECK_NEW_TASKS
         return limits.CHECK_SHARE_NEW if new else limits.CHECK_SHARE
 
-    def doubted(self) -> set[str]:
-        """All that are in doubt."""
-        return {name for pair in self._pairs for name in pair}
-
     def rivals(self, device: str) -> set[str]:
         """The devices that had other results than this one."""
         return {name for pair in self._pairs if device in pair for name in pair} - {device}

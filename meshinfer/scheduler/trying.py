@@ -107,6 +107,9 @@ class Tries:
                 self._balance.note(made, device.name, (done,), now)
             return
         del self._open[device.name]
+        if not took and made is not None and made.drift.by_one:  # it does something of the plan
+            self._next[device.name] = now + limits.TRY_SOON_S
+            return
         if not took or made is None:  # it has something to do, maybe, or it cannot at all
             self._vain[device.name] = times = self._vain.get(device.name, 0) + 1
             pause_s = limits.TRY_S * 2 ** min(times - 1, limits.REPLAN_DOUBLINGS)
@@ -183,7 +186,7 @@ class Trying:
         made = self._installing.deployments.get(message.deployment)
         recipe = None if made is None else made.recipes.get(message.place)
         inputs = None if recipe is None or recipe.program.model is None else made_up(recipe)
-        if inputs is None or self._running is not None or not self._computing.idle:
+        if inputs is None or self._running is not None or not self._computing.free:
             return [_tried(message.deployment, message.place, 0.0)]
         job = Compute("", 0, message.deployment, message.place, inputs, again=True)
         self._running = _Running(job, now)
@@ -201,7 +204,7 @@ class Trying:
             return []
         running.took.append(max(event.compute_s, now - running.since))
         running.since = now
-        if event.error is None and not running.over and self._computing.idle:
+        if event.error is None and not running.over and self._computing.free:
             return [running.job]
         self._running = None
         took = 0.0 if event.error is not None else running.lasting

@@ -110,6 +110,12 @@ class View:
         needed = sum(r.outcome["places"] for r in self.phase(phase) if r.answered)
         return max(0.0, done / needed - 1.0) if needed else 0.0
 
+    def lasted(self, phase: str) -> float:
+        """Seconds from a phase's first request to its last answer."""
+        requests = self.phase(phase)
+        start = min((r.at for r in requests), default=0.0)
+        return max((r.outcome["at"] - start for r in requests if r.answered), default=0.0)
+
     def rates(self, phase: str, after_s: float, until_s: float) -> float:
         """Answers a second of a phase, by when they came after its first request."""
         requests = self.phase(phase)
@@ -300,7 +306,8 @@ def throttled(book: Book) -> None:
     book.nothing_lost()
     best = view.rates("without", 0.0, 1e9)
     for phase, aim in (("slow", best), ("back", view.rates("calm", 0.0, 1e9))):
-        aim = max(aim, *(view.rates(phase, s, s + BEST_S) for s in range(5, 50 - BEST_S, 5)))
+        starts = range(5, int(view.lasted(phase)) - BEST_S + 1, 5)
+        aim = max([aim, *(view.rates(phase, s, s + BEST_S) for s in starts)])
         share = view.rates(phase, 10.0, 1e9) / aim
         book.want(share >= 0.9, f"{share:.2f} of the best plan 10 s after {phase}")
     whole = (r for r in view.hurt() if r.answered and not r.outcome["degraded"])
