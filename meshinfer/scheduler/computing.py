@@ -50,9 +50,8 @@ class Computing:
         self.watch = LinkWatch()
         self.running: tuple[Compute, float] | None = None
         self.wasted = 0
-        self._device = device
+        self._device, self._deployments = device, deployments
         self._own, self._merged = own, merged
-        self._deployments = deployments
         self.holding = Holding(self._drop_work, own, granted_bytes)
         self.giving = Giving(self.holding, self.acks, deployments, own, self._scatter)
         self._requests = self.holding.requests
@@ -63,21 +62,15 @@ class Computing:
 
     @property
     def idle(self) -> bool:
-        busy = self._requests or self.running is not None or self._queue or self._aside
-        return not busy
+        return not self._requests and self.free
 
     @property
     def free(self) -> bool:
-        """Whether nothing is computed here, or is to be: requests of others may be held."""
-        if self.running is not None or self._queue or self._aside:
-            return False
-        held = ((self._deployments.get(r.deployment), r) for r in self._requests.values())
-        return not any(
-            request.takes(program, self._device)
-            for made, request in held
-            for program in (made.programs.values() if made else ())
-            if program.model is not None
-        )
+        """Whether nothing is computed here, or is to be; requests may be held for others."""
+        busy = self.running is not None or self._queue or self._aside
+        here, held = self._deployments, self._requests.values()
+        asked = ((r, here[r.deployment].programs) for r in held if r.deployment in here)
+        return not busy and not any(r.has_tasks(p.values(), self._device) for r, p in asked)
 
     # --- from the coordinator
 

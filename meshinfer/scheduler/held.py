@@ -86,6 +86,10 @@ class Held:
             return program.is_own(device)
         return any(program.devices[k : k + 1] == (device,) for k in taken)
 
+    def has_tasks(self, programs: Iterable[m.Program], device: str) -> bool:
+        """Whether this device is to run any of these in this attempt."""
+        return any(p.model is not None and self.takes(p, device) for p in programs)
+
     def lacks(self, recipes: Mapping[m.Place, Recipe], device: str) -> set[m.Place]:
         """The tasks from which those of this device that have not begun still await a piece."""
         found: set[m.Place] = set()
