@@ -215,8 +215,7 @@ PACE_FORGOTTEN_S: Final = 30.0
 PACE_FORGOTTEN_MOST_S: Final = 600.0
 PACES_KEPT: Final = 256
 TRY_S: Final = 3.0  # between two tries of a device that has no task now, while requests run
-TRY_SOON_S: Final = 0.5
-"""The same while its pace is not known, or becomes another."""
+TRY_SOON_S: Final = 0.5  # the same while its pace is not known, or becomes another
 TRY_SHARE: Final = 0.1
 """Of the time of a device that has nothing else to do."""
 TRY_SPAN_S: Final = 0.2  # two of the periods, 0.1 s, in which the kernel gives out a quota
@@ -227,6 +226,7 @@ RETREAT_TIMES: Final = 1.5  # as long as one device alone, and it does all; judg
 RETREAT_REQUESTS: Final = 4
 RETREAT_S: Final = 5.0  # until one goes by the plan, to see; twice as long each time in vain
 RETREAT_DOUBLINGS: Final = 4
+RETREAT_SPARES_S: Final = 20.0  # at most, until it may do all of a newer plan, too
 RETREAT_STALL_S: Final = 1.0  # without an answer, and what is late begins again there
 REPLAN_GAIN: Final = 1.10
 REPLAN_EVERY_S: Final = 5.0

@@ -18,9 +18,11 @@ from meshinfer.graph import Graph
 from meshinfer.identity import DeviceId
 from meshinfer.plan import Plan
 from meshinfer.planner import find_spares, pins_of
+from meshinfer.planner.spares import TIMED
 from meshinfer.protocol import messages as m
 from meshinfer.scheduler.balance import Balance
 from meshinfer.scheduler.events import Computed, Signature
+from meshinfer.scheduler.replanning import Replanning
 from meshinfer.scheduler.trying import made_up
 
 SIZE = (48, 20)
@@ -191,6 +193,7 @@ def test_a_plan_waits_until_it_is_known_how_slow_a_device_has_become() -> None:
             balance.measured("net", name, ratios[i] if name == "pi-2" else 1.0, float(i))
         if i == 15:
             assert balance.factor("pi-2", 15.0) < 3.0 and not balance.settled(NAMES, 15.0)
+            assert balance.settled(NAMES, 16.0 + limits.PACE_FORGOTTEN_S), "nobody is timed"
         if i == 17:
             assert balance.factor("pi-2", 17.0) > 4.0 and balance.settled(NAMES, 17.0)
 
@@ -386,3 +389,48 @@ def test_who_has_no_task_prepares_one_by_which_it_is_tried(kinds: str) -> None:
     assert sorted(more.values()) == once  # a task each
     few = find_spares(graph, plan, [*four, *slow], pins_of(graph, plan, four, {}), twice=False)
     assert not {name for each in few.devices.values() for name in each} & set(left_out)
+
+
+def test_of_many_devices_without_a_task_those_prepare_one_that_may() -> None:
+    graph = _imported(MODEL, None, Signature(False, (("x", (1, 3, *SIZE)),)))
+    plan = banded(graph, NAMES, "head")
+    kinds = dict.fromkeys(NAMES, "avx2") | {f"arm-{i}": "neon" for i in range(9)}
+    kinds |= {f"slow-{i:02}": "avx2" for i in range(12)}
+    all_ = [DeviceProfile(DeviceId(n), 1e7, numeric_class=kind) for n, kind in kinds.items()]
+    pins = pins_of(graph, plan, all_, {})
+    spares = find_spares(graph, plan, all_[: len(NAMES)], pins, strict=True).devices
+    extra = find_spares(graph, plan, all_, pins, strict=True).devices
+    more = [each for ref, each in extra.items() if each != spares[ref]]
+    assert {name for each in more for name in each if name[:3] not in ("pi-", "slo")} == set()
+    assert sum(name.startswith("slow") for each in more for name in each) >= TIMED
+
+
+def test_a_slow_device_that_is_only_timed_makes_no_late_task_usual() -> None:
+    made = Noisy()
+    made.deployed(model=MODEL)
+    *_, serving = made.core.catalogue.deployments.values()
+    place = next(iter(serving.takers))
+    serving.takers = {place: ("pi-1", "pi-2", "pi-3", "pi-4")}
+    serving.expected = {(place, name): float(i) for i, name in enumerate(NAMES)}
+    assert serving.longest_s == 2.0
+    serving.choices = serving.takers
+    assert serving.longest_s == 3.0, "it may go to any of them"
+
+
+def test_patience_for_samples_to_agree_begins_anew_where_a_change_becomes_grave() -> None:
+    made = Noisy()
+    made.deployed(model=MODEL)
+    made.stream(3.0)
+    (serving,) = made.core.catalogue.deployments.values()
+    rules = Replanning(made.core.members, balance := Balance())
+    for name in NAMES:
+        for i in range(12):  # they do not agree in the end
+            balance.measured("net", name, 4.0 if i == 11 else 1.0, 100.0)
+    last = 100.0 + limits.PACE_SETTLE_MOST_S
+    for now, grave, may in (
+        (100.0, False, False),
+        (last - 0.1, False, False),
+        (last, True, False),
+        (last + limits.PACE_SETTLE_S, True, True),
+    ):
+        assert rules._settled(serving, now, grave=grave, wanted=True) is may, now

@@ -21,6 +21,7 @@ from meshinfer.identity import DeviceId
 from meshinfer.planner import find_spares, pins_of
 from meshinfer.protocol import messages as m
 from meshinfer.scheduler import events as e
+from meshinfer.scheduler.catalogue import Catalogue, Phase
 from meshinfer.scheduler.retreat import _all_late, _Sample
 from meshinfer.transfers import TaskRef
 
@@ -430,6 +431,27 @@ def test_who_becomes_slow_while_one_device_does_all_is_seen_and_planned_for(paus
     by_plan = [i for i, names in enumerate(seen) if names != {device}]
     assert len(by_plan) <= 4, f"{by_plan} of {len(seen)}, some of them to see"
     cluster.check_idle()
+
+
+def test_a_newer_plan_waits_for_who_does_all_and_not_for_long() -> None:
+    catalogue, signature, peers = Catalogue(), e.Signature(False, ()), {"one": "", "two": ""}
+    deploy = m.Deploy(call="c", name="n", digest="0" * 64, nbytes=1)
+    model = catalogue.open(deploy, "ann", 0.0)
+    old, new = (
+        catalogue.new_deployment(model, signature, peers, tuple(peers), 0.0) for _ in range(2)
+    )
+    old.phase = new.phase = Phase.READY
+    new.spares.peers = peers
+
+    def serves(after_s: float, by_one: str, *ready: str) -> bool:
+        old.drift.by_one, new.spares.ready = by_one, set(ready)
+        return catalogue.running(model, signature, new.ready_at + after_s) is new
+
+    assert serves(0.0, "one", "one") and not serves(0.0, "one", "two")
+    assert not serves(limits.SPARES_WAIT_S, "one", "two")
+    assert serves(limits.RETREAT_SPARES_S, "one", "two")
+    for other in ("", "who does not stand by"):
+        assert not serves(0.0, other, "one") and serves(limits.SPARES_WAIT_S, other)
 
 
 def test_what_one_device_does_is_checked_by_others(monkeypatch: pytest.MonkeyPatch) -> None:

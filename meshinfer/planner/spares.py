@@ -3,7 +3,7 @@
 The boxes stay those of the plan, so that what others have made already serves on. A task goes where
 it is expected to be done first beside what that device does in the same stage anyway (Graham 1969).
 The second device of each is the one that would do all tasks first, as far as it can: it may have to
-(``scheduler/retreat``). A device that has no task at all prepares one, to be timed by it
+(``scheduler/retreat``). Of those that have no task at all a few prepare one, to be timed by it
 (``scheduler/trying``).
 """
 
@@ -186,7 +186,7 @@ class _Search:
         those that last long enough to tell something, one that the fewest prepare."""
         then = {ref: _Held({}).with_(load) for ref, load in self.loads.items()}
         idle = [p for p in self.known.values() if p.able and self.held[p.id] == _Held({})]
-        for p in idle[:TIMED]:
+        for p in idle:
             took = {
                 ref: seconds(self.loads[ref].work, p)
                 for ref in self.found
@@ -197,9 +197,12 @@ class _Search:
             long = min(limits.TRY_LEAST_S, max(took.values(), default=0.0))
             enough = [ref for ref in took if took[ref] >= long]
             if enough:
-                best = min(enough, key=lambda r: (len(self.found[r]), then[r].peak, r))
+                few = {ref: len(self.found[ref]) for ref in enough}
+                best = min(enough, key=lambda r: (few[r] < 2, few[r], then[r].peak, r))
                 self.held[p.id] = then[best]
                 self.found[best] = (*self.found[best], p.id)
+            if sum(self.held[each.id] != _Held({}) for each in idle) == TIMED:
+                break
 
     def _refusal(self, ref: TaskRef) -> str:
         stage = self.plan.stages[ref.stage]

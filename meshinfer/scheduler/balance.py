@@ -152,6 +152,11 @@ class Balance:
             drift.append(min(ratio, 1.0) if name in idle else ratio)
         return max(drift, default=1.0) / min(drift, default=1.0)
 
+    def level(self, device: str, now: float, since: float) -> float | None:
+        """Its pace as measured since then; None where that is not known."""
+        pace = self._paces.get(device)
+        return None if pace is None else pace.level(now, since)
+
     def sure(self, device: str, now: float) -> bool:
         """Whether a device's pace is known, and is what it was."""
         pace = self._paces.get(device)
@@ -166,13 +171,13 @@ class Balance:
         """Note in a deployment by how much its devices have drifted apart, once there is news of
         most. What slows all down alike is seen of one before the others: it must be so twice."""
         seen, before = made.drift, made.drift.times
-        own = made.programs.keys() & set(made.candidates) if seen.by_one else ()
-        if any(name not in self._paces or not self._paces[name].known(now) for name in own):
-            return  # one does all, and the others do not come to be tried
         if self.count < seen.looked + len(made.candidates):
             return
         seen.looked = self.count
         names = made.candidates
+        if seen.by_one:  # of the others those that come to be tried
+            known = {n for n in names if self.level(n, now, made.since) is not None}
+            names = tuple(sorted(known))
         seen.times = self.drift(names, made.factors, made.since, now, made.idle)
         seen.uneven = min(before, seen.times) > limits.PACE_DEVIATION
 

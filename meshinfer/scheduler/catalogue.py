@@ -79,10 +79,7 @@ class Model:
         self.unprepared = {s: n for s, n in self.unprepared.items() if s in self.signatures}
         whole = [s for s in self.signatures if s.outputs is None]
         exits = [s for s in self.signatures if s.outputs is not None]
-        self.signatures = [
-            *whole[-limits.SHAPES_PER_MODEL :],
-            *exits[-limits.EXITS_PER_MODEL :],
-        ]
+        self.signatures = [*whole[-limits.SHAPES_PER_MODEL :], *exits[-limits.EXITS_PER_MODEL :]]
         return signature
 
     def default_signature(self) -> Signature | None:
@@ -333,11 +330,14 @@ class Catalogue:
 
     def running(self, model: Model, signature: Signature, now: float) -> Deployment | None:
         """What requests run under: a newer one not before it can bear a loss, as the older can, or
-        has tried to for long enough."""
+        who does all of that has prepared this, or has tried to for long enough."""
         found = self._all(model, signature, (Phase.READY,))
         if len(found) < 2 or found[-1].spares.prepared or not found[-1].spares.beside:
             return found[-1] if found else None
-        return found[-1] if now >= found[-1].ready_at + limits.SPARES_WAIT_S else found[-2]
+        new, one = found[-1], found[-2].drift.by_one
+        wait_s = limits.RETREAT_SPARES_S if one in new.spares.peers else limits.SPARES_WAIT_S
+        waits = one not in new.spares.ready and now < new.ready_at + wait_s
+        return found[-2] if waits else new
 
     def alone(self, request: str) -> Deployment | None:
         """The plan on one device of a request that may run on no more, once it is ready."""

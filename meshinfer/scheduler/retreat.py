@@ -114,9 +114,8 @@ class Retreat:
         state = self._state(made, now) if _may(made) else None
         if state is None or not state.to:
             return ""
-        if state.to not in self._seconds(made, now):
-            if not self._prepares(made, state.to, now):  # it is lost, or says nothing
-                self._advance(made, state)
+        if state.to not in self._seconds(made, now):  # it is lost, or says nothing
+            self._advance(made, state)
             return ""
         if now < state.look_at:
             return state.to
@@ -309,11 +308,6 @@ class Retreat:
         away, factor = self._members.presence.resting(now), self._balance.factor
         able = self._all_done(made).items()
         return {n: s * factor(n, now) / made.factors.get(n, 1.0) for n, s in able if n not in away}
-
-    def _prepares(self, made: Deployment, name: str, now: float) -> bool:
-        """Whether a device still prepares tasks of a new plan: maybe all."""
-        away = self._members.presence.resting(now)
-        return name in made.spares.peers and not {name} & (made.spares.ready | set(away))
 
     def _all_done(self, made: Deployment) -> dict[str, float]:
         """Of each device that has all tasks, or has prepared them: what they are expected to take.

@@ -107,12 +107,11 @@ class Tries:
                 self._balance.note(made, device.name, (done,), now)
             return
         del self._open[device.name]
-        if not took and made is not None and made.drift.by_one:  # it does something of the plan
-            self._next[device.name] = now + limits.TRY_SOON_S
-            return
         if not took or made is None:  # it has something to do, maybe, or it cannot at all
             self._vain[device.name] = times = self._vain.get(device.name, 0) + 1
-            pause_s = limits.TRY_S * 2 ** min(times - 1, limits.REPLAN_DOUBLINGS)
+            one = made is not None and made.drift.by_one
+            pause_s = limits.TRY_SOON_S if one else limits.TRY_S
+            pause_s *= 2 ** min(times - 1, limits.REPLAN_DOUBLINGS)
             self._next[device.name] = now + min(pause_s, limits.TRY_VAIN_S)
             return
         self._vain.pop(device.name, None)

@@ -178,14 +178,15 @@ class Run:
         told.with_suffix(".new").write_text(json.dumps({"state": state, "after": after}))
         told.with_suffix(".new").replace(told)
 
-    def until_dead(self, i: int, state: str, within_s: float) -> None:
-        """Write down whether it has died where ``die_at`` said."""
+    def until_dead(self, i: int, state: str, within_s: float) -> bool:
+        """Whether it has died where ``die_at`` said, which is written down."""
         told, until = self.arena.states / self.names[i], time.monotonic() + within_s
         while told.exists() and time.monotonic() < until:
             time.sleep(0.02)
         hit = not told.exists()
         told.unlink(missing_ok=True)
         self.fault("died" if hit else "lived", i, state=state)
+        return hit
 
     def log(self) -> None:
         """Put the daemons' warnings into the history, as long as they are new."""
@@ -227,6 +228,11 @@ class Run:
     def ready(self) -> list[int]:
         states = self.states()
         return [i for i, name in enumerate(self.names) if states.get(name) == "ready"]
+
+    def busy(self) -> list[int]:
+        """Those that are ready and have tasks."""
+        tasks = self.takes_part()
+        return [i for i in self.ready() if self.names[i] in tasks]
 
     def pause(self, least_s: float, most_s: float | None = None) -> None:
         time.sleep(least_s if most_s is None else self.rng.uniform(least_s, most_s))

@@ -149,19 +149,21 @@ STATES = ("before ack", "after compute", "mid-send", "mid-halo", "mid-load")
 
 def states(run: Run) -> None:
     """C3: a worker dies at a chosen moment of its protocol, each state time and again."""
-    hits = run.count(3, 20)
+    left = dict.fromkeys(STATES, run.count(3, 20))
     run.deploy()
     run.calm(run.count(50, 200), rate=RATE)
-    with run.load("faults", 100_000, rate=RATE, within_s=270.0) as load:
-        for turn in range(hits):
-            for state in STATES:
-                victim = run.rng.choice(run.ready() or [1])
+    with run.load("faults", 100_000, rate=RATE, within_s=run.count(270, 900)) as load:
+        for turn in range(3 * max(left.values())):
+            for state in (state for state in STATES if left[state]):
+                victim = run.rng.choice(run.busy() or run.ready() or [1])
                 run.die_at(victim, state, run.rng.randrange(4))
                 if state == "mid-load":  # what is loaded is a model that nobody has yet
                     run.deploy(f"new{turn}", seed=run.seed * 1000 + turn)
-                run.until_dead(victim, state, 5.0)
+                left[state] -= run.until_dead(victim, state, 5.0)
                 run.pause(0.5)
                 if load.over:
                     break
+            if load.over or not any(left.values()):
+                break
         load.stop()
     run.heal()
