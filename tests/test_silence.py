@@ -11,6 +11,7 @@ from test_fallback import MOMENTS, computing, ready
 
 from meshinfer import limits
 from meshinfer.protocol import messages as m
+from meshinfer.scheduler.held import Held
 
 USUAL = 12
 """Requests after which it is known how long they take."""
@@ -61,6 +62,26 @@ def test_a_frozen_device_holds_no_request_up_until_it_is_dead(moment: str, besid
     last = cluster.check(cluster.submit(image(3)), image(3))
     assert not last.degraded and "pi-2" in {t.device for t in last.tasks}, "it is heard again"
     cluster.check_idle()
+
+
+def test_of_its_own_tasks_a_device_tells_with_the_last_that_no_other_has() -> None:
+    """One that was silent rests, and others have its tasks; of one that falls silent then, it takes
+    back what is its own: to tell of that, it waits for no task that is not to come."""
+    cluster = used()
+    (made,) = cluster.nodes["pi-2"].core._computing._deployments.values()
+    own = [p for p in made.programs.values() if p.model is not None and p.is_own("pi-2")]
+    places = [p.place for p in own]
+    dones = [m.Done(place=place, compute_s=1.0, sent_bytes=0) for place in places]
+
+    def told(*elsewhere: m.Place) -> list[list[m.Done]]:
+        held = Held(0.0, assigned=tuple((*place, 1) for place in elsewhere))
+        rest = [done for done in dones if done.place not in elsewhere]
+        return [held.finish(done, made.programs.values(), "pi-2") for done in rest]
+
+    assert len(places) == 3
+    assert told() == [[], [], dones]
+    assert told(*places[:2]) == [[dones[2]]]
+    assert told(places[2]) == [[], dones[:2]]
 
 
 def test_a_freeze_costs_no_plan_and_a_longer_one_the_device() -> None:

@@ -316,10 +316,8 @@ class Computing:
         if not deployment.programs[event.place].is_own(self._device):
             # Told at once: it says how busy this device still is.
             return [*effects, told_done(event.request, request, [done])]
-        request.done.append(done)
-        if len(request.done) < deployment.tasks:
-            return effects  # told with the last one: the answer cannot come before it
-        return [*effects, told_done(event.request, request, request.done)]
+        last = request.finish(done, deployment.programs.values(), self._device)
+        return [*effects, told_done(event.request, request, last)] if last else effects
 
     def _send_on(
         self,

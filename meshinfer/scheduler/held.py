@@ -15,6 +15,7 @@ from meshinfer.scheduler.recipe import Gathering, Recipe
 class Held:
     """One request on this device, under its newest attempt.
 
+    ``done``: own tasks that are not told of yet, of all that are ``finished``.
     ``made``: what tasks (and the source) have made here for tasks that have several devices;
     ``kept_bytes``: of tasks.
     ``head``: the peer that is this request's source and sink, if not the plan's own device.
@@ -35,6 +36,7 @@ class Held:
     pieces: dict[m.Place, Gathering] = field(default_factory=dict)
     begun: set[m.Place] = field(default_factory=set)
     done: list[m.Done] = field(default_factory=list)
+    finished: int = 0
     assigned: tuple[m.Assigned, ...] = ()
     heard: float = 0.0
     ready: dict[m.Place, tuple[float, float]] = field(default_factory=dict)
@@ -90,6 +92,17 @@ class Held:
         """Whether this device is to run any of these in this attempt."""
         return any(p.model is not None and self.takes(p, device) for p in programs)
 
+    def finish(self, done: m.Done, programs: Iterable[m.Program], device: str) -> list[m.Done]:
+        """A task of its own is done; all that are not told yet, once it is the last of those that
+        no other has taken: the answer cannot come before it."""
+        self.done.append(done)
+        self.finished += 1
+        own = (p for p in programs if p.model is not None and p.is_own(device))
+        if self.finished < sum(self.takes(program, device) for program in own):
+            return []
+        last, self.done = self.done, []
+        return last
+
     def lacks(self, recipes: Mapping[m.Place, Recipe], device: str) -> set[m.Place]:
         """The tasks from which those of this device that have not begun still await a piece."""
         found: set[m.Place] = set()
@@ -112,3 +125,4 @@ class Held:
         self.pieces.clear()
         self.begun.clear()
         self.done.clear()
+        self.finished = 0

@@ -27,18 +27,16 @@ from meshinfer.scheduler.telling import told
 
 @dataclass(slots=True)
 class Deployment:
-    """``peers``: device -> peer id, for what the programs send; ``tasks``: how many programs
-    compute in each request; ``head``: the plan's source and sink; ``keep_bytes``: as in
-    ``Install``; ``makers``: of each task, who may send what it makes; ``missing``: blobs to come,
-    as soon as the store has been asked (``looking`` until then); ``to_load``: programs to prepare
-    once these are here; ``parts``: of it that were told of;
+    """``peers``: device -> peer id, for what the programs send; ``head``: the plan's source and
+    sink; ``keep_bytes``: as in ``Install``; ``makers``: of each task, who may send what it makes;
+    ``missing``: blobs to come, as soon as the store has been asked (``looking`` until then);
+    ``to_load``: programs to prepare once these are here; ``parts``: of it that were told of;
     ``gentle``: what is still to come is for others, this device's own part serves or there is none;
     ``odd``: tasks whose results are not all finite, as was told."""
 
     programs: dict[m.Place, m.Program] = field(default_factory=dict)
     recipes: dict[m.Place, Recipe] = field(default_factory=dict)
     peers: dict[str, str] = field(default_factory=dict)
-    tasks: int = 0
     head: str = ""
     keep_bytes: int = limits.KEPT_BYTES
     makers: dict[m.Place, tuple[str, ...]] = field(default_factory=dict)
@@ -58,8 +56,6 @@ class Deployment:
         self.to_load += computing
         self.peers |= {peer.device: peer.id for peer in message.peers}
         self.makers |= dict(message.makers)
-        own = (p for p in self.programs.values() if p.is_own(device))
-        self.tasks = sum(p.model is not None for p in own)
         self.head, self.keep_bytes = message.head, message.keep_bytes
         spare = all(p.spare and not p.is_own(device) for p in computing)
         self.gentle = self.parts > 0 or (bool(computing) and spare)

@@ -87,12 +87,18 @@ def slowed(
 
 
 def _slowed(p: DeviceProfile, slowdown: float) -> DeviceProfile:
+    """Messages are its processor's work, too: who is hot, or has another job, is as slow at these.
+    Who seems faster is faster than others, maybe because those are slow."""
+    slower = max(1.0, slowdown)
     return replace(
         p,
         flops_per_s=p.flops_per_s / slowdown,
         memory_bytes_per_s=p.memory_bytes_per_s / slowdown,
         rates=tuple(rate / slowdown for rate in p.rates),
         kernel_s=p.kernel_s * slowdown,
+        overhead_s=p.overhead_s * slower,
+        message_s=p.message_s * slower,
+        byte_s=p.byte_s * slower,
     )
 
 
