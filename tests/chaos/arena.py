@@ -234,6 +234,13 @@ class Run:
         tasks = self.takes_part()
         return [i for i in self.ready() if self.names[i] in tasks]
 
+    def until_busy(self, within_s: float) -> list[int]:
+        """The same, once there is any; after two deaths in a row it may be a while."""
+        until = time.monotonic() + within_s
+        while not (found := self.busy()) and time.monotonic() < until:
+            self.pause(0.25)
+        return found
+
     def pause(self, least_s: float, most_s: float | None = None) -> None:
         time.sleep(least_s if most_s is None else self.rng.uniform(least_s, most_s))
 

@@ -155,7 +155,7 @@ def states(run: Run) -> None:
     with run.load("faults", 100_000, rate=RATE, within_s=run.count(270, 900)) as load:
         for turn in range(3 * max(left.values())):
             for state in (state for state in STATES if left[state]):
-                victim = run.rng.choice(run.busy() or run.ready() or [1])
+                victim = run.rng.choice(run.until_busy(10.0) or [1])
                 run.die_at(victim, state, run.rng.randrange(4))
                 if state == "mid-load":  # what is loaded is a model that nobody has yet
                     run.deploy(f"new{turn}", seed=run.seed * 1000 + turn)
