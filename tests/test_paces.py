@@ -378,11 +378,10 @@ def test_who_has_no_task_prepares_one_by_which_it_is_tried(kinds: str) -> None:
     four = [DeviceProfile(DeviceId(n), 1e9, numeric_class="avx2") for n in NAMES]
     slow = [DeviceProfile(DeviceId(n), 1e7, numeric_class=kinds) for n in left_out]
     strict = bool(kinds)
-    found = [
+    before, after = (
         find_spares(graph, plan, each, pins_of(graph, plan, each, {}), strict=strict).devices
         for each in (four, [*four, *slow])
-    ]
-    before, after = found
+    )
     more = {ref: after[ref][len(before[ref]) :] for ref in before if after[ref] != before[ref]}
     assert all(after[ref][: len(before[ref])] == before[ref] for ref in before)
     once = [] if kinds == "neon" else [(name,) for name in left_out]

@@ -31,7 +31,6 @@ SECOND_BYTES = 64 << 20
 """What a device may hold at most to be the second that takes over: models that are small beside a
 device's memory live through two losses at once."""
 
-
 TIMED = 8
 """So many devices that have nothing else prepare a task to be timed by: each costs connections."""
 

@@ -114,8 +114,7 @@ class Balance:
     def factor(self, device: str, now: float) -> float:
         """How many times longer than its profile says a device takes, beside what all do; 1 where
         not known."""
-        pace = self._paces.get(device)
-        known = None if pace is None else pace.level(now)
+        known = self.level(device, now)
         return 1.0 if known is None else known / self._common(now)
 
     def _common(self, now: float) -> float:
@@ -145,14 +144,14 @@ class Balance:
         drift = []
         for name in devices:
             pace, before = self._paces.get(name), planned.get(name, 1.0)
-            known = None if pace is None else pace.level(now, since)
+            known = self.level(name, now, since)
             ratio = 1.0 if known is None else known / self._common(now) / before
             if pace is not None and pace.samples and pace.stale(now):
                 ratio = 1.0 / before
             drift.append(min(ratio, 1.0) if name in idle else ratio)
         return max(drift, default=1.0) / min(drift, default=1.0)
 
-    def level(self, device: str, now: float, since: float) -> float | None:
+    def level(self, device: str, now: float, since: float = -math.inf) -> float | None:
         """Its pace as measured since then; None where that is not known."""
         pace = self._paces.get(device)
         return None if pace is None else pace.level(now, since)
@@ -176,8 +175,7 @@ class Balance:
         seen.looked = self.count
         names = made.candidates
         if seen.by_one:  # of the others those that come to be tried
-            known = {n for n in names if self.level(n, now, made.since) is not None}
-            names = tuple(sorted(known))
+            names = tuple(n for n in names if self.level(n, now, made.since) is not None)
         seen.times = self.drift(names, made.factors, made.since, now, made.idle)
         seen.uneven = min(before, seen.times) > limits.PACE_DEVIATION
 

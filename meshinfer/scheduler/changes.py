@@ -16,9 +16,8 @@ class Drift:
     """``looked``: how many samples of paces there were when this was seen last; ``times``: by how
     much devices have drifted apart; ``uneven``: twice in turn too much; ``tried``: as much when a
     search failed. ``wanted_at``: since when another plan only waits for samples to agree, and
-    whether it is ``grave``.
-    ``adapted``: the plan itself was made from plans of before, when they had. ``by_one``: who does
-    all (``retreat``), so that the others are to be tried."""
+    whether it is ``grave``. ``adapted``: the plan itself was made from plans of before, when they
+    had. ``by_one``: who does all (``retreat``), so that the others are to be tried."""
 
     looked: int = 0
     times: float = 1.0

@@ -78,7 +78,7 @@ def _model(facts: Facts) -> str:
 def slowed(
     profiles: Sequence[DeviceProfile], slowdowns: Mapping[str, float]
 ) -> list[DeviceProfile]:
-    """The same, where kernels take so many times longer now than by the profiles given.
+    """The same, where tasks take so many times longer now than by the profiles given.
 
     After ``with_head``: slowdowns were measured against profiles where equals are equal, and would
     else count a difference twice.

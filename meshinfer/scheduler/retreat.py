@@ -248,8 +248,7 @@ class Retreat:
         """Whether a device of the plan computes, as it said last: that may be what they wait for.
         Of who does, or would do, all only if it is one of these."""
         names = made.programs.keys() & self._members.devices.keys()
-        devices = map(self._members.devices.__getitem__, names)
-        computing = [d for d in devices if d.computing]
+        computing = [d for d in map(self._members.devices.__getitem__, names) if d.computing]
         ids = {request.id for request, _ in group}
         if not computing or any(d.request in ids for d in computing):
             return bool(computing)
