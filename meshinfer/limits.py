@@ -211,17 +211,17 @@ PACE_GRAVE: Final = 1.5
 PACE_UPSET: Final = 2.0
 PACE_SETTLE_S: Final = 3.0  # so long a plan for devices far apart waits for samples to agree,
 PACE_SETTLE_MOST_S: Final = 10.0  # and so long any other
+PACE_OVERTAKEN: Final = 2  # so often in turn a plan on its way is dropped for new paces
 PACE_FORGOTTEN_S: Final = 30.0
 PACE_FORGOTTEN_MOST_S: Final = 600.0
 PACES_KEPT: Final = 256
 TRY_S: Final = 3.0  # between two tries of a device that has no task now, while requests run
 TRY_SOON_S: Final = 0.5  # the same while its pace is not known, or becomes another
-TRY_SHARE: Final = 0.1
-"""Of the time of a device that has nothing else to do."""
+TRY_SHARE: Final = 0.1  # of the time of a device that has nothing else to do,
+TRY_SHARE_SOON: Final = 0.5  # and while its pace is not known, or becomes another
 TRY_SPAN_S: Final = 0.2  # two of the periods, 0.1 s, in which the kernel gives out a quota
 TRY_LEAST_S: Final = 0.005  # of a shorter task the timing tells little
-TRY_VAIN_S: Final = 30.0
-"""At most, where tries come to nothing; and where there is no answer."""
+TRY_VAIN_S: Final = 30.0  # at most, where tries come to nothing; and where there is no answer
 RETREAT_TIMES: Final = 1.5  # as long as one device alone, and it does all; judged by so many:
 RETREAT_REQUESTS: Final = 4
 RETREAT_S: Final = 5.0  # until one goes by the plan, to see; twice as long each time in vain

@@ -21,7 +21,8 @@ from meshinfer.planner import find_spares, pins_of
 from meshinfer.planner.spares import TIMED
 from meshinfer.protocol import messages as m
 from meshinfer.scheduler.balance import Balance
-from meshinfer.scheduler.events import Computed, Signature
+from meshinfer.scheduler.catalogue import Phase
+from meshinfer.scheduler.events import Computed, Prepare, Signature
 from meshinfer.scheduler.replanning import Replanning
 from meshinfer.scheduler.trying import made_up
 
@@ -43,7 +44,8 @@ class Noisy(Cluster):
 
     ``useless``: so many times slower than the fastest, a device gets no task; nor one with a link
     of LATE_S. ``booting``: its echoes are late. ``searched``: when, and by which paces; ``paced``:
-    whether plans of before would do. ``adapts``: then one is made from them.
+    whether plans of before would do. ``adapts``: then one is made from them. ``prepare_s``: what
+    it takes a device to prepare its tasks.
     """
 
     def __init__(
@@ -54,7 +56,7 @@ class Noisy(Cluster):
         self.useless, self.booting = useless, booting
         self.searched: list[tuple[float, dict[str, float]]] = []
         self.paced: list[bool] = []
-        self.adapts = False
+        self.adapts, self.prepare_s = False, 0.0
         for name in NAMES:
             facts = m.Facts(flops_per_s=flops.get(name.replace("-", ""), FLOPS), host=name)
             self.join(name, facts)
@@ -69,6 +71,12 @@ class Noisy(Cluster):
         echo = isinstance(message, m.Echo | m.Echoed)
         late = echo and self.booting in (sender.name, receiver.name)
         super()._deliver(sender, receiver, plane, message, payload, extra + LATE_S * late)
+
+    def _work(self, node: Any, effect: Any) -> None:
+        if self.prepare_s and isinstance(effect, Prepare):
+            self.post(node, self._prepare(node, effect), self.prepare_s)
+        else:
+            super()._work(node, effect)
 
     def _plan(self, node: Any, effect: Any) -> Any:
         speeds = {c.device: c.facts.flops_per_s / c.slowdown for c in effect.candidates}
@@ -351,6 +359,39 @@ def test_a_search_for_a_small_gain_ends_when_a_device_becomes_slow() -> None:
     (*_, last) = made.stream(25.0)
     assert [round(paces["pi-3"]) for _, paces in made.searched] == [1, 1, 5]
     assert "pi-3" not in made.uses(last)
+
+
+def test_a_plan_that_is_being_prepared_when_a_device_becomes_slow_serves_nobody() -> None:
+    """It gives that device as much as ever, and would keep the one waiting that is needed."""
+    made = Noisy()
+    made.deployed(model=MODEL)
+    made.stream(12.0)
+    made.slowness["pi-2"] = 1.3
+    made.stream(12.0)
+    made.prepare_s = 40.0
+    made.pass_time(10.0)
+    assert len(made.searched) == 2 and made.searched[1][1]["pi-2"] < 1.5
+    (_, coming) = made.core.catalogue.deployments.values()
+    assert coming.phase is Phase.INSTALLING
+    made.slowness["pi-3"] = SLOW
+    made.prepare_s = 0.1
+    replies = made.stream(25.0)
+    assert [round(paces["pi-3"]) for _, paces in made.searched] == [1, 1, 5]
+    assert coming.plan not in {reply.plan for reply in replies}
+    assert "pi-3" not in made.uses(replies[-1])
+
+
+def test_devices_that_change_all_the_time_get_a_plan_all_the_same() -> None:
+    """However often one is outdated before it is ready."""
+    made = Noisy()
+    made.deployed(model=MODEL)
+    made.stream(12.0)
+    made.prepare_s = 15.0
+    plans = set[str]()
+    for turn in range(6):
+        made.slowness["pi-3"] = 1.0 if turn % 2 else SLOW
+        plans |= {reply.plan for reply in made.stream(12.0)}
+    assert len(plans) > 1
 
 
 def test_a_search_for_a_small_gain_waits_for_a_device_that_just_becomes_fast() -> None:

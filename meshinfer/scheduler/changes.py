@@ -17,7 +17,8 @@ class Drift:
     much devices have drifted apart; ``uneven``: twice in turn too much; ``tried``: as much when a
     search failed. ``wanted_at``: since when another plan only waits for samples to agree, and
     whether it is ``grave``. ``adapted``: the plan itself was made from plans of before, when they
-    had. ``by_one``: who does all (``retreat``), so that the others are to be tried."""
+    had. ``by_one``: who does all (``retreat``), so that the others are to be tried. ``overtaken``:
+    how many plans in turn were on their way when devices had become others than those were for."""
 
     looked: int = 0
     times: float = 1.0
@@ -26,6 +27,7 @@ class Drift:
     wanted_at: tuple[float, bool] | None = None
     adapted: bool = False
     by_one: str = ""
+    overtaken: int = 0
 
     def settled(self) -> Drift:
         """A search has found no better plan for devices as they are."""

@@ -309,11 +309,12 @@ class Deploying:
                 serving = self._catalogue.serving(model, signature)
                 urgent = serving is None or (settled and serving.candidates != names)
                 if coming is not None and not (urgent and _is_search_beside(coming)):
-                    share = coming.share if _is_search_beside(coming) else 1.0
-                    if not self._is_due(serving, now, share):
+                    if not self._replanning.overtaken(coming, serving, now, self._busy_at):
                         continue
+                    if _is_planning(coming):
+                        planning.remove(coming.share)
                     effects += self.retire(coming)
-                    planning.remove(coming.share)
+                    coming = None
                 if urgent and room > 0:
                     effects += [] if coming is None else self.retire(coming)
                     effects.append(self._plan(model, signature, now))
@@ -341,9 +342,8 @@ class Deploying:
         room = max(0, limits.PLANS_AT_ONCE - len(known))
         return [self._plan(r.model, r.signature, now, alone=r) for r in wanted[:room]]
 
-    def _is_due(self, serving: Deployment | None, now: float, under_way: float = 0.0) -> bool:
-        due = self._replanning.due
-        return serving is not None and due(serving, now, self._busy_at, under_way)
+    def _is_due(self, serving: Deployment, now: float) -> bool:
+        return self._replanning.due(serving, now, self._busy_at)
 
     def _give_up_without_workers(self, now: float) -> list[Effect]:
         failure = unavailable(

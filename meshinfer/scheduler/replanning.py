@@ -8,7 +8,7 @@ from collections.abc import Collection
 from meshinfer import limits
 from meshinfer.scheduler.ages import bettered, known_links
 from meshinfer.scheduler.balance import Balance, pause_of
-from meshinfer.scheduler.catalogue import Deployment
+from meshinfer.scheduler.catalogue import Deployment, Phase
 from meshinfer.scheduler.changes import Links
 from meshinfer.scheduler.membership import Membership
 
@@ -24,6 +24,21 @@ class Replanning:
         members = self._members
         known = known_links(members, made.candidates)
         made.links = Links(members.links_changed, members.links_bettered, known)
+
+    def overtaken(
+        self, coming: Deployment, serving: Deployment | None, now: float, busy_at: float
+    ) -> bool:
+        """Whether a plan that is on its way, beside one that serves, is not to be waited for: it is
+        looked for for a small gain, and a device has become slow; or devices are, as far as is
+        sure, no more what it is for. Not for ever, should they change all the time."""
+        if serving is None or coming.share == 1.0:
+            return False
+        planning = coming.phase is Phase.PLANNING
+        over = self.due(serving, now, busy_at, coming.share if planning else 1.0)
+        if not over and self._outdated(coming, now):
+            over = serving.drift.overtaken < limits.PACE_OVERTAKEN
+            serving.drift.overtaken += over
+        return over
 
     def due(self, made: Deployment, now: float, busy_at: float, under_way: float = 0.0) -> bool:
         """Whether devices or links have changed so much that another plan may be better.
@@ -74,6 +89,15 @@ class Replanning:
         waited = now >= since + (limits.PACE_SETTLE_S if grave else limits.PACE_SETTLE_MOST_S)
         names = made.candidates if grave else tuple(made.programs)
         return wanted and (waited or self._balance.settled(names, now))
+
+    def _outdated(self, coming: Deployment, now: float) -> bool:
+        """Whether its devices' paces are others than it is for. Who is slower yet than it was when
+        left out is nobody's loss."""
+        balance, planned = self._balance, coming.factors.items()
+        sure = {n: balance.factor(n, now) / f for n, f in planned if balance.sure(n, now)}
+        if coming.programs:
+            sure = {n: t if n in coming.programs else min(t, 1.0) for n, t in sure.items()}
+        return bool(sure) and max(sure.values()) > limits.PACE_GRAVE * min(sure.values())
 
     def _links_changed(self, made: Deployment) -> bool:
         return made.links.nearer or made.links.changed != self._members.links_changed

@@ -121,7 +121,8 @@ class Tries:
         self._balance.note(made, device.name, (done,), now)
         sure = self._balance.sure(device.name, now)
         pause_s = limits.TRY_S if sure else limits.TRY_SOON_S
-        self._next[device.name] = now + max(pause_s, took / limits.TRY_SHARE)
+        share = limits.TRY_SHARE if sure else limits.TRY_SHARE_SOON
+        self._next[device.name] = now + max(pause_s, took / share)
 
     def _give_up(self, now: float) -> None:
         for name, asked in list(self._open.items()):
