@@ -209,6 +209,7 @@ PACE_SAMPLES_LEAST: Final = 4
 PACE_DEVIATION: Final = 1.15
 PACE_GRAVE: Final = 1.5
 PACE_UPSET: Final = 2.0
+PACE_LEFT: Final = 2.5  # others do the tasks of who has become so slow, until the next plan
 PACE_SETTLE_S: Final = 3.0  # so long a plan for devices far apart waits for samples to agree,
 PACE_SETTLE_MOST_S: Final = 10.0  # and so long any other
 PACE_OVERTAKEN: Final = 2  # so often in turn a plan on its way is dropped for new paces
@@ -281,6 +282,7 @@ VERSIONS_PER_MODEL: Final = 4
 MODELS: Final = 64
 OPEN_DEPLOYS: Final = 16
 PLANS_AT_ONCE: Final = 4
+REST_S: Final = 10.0  # who is not asked for so long has time, and waits for others' spares so long
 ANSWERED_IDS_KEPT: Final = 1024
 TASK_TIMES_KEPT: Final = 4096  # of their tasks, at 250 bytes: who asks again does so within seconds
 FED_REQUESTS: Final = 4 * QUEUE_REQUESTS
@@ -294,10 +296,8 @@ JOURNALED_IDS: Final = 8192
 """Ids of which the body is known, also after a restart; about 300 bytes each, and as many again."""
 JOURNALED_PLANS: Final = 64
 RESUME_WAIT_S: Final = 2.0
-"""So long a coordinator that was started again waits for the devices of a plan before another is
-made: they reconnect within half a second."""
-JOURNAL_DELAY_S: Final = 0.5
-"""The outcome of a success waits so long for an acceptance to be written with."""
+"""So long a coordinator that was started again waits for a plan's devices: they reconnect soon."""
+JOURNAL_DELAY_S: Final = 0.5  # so long an outcome waits for an acceptance to be written with
 JOURNAL_RETRY_S: Final = 1.0
 JOURNAL_WAL_PAGES: Final = 1000
 JOURNAL_CACHE_BYTES: Final = 256 << 10

@@ -88,7 +88,8 @@ PURE = frozenset(
     test_poison
     test_found_by_seeds test_load test_processor test_takers
     test_protocol test_random_schedules test_recipe test_restart_core test_silence test_simulator
-    test_retreat test_strict test_style test_token test_torch test_upscaler test_worker_core
+    test_retreat test_strict test_style test_token test_torch test_turns test_upscaler
+    test_worker_core
     """.split()
 )
 """Files whose tests start no process of ours, open no socket and measure nothing: they may run, at

@@ -104,6 +104,11 @@ class Noisy(Cluster):
         return {d for s in Plan.parse(reply.plan).stages for t in s.tasks for d in t.devices}
 
 
+def on(reply: m.Reply) -> set[str]:
+    """Who did tasks of it."""
+    return {task.device for task in reply.tasks}
+
+
 class Saving(Noisy):
     """Whoever is slow has a quota, of which half a period's is saved up while it has nothing to do:
     so long its tasks are as fast as ever."""
@@ -379,6 +384,39 @@ def test_a_plan_that_is_being_prepared_when_a_device_becomes_slow_serves_nobody(
     assert [round(paces["pi-3"]) for _, paces in made.searched] == [1, 1, 5]
     assert coming.plan not in {reply.plan for reply in replies}
     assert "pi-3" not in made.uses(replies[-1])
+
+
+def test_others_do_the_tasks_of_a_device_that_becomes_slow_until_there_is_a_plan() -> None:
+    """Once it is sure; and its own again when it is as fast as before, which is seen by tries."""
+    made = Noisy()
+    made.deployed(model=MODEL)
+    made.stream(12.0)
+    made.plan_s = 1000.0
+    made.slowness["pi-3"] = SLOW
+    replies = made.stream(30.0)
+    slow = [i for i, reply in enumerate(replies) if "pi-3" in on(reply)]
+    assert len(slow) <= limits.PACE_SAMPLES and slow == list(range(len(slow)))
+    later = replies[len(slow) :]
+    assert all(reply.degraded and "slow" in reply.reasons[0] for reply in later)
+    took = [reply.total_s for reply in replies]
+    assert max(took[len(slow) :]) < 0.5 * min(took[: len(slow)])
+    assert made.plan_s > made.now - made.searched[-1][0], "it is by no other plan"
+    made.slowness["pi-3"] = 1.0
+    replies = made.stream(30.0)
+    assert on(replies[-1]) == set(NAMES) and not replies[-1].degraded
+    made.check_idle()
+
+
+@pytest.mark.parametrize("why", ["spread", "given"])
+def test_a_slow_device_keeps_its_tasks_where_the_user_wants_that(why: str) -> None:
+    made = Noisy()
+    graph = _imported(MODEL, None, Signature(False, (("x", (1, 3, *SIZE)),)))
+    given = str(banded(graph, NAMES, "head"))
+    made.deployed(model=MODEL, **({"plan": given} if why == "given" else {"spread": True}))
+    made.plan_s = 1000.0
+    made.stream(12.0)
+    made.slowness["pi-3"] = SLOW
+    assert all(on(reply) == set(NAMES) for reply in made.stream(30.0))
 
 
 def test_devices_that_change_all_the_time_get_a_plan_all_the_same() -> None:

@@ -230,12 +230,17 @@ def test_one_that_goes_by_the_plan_to_see_begins_again_too() -> None:
 
 
 def test_what_a_slow_device_computes_goes_on_there() -> None:
-    """Its pace becomes known, and there is a plan for it."""
+    """Until its pace is known; then others do that."""
     cluster = lossy()
     cluster.slowness["pi-2"] = 10 * STALLED_S
-    for i in range(2 * ROUND):
+    for i in range(limits.PACE_SAMPLES):
         reply, took = ask(cluster, i)
-        assert took > limits.RETREAT_STALL_S and reply.attempts == 1 and on(reply) == set(NAMES)
+        assert reply.attempts == 1
+        if on(reply) != set(NAMES):
+            break
+        assert took > limits.RETREAT_STALL_S
+    assert i >= limits.PACE_SAMPLES_LEAST and "pi-2" not in on(reply) and len(on(reply)) > 1
+    assert took < limits.RETREAT_STALL_S
 
 
 def test_one_that_goes_by_the_plan_begins_again_though_that_device_is_busy() -> None:
@@ -367,7 +372,8 @@ def test_a_device_that_is_as_slow_alone_is_left_for_the_plan() -> None:
     cluster.slowness[device] = 20.0
     replies = [ask(cluster, i)[0] for i in range(2 + ROUND)]
     assert on(replies[0]) == {device}
-    assert all(on(reply) == set(NAMES) for reply in replies[-ROUND:])
+    own = [on(reply) - {device} for reply in replies[-ROUND:]]  # others may do its tasks
+    assert all(names == set(NAMES) - {device} for names in own)
 
 
 @pytest.mark.parametrize("amid", [False, True], ids=["between requests", "within one"])

@@ -304,8 +304,9 @@ class Answering:
         own = request.client if self._heads.stands(request.client) else ""
         tried = Try(made, now, own, request.client, beside=beside)
         request.tried[request.attempt] = tried
-        self.fallback.begin(tried, self.retreat.device(request, tried, now), now)
-        made.asked += 1
+        one, slow = self.retreat.device(request, tried, now), self._balance.left(made, now)
+        self.fallback.begin(tried, one, slow, now)
+        made.asked, made.model.used_at = made.asked + 1, now
         self._covering.begin(tried, partial(self._seconds, now), now)
         request.started = now if request.started is None else request.started
         start = request.start()

@@ -156,6 +156,15 @@ class Balance:
         pace = self._paces.get(device)
         return None if pace is None else pace.level(now, since)
 
+    def left(self, made: Deployment, now: float) -> frozenset[str]:
+        """Devices that have surely become so slow since a plan was made that others are sooner done
+        with their tasks beside their own. Not where the user wants that plan."""
+        if made.given or made.model.spread or made.drift.times <= limits.PACE_LEFT:
+            return frozenset()
+        planned = ((name, made.factors.get(name, 1.0)) for name in made.programs)
+        slow = (name for name, f in planned if self.factor(name, now) > limits.PACE_LEFT * f)
+        return frozenset(name for name in slow if self.sure(name, now))
+
     def sure(self, device: str, now: float) -> bool:
         """Whether a device's pace is known, and is what it was."""
         pace = self._paces.get(device)

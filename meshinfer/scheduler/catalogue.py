@@ -40,8 +40,7 @@ class Model:
     it is on disk that it is ``reserved`` for this model. ``deploy``: all that was asked.
 
     ``blobs``: bytes of the model and of the weights beside it, by digest; ``missing``: to come.
-
-    ``answer`` is what was then said, should the client ask again because it did not hear it.
+    ``answer``: what was said, if the client did not hear it; ``used_at``: a request of it began.
     """
 
     key: int
@@ -63,6 +62,7 @@ class Model:
     answer: m.Deployed | None = None
     version: int = 0
     reserved: int = 0
+    used_at: float = 0.0
     inputs: Inputs = field(default_factory=dict)
     outputs: Outputs = field(default_factory=dict)
     missing: set[str] = field(default_factory=set)

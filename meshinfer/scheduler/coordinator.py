@@ -305,7 +305,7 @@ class CoordinatorCore:
         only = None if made is None else only_task(made)
         device = None if only is None else self.members.devices.get(only[0])
         if made is not None and device is not None:
-            made.asked += message.count
+            made.asked, made.model.used_at = made.asked + message.count, now
             device.tasks_done += message.count
             if not self.catalogue.searching:
                 self._balance.note(made, device.name, (message.done,), now)

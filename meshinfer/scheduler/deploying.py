@@ -36,6 +36,7 @@ from meshinfer.scheduler.publishing import Publishing
 from meshinfer.scheduler.remembered import Remembered, entry_of
 from meshinfer.scheduler.replanning import Replanning
 from meshinfer.scheduler.request import Request
+from meshinfer.scheduler.turns import is_planning, is_search_beside, preparing, rests
 
 
 class Deploying:
@@ -269,7 +270,7 @@ class Deploying:
 
     def retire(self, made: Deployment) -> list[Effect]:
         """Take a deployment out of service; its requests start again under another."""
-        effects: list[Effect] = [Discard(made.number)] if _is_planning(made) else []
+        effects: list[Effect] = [Discard(made.number)] if is_planning(made) else []
         made.phase = Phase.RETIRED
         self._catalogue.deployments.pop(made.number, None)
         self._answering.retired(made)
@@ -293,11 +294,12 @@ class Deploying:
         if self._members.idle_since is not None:
             return self._give_up_without_workers(now)
         settled = now >= self._members.changed_at + limits.REPLAN_SETTLE_S
-        planning = [d.share for d in self._catalogue.deployments.values() if _is_planning(d)]
+        planning = [d.share for d in self._catalogue.deployments.values() if is_planning(d)]
         room = limits.PLANS_AT_ONCE - planning.count(1.0)
         effects: list[Effect] = []
-        asked = [request.model for request in self._answering.open.values()]
-        for model in self._catalogue.all_models(*asked) if room > 0 else ():
+        asked = {r.model.key: r.model for r in self._answering.open.values()}
+        models = self._catalogue.all_models(*asked.values()) if room > 0 else []
+        for model in sorted(models, key=lambda each: rests(each, asked, now)):
             for signature in self._answering.wanted_signatures(model):
                 if self._remembered.awaits(model, signature, now):
                     event = self._remembered.take_up(self._catalogue, model, signature, now)
@@ -308,13 +310,15 @@ class Deploying:
                 coming = self._catalogue.coming(model, signature)
                 serving = self._catalogue.serving(model, signature)
                 urgent = serving is None or (settled and serving.candidates != names)
-                if coming is not None and not (urgent and _is_search_beside(coming)):
+                if coming is not None and not (urgent and is_search_beside(coming)):
                     if not self._replanning.overtaken(coming, serving, now, self._busy_at):
                         continue
-                    if _is_planning(coming):
+                    if is_planning(coming):
                         planning.remove(coming.share)
                     effects += self.retire(coming)
                     coming = None
+                if urgent and rests(model, asked, now) and self._is_preparing(now):
+                    continue
                 if urgent and room > 0:
                     effects += [] if coming is None else self.retire(coming)
                     effects.append(self._plan(model, signature, now))
@@ -325,6 +329,9 @@ class Deploying:
                     continue
                 planning.append(1.0)
         return effects + self._plan_for_one(now)
+
+    def _is_preparing(self, now: float) -> bool:
+        return preparing(self._catalogue.deployments.values(), now)
 
     def _look_for_better(self, serving: Deployment, now: float) -> list[Effect]:
         said = {"deployment": serving.number, "apart": f"{serving.drift.times:.2f}"}
@@ -378,15 +385,6 @@ class Deploying:
             ]
         others = (self.fetching.next_deadline(), self._remembered.next_deadline())
         return [*times, *(time for time in others if time is not None)]
-
-
-def _is_planning(made: Deployment) -> bool:
-    return made.phase is Phase.PLANNING
-
-
-def _is_search_beside(made: Deployment) -> bool:
-    """Whether it is only looked for, while another serves, and may be dropped."""
-    return _is_planning(made) and made.share < 1.0
 
 
 def _one_for(request: Request, candidates: tuple[Candidate, ...]) -> Candidate:

@@ -160,24 +160,28 @@ class Fallback:
 
     # --- silence
 
-    def instead(self, made: Deployment, names: Collection[str]) -> dict[m.Place, str]:
-        """Who runs the tasks of these devices, of those that have prepared them and are heard."""
-        if not names:
+    def instead(
+        self, made: Deployment, names: Collection[str], slow: Collection[str] = ()
+    ) -> dict[m.Place, str]:
+        """Who runs the tasks of these devices, and of those that are ``slow``: of those that have
+        prepared them, are heard and are not slow themselves."""
+        if not names and not slow:
             return {}
-        away = self._members.presence.away
-        own = (p for name in sorted(names) for p in made.programs.get(name, ()))
+        away = {*self._members.presence.away, *slow}
+        own = (p for name in sorted({*names, *slow}) for p in made.programs.get(name, ()))
         found = {p.place: _first(p, made.spares.ready, away) for p in own}
         return {place: taker for place, taker in found.items() if taker}
 
-    def begin(self, tried: Try, by: str, now: float) -> None:
+    def begin(self, tried: Try, by: str, slow: Collection[str], now: float) -> None:
         """Who runs tasks instead of their own devices in an attempt that begins now: ``by`` all of
-        them, if it is to, else others those of devices that are away, or may be soon."""
+        them, if it is to, else others those of devices that are ``slow`` or away, or may be soon.
+        """
         made, risk = tried.deployment, self._at_risk()
         if by and by not in risk:
             others = (p for n, each in made.programs.items() if n != by for p in each)
             tried.moved, tried.all_by = {p.place: by for p in others if p.model is not None}, by
         else:
-            tried.moved = self.takers(made, self._members.presence.resting(now) | risk)
+            tried.moved = self.takers(made, self._members.presence.resting(now) | risk, slow)
         tried.took = set(tried.moved.values())
 
     def _at_risk(self) -> set[str]:
@@ -217,9 +221,11 @@ class Fallback:
         taker = tried.moved.get(place, "")
         return taker in tried.deployment.members and taker not in self._members.presence.away
 
-    def takers(self, made: Deployment, names: Collection[str]) -> dict[m.Place, str]:
+    def takers(
+        self, made: Deployment, names: Collection[str], slow: Collection[str] = ()
+    ) -> dict[m.Place, str]:
         """Who runs the tasks of those that are lost, and of these."""
-        return {**made.spares.moved, **self.instead(made, names)}
+        return {**made.spares.moved, **self.instead(made, names, slow)}
 
     def _takers(
         self, tried: Try, found: Mapping[m.Place, str] | None = None

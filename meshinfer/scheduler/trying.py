@@ -1,6 +1,6 @@
-"""Devices that the plan leaves out are tried now and then, and all others while one does all: how
-fast they are is known of nobody whose tasks are not timed, and a wrong or an old figure would leave
-them idle for ever.
+"""Devices that the plan leaves out are tried now and then, and those whose tasks others do, as long
+as these are slow or one does all: how fast they are is known of nobody whose tasks are not timed,
+and a wrong or an old figure would leave them idle for ever.
 
 Such a device runs a task that it has prepared anyway, on made-up inputs, while it has nothing else
 to do, and tells what it took. To put it into a plan to see would slow all requests down.
@@ -67,7 +67,7 @@ class Tries:
         self._asked = {number: made.asked for number, made in here.items()}
         self._spoilt &= here.keys()
         asked = [made for number, made in here.items() if made.asked > known.get(number, 0)]
-        busy = {name for made in asked for name in _busy(made)}
+        busy = {name for made in asked for name in self._busy(made, now)}
         effects: list[Effect] = []
         for made in filter(self._may_change, asked):
             effects += self._ask(made, busy, now)
@@ -82,7 +82,7 @@ class Tries:
     def _ask(self, made: Deployment, busy: Collection[str], now: float) -> list[Effect]:
         """``busy``: who has tasks, of whatever model, is timed by these."""
         effects: list[Effect] = []
-        timed = made.idle & made.spares.ready
+        timed = made.idle & made.spares.ready | self._balance.left(made, now)
         if made.drift.by_one:
             timed |= made.programs.keys()
         may = timed & set(self._members.ready(now))
@@ -95,6 +95,12 @@ class Tries:
                 word = m.Try(deployment=made.number, place=place)
                 effects.append(Send(Plane.CONTROL, peer, word))
         return effects
+
+    def _busy(self, made: Deployment, now: float) -> Collection[str]:
+        """Who does tasks of it now."""
+        if made.drift.by_one:
+            return (made.drift.by_one,)
+        return made.programs.keys() - self._balance.left(made, now)
 
     def heard(self, device: Device, message: m.Tried, now: float) -> None:
         """What a task took, 0 where it could not be run; or one that nobody had asked for, which
@@ -133,11 +139,6 @@ class Tries:
                 continue
             del self._open[name]
             self._next[name] = now + limits.TRY_VAIN_S
-
-
-def _busy(made: Deployment) -> Collection[str]:
-    """Who does tasks of it now."""
-    return (made.drift.by_one,) if made.drift.by_one else made.programs.keys()
 
 
 def _task_for(made: Deployment, name: str) -> m.Place | None:
