@@ -55,7 +55,7 @@ class Shelf(Cluster):
 
 def test_what_is_asked_is_planned_first_and_the_others_one_by_one() -> None:
     shelf = Shelf()
-    shelf.stream("fifth", limits.REST_S + 1.0)
+    shelf.stream("fifth", limits.UNASKED_S + 1.0)
     shelf.lose("pi-2")
     shelf.stream("fifth", 60.0)
     assert shelf.planned[0] == "fifth" and sorted(shelf.planned) == sorted(MODELS)
@@ -65,7 +65,7 @@ def test_what_is_asked_is_planned_first_and_the_others_one_by_one() -> None:
 
 def test_who_begins_to_ask_does_not_wait_for_the_turn_of_a_model() -> None:
     shelf = Shelf()
-    shelf.pass_time(limits.REST_S + 1.0)
+    shelf.pass_time(limits.UNASKED_S + 1.0)
     shelf.plan_s = 30.0
     shelf.lose("pi-2")
     shelf.pass_time(5.0)

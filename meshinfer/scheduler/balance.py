@@ -38,6 +38,12 @@ class _Pace:
     def known(self, now: float) -> bool:
         return len(self.samples) >= limits.PACE_SAMPLES_LEAST and not self.stale(now)
 
+    def exceeds(self, times: float, now: float) -> bool:
+        """Whether all but one of the newest samples are above that, however far they are apart."""
+        newest = sorted(ratio for _, ratio in list(self.samples)[-limits.PACE_SAMPLES_LEAST :])
+        few = len(newest) < limits.PACE_SAMPLES_LEAST - 1
+        return not few and newest[1 - limits.PACE_SAMPLES_LEAST] > times and not self.stale(now)
+
     @property
     def settled(self) -> bool:
         """Whether the newest samples agree: it does not just become another."""
@@ -159,11 +165,12 @@ class Balance:
     def left(self, made: Deployment, now: float) -> frozenset[str]:
         """Devices that have surely become so slow since a plan was made that others are sooner done
         with their tasks beside their own. Not where the user wants that plan."""
-        if made.given or made.model.spread or made.drift.times <= limits.PACE_LEFT:
+        if made.given or made.model.spread:
             return frozenset()
-        planned = ((name, made.factors.get(name, 1.0)) for name in made.programs)
-        slow = (name for name, f in planned if self.factor(name, now) > limits.PACE_LEFT * f)
-        return frozenset(name for name in slow if self.sure(name, now))
+        most = limits.PACE_LEFT * self._common(now)
+        found = ((name, self._paces.get(name)) for name in made.programs)
+        paces = ((name, pace, most * made.factors.get(name, 1.0)) for name, pace in found if pace)
+        return frozenset(n for n, pace, most in paces if pace.exceeds(most, now))
 
     def sure(self, device: str, now: float) -> bool:
         """Whether a device's pace is known, and is what it was."""

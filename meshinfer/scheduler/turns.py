@@ -15,7 +15,7 @@ from meshinfer.scheduler.catalogue import Deployment, Model, Phase
 def rests(model: Model, asked: Collection[int], now: float) -> bool:
     """Whether a model has time. ``asked``: the keys of those with open requests."""
     called = model.call is not None or model.key in asked
-    return not called and now > model.used_at + limits.REST_S
+    return not called and now > model.used_at + limits.UNASKED_S
 
 
 def preparing(deployments: Iterable[Deployment], now: float) -> bool:
@@ -34,5 +34,5 @@ def is_search_beside(made: Deployment) -> bool:
 
 def _under_way(made: Deployment, now: float) -> bool:
     if made.phase is Phase.READY:  # those that stand by come last
-        return not made.spares.prepared and now < made.ready_at + limits.REST_S
+        return not made.spares.prepared and now < made.ready_at + limits.UNASKED_S
     return not is_search_beside(made)
