@@ -80,7 +80,7 @@ PURE = frozenset(
     test_cost test_credits
     test_deadlines test_detours test_draw test_drops test_enrolment test_exact test_fuzz_import
     test_fuzz_manifest test_geometry test_halves test_handing test_heads test_health test_hearing
-    test_importers test_invented test_links test_manifest test_nothing_executes
+    test_importers test_invented test_leaving test_links test_manifest test_nothing_executes
     test_onnx_operators test_ops_conv_transpose test_ops_gather test_ops_normalise test_ops_pad
     test_paces
     test_ops_pool test_ops_quant test_ops_resize test_pictures test_plan test_planner

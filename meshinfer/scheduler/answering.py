@@ -23,6 +23,7 @@ from meshinfer.scheduler.fallback import Fallback
 from meshinfer.scheduler.heads import Heads
 from meshinfer.scheduler.hearing import Hearing
 from meshinfer.scheduler.journal import Journal
+from meshinfer.scheduler.leaving import Leaving
 from meshinfer.scheduler.load import Load, nbytes_of
 from meshinfer.scheduler.membership import Device, Membership
 from meshinfer.scheduler.poison import Poison
@@ -56,7 +57,8 @@ class Answering:
         self._poison = Poison()
         self._load = Load(self.open, members, heads)
         self._covering = Covering(self.open, members.presence)
-        self.fallback = Fallback(members, catalogue, self.open)
+        self.leaving = Leaving(members, balance)
+        self.fallback = Fallback(members, catalogue, self.open, self.leaving)
         self.checks = Checks(self.open, members, draw)
         self.silence = Silence(self.open, members, self.fallback)
         self.retreat = Retreat(members, balance)
@@ -304,8 +306,7 @@ class Answering:
         own = request.client if self._heads.stands(request.client) else ""
         tried = Try(made, now, own, request.client, beside=beside)
         request.tried[request.attempt] = tried
-        one, slow = self.retreat.device(request, tried, now), self._balance.left(made, now)
-        self.fallback.begin(tried, one, slow, now)
+        self.fallback.begin(tried, self.retreat.device(request, tried, now), now)
         made.asked, made.model.used_at = made.asked + 1, now
         self._covering.begin(tried, partial(self._seconds, now), now)
         request.started = now if request.started is None else request.started

@@ -162,9 +162,9 @@ class Balance:
         pace = self._paces.get(device)
         return None if pace is None else pace.level(now, since)
 
-    def left(self, made: Deployment, now: float) -> frozenset[str]:
-        """Devices that have surely become so slow since a plan was made that others are sooner done
-        with their tasks beside their own. Not where the user wants that plan."""
+    def slow(self, made: Deployment, now: float) -> frozenset[str]:
+        """Devices that have become so slow since a plan was made that others may be sooner done
+        with their tasks (``leaving``). Not where the user wants that plan."""
         if made.given or made.model.spread:
             return frozenset()
         most = limits.PACE_LEFT * self._common(now)

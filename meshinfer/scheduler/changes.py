@@ -18,7 +18,7 @@ class Drift:
     search failed. ``wanted_at``: since when another plan only waits for samples to agree, and
     whether it is ``grave``. ``adapted``: the plan itself was made from plans of before, when they
     had. ``by_one``: who does all (``retreat``), so that the others are to be tried. ``overtaken``:
-    how many plans in turn were on their way when devices had become others than those were for."""
+    how many plans in turn were dropped on their way, as devices were no more what they are for."""
 
     looked: int = 0
     times: float = 1.0
@@ -31,7 +31,7 @@ class Drift:
 
     def settled(self) -> Drift:
         """A search has found no better plan for devices as they are."""
-        return replace(self, times=1.0, uneven=False, adapted=False)
+        return replace(self, times=1.0, uneven=False, adapted=False, overtaken=0)
 
 
 @dataclass(slots=True)

@@ -91,7 +91,7 @@ class Checks:
         made, place = tried.deployment, program.place
         own = made.programs.keys() & program.devices[:1]
         here = own | made.spares.ready if program.spare else made.members.keys()
-        gone = place in tried.moved and not tried.all_by
+        gone = tried.moved.get(place) != tried.at_first.get(place)
         late = own if gone else set(tried.assigned.get(place, ()))
         may = set(self._members.ready(now)) & here - late - self._members.presence.away - {of}
         rivals = self.trust.rivals(of)

@@ -49,6 +49,7 @@ from meshinfer.scheduler.parting import Parting
 from meshinfer.scheduler.reaching import Reaching
 from meshinfer.scheduler.request import Request
 from meshinfer.scheduler.trying import Tries
+from meshinfer.scheduler.turns import disturbs
 
 
 class CoordinatorCore:
@@ -84,7 +85,7 @@ class CoordinatorCore:
         self._parting = Parting(*parts, self._answering, self._deploying, self._enrolment)
         self._links = LinkRounds()
         self._tallies = Tallies(self.members.knows)
-        self._tries = Tries(self.members, self.catalogue, self._balance)
+        self._tries = Tries(*parts[:3], self._answering.leaving)
         self._bulk = bulk
         self._stop_due: float | None = None
         self._now = self._ruled = 0.0
@@ -307,7 +308,7 @@ class CoordinatorCore:
         if made is not None and device is not None:
             made.asked, made.model.used_at = made.asked + message.count, now
             device.tasks_done += message.count
-            if not self.catalogue.searching:
+            if not disturbs(self.catalogue, self.members, device):
                 self._balance.note(made, device.name, (message.done,), now)
         return []
 

@@ -36,7 +36,7 @@ from meshinfer.scheduler.publishing import Publishing
 from meshinfer.scheduler.remembered import Remembered, entry_of
 from meshinfer.scheduler.replanning import Replanning
 from meshinfer.scheduler.request import Request
-from meshinfer.scheduler.turns import is_planning, is_search_beside, preparing, rests
+from meshinfer.scheduler.turns import is_planning, is_search_beside, rests, waits
 
 
 class Deploying:
@@ -310,17 +310,16 @@ class Deploying:
                 coming = self._catalogue.coming(model, signature)
                 serving = self._catalogue.serving(model, signature)
                 urgent = serving is None or (settled and serving.candidates != names)
-                if coming is not None and not (urgent and is_search_beside(coming)):
-                    if not self._replanning.overtaken(coming, serving, now, self._busy_at):
+                if coming is not None:
+                    over = urgent and is_search_beside(coming)
+                    if not over and not self._is_overtaken(coming, serving, now):
                         continue
                     if is_planning(coming):
                         planning.remove(coming.share)
                     effects += self.retire(coming)
-                    coming = None
-                if urgent and rests(model, asked, now) and self._is_preparing(now):
+                if urgent and rests(model, asked, now) and self._waits(serving, now):
                     continue
                 if urgent and room > 0:
-                    effects += [] if coming is None else self.retire(coming)
                     effects.append(self._plan(model, signature, now))
                     room -= 1
                 elif serving is not None and self._is_due(serving, now) and not planning:
@@ -329,9 +328,6 @@ class Deploying:
                     continue
                 planning.append(1.0)
         return effects + self._plan_for_one(now)
-
-    def _is_preparing(self, now: float) -> bool:
-        return preparing(self._catalogue.deployments.values(), now)
 
     def _look_for_better(self, serving: Deployment, now: float) -> list[Effect]:
         said = {"deployment": serving.number, "apart": f"{serving.drift.times:.2f}"}
@@ -348,6 +344,12 @@ class Deploying:
         ]
         room = max(0, limits.PLANS_AT_ONCE - len(known))
         return [self._plan(r.model, r.signature, now, alone=r) for r in wanted[:room]]
+
+    def _waits(self, serving: Deployment | None, now: float) -> bool:
+        return waits(serving, self._catalogue, self._members, now)
+
+    def _is_overtaken(self, coming: Deployment, serving: Deployment | None, now: float) -> bool:
+        return self._replanning.overtaken(coming, serving, now, self._busy_at)
 
     def _is_due(self, serving: Deployment, now: float) -> bool:
         return self._replanning.due(serving, now, self._busy_at)

@@ -14,18 +14,25 @@ from meshinfer.protocol import messages as m
 from meshinfer.scheduler.catalogue import Catalogue, Deployment, Phase
 from meshinfer.scheduler.events import Effect, Note, Plane, Send
 from meshinfer.scheduler.heads import install_spares
+from meshinfer.scheduler.leaving import Leaving
 from meshinfer.scheduler.membership import Device, Membership
 from meshinfer.scheduler.poison import suspect_of
 from meshinfer.scheduler.request import Question, Request, Try
+from meshinfer.scheduler.standing_by import first_ready
 
 
 class Fallback:
     """Mutable: owned by the coordinator's core. ``open_`` is a view of the open requests."""
 
     def __init__(
-        self, members: Membership, catalogue: Catalogue, open_: Mapping[str, Request]
+        self,
+        members: Membership,
+        catalogue: Catalogue,
+        open_: Mapping[str, Request],
+        leaving: Leaving,
     ) -> None:
         self._members, self._catalogue, self._open = members, catalogue, open_
+        self._leaving = leaving
 
     # --- beforehand
 
@@ -119,8 +126,8 @@ class Fallback:
         made.candidates = ()  # whoever is here now, maybe the same again: plan anew
         programs = dict(made.programs)
         for program in programs.pop(name, ()):
-            taker = _first(program, made.spares.ready, (name, *self._members.presence.away))
-            taker = taker or _first(program, made.spares.ready, (name,))
+            taker = first_ready(program, made.spares.ready, (name, *self._members.presence.away))
+            taker = taker or first_ready(program, made.spares.ready, (name,))
             if taker:
                 programs[taker] = (*programs.get(taker, ()), program)
                 made.spares.moved[program.place] = taker
@@ -160,29 +167,32 @@ class Fallback:
 
     # --- silence
 
-    def instead(
-        self, made: Deployment, names: Collection[str], slow: Collection[str] = ()
-    ) -> dict[m.Place, str]:
-        """Who runs the tasks of these devices, and of those that are ``slow``: of those that have
-        prepared them, are heard and are not slow themselves."""
-        if not names and not slow:
+    def instead(self, made: Deployment, names: Collection[str]) -> dict[m.Place, str]:
+        """Who runs the tasks of these devices, of those that have prepared them and are heard."""
+        if not names:
             return {}
-        away = {*self._members.presence.away, *slow}
-        own = (p for name in sorted({*names, *slow}) for p in made.programs.get(name, ()))
-        found = {p.place: _first(p, made.spares.ready, away) for p in own}
+        away, ready = self._members.presence.away, made.spares.ready
+        first = ({*away, *names}, away)  # rather none whose own tasks others do
+        own = (p for name in sorted(names) for p in made.programs.get(name, ()))
+        found = {
+            p.place: next(filter(None, (first_ready(p, ready, b) for b in first)), "") for p in own
+        }
         return {place: taker for place, taker in found.items() if taker}
 
-    def begin(self, tried: Try, by: str, slow: Collection[str], now: float) -> None:
+    def begin(self, tried: Try, by: str, now: float) -> None:
         """Who runs tasks instead of their own devices in an attempt that begins now: ``by`` all of
-        them, if it is to, else others those of devices that are ``slow`` or away, or may be soon.
-        """
+        them, if it is to, else others those of devices that are slow or away, or may be soon."""
         made, risk = tried.deployment, self._at_risk()
         if by and by not in risk:
             others = (p for n, each in made.programs.items() if n != by for p in each)
             tried.moved, tried.all_by = {p.place: by for p in others if p.model is not None}, by
         else:
-            tried.moved = self.takers(made, self._members.presence.resting(now) | risk, slow)
-        tried.took = set(tried.moved.values())
+            gone = self._members.presence.resting(now) | risk
+            left = self._leaving.tasks(made, now, gone)
+            tried.moved = self.takers(made, gone)
+            for takers in left.values():
+                tried.moved |= takers
+        tried.took, tried.at_first = set(tried.moved.values()), dict(tried.moved)
 
     def _at_risk(self) -> set[str]:
         """Devices that run a request by itself, for fear that it ends their process: it would be
@@ -221,11 +231,9 @@ class Fallback:
         taker = tried.moved.get(place, "")
         return taker in tried.deployment.members and taker not in self._members.presence.away
 
-    def takers(
-        self, made: Deployment, names: Collection[str], slow: Collection[str] = ()
-    ) -> dict[m.Place, str]:
+    def takers(self, made: Deployment, names: Collection[str]) -> dict[m.Place, str]:
         """Who runs the tasks of those that are lost, and of these."""
-        return {**made.spares.moved, **self.instead(made, names, slow)}
+        return {**made.spares.moved, **self.instead(made, names)}
 
     def _takers(
         self, tried: Try, found: Mapping[m.Place, str] | None = None
@@ -268,11 +276,6 @@ class Fallback:
         fields = {"request": request.id, "tasks": len(again), "of": len(question.asked)}
         note = Note("info", "computed again elsewhere", fields)
         return [note, *tell(request, tried)] if again else [note]
-
-
-def _first(program: m.Program, ready: Collection[str], but: Collection[str]) -> str:
-    """The first of a task's spare devices that has prepared it; empty where none has."""
-    return next((d for d in program.spares if d in ready and d not in but), "")
 
 
 def _needed(made: Deployment, question: Question) -> list[m.Place]:

@@ -15,6 +15,7 @@ from meshinfer.scheduler.covering import Covering
 from meshinfer.scheduler.events import Effect, Note, Plane, Send
 from meshinfer.scheduler.membership import Membership
 from meshinfer.scheduler.request import Request, told_by
+from meshinfer.scheduler.turns import disturbs
 
 Fail = Callable[[Request, m.Failure, float], list[Effect]]
 
@@ -49,7 +50,7 @@ class Hearing:
             fields = {**device.ids, "request": message.request}
             return [Note("warning", "tasks of others are told of", fields)]
         device.tasks_done += len(tasks)
-        if not self._catalogue.searching:  # which is slow itself: not the cause of the next
+        if not disturbs(self._catalogue, self._members, device):  # or a search caused the next
             self._balance.note(tried.deployment, device.name, tasks, now)
         self._covering.done(tried, device.name, tasks, now)
         for done in tasks:  # of two that took a task, the first is who did it

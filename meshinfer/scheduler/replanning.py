@@ -28,14 +28,14 @@ class Replanning:
     def overtaken(
         self, coming: Deployment, serving: Deployment | None, now: float, busy_at: float
     ) -> bool:
-        """Whether a plan that is on its way, beside one that serves, is not to be waited for: it is
-        looked for for a small gain, and a device has become slow; or devices are, as far as is
-        sure, no more what it is for. Not for ever, should they change all the time."""
+        """Whether a plan that is on its way, beside one that serves, is to be dropped: it is looked
+        for for a small gain, and a device has become slow; or devices are, as far as is sure, no
+        more what it is for. Noted; not more than twice in turn, should they change all the time."""
         if serving is None or coming.share == 1.0:
             return False
         planning = coming.phase is Phase.PLANNING
         over = self.due(serving, now, busy_at, coming.share if planning else 1.0)
-        if not over and self._outdated(coming, now):
+        if not over and self._outdated(coming, serving, now):
             over = serving.drift.overtaken < limits.PACE_OVERTAKEN
             serving.drift.overtaken += over
         return over
@@ -90,14 +90,20 @@ class Replanning:
         names = made.candidates if grave else tuple(made.programs)
         return wanted and (waited or self._balance.settled(names, now))
 
-    def _outdated(self, coming: Deployment, now: float) -> bool:
-        """Whether its devices' paces are others than it is for. Who is slower yet than it was when
-        left out is nobody's loss."""
-        balance, planned = self._balance, coming.factors.items()
-        sure = {n: balance.factor(n, now) / f for n, f in planned if balance.sure(n, now)}
-        if coming.programs:
-            sure = {n: t if n in coming.programs else min(t, 1.0) for n, t in sure.items()}
-        return bool(sure) and max(sure.values()) > limits.PACE_GRAVE * min(sure.values())
+    def _outdated(self, coming: Deployment, serving: Deployment, now: float) -> bool:
+        """Whether devices are others than it is for, and what serves is not for worse ones."""
+        apart = self._apart(coming, now)
+        nearer = apart * limits.PACE_DEVIATION < self._apart(serving, now)
+        return apart > limits.PACE_GRAVE and not nearer
+
+    def _apart(self, made: Deployment, now: float) -> float:
+        """By how much devices differ from what a plan is for, as far as is sure. Who is slower yet
+        than it was when left out is nobody's loss."""
+        balance, planned = self._balance, made.factors.items()
+        times = {n: balance.factor(n, now) / f for n, f in planned if balance.sure(n, now)}
+        if made.programs:
+            times = {n: t if n in made.programs else min(t, 1.0) for n, t in times.items()}
+        return max(times.values(), default=1.0) / min(times.values(), default=1.0)
 
     def _links_changed(self, made: Deployment) -> bool:
         return made.links.nearer or made.links.changed != self._members.links_changed

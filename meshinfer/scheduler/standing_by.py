@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from meshinfer.protocol import messages as m
@@ -26,3 +27,8 @@ class Spares:
     def prepared(self) -> bool:
         """Whether all that stand by are ready to."""
         return self.ready >= self.peers.keys()
+
+
+def first_ready(program: m.Program, ready: Collection[str], but: Collection[str]) -> str:
+    """The first of a task's spare devices that has prepared it; empty where none has."""
+    return next((d for d in program.spares if d in ready and d not in but), "")

@@ -21,9 +21,11 @@ from meshinfer.scheduler.catalogue import Catalogue, Deployment, Phase
 from meshinfer.scheduler.computing import Computing
 from meshinfer.scheduler.events import Array, Compute, Computed, Effect, Plane, Send
 from meshinfer.scheduler.installing import Installing
+from meshinfer.scheduler.leaving import Leaving
 from meshinfer.scheduler.membership import Device, Membership
 from meshinfer.scheduler.recipe import Recipe
 from meshinfer.scheduler.telling import told
+from meshinfer.scheduler.turns import disturbs
 
 _SINCE = 6
 """The protocol that has these messages."""
@@ -48,8 +50,11 @@ class Tries:
     when it was looked at; ``_vain``: tries of a device that came to nothing in turn;
     ``_spoilt``: deployments of which a try may have ended a process."""
 
-    def __init__(self, members: Membership, catalogue: Catalogue, balance: Balance) -> None:
+    def __init__(
+        self, members: Membership, catalogue: Catalogue, balance: Balance, leaving: Leaving
+    ) -> None:
         self._members, self._catalogue, self._balance = members, catalogue, balance
+        self._leaving = leaving
         self._open: dict[str, _Open] = {}
         self._next: dict[str, float] = {}
         self._vain: dict[str, int] = {}
@@ -82,7 +87,7 @@ class Tries:
     def _ask(self, made: Deployment, busy: Collection[str], now: float) -> list[Effect]:
         """``busy``: who has tasks, of whatever model, is timed by these."""
         effects: list[Effect] = []
-        timed = made.idle & made.spares.ready | self._balance.left(made, now)
+        timed = made.idle & made.spares.ready | self._left(made, now)
         if made.drift.by_one:
             timed |= made.programs.keys()
         may = timed & set(self._members.ready(now))
@@ -100,7 +105,11 @@ class Tries:
         """Who does tasks of it now."""
         if made.drift.by_one:
             return (made.drift.by_one,)
-        return made.programs.keys() - self._balance.left(made, now)
+        return made.programs.keys() - self._left(made, now)
+
+    def _left(self, made: Deployment, now: float) -> frozenset[str]:
+        """Whose tasks others do; not where a client may do them beside the device itself."""
+        return frozenset(self._leaving.tasks(made, now) if len(made.programs) > 1 else ())
 
     def heard(self, device: Device, message: m.Tried, now: float) -> None:
         """What a task took, 0 where it could not be run; or one that nobody had asked for, which
@@ -109,7 +118,7 @@ class Tries:
         took, made = message.compute_s, self._catalogue.deployments.get(message.deployment)
         done = m.Done(place=message.place, compute_s=took, sent_bytes=0)
         if asked is None or not asked.is_for(device.peer, message):
-            if made is not None and not self._catalogue.searching:
+            if made is not None and not disturbs(self._catalogue, self._members, device):
                 self._balance.note(made, device.name, (done,), now)
             return
         del self._open[device.name]
@@ -121,7 +130,7 @@ class Tries:
             self._next[device.name] = now + min(pause_s, limits.TRY_VAIN_S)
             return
         self._vain.pop(device.name, None)
-        if self._catalogue.searching:  # which may have slowed it down
+        if disturbs(self._catalogue, self._members, device):
             self._next[device.name] = now + limits.TRY_SOON_S
             return
         self._balance.note(made, device.name, (done,), now)

@@ -1,15 +1,16 @@
 """Whose plan is made when: first of all, what requests wait for.
 
-A model that nobody asks lately has time. To plan and to prepare takes devices from the requests of
-others, so it waits for its turn until all is prepared: as after a loss, when all are planned anew.
+A model that nobody asks lately, and that has a plan, has time. To plan and to prepare takes devices
+from the requests of others, so it waits for its turn: as after a loss, when all are planned anew.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 
 from meshinfer import limits
-from meshinfer.scheduler.catalogue import Deployment, Model, Phase
+from meshinfer.scheduler.catalogue import Catalogue, Deployment, Model, Phase
+from meshinfer.scheduler.membership import Device, Membership
 
 
 def rests(model: Model, asked: Collection[int], now: float) -> bool:
@@ -18,9 +19,21 @@ def rests(model: Model, asked: Collection[int], now: float) -> bool:
     return not called and now > model.used_at + limits.UNASKED_S
 
 
-def preparing(deployments: Iterable[Deployment], now: float) -> bool:
-    """Whether a plan that is needed is made, or devices prepare for one."""
-    return any(_under_way(made, now) for made in deployments)
+def waits(
+    serving: Deployment | None, catalogue: Catalogue, members: Membership, now: float
+) -> bool:
+    """Whether it is not the turn of a model that has time: a plan that is needed is made, or
+    devices prepare for one. What keeps a device that wants to leave does not wait."""
+    here = members.devices
+    if serving is None or any(n in here and here[n].draining for n in serving.members):
+        return False
+    return any(_under_way(made, now) for made in catalogue.deployments.values())
+
+
+def disturbs(catalogue: Catalogue, members: Membership, device: Device) -> bool:
+    """Whether a search takes so much of a device that its tasks slow down: of the coordinator's."""
+    head = members.head
+    return catalogue.searching and head is not None and device.where == head.where
 
 
 def is_planning(made: Deployment) -> bool:

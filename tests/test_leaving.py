@@ -1,0 +1,92 @@
+"""Who is slow is left only for those that are sooner done with its tasks and their own. Paces are
+set, cores are real."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import pytest
+from test_fallback import settled
+from test_paces import Noisy
+
+from meshinfer import limits
+from meshinfer.scheduler.balance import _Pace
+from meshinfer.scheduler.catalogue import Deployment
+
+SLOW = 5.0
+
+
+class Paced(Noisy):
+    """``set``: what devices take for their tasks, as a multiple of what they should."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.deployed()
+        settled(self)
+        (self.made,) = self.core.catalogue.deployments.values()
+
+    def set(self, **times: float) -> None:
+        for name in self.made.candidates:
+            ratio = times.get(name.replace("-", ""), 1.0)
+            pace = self.core._balance._paces.setdefault(name, _Pace())
+            pace.samples = deque([(self.now, ratio)] * limits.PACE_SAMPLES)
+        self.core._balance.count += 1
+
+    @property
+    def left(self) -> dict[str, set[str]]:
+        """Who is, and to whom its tasks go."""
+        found = self.core._answering.leaving.tasks(self.made, self.now)
+        return {name: set(takers.values()) for name, takers in found.items()}
+
+
+def places(made: Deployment, name: str) -> set[object]:
+    return {p.place for p in made.programs[name]}
+
+
+def test_who_is_much_slower_is_left_for_who_stands_by() -> None:
+    paced = Paced()
+    paced.set()
+    assert not paced.left
+    paced.set(pi2=limits.PACE_LEFT - 0.1)
+    assert not paced.left
+    paced.set(pi2=SLOW)
+    assert paced.left.keys() == {"pi-2"} and "pi-2" not in paced.left["pi-2"]
+    found = paced.core._answering.leaving.tasks(paced.made, paced.now)["pi-2"]
+    assert found.keys() == places(paced.made, "pi-2")
+
+
+def test_nobody_who_is_slow_or_away_gets_tasks_of_another() -> None:
+    paced = Paced()
+    paced.set(pi2=SLOW)
+    taker = min(paced.left["pi-2"])
+    paced.set(pi2=SLOW, **{taker.replace("-", ""): SLOW})
+    assert taker not in {name for names in paced.left.values() for name in names}
+    paced.set(pi2=SLOW)
+    paced.core.members.presence.silent.add(taker)
+    assert taker not in paced.left.get("pi-2", set())
+
+
+def test_who_stands_by_and_would_not_sooner_be_done_gets_nothing() -> None:
+    """With its own tasks and the other's, at nearly the same pace."""
+    paced = Paced()
+    paced.set(pi2=limits.PACE_LEFT + 0.1)
+    takers = paced.left["pi-2"]
+    slow = {name.replace("-", ""): limits.PACE_LEFT - 0.1 for name in takers}
+    paced.set(pi2=limits.PACE_LEFT + 0.1, **slow)
+    assert paced.core._balance.slow(paced.made, paced.now) == {"pi-2"} and not paced.left
+
+
+@pytest.mark.parametrize("all_alike", [False, True])
+def test_of_devices_that_all_become_slow_not_all_go_to_one(all_alike: bool) -> None:
+    paced = Paced()
+    *slow, fast = paced.made.candidates
+    times = dict.fromkeys((n.replace("-", "") for n in slow), 1.2 * limits.PACE_LEFT)
+    paced.set(**times, **({fast.replace("-", ""): 1.2 * limits.PACE_LEFT} if all_alike else {}))
+    assert len(paced.left) <= (0 if all_alike else 1)
+
+
+def test_who_has_no_spare_that_is_ready_keeps_its_tasks() -> None:
+    paced = Paced()
+    paced.set(pi2=SLOW)
+    paced.made.spares.ready.clear()
+    assert not paced.left
