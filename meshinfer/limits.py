@@ -243,8 +243,7 @@ SEARCH_SHARE: Final = 0.1
 more. So its tasks slow down by less than what counts as drift, and nobody waits for the search."""
 SEARCH_SHARE_GRAVE: Final = 0.3
 """The same when a device has become so slow that its tasks still take longer than those there."""
-SEARCH_SLICE_S: Final = 0.005
-"""A search pauses after so much work; the kernel looks at its timers every 4 ms or so."""
+SEARCH_SLICE_S: Final = 0.005  # of work, then a search pauses; the kernel's timers take 4 ms
 SEARCH_PAUSE_S: Final = 2.0
 """The longest pause of a search, after one call into C that took long: it is to see what waits."""
 PLANNING_NICE: Final = 5
@@ -282,7 +281,8 @@ VERSIONS_PER_MODEL: Final = 4
 MODELS: Final = 64
 OPEN_DEPLOYS: Final = 16
 PLANS_AT_ONCE: Final = 4
-UNASKED_S: Final = 10.0  # then a model has time, and waits for the spares of others for so long
+UNASKED_S: Final = 10.0  # then a model has time, and waits for its turn to be planned;
+TURN_S: Final = 30.0  # but for what another's plan takes to be prepared not for longer
 ANSWERED_IDS_KEPT: Final = 1024
 TASK_TIMES_KEPT: Final = 4096  # of their tasks, at 250 bytes: who asks again does so within seconds
 FED_REQUESTS: Final = 4 * QUEUE_REQUESTS

@@ -223,6 +223,22 @@ def test_of_two_that_differ_the_one_less_known_works_no_more_and_may_come_back()
     assert all(ask(cluster, 5))
 
 
+def test_who_lost_a_task_for_being_slow_checks_it_only_if_nobody_else_can() -> None:
+    cluster = ready()
+    (made,) = cluster.core.catalogue.deployments.values()
+    checks = cluster.core._answering.checks
+    program = next(p for p in made.programs["pi-2"] if p.model and len(p.spares) > 1)
+    taker, other = program.spares[:2]
+    tried = Try(made, moved={program.place: taker})
+    found = checks._other(program, tried, taker, cluster.now)
+    assert found is not None and found.name == other
+    made.spares.ready.discard(other)
+    found = checks._other(program, tried, taker, cluster.now)
+    assert found is not None and found.name == "pi-2"
+    tried.twice.add(program.place)  # it may have begun it
+    assert checks._other(program, tried, taker, cluster.now) is None
+
+
 def test_what_is_in_flight_as_a_liar_is_found_begins_again() -> None:
     cluster = ready()
     liar(cluster, "pi-2")

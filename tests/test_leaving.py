@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections import deque
 
-import pytest
+from msgspec import structs
 from test_fallback import settled
 from test_paces import Noisy
 
@@ -73,16 +73,47 @@ def test_who_stands_by_and_would_not_sooner_be_done_gets_nothing() -> None:
     takers = paced.left["pi-2"]
     slow = {name.replace("-", ""): limits.PACE_LEFT - 0.1 for name in takers}
     paced.set(pi2=limits.PACE_LEFT + 0.1, **slow)
-    assert paced.core._balance.slow(paced.made, paced.now) == {"pi-2"} and not paced.left
+    assert paced.core._balance.slow(paced.made, paced.now).keys() == {"pi-2"} and not paced.left
 
 
-@pytest.mark.parametrize("all_alike", [False, True])
-def test_of_devices_that_all_become_slow_not_all_go_to_one(all_alike: bool) -> None:
+def test_of_devices_that_become_slow_together_not_all_go_to_one() -> None:
+    """Who did the tasks of two of them would be done no sooner."""
     paced = Paced()
-    *slow, fast = paced.made.candidates
-    times = dict.fromkeys((n.replace("-", "") for n in slow), 1.2 * limits.PACE_LEFT)
-    paced.set(**times, **({fast.replace("-", ""): 1.2 * limits.PACE_LEFT} if all_alike else {}))
-    assert len(paced.left) <= (0 if all_alike else 1)
+    *rest, fast = paced.made.candidates
+    for name in rest:
+        alike = [structs.replace(p, devices=(name, fast)) for p in paced.made.programs[name]]
+        paced.made.programs = {**paced.made.programs, name: tuple(alike)}
+        took = {(p.place, fast): paced.made.seconds(p.place, name) or 0.0 for p in alike}
+        paced.made.expected = {**paced.made.expected, **took}
+    slow = [name.replace("-", "") for name in rest]
+    paced.set(**dict.fromkeys(slow, limits.PACE_LEFT + 0.1))
+    assert list(paced.left.values()) == [{fast}]
+    paced.set(**dict.fromkeys(slow, 8 * limits.PACE_LEFT))
+    assert paced.left == {name: {fast} for name in rest}
+
+
+def test_who_is_left_comes_back_once_all_of_its_newest_tasks_are_fast() -> None:
+    """Or it would come and go."""
+    paced = Paced()
+    paced.set(pi2=SLOW)
+    assert "pi-2" in paced.left
+    for fast in range(1, limits.PACE_SAMPLES_LEAST + 1):
+        paced.core._balance._note("pi-2", 1.0, paced.now)
+        assert ("pi-2" in paced.left) is (fast < limits.PACE_SAMPLES_LEAST)
+    for slow in range(1, limits.PACE_SAMPLES_LEAST + 1):
+        paced.core._balance._note("pi-2", SLOW, paced.now)
+        assert ("pi-2" in paced.left) is (slow >= limits.PACE_SAMPLES_LEAST - 1)
+
+
+def test_tasks_of_a_silent_device_go_rather_to_one_that_is_not_left() -> None:
+    paced = Paced()
+    paced.set()
+    fallback = paced.core._answering.fallback
+    first = set(fallback.takers(paced.made, {"pi-1"}).values())
+    slow = min(first)
+    paced.set(**{slow.replace("-", ""): SLOW})
+    assert slow in paced.left
+    assert slow not in fallback.takers(paced.made, {"pi-1"}, paced.left).values()
 
 
 def test_who_has_no_spare_that_is_ready_keeps_its_tasks() -> None:

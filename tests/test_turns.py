@@ -9,6 +9,7 @@ from cores import Cluster, conv_net, image
 
 from meshinfer import limits
 from meshinfer.scheduler.catalogue import Phase
+from meshinfer.scheduler.events import Prepare
 
 SIZE = (48, 20)
 MODEL = conv_net(SIZE)
@@ -18,15 +19,21 @@ MODELS = ("first", "second", "third", "fourth", "fifth", "sixth")
 
 class Shelf(Cluster):
     """Of many models. ``planned``: which were, in order; ``beside``: each beside how many others
-    that were planned or installed then."""
+    that were planned or installed then. ``prepare_s``: what it takes a device to prepare tasks."""
 
     def __init__(self) -> None:
         super().__init__(NAMES)
         self.planned: list[str] = []
         self.beside: list[int] = []
-        self.plan_s = 1.0
+        self.plan_s, self.prepare_s = 1.0, 0.0
         for name in MODELS:
             self.deployed(name, MODEL)
+
+    def _work(self, node: Any, effect: Any) -> None:
+        if self.prepare_s and isinstance(effect, Prepare):
+            self.post(node, self._prepare(node, effect), self.prepare_s)
+        else:
+            super()._work(node, effect)
 
     def _plan(self, node: Any, effect: Any) -> Any:
         deployments = self.core.catalogue.deployments
@@ -73,6 +80,27 @@ def test_who_begins_to_ask_does_not_wait_for_the_turn_of_a_model() -> None:
     shelf.plan_s = 1.0
     shelf.stream("sixth", 3.0)
     assert shelf.planned == [MODELS[0], "sixth"] and "sixth" in shelf.current
+
+
+def test_what_keeps_a_device_that_wants_to_leave_does_not_wait() -> None:
+    shelf = Shelf()
+    shelf.stream("fifth", limits.UNASKED_S + 1.0)
+    shelf.planned.clear()
+    shelf.core.members.devices["pi-2"].draining = True
+    shelf.stream("fifth", 5 * shelf.plan_s)
+    assert sorted(shelf.planned) == sorted(MODELS) and max(shelf.beside) > 0
+    assert "pi-2" not in shelf.core.members.devices
+
+
+def test_a_turn_ends_when_its_devices_take_too_long_to_prepare() -> None:
+    shelf = Shelf()
+    shelf.pass_time(limits.UNASKED_S + 1.0)
+    shelf.prepare_s = 3 * limits.TURN_S
+    shelf.lose("pi-2")
+    shelf.pass_time(limits.TURN_S / 2)
+    assert shelf.planned == [MODELS[0]]
+    shelf.pass_time(limits.TURN_S)
+    assert shelf.planned == list(MODELS[:2])
 
 
 def test_models_that_are_all_asked_are_planned_at_once() -> None:

@@ -38,11 +38,12 @@ class _Pace:
     def known(self, now: float) -> bool:
         return len(self.samples) >= limits.PACE_SAMPLES_LEAST and not self.stale(now)
 
-    def exceeds(self, times: float, now: float) -> bool:
-        """Whether all but one of the newest samples are above that, however far they are apart."""
+    def least(self, now: float, *, but: int) -> float:
+        """What all but so many of the newest samples come to at least, however far they are apart;
+        0 where they are too few, or too old."""
         newest = sorted(ratio for _, ratio in list(self.samples)[-limits.PACE_SAMPLES_LEAST :])
-        few = len(newest) < limits.PACE_SAMPLES_LEAST - 1
-        return not few and newest[1 - limits.PACE_SAMPLES_LEAST] > times and not self.stale(now)
+        wanted = limits.PACE_SAMPLES_LEAST - but
+        return newest[-wanted] if len(newest) >= wanted and not self.stale(now) else 0.0
 
     @property
     def settled(self) -> bool:
@@ -162,15 +163,20 @@ class Balance:
         pace = self._paces.get(device)
         return None if pace is None else pace.level(now, since)
 
-    def slow(self, made: Deployment, now: float) -> frozenset[str]:
+    def slow(self, made: Deployment, now: float) -> Mapping[str, float]:
         """Devices that have become so slow since a plan was made that others may be sooner done
-        with their tasks (``leaving``). Not where the user wants that plan."""
+        with their tasks (``leaving``), and by how many times: three of their newest four samples
+        are; and then until none is. Not where the user wants that plan."""
         if made.given or made.model.spread:
-            return frozenset()
-        most = limits.PACE_LEFT * self._common(now)
-        found = ((name, self._paces.get(name)) for name in made.programs)
-        paces = ((name, pace, most * made.factors.get(name, 1.0)) for name, pace in found if pace)
-        return frozenset(n for n, pace, most in paces if pace.exceeds(most, now))
+            return {}
+        before, common, found = made.drift.slow, self._common(now), dict[str, float]()
+        for name in made.programs:
+            if (pace := self._paces.get(name)) is not None:
+                least = pace.least(now, but=limits.PACE_SAMPLES_LEAST - 1 if name in before else 1)
+                times = least / common / made.factors.get(name, 1.0)
+                found |= {name: times} if times > limits.PACE_LEFT else {}
+        made.drift.slow = found
+        return found
 
     def sure(self, device: str, now: float) -> bool:
         """Whether a device's pace is known, and is what it was."""

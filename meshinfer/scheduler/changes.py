@@ -18,7 +18,8 @@ class Drift:
     search failed. ``wanted_at``: since when another plan only waits for samples to agree, and
     whether it is ``grave``. ``adapted``: the plan itself was made from plans of before, when they
     had. ``by_one``: who does all (``retreat``), so that the others are to be tried. ``overtaken``:
-    how many plans in turn were dropped on their way, as devices were no more what they are for."""
+    how many plans in turn were dropped on their way, as devices were no more what they are for.
+    ``slow``: who is so slow that it may be left, and by how many times."""
 
     looked: int = 0
     times: float = 1.0
@@ -28,6 +29,7 @@ class Drift:
     adapted: bool = False
     by_one: str = ""
     overtaken: int = 0
+    slow: Mapping[str, float] = field(default_factory=dict)
 
     def settled(self) -> Drift:
         """A search has found no better plan for devices as they are."""

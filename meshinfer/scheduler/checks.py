@@ -87,18 +87,23 @@ class Checks:
 
     def _other(self, program: m.Program, tried: Try, of: str, now: float) -> Device | None:
         """Who else has prepared a task, had no part in it and may work: rather one that has not
-        differed from its own device yet, and of the same numeric class."""
+        differed from its own device yet, that has not lost it for being slow or silent, and of the
+        same numeric class."""
         made, place = tried.deployment, program.place
         own = made.programs.keys() & program.devices[:1]
         here = own | made.spares.ready if program.spare else made.members.keys()
-        gone = tried.moved.get(place) != tried.at_first.get(place)
+        gone = place in tried.twice
         late = own if gone else set(tried.assigned.get(place, ()))
         may = set(self._members.ready(now)) & here - late - self._members.presence.away - {of}
         rivals = self.trust.rivals(of)
         found = [self._members.devices[name] for name in program.devices if name in may]
-        return min(
-            found, key=lambda d: (d.name in rivals, not self._alike(d.name, of)), default=None
-        )
+        lost = own if place in tried.moved else set()
+
+        def worse(device: Device) -> tuple[bool, bool, bool]:
+            name = device.name
+            return name in rivals, name in lost, not self._alike(name, of)
+
+        return min(found, key=worse, default=None)
 
     def _ask(
         self, request: Request, tried: Try, program: m.Program, of: str, by: Device, now: float

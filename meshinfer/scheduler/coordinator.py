@@ -47,9 +47,9 @@ from meshinfer.scheduler.membership import Membership
 from meshinfer.scheduler.on_device import only_task
 from meshinfer.scheduler.parting import Parting
 from meshinfer.scheduler.reaching import Reaching
+from meshinfer.scheduler.replanning import disturbs
 from meshinfer.scheduler.request import Request
 from meshinfer.scheduler.trying import Tries
-from meshinfer.scheduler.turns import disturbs
 
 
 class CoordinatorCore:

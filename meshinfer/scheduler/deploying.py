@@ -63,7 +63,6 @@ class Deploying:
         )
         self.fetching = self.models.fetching
         self._replanning = Replanning(members, balance)
-        self._busy_at = 0.0
 
     # --- plans
 
@@ -180,6 +179,7 @@ class Deploying:
         serving = self._catalogue.serving(made.model, made.signature)
         if serving is not None and made.share < 1.0:
             serving.since, serving.search_s, serving.asked = now, made.search_s, 0
+            serving.drift.overtaken = 0
 
     def installed(self, peer: str, message: m.Installed, now: float) -> list[Effect]:
         made = self._catalogue.deployments.get(message.deployment)
@@ -290,7 +290,7 @@ class Deploying:
     def plan_what_is_missing(self, now: float) -> list[Effect]:
         names = self._members.note_workers(now)
         if self._answering.open:
-            self._busy_at = now
+            self._replanning.busy_at = now
         if self._members.idle_since is not None:
             return self._give_up_without_workers(now)
         settled = now >= self._members.changed_at + limits.REPLAN_SETTLE_S
@@ -312,7 +312,7 @@ class Deploying:
                 urgent = serving is None or (settled and serving.candidates != names)
                 if coming is not None:
                     over = urgent and is_search_beside(coming)
-                    if not over and not self._is_overtaken(coming, serving, now):
+                    if not over and not self._replanning.overtaken(coming, serving, now):
                         continue
                     if is_planning(coming):
                         planning.remove(coming.share)
@@ -322,7 +322,7 @@ class Deploying:
                 if urgent and room > 0:
                     effects.append(self._plan(model, signature, now))
                     room -= 1
-                elif serving is not None and self._is_due(serving, now) and not planning:
+                elif serving is not None and self._replanning.due(serving, now) and not planning:
                     effects += self._look_for_better(serving, now)
                 else:
                     continue
@@ -347,12 +347,6 @@ class Deploying:
 
     def _waits(self, serving: Deployment | None, now: float) -> bool:
         return waits(serving, self._catalogue, self._members, now)
-
-    def _is_overtaken(self, coming: Deployment, serving: Deployment | None, now: float) -> bool:
-        return self._replanning.overtaken(coming, serving, now, self._busy_at)
-
-    def _is_due(self, serving: Deployment, now: float) -> bool:
-        return self._replanning.due(serving, now, self._busy_at)
 
     def _give_up_without_workers(self, now: float) -> list[Effect]:
         failure = unavailable(

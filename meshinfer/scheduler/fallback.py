@@ -167,12 +167,15 @@ class Fallback:
 
     # --- silence
 
-    def instead(self, made: Deployment, names: Collection[str]) -> dict[m.Place, str]:
-        """Who runs the tasks of these devices, of those that have prepared them and are heard."""
+    def instead(
+        self, made: Deployment, names: Collection[str], left: Collection[str] = ()
+    ) -> dict[m.Place, str]:
+        """Who runs the tasks of these devices, of those that have prepared them and are heard:
+        rather none of them, nor one that is ``left`` for being slow."""
         if not names:
             return {}
         away, ready = self._members.presence.away, made.spares.ready
-        first = ({*away, *names}, away)  # rather none whose own tasks others do
+        first = ({*away, *names, *left}, away)
         own = (p for name in sorted(names) for p in made.programs.get(name, ()))
         found = {
             p.place: next(filter(None, (first_ready(p, ready, b) for b in first)), "") for p in own
@@ -189,10 +192,10 @@ class Fallback:
         else:
             gone = self._members.presence.resting(now) | risk
             left = self._leaving.tasks(made, now, gone)
-            tried.moved = self.takers(made, gone)
+            tried.moved = self.takers(made, gone, left)
             for takers in left.values():
                 tried.moved |= takers
-        tried.took, tried.at_first = set(tried.moved.values()), dict(tried.moved)
+        tried.took = set(tried.moved.values())
 
     def _at_risk(self) -> set[str]:
         """Devices that run a request by itself, for fear that it ends their process: it would be
@@ -231,9 +234,11 @@ class Fallback:
         taker = tried.moved.get(place, "")
         return taker in tried.deployment.members and taker not in self._members.presence.away
 
-    def takers(self, made: Deployment, names: Collection[str]) -> dict[m.Place, str]:
+    def takers(
+        self, made: Deployment, names: Collection[str], left: Collection[str] = ()
+    ) -> dict[m.Place, str]:
         """Who runs the tasks of those that are lost, and of these."""
-        return {**made.spares.moved, **self.instead(made, names)}
+        return {**made.spares.moved, **self.instead(made, names, left)}
 
     def _takers(
         self, tried: Try, found: Mapping[m.Place, str] | None = None
@@ -271,6 +276,7 @@ class Fallback:
         again = [place for place in needed if place in takers]  # the others' devices are silent
         for place in again:
             tried.moved[place] = takers[place]
+            tried.twice.add(place)
             tried.took.add(takers[place])
             tried.tasks.pop(place, None)
         fields = {"request": request.id, "tasks": len(again), "of": len(question.asked)}

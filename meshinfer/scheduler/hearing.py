@@ -14,8 +14,8 @@ from meshinfer.scheduler.catalogue import Catalogue
 from meshinfer.scheduler.covering import Covering
 from meshinfer.scheduler.events import Effect, Note, Plane, Send
 from meshinfer.scheduler.membership import Membership
+from meshinfer.scheduler.replanning import disturbs
 from meshinfer.scheduler.request import Request, told_by
-from meshinfer.scheduler.turns import disturbs
 
 Fail = Callable[[Request, m.Failure, float], list[Effect]]
 

@@ -31,15 +31,15 @@ class Leaving:
         if not slow:
             return {}
         away = {*self._members.presence.resting(now), *but}
-        own = {name: self._own_s(made, name, now) for name in made.programs}
+        own = {name: self._own_s(made, name, now) for name in made.programs.keys() - slow.keys()}
         busy = {name: own.get(name, 0.0) for name in made.members}
         left: dict[str, dict[m.Place, str]] = {}
-        for name in sorted(slow - away):
-            takers = self._takers(made, name, away | slow)
+        for name in sorted(slow.keys() - away):
+            takers = self._takers(made, name, away | slow.keys())
             more = self._more_s(made, takers, now)
             after = {n: _sum(busy.get(n, 0.0), seconds) for n, seconds in more.items()}
-            until_s = busy.get(name)
-            if takers and until_s and all(s is not None and s < until_s for s in after.values()):
+            until_s = self._planned_s(made, name) * slow[name]
+            if takers and all(s is not None and s < until_s for s in after.values()):
                 left[name] = takers
                 busy |= after
         return left
@@ -55,6 +55,10 @@ class Leaving:
     def _own_s(self, made: Deployment, name: str, now: float) -> float | None:
         places = [p.place for p in made.programs[name] if p.model is not None]
         return _sum(*(self._seconds(made, place, name, now) for place in places))
+
+    def _planned_s(self, made: Deployment, name: str) -> float:
+        """What its tasks were planned to take; 0 where that is not known."""
+        return _sum(*(made.seconds(p.place, name) for p in made.programs[name] if p.model)) or 0.0
 
     def _more_s(
         self, made: Deployment, takers: Mapping[m.Place, str], now: float

@@ -8,16 +8,17 @@ from collections.abc import Collection
 from meshinfer import limits
 from meshinfer.scheduler.ages import bettered, known_links
 from meshinfer.scheduler.balance import Balance, pause_of
-from meshinfer.scheduler.catalogue import Deployment, Phase
+from meshinfer.scheduler.catalogue import Catalogue, Deployment, Phase
 from meshinfer.scheduler.changes import Links
-from meshinfer.scheduler.membership import Membership
+from meshinfer.scheduler.membership import Device, Membership
 
 
 class Replanning:
-    """Mutable: owned by the coordinator's core."""
+    """Mutable: owned by the coordinator's core. ``busy_at``: when requests ran last."""
 
     def __init__(self, members: Membership, balance: Balance) -> None:
         self._members, self._balance = members, balance
+        self.busy_at = 0.0
 
     def planned(self, made: Deployment) -> None:
         """A plan is made by the links as they are now."""
@@ -25,27 +26,25 @@ class Replanning:
         known = known_links(members, made.candidates)
         made.links = Links(members.links_changed, members.links_bettered, known)
 
-    def overtaken(
-        self, coming: Deployment, serving: Deployment | None, now: float, busy_at: float
-    ) -> bool:
+    def overtaken(self, coming: Deployment, serving: Deployment | None, now: float) -> bool:
         """Whether a plan that is on its way, beside one that serves, is to be dropped: it is looked
         for for a small gain, and a device has become slow; or devices are, as far as is sure, no
         more what it is for. Noted; not more than twice in turn, should they change all the time."""
         if serving is None or coming.share == 1.0:
             return False
         planning = coming.phase is Phase.PLANNING
-        over = self.due(serving, now, busy_at, coming.share if planning else 1.0)
+        over = self.due(serving, now, coming.share if planning else 1.0)
         if not over and self._outdated(coming, serving, now):
             over = serving.drift.overtaken < limits.PACE_OVERTAKEN
             serving.drift.overtaken += over
         return over
 
-    def due(self, made: Deployment, now: float, busy_at: float, under_way: float = 0.0) -> bool:
+    def due(self, made: Deployment, now: float, under_way: float = 0.0) -> bool:
         """Whether devices or links have changed so much that another plan may be better.
 
         Not where the plan was given, and not where each request's tasks go to who is free.
-        ``busy_at``: when requests ran last. ``under_way``: the share that a search takes which is:
-        one for a small gain is over once a device has become slow.
+        ``under_way``: the share that a search takes which is: one for a small gain is over once a
+        device has become slow.
         """
         if made.given or len(made.choices) == made.tasks or len(made.candidates) < 2:
             return False
@@ -57,7 +56,7 @@ class Replanning:
         grave = self.grave(made)
         upset = made.drift.times > limits.PACE_UPSET * made.drift.tried
         pause_s = pause_of(made.search_s, made.in_vain, grave=grave, upset=upset)
-        quiet = now >= busy_at + limits.REPLAN_QUIET_S
+        quiet = now >= self.busy_at + limits.REPLAN_QUIET_S
         asked = made.asked >= limits.REPLAN_REQUESTS
         adapted = made.drift.adapted  # a search may find better, so it comes some time
         changed = made.drift.uneven or self._links_changed(made) or adapted
@@ -92,9 +91,13 @@ class Replanning:
 
     def _outdated(self, coming: Deployment, serving: Deployment, now: float) -> bool:
         """Whether devices are others than it is for, and what serves is not for worse ones."""
+        if self._balance.count < coming.drift.looked + len(coming.candidates):
+            return False  # not enough is new
+        coming.drift.looked = self._balance.count
         apart = self._apart(coming, now)
-        nearer = apart * limits.PACE_DEVIATION < self._apart(serving, now)
-        return apart > limits.PACE_GRAVE and not nearer
+        if apart <= limits.PACE_GRAVE:
+            return False
+        return apart * limits.PACE_DEVIATION >= self._apart(serving, now)
 
     def _apart(self, made: Deployment, now: float) -> float:
         """By how much devices differ from what a plan is for, as far as is sure. Who is slower yet
@@ -116,3 +119,9 @@ class Replanning:
         links.seen = members.links_bettered
         here = [name for name in made.candidates if name in members.devices]
         links.nearer = bettered(links.known, known_links(members, here), made.idle)
+
+
+def disturbs(catalogue: Catalogue, members: Membership, device: Device) -> bool:
+    """Whether a search takes so much of a device that its tasks slow down: of the coordinator's."""
+    head = members.head
+    return catalogue.searching and head is not None and device.where == head.where

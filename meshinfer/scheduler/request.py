@@ -34,7 +34,7 @@ class Try:
     were asked about such tasks; ``unasked``: but for these, that were away.
     ``doubted``: when those that owe it were last asked for a sign of life. ``beside``: how many
     others ran as it began. ``all_by``: the device that does all of it, since links keep requests.
-    ``at_first``: what had moved as it began, so that it had one maker.
+    ``twice``: tasks that were begun elsewhere after it began, so that two may have made them.
     """
 
     deployment: Deployment
@@ -51,7 +51,7 @@ class Try:
     doubted: float | None = None
     beside: int = 0
     all_by: str = ""
-    at_first: Mapping[m.Place, str] = field(default_factory=dict)
+    twice: set[m.Place] = field(default_factory=set)
 
     def merges_at(self, peer: str, head: str, client: str) -> bool:
         """Whether a peer is its sink, and its answer goes to the process that asks now."""
@@ -93,8 +93,8 @@ class Try:
         """Whether all that a task was given had one maker; else, should one of two lie, nobody
         knows by whose piece the task was computed."""
         read = {piece.producer for value in program.inputs for piece in value.pieces}
-        once = {p for p in read if self.moved.get(p) == self.at_first.get(p)}
-        return once == read and all(len(self.assigned.get(p, ())) < 2 for p in read)
+        copied = any(len(self.assigned.get(p, ())) > 1 for p in read)
+        return not copied and not read & self.twice
 
     @property
     def all_told(self) -> bool:

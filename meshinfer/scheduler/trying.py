@@ -23,9 +23,10 @@ from meshinfer.scheduler.events import Array, Compute, Computed, Effect, Plane, 
 from meshinfer.scheduler.installing import Installing
 from meshinfer.scheduler.leaving import Leaving
 from meshinfer.scheduler.membership import Device, Membership
+from meshinfer.scheduler.on_device import only_task
 from meshinfer.scheduler.recipe import Recipe
+from meshinfer.scheduler.replanning import disturbs
 from meshinfer.scheduler.telling import told
-from meshinfer.scheduler.turns import disturbs
 
 _SINCE = 6
 """The protocol that has these messages."""
@@ -109,7 +110,7 @@ class Tries:
 
     def _left(self, made: Deployment, now: float) -> frozenset[str]:
         """Whose tasks others do; not where a client may do them beside the device itself."""
-        return frozenset(self._leaving.tasks(made, now) if len(made.programs) > 1 else ())
+        return frozenset(self._leaving.tasks(made, now) if only_task(made) is None else ())
 
     def heard(self, device: Device, message: m.Tried, now: float) -> None:
         """What a task took, 0 where it could not be run; or one that nobody had asked for, which

@@ -10,7 +10,7 @@ from collections.abc import Collection
 
 from meshinfer import limits
 from meshinfer.scheduler.catalogue import Catalogue, Deployment, Model, Phase
-from meshinfer.scheduler.membership import Device, Membership
+from meshinfer.scheduler.membership import Membership
 
 
 def rests(model: Model, asked: Collection[int], now: float) -> bool:
@@ -30,12 +30,6 @@ def waits(
     return any(_under_way(made, now) for made in catalogue.deployments.values())
 
 
-def disturbs(catalogue: Catalogue, members: Membership, device: Device) -> bool:
-    """Whether a search takes so much of a device that its tasks slow down: of the coordinator's."""
-    head = members.head
-    return catalogue.searching and head is not None and device.where == head.where
-
-
 def is_planning(made: Deployment) -> bool:
     return made.phase is Phase.PLANNING
 
@@ -47,5 +41,6 @@ def is_search_beside(made: Deployment) -> bool:
 
 def _under_way(made: Deployment, now: float) -> bool:
     if made.phase is Phase.READY:  # those that stand by come last
-        return not made.spares.prepared and now < made.ready_at + limits.UNASKED_S
-    return not is_search_beside(made)
+        return not made.spares.prepared and now < made.ready_at + limits.TURN_S
+    slow = made.phase is Phase.INSTALLING and now >= made.since + limits.TURN_S
+    return not slow and not is_search_beside(made)
