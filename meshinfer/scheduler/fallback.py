@@ -193,6 +193,7 @@ class Fallback:
             gone = self._members.presence.resting(now) | risk
             left = self._leaving.tasks(made, now, gone)
             tried.moved = self.takers(made, gone, left)
+            tried.left = tuple(left)
             for takers in left.values():
                 tried.moved |= takers
         tried.took = set(tried.moved.values())

@@ -48,9 +48,9 @@ def _reasons(request: Request, tried: Try, members: Membership, now: float) -> t
         found.append(f"requests waited for links of its plan: {tried.all_by} ran all tasks")
     if tried.moved and not found:
         takers = ", ".join(sorted(set(tried.moved.values())))
-        found.append(
-            f"devices of its plan are lost, silent, stuck or slow: {takers} ran their tasks"
-        )
+        slow = f"{' and '.join(tried.left)} had become slow"
+        why = slow if tried.left else "devices of its plan are lost, silent or stuck"
+        found.append(f"{why}: {takers} ran their tasks")
     if len(request.tried) > 1 and not found:
         found.append(f"it took {len(request.tried)} attempts")
     if request.alone:

@@ -34,7 +34,8 @@ class Try:
     were asked about such tasks; ``unasked``: but for these, that were away.
     ``doubted``: when those that owe it were last asked for a sign of life. ``beside``: how many
     others ran as it began. ``all_by``: the device that does all of it, since links keep requests.
-    ``twice``: tasks that were begun elsewhere after it began, so that two may have made them.
+    ``left``: devices that are slow, and whose tasks others do from its beginning; ``twice``: tasks
+    that were begun elsewhere after it, so that two may have made them.
     """
 
     deployment: Deployment
@@ -51,6 +52,7 @@ class Try:
     doubted: float | None = None
     beside: int = 0
     all_by: str = ""
+    left: tuple[str, ...] = ()
     twice: set[m.Place] = field(default_factory=set)
 
     def merges_at(self, peer: str, head: str, client: str) -> bool:
