@@ -7,6 +7,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -303,6 +304,29 @@ def test_after_a_process_that_ended_while_it_was_tried_nobody_is_for_that_plan()
     spoilt = set(made.core._tries._spoilt)
     assert not spoilt & made.core.catalogue.deployments.keys(), "a new plan was made"
     assert made.sent["Try"] > 1
+    made.check_idle()
+
+
+def test_who_may_have_ended_of_a_try_is_tried_ever_more_seldom() -> None:
+    """Each end costs a plan."""
+    made = Noisy(pi4=FLOPS / 10)
+    made.deployed(model=MODEL)
+    at = list[float]()
+
+    def end() -> None:
+        at.append(made.now)
+        made.kill("pi-4")
+
+    for _ in range(3):
+        made.when(kind(m.Try, to="pi-4"), end)
+        before = len(at)
+        while len(at) == before:
+            made.pass_time(20.0)
+            made.stream(2.0)
+        made.join("pi-4", m.Facts(flops_per_s=FLOPS / 10, host="pi-4"))
+    pauses = [b - a for a, b in pairwise(at)]
+    assert all(p > 4 * limits.TRY_VAIN_S for p in pauses) and pauses[1] > 3 * pauses[0]
+    made.stream(5.0)
     made.check_idle()
 
 

@@ -49,7 +49,8 @@ class _Open:
 class Tries:
     """The coordinator's half. Mutable: owned by its core. ``_asked``: requests of each deployment
     when it was looked at; ``_vain``: tries of a device that came to nothing in turn;
-    ``_spoilt``: deployments of which a try may have ended a process."""
+    ``_ended``: those that may have ended its process, each of which costs a plan; ``_spoilt``:
+    deployments of which one may have."""
 
     def __init__(
         self, members: Membership, catalogue: Catalogue, balance: Balance, leaving: Leaving
@@ -59,6 +60,7 @@ class Tries:
         self._open: dict[str, _Open] = {}
         self._next: dict[str, float] = {}
         self._vain: dict[str, int] = {}
+        self._ended: dict[str, int] = {}
         self._asked: dict[int, int] = {}
         self._spoilt: set[int] = set()
         self._look_at = 0.0
@@ -131,6 +133,7 @@ class Tries:
             self._next[device.name] = now + min(pause_s, limits.TRY_VAIN_S)
             return
         self._vain.pop(device.name, None)
+        self._ended.pop(device.name, None)
         if disturbs(self._catalogue, self._members, device):
             self._next[device.name] = now + limits.TRY_SOON_S
             return
@@ -143,12 +146,15 @@ class Tries:
     def _give_up(self, now: float) -> None:
         for name, asked in list(self._open.items()):
             device = self._members.devices.get(name)
+            pause_s = limits.TRY_VAIN_S
             if device is None or device.peer != asked.peer:
                 self._spoilt.add(asked.deployment)  # nobody else is to end of it
+                self._ended[name] = times = self._ended.get(name, 0) + 1
+                pause_s = min(pause_s * 4.0**times, limits.PACE_FORGOTTEN_MOST_S)
             elif now < asked.since + limits.TRY_VAIN_S:
                 continue
             del self._open[name]
-            self._next[name] = now + limits.TRY_VAIN_S
+            self._next[name] = now + pause_s
 
 
 def _task_for(made: Deployment, name: str) -> m.Place | None:
