@@ -56,8 +56,8 @@ LINK_DOUBT_S: Final = 5.0
 LINKED_DEVICES: Final = 12
 """Up to so many devices the links of all pairs are measured; of more, those with the head."""
 LINK_AGAIN_S: Final = 5.0
-"""From one link with the head that is measured anew to the next, where there are more devices: of
-a thousand each minute, at 4 MB each, the head's own link would have no end of it."""
+"""From one link that is measured anew to the next, where there are more links than that: of a
+thousand with the head each minute, at 4 MB each, the head's own link would have no end of it."""
 SLOWEST_LINK_BYTES_PER_S: Final = 250_000
 PULLS_AT_ONCE: Final = 4
 GENTLE_PAUSE_TIMES: Final = 9.0

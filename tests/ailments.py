@@ -35,6 +35,7 @@ from meshinfer.doctor import (
     of_error,
 )
 from meshinfer.errors import MeshInferError
+from meshinfer.protocol.messages import PROTOCOL
 
 HOST, PORT = "192.168.1.10", 7433
 BOARD = "Raspberry Pi 4"
@@ -118,8 +119,11 @@ def _interfaces() -> Iterator[Finding]:
 
 
 def _multicast() -> Iterator[Finding]:
-    ours = Heard(HOST, PORT, "k", (4, 4))
-    other, copy = Heard("192.168.1.11", PORT, "l", (4, 4)), Heard("192.168.1.11", PORT, "k", (4, 4))
+    ours = Heard(HOST, PORT, "k", PROTOCOL)
+    other, copy = (
+        Heard("192.168.1.11", PORT, "l", PROTOCOL),
+        Heard("192.168.1.11", PORT, "k", PROTOCOL),
+    )
     where = f"{HOST}:{PORT}"
     yield judge_multicast(Multicast("default", True, (ours, other)), None, "")
     yield judge_multicast(Multicast("default", True, (ours, copy)), None, "")
@@ -153,13 +157,14 @@ def _members() -> Iterator[Finding]:
     head = Member("head", "ready", "pi-1", HOST, "0.1.0", head=True)
     first = Member("pi-1", "ready", "pi-1", HOST, "0.1.0", 40001)
     second = Member("pi-2", "ready", "pi-2", "192.168.1.12", "0.1.0", 40002)
-    later = Heard(HOST, PORT, "k", (6, 7))
-    yield judge_versions("0.1.0", (4, 4), [later], [])
+    later = Heard(HOST, PORT, "k", (PROTOCOL[1] + 1, PROTOCOL[1] + 2))
+    yield judge_versions("0.1.0", PROTOCOL, [later], [])
     newer = Member("pi-2", "ready", "pi-2", "192.168.1.12", "0.2.0")
-    yield judge_versions("0.1.0", (4, 4), [], [first, newer])
+    yield judge_versions("0.1.0", PROTOCOL, [], [first, newer])
     yield judge_identity("pi-2", ["192.168.1.13"], [first, second], is_worker=False)
     yield judge_identity("pi-2", ["192.168.1.13"], [first, second], is_worker=True)
     yield judge_devices([head], [])
-    hot = Member("pi-3", "excluded", "pi-3", "192.168.1.13", "0.1.0", cause="3 crashes in 60 s")
+    why = "it ended 3 times within 60 s, last: SIGSEGV"
+    hot = Member("pi-3", "quarantined", "pi-3", "192.168.1.13", "0.1.0", cause=why)
     yield judge_devices([head, first, hot], [])
     yield judge_devices([head, first], [Reached("192.168.1.12", 40002, "silent", "pi-2")])
