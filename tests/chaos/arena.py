@@ -256,7 +256,8 @@ class Run:
 
     @contextmanager
     def sampled(self, every_s: float = 0.5) -> Iterator[None]:
-        """Write down meanwhile what each daemon holds: memory, threads, descriptors."""
+        """Write down meanwhile what each daemon holds: memory, threads, and descriptors but those
+        of weights."""
         over = threading.Event()
 
         def body() -> None:
@@ -302,10 +303,12 @@ def _holds(pid: int) -> dict[str, int]:
             "rss": memory.rss,
             "shared": memory.shared,
             "threads": process.num_threads(),
-            "descriptors": process.num_fds(),
+            "descriptors": sum(_WEIGHTS not in each for each in _links(pid)),
         }
 
 
+_WEIGHTS = "/prepare-"
+"""In the names of files that prepared tasks have their weights in: as many as the plan has parts."""
 _SOCKETS = {"tcp": 9, "udp": 9, "unix": 6, "netlink": 9}
 """Which column of each of these lists of the kernel (proc(5)) has a socket's inode."""
 
@@ -318,12 +321,16 @@ def _opened(pid: int) -> list[str]:
         for line in Path(f"/proc/{pid}/net/{kind}").read_text().splitlines()[1:]:
             words = line.split()
             ends[f"socket:[{words[column]}]"] = f"{kind} {' '.join(words[1:4])}"
-    opened = []
+    return sorted(ends.get(link, link.partition(":[")[0]) for link in _links(pid))
+
+
+def _links(pid: int) -> list[str]:
+    """What the descriptors of a process lead to."""
+    found = []
     for path in Path(f"/proc/{pid}/fd").iterdir():
         with suppress(FileNotFoundError):  # closed meanwhile
-            link = os.readlink(path)
-            opened.append(ends.get(link, link.partition(":[")[0]))
-    return sorted(opened)
+            found.append(os.readlink(path))
+    return found
 
 
 class Load:
