@@ -308,7 +308,7 @@ def _holds(pid: int) -> dict[str, int]:
 
 
 _WEIGHTS = "/prepare-"
-"""In the names of files that prepared tasks have their weights in: as many as the plan has parts."""
+"""In names of files that hold the weights of prepared tasks: as many as the plan has parts."""
 _SOCKETS = {"tcp": 9, "udp": 9, "unix": 6, "netlink": 9}
 """Which column of each of these lists of the kernel (proc(5)) has a socket's inode."""
 
