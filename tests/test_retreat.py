@@ -239,7 +239,7 @@ def test_what_a_slow_device_computes_goes_on_there() -> None:
         if on(reply) != set(NAMES):
             break
         assert took > limits.RETREAT_STALL_S
-    assert i >= limits.PACE_SAMPLES_LEAST and "pi-2" not in on(reply) and len(on(reply)) > 1
+    assert i >= limits.PACE_SAMPLES_LEAST - 1 and "pi-2" not in on(reply) and len(on(reply)) > 1
     assert took < limits.RETREAT_STALL_S
 
 
