@@ -8,7 +8,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from cores import Cluster, _imported, banded, conv_net, image, kind
@@ -23,9 +24,11 @@ from meshinfer.planner.spares import TIMED
 from meshinfer.protocol import messages as m
 from meshinfer.scheduler.balance import Balance
 from meshinfer.scheduler.catalogue import Deployment, Phase
-from meshinfer.scheduler.events import Computed, Prepare, Signature
+from meshinfer.scheduler.computing import Computing
+from meshinfer.scheduler.events import Computed, Prepare, Send, Signature
+from meshinfer.scheduler.installing import Installing
 from meshinfer.scheduler.replanning import Replanning, disturbs
-from meshinfer.scheduler.trying import made_up
+from meshinfer.scheduler.trying import Trying, made_up
 
 SIZE = (48, 20)
 MODEL = conv_net(SIZE)
@@ -337,6 +340,21 @@ def test_who_cannot_run_a_task_on_made_up_inputs_says_so_and_is_asked_seldom() -
     worker._trying._running = (0, (0, 0))  # it never ends
     made.stream(20.0)
     assert 2 <= made.sent["Try"] == made.sent["Tried"] <= 4
+
+
+def test_a_try_waits_for_what_is_being_prepared() -> None:
+    """At a tenth of a core that takes seconds, and makes a device seem many times slower yet."""
+    installing, computing = Installing("pi-1"), SimpleNamespace(free=True)
+    trying = Trying(cast(Computing, computing), installing)
+    word = m.Try(deployment=1, place=(0, 0))
+    assert not installing.preparing and len(trying.asked(word, 0.0)) == 1 and not trying.wanted
+    installing._spare = (1, 0.0)
+    assert trying.asked(word, 0.0) == [] and trying.wanted
+    assert trying.prepared(1.0) == [] and trying.wanted, "that was another deployment"
+    installing._spare = None
+    (told,) = trying.prepared(2.0)
+    assert isinstance(told, Send) and isinstance(told.message, m.Tried) and not trying.wanted
+    assert trying.prepared(3.0) == []
 
 
 def test_inputs_are_made_up_by_their_kinds() -> None:

@@ -93,6 +93,11 @@ class Installing:
     def idle(self) -> bool:
         return not self._puller
 
+    @property
+    def preparing(self) -> bool:
+        """Whether a task of another device is being prepared: what runs meanwhile takes longer."""
+        return self._spare is not None
+
     def install(self, message: m.Install) -> list[Effect]:
         self.deployments.setdefault(message.deployment, Deployment()).add(message, self._device)
         digests = {

@@ -192,14 +192,30 @@ class _Running:
 
 
 class Trying:
-    """The device's half. Mutable: owned by a worker's core."""
+    """The device's half. Mutable: owned by a worker's core. ``_waiting``: a try that begins once a
+    task of another device is prepared, which would have it seem much slower."""
 
     def __init__(self, computing: Computing, installing: Installing) -> None:
         self._computing, self._installing = computing, installing
         self._running: _Running | None = None
+        self._waiting: m.Try | None = None
+
+    @property
+    def wanted(self) -> bool:
+        """Whether a task is tried, or is to be."""
+        return self._running is not None or self._waiting is not None
 
     def asked(self, message: m.Try, now: float) -> list[Effect]:
-        """Run a task, unless there is something to do."""
+        """Run a task, unless there is something to do; not beside what is being prepared."""
+        self._waiting = message if self._installing.preparing else None
+        return [] if self._waiting is not None else self._begin(message, now)
+
+    def prepared(self, now: float) -> list[Effect]:
+        """Something is: what waited for that may begin."""
+        message, self._waiting = self._waiting, None
+        return [] if message is None else self.asked(message, now)
+
+    def _begin(self, message: m.Try, now: float) -> list[Effect]:
         made = self._installing.deployments.get(message.deployment)
         recipe = None if made is None else made.recipes.get(message.place)
         inputs = None if recipe is None or recipe.program.model is None else made_up(recipe)

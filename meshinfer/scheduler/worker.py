@@ -86,7 +86,8 @@ class WorkerCore(Member):
             case Computed():
                 return self._computed(event, now)
             case Prepared():
-                return self._installing.prepared(event, now, busy=not self._computing.idle)
+                busy = not self._computing.idle or self._trying.wanted
+                return self._installing.prepared(event, now, busy=busy) + self._trying.prepared(now)
             case BlobsFound():
                 if self._coordinator is None:
                     return []
