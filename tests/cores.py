@@ -208,6 +208,8 @@ class Cluster(World):
         self.spares = True
         """Whether devices prepare tasks of others, for the loss of one."""
         self.plan_s = PLAN_S
+        self.prepare_s = 0.0
+        """What it takes a device to prepare tasks, if more than its disk."""
         self.plan_fault: Callable[[e.MakePlan], m.Failure | None] = lambda effect: None
         self.severed: set[frozenset[str]] = set()
         """Pairs of nodes between which all is lost, silently."""
@@ -401,6 +403,12 @@ class Cluster(World):
     def _store(self, node: Node, digest: str, data: bytes) -> None:
         super()._store(node, digest, data)
         _engine().keep(digest, data)
+
+    def _work(self, node: Node, effect: e.Effect) -> None:
+        if self.prepare_s and isinstance(effect, e.Prepare):
+            self.post(node, self._prepare(node, effect), self.prepare_s)
+        else:
+            super()._work(node, effect)
 
     def _prepare(self, node: Node, effect: e.Prepare) -> e.Prepared:
         try:

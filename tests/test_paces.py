@@ -25,7 +25,7 @@ from meshinfer.protocol import messages as m
 from meshinfer.scheduler.balance import Balance
 from meshinfer.scheduler.catalogue import Deployment, Phase
 from meshinfer.scheduler.computing import Computing
-from meshinfer.scheduler.events import Computed, Prepare, Send, Signature
+from meshinfer.scheduler.events import Computed, Send, Signature
 from meshinfer.scheduler.installing import Installing
 from meshinfer.scheduler.replanning import Replanning, disturbs
 from meshinfer.scheduler.trying import Trying, made_up
@@ -48,8 +48,7 @@ class Noisy(Cluster):
 
     ``useless``: so many times slower than the fastest, a device gets no task; nor one with a link
     of LATE_S. ``booting``: its echoes are late. ``searched``: when, and by which paces; ``paced``:
-    whether plans of before would do. ``adapts``: then one is made from them. ``prepare_s``: what
-    it takes a device to prepare its tasks.
+    whether plans of before would do. ``adapts``: then one is made from them.
     """
 
     def __init__(
@@ -60,7 +59,7 @@ class Noisy(Cluster):
         self.useless, self.booting = useless, booting
         self.searched: list[tuple[float, dict[str, float]]] = []
         self.paced: list[bool] = []
-        self.adapts, self.prepare_s = False, 0.0
+        self.adapts = False
         for name in NAMES:
             facts = m.Facts(flops_per_s=flops.get(name.replace("-", ""), FLOPS), host=name)
             self.join(name, facts)
@@ -75,12 +74,6 @@ class Noisy(Cluster):
         echo = isinstance(message, m.Echo | m.Echoed)
         late = echo and self.booting in (sender.name, receiver.name)
         super()._deliver(sender, receiver, plane, message, payload, extra + LATE_S * late)
-
-    def _work(self, node: Any, effect: Any) -> None:
-        if self.prepare_s and isinstance(effect, Prepare):
-            self.post(node, self._prepare(node, effect), self.prepare_s)
-        else:
-            super()._work(node, effect)
 
     def _plan(self, node: Any, effect: Any) -> Any:
         speeds = {c.device: c.facts.flops_per_s / c.slowdown for c in effect.candidates}

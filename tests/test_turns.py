@@ -9,7 +9,6 @@ from cores import Cluster, conv_net, image
 
 from meshinfer import limits
 from meshinfer.scheduler.catalogue import Phase
-from meshinfer.scheduler.events import Prepare
 
 SIZE = (48, 20)
 MODEL = conv_net(SIZE)
@@ -19,21 +18,15 @@ MODELS = ("first", "second", "third", "fourth", "fifth", "sixth")
 
 class Shelf(Cluster):
     """Of many models. ``planned``: which were, in order; ``beside``: each beside how many others
-    that were planned or installed then. ``prepare_s``: what it takes a device to prepare tasks."""
+    that were planned or installed then."""
 
     def __init__(self) -> None:
         super().__init__(NAMES)
         self.planned: list[str] = []
         self.beside: list[int] = []
-        self.plan_s, self.prepare_s = 1.0, 0.0
+        self.plan_s = 1.0
         for name in MODELS:
             self.deployed(name, MODEL)
-
-    def _work(self, node: Any, effect: Any) -> None:
-        if self.prepare_s and isinstance(effect, Prepare):
-            self.post(node, self._prepare(node, effect), self.prepare_s)
-        else:
-            super()._work(node, effect)
 
     def _plan(self, node: Any, effect: Any) -> Any:
         deployments = self.core.catalogue.deployments

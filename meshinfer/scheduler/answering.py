@@ -315,10 +315,8 @@ class Answering:
         return [_to(peers[name], start) for name in tried.in_order()]
 
     def _seconds(self, now: float, made: Deployment, place: m.Place, device: str) -> float:
-        expected = made.seconds(place, device)
-        if expected is None:
-            return 1.0
-        return expected * self._balance.factor(device, now) / made.factors.get(device, 1.0)
+        expected = self._balance.seconds(made, place, device, now)
+        return 1.0 if expected is None else expected
 
     def _fail(self, request: Request, failure: m.Failure, now: float) -> list[Effect]:
         return self._end(request, outcomes.failed(request, failure, now))

@@ -124,6 +124,13 @@ class Balance:
         known = self.level(device, now)
         return 1.0 if known is None else known / self._common(now)
 
+    def seconds(self, made: Deployment, place: m.Place, device: str, now: float) -> float | None:
+        """Of a task on a device as it is now; None where nothing was expected of it there."""
+        expected = made.seconds(place, device)
+        if expected is None:
+            return None
+        return expected * self.factor(device, now) / made.factors.get(device, 1.0)
+
     def _common(self, now: float) -> float:
         """What all devices that are known take longer by, or less. The base may have been taken in
         a bad moment; to plan for that would make kernels cheap beside messages, and a device of

@@ -175,11 +175,9 @@ class Fallback:
         if not names:
             return {}
         away, ready = self._members.presence.away, made.spares.ready
-        first = ({*away, *names, *left}, away)
+        rather = {*away, *names, *left}
         own = (p for name in sorted(names) for p in made.programs.get(name, ()))
-        found = {
-            p.place: next(filter(None, (first_ready(p, ready, b) for b in first)), "") for p in own
-        }
+        found = {p.place: first_ready(p, ready, rather) or first_ready(p, ready, away) for p in own}
         return {place: taker for place, taker in found.items() if taker}
 
     def begin(self, tried: Try, by: str, now: float) -> None:

@@ -54,7 +54,7 @@ class Leaving:
 
     def _own_s(self, made: Deployment, name: str, now: float) -> float | None:
         places = [p.place for p in made.programs[name] if p.model is not None]
-        return _sum(*(self._seconds(made, place, name, now) for place in places))
+        return _sum(*(self._balance.seconds(made, place, name, now) for place in places))
 
     def _planned_s(self, made: Deployment, name: str) -> float:
         """What its tasks were planned to take; 0 where that is not known."""
@@ -68,15 +68,8 @@ class Leaving:
         more: dict[str, float | None] = dict.fromkeys(takers.values(), 0.0)
         for place, taker in takers.items():
             if place in computed:
-                more[taker] = _sum(more[taker], self._seconds(made, place, taker, now))
+                more[taker] = _sum(more[taker], self._balance.seconds(made, place, taker, now))
         return more
-
-    def _seconds(self, made: Deployment, place: m.Place, name: str, now: float) -> float | None:
-        """Of a task on a device as it is now; None where nothing was expected of it there."""
-        expected = made.seconds(place, name)
-        if expected is None:
-            return None
-        return expected * self._balance.factor(name, now) / made.factors.get(name, 1.0)
 
 
 def _sum(*seconds: float | None) -> float | None:
