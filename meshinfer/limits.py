@@ -78,8 +78,8 @@ QUARANTINE_S: Final = 15.0
 QUARANTINE_MOST_S: Final = 600.0
 QUARANTINE_FORGOTTEN_S: Final = 600.0
 REST_S: Final = 1.0
-RESTS: Final = 4
-"""A device that is killed again and again as it joins rests for 1, 2, then 4 s each time."""
+RESTS: Final = 3
+"""Killed again and again as it joins, a device rests for 1, then 2 s; 4 s kept it out too long."""
 NEVER_QUARANTINED: Final = 2  # so many devices work, whatever they did
 LOST_SHOWN_S: Final = 600.0
 

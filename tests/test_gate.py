@@ -310,17 +310,20 @@ def test_the_tcp_connections_of_a_revoked_key_end_whether_it_ever_spoke_or_not(
     net.plaintext = plaintext
     hub, endpoints = net.server()
     silent = RawClient(
-        net, endpoints[Plane.CONTROL], plain=plaintext, name="pi-2#1", key=net.keys["pi-2"]
+        net,
+        endpoints[Plane.CONTROL],
+        plain=plaintext,
+        name="pi-2#1",
+        key=net.keys["pi-2"],
+        events=zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED,
     )
     spoke = net.client("pi-1#1", endpoints)
     with silent as raw:
-        monitor = raw.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
         greet(hub, spoke)
-        assert monitor.poll(5000) and monitor.recv_multipart()
+        assert silent.monitor is not None
+        assert silent.monitor.poll(5000) and silent.monitor.recv_multipart()
         hub.admit([])
-        assert monitor.poll(5000), "its connection ends, and nobody had to read anything"
-        raw.disable_monitor()
-        monitor.close(0)
+        assert silent.monitor.poll(5000), "its connection ends, and nobody had to read anything"
         heard = pump(spoke, hub, until=lambda heard: len(lost(heard)) >= 2)
         assert {one.plane for one in lost(heard)} == set(PLANES)
         for number in range(3):

@@ -83,8 +83,10 @@ def test_a_connection_ends_with_what_is_no_message_and_bears_a_wrong_checksum() 
     thread = threading.Thread(target=loop.run)
     thread.start()
     try:
-        with RawClient(net, ports.get(timeout=10.0)) as raw:
-            ended = raw.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        told = RawClient(net, ports.get(timeout=10.0), events=zmq.EVENT_DISCONNECTED)
+        with told as raw:
+            ended = told.monitor
+            assert ended is not None
             header, body = encode(Chunk(digest="a" * 64, offset=0, total=4), b"body")
             for frames, ends in (
                 ([header, b"b0dy"], False),
@@ -99,8 +101,6 @@ def test_a_connection_ends_with_what_is_no_message_and_bears_a_wrong_checksum() 
                 not any(isinstance(e, Arrived) for e in core.heard) and time.monotonic() < deadline
             ):
                 time.sleep(0.01)
-            raw.disable_monitor()
-            ended.close()
         assert [e.payload for e in core.heard if isinstance(e, Arrived)] == [b"body"]
         assert sum(loop.dropped.values()) == 2
     finally:

@@ -95,13 +95,16 @@ def greet(hub: Transport, *clients: Transport, planes: list[Plane] = PLANES) -> 
 
 @dataclass
 class RawClient:
-    """A CURVE client that keeps none of our limits."""
+    """A CURVE client that keeps none of our limits. ``events``: those that ``monitor`` tells of,
+    from before it connects: plaintext is greeted before the next line of a test runs."""
 
     net: Net
     endpoint: Endpoint
     plain: bool = False
     name: str = "raw"
     key: KeyPair | None = None
+    events: int = 0
+    monitor: zmq.Socket[bytes] | None = None
 
     def __enter__(self) -> zmq.Socket[bytes]:
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -113,9 +116,14 @@ class RawClient:
             self.socket.curve_publickey = key.public.encode()
             self.socket.curve_secretkey = key.secret.encode()
             self.socket.curve_serverkey = self.endpoint.key.encode()
+        if self.events:
+            self.monitor = self.socket.get_monitor_socket(self.events)
         self.socket.connect(str(self.endpoint))
         return self.socket
 
     def __exit__(self, *_: object) -> None:
+        if self.monitor is not None:
+            self.socket.disable_monitor()
+            self.monitor.close(0)
         self.socket.close()
         self.context.term()
