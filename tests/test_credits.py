@@ -62,8 +62,39 @@ def test_what_waits_is_neither_resent_nor_given_up_and_may_be_forgotten(outbox: 
     outbox.forget(lambda message: message.id == 3)
     outbox.forget(lambda message: message.id == 4)
     assert ids(outbox.send("a", answer(outbox), BODY, 1.0)) == []
-    outbox.forget(lambda message: message.id == 1)
+    outbox.acknowledge("a", [1])
     assert ids(outbox.resend_due(1.0)[0]) == [5]
+
+
+def test_what_nobody_needs_any_more_is_not_sent_again_but_is_on_its_way(outbox: Outbox) -> None:
+    for _ in range(3):
+        outbox.send("a", answer(outbox), BODY, 0.0)
+    outbox.forget(lambda message: message.id in (1, 2))
+    assert len(outbox) == 1 and ids(outbox.resend_due(1.0)[0]) == []
+    outbox.acknowledge("b", [1])
+    assert ids(outbox.resend_due(1.0)[0]) == []
+    outbox.acknowledge("a", [1, 1])
+    assert ids(outbox.resend_due(1.0)[0]) == [3]
+    outbox.acknowledge("a", [2, 3])
+    assert len(outbox) == 0 and outbox.next_deadline() is None
+
+
+def test_what_nobody_needs_counts_until_the_slowest_link_has_carried_it_or_its_own_is_cut(
+    outbox: Outbox,
+) -> None:
+    for peer in "aaabbb":
+        outbox.send(peer, answer(outbox), BODY, 0.0)
+    outbox.forget(lambda message: message.id in (1, 2, 4, 5))
+    outbox.hasten("b", 1.0)
+    assert ids(outbox.resend_due(1.1)[0]) == []
+    assert ids(outbox.resend_due(1.0 + limits.RESEND_AFTER_LOSS_S)[0]) == [6]
+    due = outbox.next_deadline()
+    assert due is not None and due >= limits.ACK_TIMEOUT_S
+    effects, lost = outbox.resend_due(due + 1.0)
+    assert 3 in ids(effects) and lost == []
+    outbox.acknowledge("a", [1, 3])
+    outbox.acknowledge("b", [6])
+    assert len(outbox) == 0 and outbox.next_deadline() is None
 
 
 def renewed(effects: list[e.Effect]) -> list[str]:
@@ -152,6 +183,7 @@ def test_a_cluster_with_hardly_any_credit_answers_all_the_same(
     beside: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(limits, "CREDIT_BYTES", 200)
+    monkeypatch.setattr(limits, "ACK_BYTES", 50)
     cluster = Cluster(("pi-1", "pi-2", "pi-3"), beside=beside)
     cluster.deployed(spread=True)  # else what waits so long may begin again on one device
     requests = [cluster.submit(image(i)) for i in range(8)]

@@ -245,7 +245,7 @@ class ClientCore(Member):
         other = before is not None and before.head != message.head
         if other or self._acts_as != message.acts_as:
             self._rejoin(now)  # what the other head was fed must be fed again
-            apart += self._installing.leave()
+            apart += [*self._acks.flush(), *self._installing.leave()]  # the next half owes none
             self._act_as(message.acts_as)
         elif self._acts_as:  # what was told before this welcome means nothing any more
             self._computing.reset(keep_inputs=True)
