@@ -1,6 +1,7 @@
 """A run's history: one JSON object a line, each with its kind and the machine's monotonic time.
 
-Several processes append to one file: a line is a single write, so that none is torn.
+Several processes append to one file: a line is a single write, so that none is torn. Who reads
+meanwhile may see the half of the last one (a run of C23 broke off for it): it is not there yet.
 """
 
 from __future__ import annotations
@@ -31,6 +32,6 @@ class History:
 
 
 def read(path: Path) -> list[Event]:
-    """All events in the order of their times."""
-    lines = path.read_text().splitlines()
+    """All events in the order of their times, but one that is being written just now."""
+    lines = path.read_text().split("\n")[:-1]
     return sorted((json.loads(line) for line in lines), key=lambda event: event["at"])
