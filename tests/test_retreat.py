@@ -317,6 +317,7 @@ def test_one_device_whose_own_link_is_worse_is_left_for_the_plan(
 ) -> None:
     """So little may be under way to a peer that three are four times as quick as one."""
     monkeypatch.setattr(limits, "CREDIT_BYTES", 200)
+    monkeypatch.setattr(limits, "ACK_BYTES", 50)
     cluster = Cluster(NAMES, beside=beside)
     cluster.deployed()
     requests = [cluster.submit(image(i)) for i in range(8)]
