@@ -97,6 +97,22 @@ def test_what_nobody_needs_counts_until_the_slowest_link_has_carried_it_or_its_o
     assert len(outbox) == 0 and outbox.next_deadline() is None
 
 
+def test_room_is_used_when_what_waited_is_forgotten_or_what_was_under_way_is_lost(
+    outbox: Outbox,
+) -> None:
+    outbox.send("a", answer(outbox), BODY, 0.0)
+    for size in (200, 100):
+        outbox.send("a", answer(outbox), bytes(size), 0.0)
+    outbox.forget(lambda message: message.id == 2)
+    assert outbox.next_deadline() == 0.0 and ids(outbox.resend_due(0.1)[0]) == [3]
+    outbox.send("a", answer(outbox), BODY, 0.1)  # it waits: those two are never acknowledged
+    sent, now = list[int](), 0.1
+    while 4 not in sent and (due := outbox.next_deadline()) is not None and now < 1000.0:
+        now = max(now + 0.001, due)
+        sent += ids(outbox.resend_due(now)[0])
+    assert 4 in sent
+
+
 def renewed(effects: list[e.Effect]) -> list[str]:
     return [effect.peer for effect in effects if isinstance(effect, e.Renew)]
 

@@ -115,7 +115,7 @@ class Computing:
         self._aside.clear()
         self.holding.reset(keep_inputs=keep_inputs)
         self._queue.clear()
-        self.outbox.forget(lambda message: isinstance(message, m.Deliver | m.Sample))
+        self.outbox.begin_anew()
 
     def _drop_work(self, name: str) -> None:
         """What is queued and what is under way to other tasks; answers to the client stay."""

@@ -120,9 +120,17 @@ class Outbox:
             entry = self._entries[number]
             if entry.due == _NEVER:
                 self._drop(number)
+                if entry.peer in self._waiting:
+                    self._soonest = 0.0  # what waited behind it may be small enough
             else:
                 del self._entries[number]
                 self._forgotten[number] = entry.peer, len(entry.payload), entry.due
+
+    def begin_anew(self) -> None:
+        """As ``forget``, of all that others wait for; and those who owed word of it may have
+        forgotten that they do, so its credit comes back at once."""
+        self.forget(lambda message: isinstance(message, Deliver | Sample))
+        self._expire_forgotten(_NEVER)
 
     def hasten(self, peer: str, now: float) -> None:
         """A peer's connection was cut: send again when it may be back, not when it was due.
@@ -186,6 +194,8 @@ class Outbox:
             (e.due for e in self._entries.values()), (f[2] for f in self._forgotten.values())
         )
         self._soonest = min(dues, default=_NEVER)
+        if lost and self._waiting:
+            self._soonest = now  # they made room
         return effects, lost
 
     def next_deadline(self) -> float | None:
