@@ -120,8 +120,6 @@ class Outbox:
             entry = self._entries[number]
             if entry.due == _NEVER:
                 self._drop(number)
-                if entry.peer in self._waiting:
-                    self._soonest = 0.0  # what waited behind it may be small enough
             else:
                 del self._entries[number]
                 self._forgotten[number] = entry.peer, len(entry.payload), entry.due
@@ -211,6 +209,8 @@ class Outbox:
             self._waiting[entry.peer].remove(number)
             if not self._waiting[entry.peer]:
                 del self._waiting[entry.peer]
+            else:
+                self._soonest = 0.0  # what waited behind it may be small enough
             return
         self._return(entry.peer, len(entry.payload))
 
