@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import queue
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Protocol
 from weakref import WeakValueDictionary
 
 import structlog
 
 from cluster.blobs import BlobDamaged, BlobStore
+from cluster.heap import Room
 from cluster.loop import Post, report, start_thread
 from meshinfer.engine import Engine, EngineError
 from meshinfer.engine import Prepared as PreparedModel
@@ -28,6 +31,10 @@ from meshinfer.scheduler.events import (
     ServeBlob,
     WriteBlob,
 )
+
+ROOM_KEPT_S = 5.0
+"""After a model was prepared, until its room is given back: longer than the pause from one spare
+task to the next, in which requests run."""
 
 
 class Readable(Protocol):
@@ -76,10 +83,17 @@ def serve(store: Readable, effect: ServeBlob) -> Send:
 
 class StoreThread:
     """Performs what touches the disk or loads models, one after another. ``engine``: where it comes
-    from; asked in this thread, at the first model."""
+    from; asked in this thread, at the first model. ``room``: where models are prepared."""
 
-    def __init__(self, store: BlobStore, engine: Callable[[], Engine] | None, post: Post) -> None:
-        self._store, self._engine, self._post = store, engine, post
+    def __init__(
+        self,
+        store: BlobStore,
+        engine: Callable[[], Engine] | None,
+        post: Post,
+        room: Room | None = None,
+    ) -> None:
+        self._store, self._engine, self._post, self._room = store, engine, post, room
+        self._room_until = 0.0
         self._queue: queue.SimpleQueue[Effect | None] = queue.SimpleQueue()
         self._sessions: WeakValueDictionary[str, PreparedModel] = WeakValueDictionary()
         self.prepared: dict[int, dict[m.Place, PreparedModel]] = {}
@@ -93,7 +107,7 @@ class StoreThread:
         self._thread.join(timeout=5.0)
 
     def _run(self) -> None:
-        while (effect := self._queue.get()) is not None:
+        while (effect := self._next()) is not None:
             match effect:
                 case FindBlobs() | WriteBlob():
                     answer = perform(self._store, effect)
@@ -106,7 +120,17 @@ class StoreThread:
                 case _:
                     raise AssertionError(f"a worker cannot perform {effect}")
 
+    def _next(self) -> Effect | None:
+        if self._room is not None and self._room_until:
+            with suppress(queue.Empty):
+                return self._queue.get(timeout=max(0.0, self._room_until - time.monotonic()))
+            self._room.give_back()
+            self._room_until = 0.0
+        return self._queue.get()
+
     def _prepare(self, deployment: int, programs: tuple[m.Program, ...]) -> m.Failure | None:
+        if self._room is not None:
+            self._room.keep()
         try:
             made = {p.place: self._session(p) for p in programs}
             self.prepared.setdefault(deployment, {}).update(made)
@@ -127,6 +151,8 @@ class StoreThread:
             )
         except Exception as error:
             return report(error)
+        finally:
+            self._room_until = time.monotonic() + ROOM_KEPT_S
 
     def _discard(self, deployment: int) -> None:
         if self.prepared.pop(deployment, None) is not None and self._engine is not None:

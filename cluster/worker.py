@@ -29,6 +29,8 @@ from cluster.blobs import BlobStore
 from cluster.board import Watch
 from cluster.doing import Doing
 from cluster.forgetting import remove_blobs
+from cluster.granted import memory_limit
+from cluster.heap import Room
 from cluster.keyring import Keyring
 from cluster.locate import NOT_FOUND_HINT, Where, find_coordinator, local_address
 from cluster.loop import Loop, Post, start_thread
@@ -152,6 +154,7 @@ class ComputeThread:
 def run_worker(options: WorkerOptions) -> m.Failure | None:
     """Join the cluster and work until dismissed, stopped or refused."""
     _wait_for_stop_signals()
+    room = Room(options.memory_bytes or memory_limit())  # before any thread begins
     state = Path(options.state_dir)
     processes.hold_folder(state)
     incarnation = secrets.token_hex(4)
@@ -198,7 +201,7 @@ def run_worker(options: WorkerOptions) -> m.Failure | None:
     watch = Watch(lambda board: loop.post(BoardRead(board), wake=False))
     each_step = _each_step(plain, coordinator, watch)
     loop = Loop(core, lambda: transport, perform, coordinator, each_step)
-    storing = StoreThread(store, lambda: engine, loop.post)
+    storing = StoreThread(store, lambda: engine, loop.post, room)
     doing = Doing(options.doing)
     compute = ComputeThread(storing, loop.post, partial(_speed, options), doing)
     for number in (signal.SIGTERM, signal.SIGINT):
