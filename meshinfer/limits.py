@@ -63,6 +63,9 @@ PULLS_AT_ONCE: Final = 4
 GENTLE_PAUSE_TIMES: Final = 9.0
 SPARE_PAUSE_TIMES: Final = 4.0
 """What nobody waits for is fetched for a tenth, prepared for a fifth of the time of requests."""
+SPARE_SLOT_S: Final = 0.5  # in a row, from when one attempt in so many begins: the same for all
+SPARE_EVERY: Final = 4  # devices, which are not to make others wait for them one after another;
+SPARE_TURN_S: Final = 2.0  # or so long after the pause, where none begins
 COORDINATOR_SILENT_S: Final = 10.0
 NO_WORKER_GRACE_S: Final = 5.0
 REPLAN_SETTLE_S: Final = 0.2
@@ -108,17 +111,14 @@ DOUBT_CHECKS: Final = 100
 """A device is in doubt for so many checks after one that failed."""
 LIAR_S: Final = 3600.0
 
-INSTALL_ATTEMPTS: Final = 3
-"""What so many devices cannot prepare in turn is the model's fault, not theirs."""
+INSTALL_ATTEMPTS: Final = 3  # in vain on as many devices, and it is the model's fault
 INSTALL_S: Final = 600.0
 SPARES_AFTER_S: Final = 0.2
-"""Once a deployment serves, before tasks are prepared a second time for the loss of a device: the
-first request comes first."""
+"""Once a deployment serves, before tasks are prepared for the loss of a device: requests first."""
 SPARES_ROOM: Final = 0.8
 """The part of a device's memory up to which it prepares tasks of others, where the plan's own may
 fill it: a model takes more while it is prepared than after, and none is worth a worker's end."""
-SPARES_WAIT_S: Final = 2.0
-"""So long an older plan, which bears a loss, is used beside a newer one that does not yet."""
+SPARES_WAIT_S: Final = 2.0  # an older plan bears a loss, a newer one beside it does not yet
 TIMING_GRACE_S: Final = 0.25
 DRAIN_S: Final = 10.0
 TCP_MAX_RETRANSMIT_MS: Final = 3000

@@ -85,9 +85,11 @@ class Installing:
         self._device = device
         self._connected: dict[str, str] = {}
         self._puller = Puller()
-        self._spare: tuple[int, float] | None = None
-        """Whose spare task is being prepared, and since when."""
-        self._spares_from = 0.0
+        self._spare: int | None = None
+        """Of which deployment a spare task is being prepared."""
+        self._slot_at = 0.0
+        self._spares_from = self._spares_by = 0.0
+        """When the next one may be begun as a request begins, and when without."""
 
     @property
     def idle(self) -> bool:
@@ -189,26 +191,42 @@ class Installing:
         deployment.to_load.clear()
         return [Prepare(number, programs)]
 
-    def _load_spare(self, now: float) -> list[Effect]:
+    def begins(self, attempt: int, now: float) -> list[Effect]:
+        """A request begins here. Its other devices count attempts as we do, and so prepare in the
+        same one: two at a time slow it down no more than the slower of them, but two in turn do."""
+        turn = attempt % limits.SPARE_EVERY == 0 and now >= self._spares_from
+        return self._load_spare(now, turn=turn)
+
+    def _load_spare(self, now: float, *, turn: bool = False) -> list[Effect]:
         """One at a time: what somebody waits for then waits for one session, and requests that run
         here meanwhile get the processor in between. A lower priority would not do: under a quota
         whoever runs while tasks wait for their pieces takes from what these get afterwards."""
-        if self._spare is not None or now < self._spares_from:
+        if self._spare is not None or not (turn or now >= self._spares_by):
             return []
+        self._slot_at = now
+        return self._next_spare()
+
+    def _next_spare(self) -> list[Effect]:
         for number, deployment in self.deployments.items():
             if deployment.has_spares_to_load:
-                self._spare = (number, now)
+                self._spare = number
                 return [Prepare(number, (deployment.to_load.pop(0),))]
         return []
 
     def prepared(self, event: Prepared, now: float, *, busy: bool) -> list[Effect]:
         """``busy``: requests run here meanwhile."""
-        number = event.deployment
-        if self._spare is not None and self._spare[0] == number:
-            took_s = now - self._spare[1]
-            self._spare = None
-            self._spares_from = now + limits.SPARE_PAUSE_TIMES * took_s if busy else now
-        return [*self._loaded(number, event.failure), *self._load_spare(now)]
+        effects = self._loaded(event.deployment, event.failure)
+        if self._spare != event.deployment:
+            return [*effects, *self._load_spare(now)]
+        self._spare = None
+        took_s = now - self._slot_at
+        if not busy:
+            self._spares_from = self._spares_by = self._slot_at = now
+        elif took_s >= limits.SPARE_SLOT_S:
+            self._spares_from = now + limits.SPARE_PAUSE_TIMES * took_s
+            self._spares_by = self._spares_from + limits.SPARE_TURN_S
+            return effects
+        return [*effects, *self._next_spare()]
 
     def _loaded(self, number: int, failure: m.Failure | None) -> list[Effect]:
         deployment = self.deployments.get(number)
@@ -247,5 +265,5 @@ class Installing:
     def next_deadline(self) -> float | None:
         due = self._puller.next_deadline()
         if self._spare is None and any(d.has_spares_to_load for d in self.deployments.values()):
-            return self._spares_from if due is None else min(due, self._spares_from)
+            return self._spares_by if due is None else min(due, self._spares_by)
         return due

@@ -168,7 +168,8 @@ class WorkerCore(Member):
         """What only the coordinator may say, over its control connection."""
         match message:
             case m.Start():
-                return self._computing.start(message, now)
+                effects = self._computing.start(message, now)
+                return effects + self._installing.begins(message.attempt, now)
             case m.Assign():
                 return self._computing.assign(message, now)
             case m.Release():
