@@ -36,6 +36,7 @@ ORDER = (
     "test_lower",
     "test_mapreduce",
     "test_engine",
+    "test_tiles",
     "test_importers",
     "test_cost",
     "test_protocol",
@@ -89,7 +90,7 @@ PURE = frozenset(
     test_found_by_seeds test_load test_processor test_takers
     test_protocol test_random_schedules test_recipe test_restart_core test_silence test_simulator
     test_retreat test_strict test_style test_token test_torch test_turns test_upscaler
-    test_worker_core
+    test_tiles test_worker_core
     """.split()
 )
 """Files whose tests start no process of ours, open no socket and measure nothing: they may run, at

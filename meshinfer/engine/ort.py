@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import platform
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ import numpy as np
 import xxhash
 
 from meshinfer.engine import Array, EngineError
+from meshinfer.engine.tiles import Tile, optimised_as, tile_of
 from meshinfer.engine.wire import external_tensors
 from meshinfer.onnxrt import ort
 
@@ -64,15 +65,23 @@ class OrtEngine:
         self.threads = threads
         self.name = f"onnxruntime-{ort.__version__}/{instructions or platform.machine()}/{threads}t"
         self._shared: WeakValueDictionary[str, ort.OrtValue] = WeakValueDictionary()
+        self._layers: WeakValueDictionary[str, _Layers] = WeakValueDictionary()
 
     def prepare(self, model: bytes) -> OrtPrepared:
-        """Optimise and load a submodel; its weight files are no longer needed afterwards."""
+        """Optimise and load a submodel; its weight files are no longer needed afterwards. Another
+        tile of layers that are prepared is loaded with what was made of these."""
+        tile = tile_of(model)
+        known = None if tile is None else self._layers.get(tile.layers)
         try:
             # Inside ``blobs``: onnxruntime admits no external data outside the model's folder.
             with tempfile.TemporaryDirectory(dir=self.blobs, prefix="prepare-") as name:
                 folder = Path(name)
+                if tile is not None and known is not None:
+                    made = optimised_as(known.optimised, known.tile, tile)
+                    if made is not None:
+                        return self._load_with(made, known, folder)
                 self._optimise(model, folder)
-                return self._load(folder)
+                return self._load(folder, tile)
         except Exception as error:
             if type(error).__module__.startswith("onnxruntime"):
                 raise EngineError(str(error)) from error
@@ -119,25 +128,43 @@ class OrtEngine:
         finally:
             source.unlink()
 
-    def _load(self, folder: Path) -> OrtPrepared:
+    def _load(self, folder: Path, tile: Tile | None) -> OrtPrepared:
         model = (folder / "model.onnx").read_bytes()
-        options = self._options(ort.GraphOptimizationLevel.ORT_DISABLE_ALL)
-        held = []
+        weights = dict[str, ort.OrtValue]()
         files: dict[str, np.memmap[Any, np.dtype[np.uint8]]] = {}
+        whole = True
         for tensor in external_tensors(memoryview(model)):
             if tensor.data_type not in _NUMPY:
+                whole = False
                 continue  # a type that numpy lacks: this session reads it from its own file
             if tensor.location not in files:
                 files[tensor.location] = np.memmap(folder / tensor.location, np.uint8, "c")
             data = files[tensor.location][tensor.offset : tensor.offset + tensor.length]
-            value = self._share(data, _NUMPY[tensor.data_type], tensor.shape)
-            options.add_initializer(tensor.name, value)
-            held.append(value)
+            weights[tensor.name] = self._share(data, _NUMPY[tensor.data_type], tensor.shape)
+        layers = None if tile is None or not whole else _Layers(tile, model, weights)
+        if layers is not None:
+            self._layers[layers.tile.layers] = layers
+        return OrtPrepared(self._session(folder, weights), weights.values(), layers)
+
+    def _load_with(self, model: bytes, layers: _Layers, folder: Path) -> OrtPrepared:
+        (folder / "model.onnx").write_bytes(model)
+        ends = dict[str, int]()
+        for tensor in external_tensors(memoryview(model)):
+            end = tensor.offset + tensor.length
+            ends[tensor.location] = max(end, ends.get(tensor.location, 0))
+        for name, nbytes in ends.items():  # looked for, and never read
+            with (folder / name).open("wb") as file:
+                file.truncate(nbytes)
+        session = self._session(folder, layers.weights)
+        return OrtPrepared(session, layers.weights.values(), layers)
+
+    def _session(self, folder: Path, weights: Mapping[str, ort.OrtValue]) -> ort.InferenceSession:
+        options = self._options(ort.GraphOptimizationLevel.ORT_DISABLE_ALL)
+        for name, value in weights.items():
+            options.add_initializer(name, value)
         _in_the_arena(options)
-        session = ort.InferenceSession(
-            str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"]
-        )
-        return OrtPrepared(session, held)
+        path = str(folder / "model.onnx")
+        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
     def _share(
         self, data: np.ndarray[Any, Any], dtype: type[np.generic], shape: tuple[int, ...]
@@ -184,12 +211,24 @@ _SHRINKING = _arena()
 """Made as this is imported: once, whichever threads make engines."""
 
 
-class OrtPrepared:
-    """One session, with the weights that it borrows."""
+class _Layers:
+    """What the optimiser made of one tile, for others of the same layers: alive while one is."""
 
-    def __init__(self, session: ort.InferenceSession, weights: Sequence[ort.OrtValue]) -> None:
+    def __init__(self, tile: Tile, optimised: bytes, weights: Mapping[str, ort.OrtValue]) -> None:
+        self.tile, self.optimised, self.weights = tile, optimised, weights
+
+
+class OrtPrepared:
+    """One session, with the weights that it borrows, and the layers that it is a tile of."""
+
+    def __init__(
+        self,
+        session: ort.InferenceSession,
+        weights: Iterable[ort.OrtValue],
+        layers: _Layers | None,
+    ) -> None:
         self._session = session
-        self._weights = weights  # alive as long as the session
+        self._weights, self._layers = tuple(weights), layers  # alive as long as the session
         self.inputs = tuple(i.name for i in session.get_inputs())
         self.outputs = tuple(o.name for o in session.get_outputs())
 

@@ -1,7 +1,7 @@
-"""Reads the names, types and places of a model's external tensors; workers have no onnx package.
+"""Reads and writes what an engine needs of serialised models; workers have no onnx package.
 
-Just enough of the protocol-buffers wire format (protobuf.dev/programming-guides/encoding) to walk
-ModelProto.graph.initializer, field numbers from onnx.proto3.
+Just enough of the protocol-buffers wire format (protobuf.dev/programming-guides/encoding), and the
+names, types and places of a model's external tensors. Field numbers are from onnx.proto3.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class ExternalTensor:
 def external_tensors(model: memoryview) -> Iterator[ExternalTensor]:
     """The external initializers of a serialised ModelProto. Raises ``ValueError`` on broken
     bytes."""
-    for field, graph in _fields(model):
+    for field, graph in fields(model):
         if field != _MODEL_GRAPH or isinstance(graph, int):
             continue
-        for inner, tensor in _fields(graph):
+        for inner, tensor in fields(graph):
             if inner == _GRAPH_INITIALIZER and not isinstance(tensor, int):
                 found = _tensor(tensor)
                 if found is not None:
@@ -44,14 +44,9 @@ def _tensor(message: memoryview) -> ExternalTensor | None:
     dims: list[int] = []
     name, data_type, location = "", 0, 0
     entries: dict[str, str] = {}
-    for field, value in _fields(message):
-        if field == _DIMS and isinstance(value, int):
-            dims.append(value)
-        elif field == _DIMS and not isinstance(value, int):  # packed
-            position = 0
-            while position < len(value):
-                dim, position = _varint(value, position)
-                dims.append(dim)
+    for field, value in fields(message):
+        if field == _DIMS:
+            dims.extend(numbers(value))
         elif field == _DATA_TYPE and isinstance(value, int):
             data_type = value
         elif field == _DATA_LOCATION and isinstance(value, int):
@@ -59,7 +54,7 @@ def _tensor(message: memoryview) -> ExternalTensor | None:
         elif field == _NAME and not isinstance(value, int):
             name = bytes(value).decode()
         elif field == _EXTERNAL_DATA and not isinstance(value, int):
-            pair = {k: bytes(v).decode() for k, v in _fields(value) if not isinstance(v, int)}
+            pair = {k: bytes(v).decode() for k, v in fields(value) if not isinstance(v, int)}
             entries[pair.get(_ENTRY_KEY, "")] = pair.get(_ENTRY_VALUE, "")
     if location != 1:
         return None
@@ -69,7 +64,31 @@ def _tensor(message: memoryview) -> ExternalTensor | None:
     return ExternalTensor(name, data_type, tuple(dims), entries["location"], offset, length)
 
 
-def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
+def as_bytes(field: int, value: int | memoryview) -> bytes:
+    """A field, serialised, from what ``fields`` gives; not for those of a fixed width."""
+    if isinstance(value, int):
+        return _as_varint(field << 3) + _as_varint(value)
+    return encoded(field, value)
+
+
+def encoded(field: int, data: bytes | memoryview) -> bytes:
+    """A field with a length: a message, a text, or packed numbers."""
+    return _as_varint(field << 3 | 2) + _as_varint(len(data)) + bytes(data)
+
+
+def numbers(value: int | memoryview) -> Iterator[int]:
+    """Of a repeated field of numbers: one, or several packed. Negative ones as if without sign."""
+    if isinstance(value, int):
+        yield value
+        return
+    position = 0
+    while position < len(value):
+        number, position = _varint(value, position)
+        yield number
+
+
+def fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
+    """Each field's number and value, in order. Raises ``ValueError`` on broken bytes."""
     position = 0
     while position < len(message):
         key, position = _varint(message, position)
@@ -101,3 +120,12 @@ def _varint(message: memoryview, position: int) -> tuple[int, int]:
         if not byte & 0x80:
             return result, position
         shift += 7
+
+
+def _as_varint(number: int) -> bytes:
+    found = bytearray()
+    while number > 0x7F:
+        found.append(number & 0x7F | 0x80)
+        number >>= 7
+    found.append(number)
+    return bytes(found)
