@@ -76,7 +76,7 @@ class Balance:
     def __init__(self) -> None:
         self.count = 0
         self._paces: dict[str, _Pace] = {}
-        self._seen = (-math.inf, 0, 1.0)
+        self._seen = (-math.inf, 0, 1.0, 1.0)
         """When ``_common`` was looked at, at which count, and what it was."""
         self._bases: OrderedDict[Hashable, float | list[tuple[float, str, float]]] = OrderedDict()
 
@@ -119,10 +119,12 @@ class Balance:
         pace.samples.append((now, ratio))
 
     def factor(self, device: str, now: float) -> float:
-        """How many times longer than its profile says a device takes, beside what all do; 1 where
-        not known."""
+        """How many times longer than its profile says a device takes, beside what all do. Where it
+        is not known, what others do most likely holds for it, too: where most are faster than was
+        thought, who has had no task yet would else count as slow, and get too little."""
+        common, usual = self._common(now)
         known = self.level(device, now)
-        return 1.0 if known is None else known / self._common(now)
+        return (usual if known is None else known) / common
 
     def seconds(self, made: Deployment, place: m.Place, device: str, now: float) -> float | None:
         """Of a task on a device as it is now; None where nothing was expected of it there."""
@@ -131,16 +133,17 @@ class Balance:
             return None
         return expected * self.factor(device, now) / made.factors.get(device, 1.0)
 
-    def _common(self, now: float) -> float:
-        """What all devices that are known take longer by, or less. The base may have been taken in
-        a bad moment; to plan for that would make kernels cheap beside messages, and a device of
-        which nothing is known yet unlike all others."""
+    def _common(self, now: float) -> tuple[float, float]:
+        """What all devices that are known take longer by, or less; and what most do. The base may
+        have been taken in a bad moment; to plan for that would make kernels cheap beside messages,
+        and a device of which nothing is known yet unlike all others."""
         if self._seen[:2] != (now, self.count):
             levels = [each for each in (p.level(now) for p in self._paces.values()) if each]
             least, most = min(levels, default=1.0), max(levels, default=1.0)
             common = max(least, 1.0) * min(most, 1.0) if len(levels) > 1 else 1.0
-            self._seen = (now, self.count, common)
-        return self._seen[2]
+            usual = median_low(levels) if len(levels) > 1 else common
+            self._seen = (now, self.count, common, usual)
+        return self._seen[2:]
 
     def drift(
         self,
@@ -159,7 +162,7 @@ class Balance:
         for name in devices:
             pace, before = self._paces.get(name), planned.get(name, 1.0)
             known = self.level(name, now, since)
-            ratio = 1.0 if known is None else known / self._common(now) / before
+            ratio = 1.0 if known is None else known / self._common(now)[0] / before
             if pace is not None and pace.samples and pace.stale(now):
                 ratio = 1.0 / before
             drift.append(min(ratio, 1.0) if name in idle else ratio)
@@ -176,7 +179,7 @@ class Balance:
         are; and then until none is. Not where the user wants that plan."""
         if made.given or made.model.spread:
             return {}
-        before, common, found = made.drift.slow, self._common(now), dict[str, float]()
+        before, common, found = made.drift.slow, self._common(now)[0], dict[str, float]()
         for name in made.programs:
             if (pace := self._paces.get(name)) is not None:
                 least = pace.least(now, but=limits.PACE_SAMPLES_LEAST - 1 if name in before else 1)
