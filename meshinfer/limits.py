@@ -241,8 +241,8 @@ LAYOUTS_KNOWN: Final = 4  # of plans for one graph: with them begins a search fo
 SEARCH_SHARE: Final = 0.1
 """Of what the coordinator's device is granted of a processor: a search for a better plan takes no
 more. So its tasks slow down by less than what counts as drift, and nobody waits for the search."""
-SEARCH_SHARE_GRAVE: Final = 0.3  # a device has become so slow that its tasks take longer still
-SEARCH_SHARE_APART: Final = 0.8  # then, where the coordinator's device has no tasks at all
+SEARCH_SHARE_GRAVE: Final = 0.3
+"""The same when a device has become so slow that its tasks still take longer than those there."""
 SEARCH_SLICE_S: Final = 0.005  # of work, then a search pauses; the kernel's timers take 4 ms
 SEARCH_PAUSE_S: Final = 2.0
 """The longest pause of a search, after one call into C that took long: it is to see what waits."""
@@ -380,7 +380,7 @@ assert HEARTBEAT_S < STALL_S < DEAD_AFTER_S
 assert PACE_SAMPLES_LEAST <= PACE_SAMPLES
 assert 1.0 < PACE_DEVIATION < PACE_GRAVE < PACE_UPSET
 assert 1.0 / (1.0 - SEARCH_SHARE) < PACE_DEVIATION
-assert SEARCH_SHARE < SEARCH_SHARE_GRAVE < min(SEARCH_SHARE_APART, 1.0 - 1.0 / PACE_GRAVE)
+assert SEARCH_SHARE < SEARCH_SHARE_GRAVE and 1.0 / (1.0 - SEARCH_SHARE_GRAVE) < PACE_GRAVE
 assert CRASHES_TOGETHER < CRASHES_PER_REQUEST
 assert CRASHES_PER_REQUEST < ATTEMPTS_PER_REQUEST
 assert ACK_TIMEOUT_S < AHEAD_S < ORPHAN_INPUT_S

@@ -88,7 +88,7 @@ class Deploying:
         made.alone = "" if alone is None else alone.id
         if present is not None:
             grave = self._replanning.grave(present)
-            made.share = self._replanning.share(present)
+            made.share = limits.SEARCH_SHARE_GRAVE if grave else limits.SEARCH_SHARE
             made.spares.beside = not grave or bool(present.drift.by_one)  # else leave slow ones
         return MakePlan(
             deployment=made.number,

@@ -70,16 +70,6 @@ class Replanning:
         """Whether so much has changed that requests need not be spared."""
         return made.drift.times > limits.PACE_GRAVE or self._links_changed(made)
 
-    def share(self, made: Deployment) -> float:
-        """Of what the coordinator's device is granted of a processor, for a search beside a plan
-        that serves."""
-        if not self.grave(made):
-            return limits.SEARCH_SHARE
-        devices, head = self._members.devices, self._members.head
-        here = [n for n in made.candidates if n in devices and devices[n] is not head]
-        beside = head is None or any(devices[name].where == head.where for name in here)
-        return limits.SEARCH_SHARE_GRAVE if beside else limits.SEARCH_SHARE_APART
-
     def paced(self, made: Deployment, names: Collection[str]) -> bool:
         """Whether these devices have become much faster or slower, and nothing else has changed."""
         same = tuple(names) == made.candidates and not self._links_changed(made)
