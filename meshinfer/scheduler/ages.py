@@ -6,7 +6,7 @@ Real transfers tell of links that are used; who is left out for such a figure ha
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Container, Mapping
 from dataclasses import dataclass, field
 
 from meshinfer import limits
@@ -76,6 +76,11 @@ def known_links(members: Membership, names: Collection[str]) -> dict[Pair, m.Lin
         if head is not None and way is not None:
             found[device.name, head.name] = way
     return found
+
+
+def among(pair: Pair, names: Container[str]) -> bool:
+    """Whether a link is between two of these devices."""
+    return all(name in names for name in pair)
 
 
 def bettered(before: Known, after: Known, names: Collection[str]) -> bool:

@@ -38,11 +38,11 @@ class Drift:
 
 @dataclass(slots=True)
 class Links:
-    """``known``: the links that a plan was made by; ``changed``: how often any had become another
+    """``known``: the links that a plan was made by; ``changed``: how often each had become another
     by then; ``seen``: how often any was found to be better when this was looked at last;
     ``nearer``: one of a device that the plan leaves out is much better."""
 
-    changed: int = 0
+    changed: Mapping[tuple[str, str], int] = field(default_factory=dict)
     seen: int = 0
     known: Mapping[tuple[str, str], m.Link] = field(default_factory=dict)
     nearer: bool = False

@@ -15,7 +15,7 @@ from msgspec import structs
 
 from meshinfer import limits
 from meshinfer.protocol import messages as m
-from meshinfer.scheduler.ages import Ages, measured_again
+from meshinfer.scheduler.ages import Ages, among, measured_again
 from meshinfer.scheduler.events import Connect, Effect, Plane, Send
 from meshinfer.scheduler.membership import Device, Membership
 from meshinfer.scheduler.telling import told
@@ -173,7 +173,12 @@ class LinkRounds:
         doubt.next_at = now + limits.LINK_DOUBT_S * 2**doubt.in_vain
         if not changed:
             return
-        members.links_changed += 1
+        members.links_bettered += ratio > 1.0
+        here = {
+            pair: n for pair, n in members.links_changed.items() if among(pair, members.devices)
+        }
+        ends = (min(device.name, link.peer), max(device.name, link.peer))
+        members.links_changed = here | {ends: here.get(ends, 0) + 1}
         device.links[link.peer] = link
         other = members.devices.get(link.peer)
         if other is not None and device.name in other.links:  # what it had measured is no more

@@ -105,9 +105,9 @@ class Membership:
 
     ``absent``: clients whose connection broke, and since when; they come back or are given up.
     ``idle_since``: since when nobody can compute, or there is no head; None while somebody can.
-    ``links_changed``: how often a link was found to be another than it was; ``links_bettered``: to
-    be better than was known. ``_peers``: the devices by their peers. ``apart``: pairs that do not
-    reach each other.
+    ``links_changed``: how often each link was found to be another than it was; ``links_bettered``:
+    any to be better than was known. ``_peers``: the devices by their peers. ``apart``: pairs that
+    do not reach each other.
     """
 
     cluster: str
@@ -117,7 +117,7 @@ class Membership:
     absent: dict[str, float] = field(default_factory=dict)
     changed_at: float = 0.0
     idle_since: float | None = 0.0
-    links_changed: int = 0
+    links_changed: dict[tuple[str, str], int] = field(default_factory=dict)
     links_bettered: int = 0
     _peers: dict[str, Device] = field(default_factory=dict)
     apart: dict[tuple[str, str], bool] = field(default_factory=dict)
