@@ -330,7 +330,10 @@ class Deploying:
         return effects + self._plan_for_one(now)
 
     def _look_for_better(self, serving: Deployment, now: float) -> list[Effect]:
-        said = {"deployment": serving.number, "apart": f"{serving.drift.times:.2f}"}
+        said: dict[str, object] = {"deployment": serving.number}
+        said["apart"] = f"{serving.drift.times:.2f}"
+        if links := self._replanning.changed_links(serving):
+            said["links"] = ", ".join(map("-".join, links))
         note = Note("info", "looks for a better plan", {"model": serving.model.name, **said})
         return [note, self._plan(serving.model, serving.signature, now, serving)]
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from meshinfer import limits
-from meshinfer.scheduler.ages import among, bettered, known_links
+from meshinfer.scheduler.ages import Pair, among, bettered, known_links
 from meshinfer.scheduler.balance import Balance, pause_of
 from meshinfer.scheduler.catalogue import Catalogue, Deployment, Phase
 from meshinfer.scheduler.changes import Links
@@ -109,14 +109,16 @@ class Replanning:
         return max(times.values(), default=1.0) / min(times.values(), default=1.0)
 
     def _links_changed(self, made: Deployment) -> bool:
-        """Of devices that have tasks; who has none may have none since its links are slow."""
-        if made.links.nearer:
-            return True
+        return made.links.nearer or bool(self.changed_links(made))
+
+    def changed_links(self, made: Deployment) -> list[Pair]:
+        """Since a plan was made, of devices that have tasks: who has none may have none since its
+        links are slow."""
         then, now = made.links.changed, self._members.links_changed
+        if now is then:
+            return []
         ours = {*made.programs, made.head} if made.programs else self._members.devices
-        return now is not then and any(
-            count != then.get(pair) for pair, count in now.items() if among(pair, ours)
-        )
+        return [pair for pair, n in now.items() if n != then.get(pair) and among(pair, ours)]
 
     def _look_at_links(self, made: Deployment) -> None:
         """Whether devices are left out for links that are found to be much better."""
