@@ -29,7 +29,7 @@ from cluster.blobs import BlobStore
 from cluster.board import Watch
 from cluster.doing import Doing
 from cluster.forgetting import remove_blobs
-from cluster.granted import memory_limit
+from cluster.granted import Lasting, memory_limit
 from cluster.heap import Room
 from cluster.keyring import Keyring
 from cluster.locate import NOT_FOUND_HINT, Where, find_coordinator, local_address
@@ -113,9 +113,15 @@ class ComputeThread:
     """Runs one task after another; onnxruntime releases the GIL meanwhile."""
 
     def __init__(
-        self, store: StoreThread, post: Post, speed: Callable[[], float], doing: Doing
+        self,
+        store: StoreThread,
+        post: Post,
+        speed: Callable[[], float],
+        doing: Doing,
+        lasting: Lasting,
     ) -> None:
         self._store, self._post, self._speed, self._doing = store, post, speed, doing
+        self._lasting = lasting
         self._queue: queue.SimpleQueue[Compute | None] = queue.SimpleQueue()
         start_thread("compute", self._run, post)
 
@@ -144,11 +150,18 @@ class ComputeThread:
             if job.request:  # else it was only tried, on made-up inputs
                 structlog.get_logger().error("a task failed", **fields, why=text)
             return Computed(job.request, job.attempt, job.place, (), 0.0, text, job.again)
-        speed = self._speed()
+        speed, cpu_s = self._speed(), time.thread_time() - cpu
         if speed < 1.0:
-            time.sleep((time.thread_time() - cpu) * (1.0 / speed - 1.0))
-        took = time.perf_counter() - started
-        return Computed(job.request, job.attempt, job.place, outputs, took, again=job.again)
+            time.sleep(cpu_s * (1.0 / speed - 1.0))
+        return Computed(
+            job.request,
+            job.attempt,
+            job.place,
+            outputs,
+            time.perf_counter() - started,
+            again=job.again,
+            lasting_s=self._lasting.seconds(cpu_s, started),
+        )
 
 
 def run_worker(options: WorkerOptions) -> m.Failure | None:
@@ -203,7 +216,8 @@ def run_worker(options: WorkerOptions) -> m.Failure | None:
     loop = Loop(core, lambda: transport, perform, coordinator, each_step)
     storing = StoreThread(store, lambda: engine, loop.post, room)
     doing = Doing(options.doing)
-    compute = ComputeThread(storing, loop.post, partial(_speed, options), doing)
+    lasting = Lasting(options.threads)
+    compute = ComputeThread(storing, loop.post, partial(_speed, options), doing, lasting)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: loop.post(StopRequested()))
     try:

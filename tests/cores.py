@@ -199,6 +199,7 @@ class Cluster(World):
         self.draw: Callable[[], float] = lambda: 1.0
         """By which the coordinator chooses tasks to be checked: none."""
         self.slowness: dict[str, float] = {}
+        self.lasting: dict[str, float] = {}  # how many times longer, if it went on computing
         """How many times longer a task takes on a device; 1 where not said."""
         self.works: dict[tuple[int, m.Place, str], float] = {}
         """What tasks take on devices as they say they are; with ``by_work``, do take."""
@@ -429,7 +430,16 @@ class Cluster(World):
             return e.Computed(job.request, job.attempt, job.place, (), 0.0, error, job.again)
         session = node.prepared[job.deployment][job.place]
         outputs = self.forge(node, job, tuple(session.run(job.inputs)))
-        return e.Computed(job.request, job.attempt, job.place, outputs, took, again=job.again)
+        lasting_s = took * self.lasting.get(node.name, 0.0)
+        return e.Computed(
+            job.request,
+            job.attempt,
+            job.place,
+            outputs,
+            took,
+            again=job.again,
+            lasting_s=lasting_s,
+        )
 
     def _open(self, node: Node, effect: e.OpenModel) -> e.ModelOpened:
         try:

@@ -135,6 +135,15 @@ def test_a_device_that_becomes_five_times_slower_gets_less_and_as_much_as_before
     made.check_idle()
 
 
+def test_a_plan_is_made_by_what_devices_do_for_long() -> None:
+    """Not by how fast one is under a quota that has rested, as where it waits for another."""
+    made = cluster()
+    made.deployed(model=MODEL)
+    assert rows(stream(made, 10.0)[-1]) == dict.fromkeys(NAMES, 32)
+    made.lasting["pi-3"] = 5.0
+    assert rows(stream(made, 20.0)[-1])["pi-3"] < 16
+
+
 def test_devices_that_slow_down_together_are_left_alone() -> None:
     made = cluster()
     made.deployed(model=MODEL)

@@ -172,3 +172,16 @@ def test_without_groups_the_machine_is_the_limit(tmp_path: Path) -> None:
     assert granted.cpu_quota(tmp_path, tmp_path / "nothing") is None
     assert granted.memory_limit(tmp_path, tmp_path / "nothing") > 0
     assert granted.memory_left(1) == 0
+
+
+def test_what_a_task_takes_for_long_is_by_the_quota_as_it_is_now() -> None:
+    quota: granted.Quota | None = None
+    one, four = (granted.Lasting(threads, lambda: quota) for threads in (1, 4))
+    assert one.seconds(0.1, 0.0) == four.seconds(0.1, 0.0) == 0.1
+    quota = granted.Quota(0.25, 0.1)
+    assert one.seconds(0.1, 0.5 * granted.LOOK_S) == 0.1, "not looked at each time"
+    assert one.seconds(0.1, granted.LOOK_S) == pytest.approx(0.4)
+    assert four.seconds(0.1, granted.LOOK_S) == pytest.approx(1.6)
+    quota = granted.Quota(2.0, 0.1)
+    assert one.seconds(0.1, 3 * granted.LOOK_S) == 0.1
+    assert four.seconds(0.1, 3 * granted.LOOK_S) == pytest.approx(0.2)

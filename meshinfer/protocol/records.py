@@ -246,6 +246,7 @@ class Done(Record, frozen=True, kw_only=True):
 
     ``waited_s``: its device had nothing to do until its last piece came. ``queued_s``: from then
     until its kernels' turn. ``handed_s``: to the compute thread and back, beside ``compute_s``.
+    ``lasting_s``: what it would take on a device that goes on computing; 0 where not known.
     """
 
     place: Place
@@ -254,6 +255,7 @@ class Done(Record, frozen=True, kw_only=True):
     waited_s: Seconds = 0.0
     queued_s: Seconds = 0.0
     handed_s: Seconds = 0.0
+    lasting_s: Seconds = 0.0
 
 
 class TaskTime(Done, frozen=True, kw_only=True):

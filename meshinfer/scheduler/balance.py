@@ -83,7 +83,7 @@ class Balance:
     def note(self, made: Deployment, device: str, tasks: tuple[m.Done, ...], now: float) -> None:
         """What tasks took that a device has told of, where all of them were expected to take some
         time."""
-        took = sum(done.compute_s for done in tasks)
+        took = sum(max(done.compute_s, done.lasting_s) for done in tasks)
         expected = [made.seconds(done.place, device) for done in tasks]
         total = sum(each for each in expected if each is not None)
         if took > 0.0 and total > 0.0 and None not in expected:

@@ -312,6 +312,7 @@ class Computing:
             waited_s=waited_s,
             queued_s=max(0.0, since - ready),
             handed_s=max(0.0, now - since - event.compute_s),
+            lasting_s=event.lasting_s,
         )
         if not deployment.programs[event.place].is_own(self._device):
             # Told at once: it says how busy this device still is.

@@ -122,7 +122,11 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """Answer to ``Compute``: the outputs in the program's order, or the engine's words."""
+    """Answer to ``Compute``: the outputs in the program's order, or the engine's words.
+
+    ``lasting_s``: what it takes on a device that goes on computing, which under a quota is longer
+    than ``compute_s`` on one that has rested.
+    """
 
     request: str
     attempt: int
@@ -131,6 +135,7 @@ class Computed:
     compute_s: float
     error: str | None = None
     again: bool = False
+    lasting_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -228,14 +228,15 @@ class Trying:
     def in_vain(self, deployment: int, event: Computed) -> list[Effect]:
         """A task of a request that was over by then, as of one so slow that others took over: what
         it took is known by nothing else."""
-        return [] if event.error is not None else [_tried(deployment, event.place, event.compute_s)]
+        took = max(event.compute_s, event.lasting_s)
+        return [] if event.error is not None else [_tried(deployment, event.place, took)]
 
     def computed(self, event: Computed, now: float) -> list[Effect]:
         """Again, until it has run for long enough, or there is something to do."""
         running = self._running
         if running is None:
             return []
-        running.took.append(max(event.compute_s, now - running.since))
+        running.took.append(max(event.compute_s, event.lasting_s, now - running.since))
         running.since = now
         if event.error is None and not running.over and self._computing.free:
             return [running.job]
