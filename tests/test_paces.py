@@ -234,6 +234,19 @@ def test_a_base_that_was_taken_in_a_bad_moment_makes_not_all_fast_and_no_newcome
     assert balance.drift(NAMES, factors, 0.0, 20.0) == pytest.approx(1.0)
 
 
+def test_that_others_have_become_faster_is_not_believed_while_they_wait_for_one() -> None:
+    """Who rests meanwhile has more of its quota, or of the machine that it shares."""
+    made = Noisy()
+    made.deployed(model=MODEL)
+    made.stream(10.0)
+    made.slowness.update({"pi-1": 0.6, "pi-3": SLOW})
+    made.stream(20.0)
+    paces = made.searched[1][1]
+    assert paces["pi-3"] > 3.0 and paces["pi-1"] > 0.9
+    made.stream(60.0)
+    assert made.searched[-1][1]["pi-1"] < 0.75, "but if it lasts"
+
+
 def test_what_was_measured_before_a_plan_was_made_is_no_drift_from_it() -> None:
     balance = Balance()
     for i in range(12):

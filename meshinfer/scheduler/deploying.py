@@ -79,7 +79,7 @@ class Deploying:
             candidates = (_one_for(alone, candidates),)
         assert head is not None and candidates
         names = tuple(c.device for c in candidates)
-        factors = {name: self._balance.factor(name, now) for name in names}
+        factors = self._replanning.factors(names, present, now)
         members = {n: self._members.devices[n].peer for n in (*names, head.name)}
         plan = None if alone is not None else self._given_plan(model, set(members))
         made = self._catalogue.new_deployment(model, signature, members, names, now)

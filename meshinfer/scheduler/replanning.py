@@ -66,6 +66,20 @@ class Replanning:
             wanted = wanted and grave and under_way <= limits.SEARCH_SHARE
         return self._settled(made, now, grave=grave, wanted=wanted)
 
+    def factors(
+        self, names: Collection[str], present: Deployment | None, now: float
+    ) -> dict[str, float]:
+        """How fast devices are for a plan that is looked for now, beside a ``present`` one. While
+        one of its devices keeps the others waiting, these rest and do their tasks sooner than they
+        could with more to do: that they have become faster is not believed then."""
+        found = {name: self._balance.factor(name, now) for name in names}
+        if present is None:
+            return found
+        before = {n: present.factors.get(n, 1.0) for n in names if n in present.programs}
+        if all(found[n] <= limits.PACE_GRAVE * factor for n, factor in before.items()):
+            return found
+        return {name: max(factor, before.get(name, 0.0)) for name, factor in found.items()}
+
     def grave(self, made: Deployment) -> bool:
         """Whether so much has changed that requests need not be spared."""
         return made.drift.times > limits.PACE_GRAVE or self._links_changed(made)
