@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from types import FrameType
+from typing import Any
+
 import numpy as np
 import pytest
 from cores import Cluster, conv_net, image
@@ -182,3 +186,38 @@ def test_what_finds_no_room_moves_no_rule_of_the_coordinator(
         replies = [each.message for each in effects if isinstance(each, e.Send)]
         assert any(isinstance(reply, m.Reply) and reply.failure for reply in replies)
     assert cluster.core._ruled == ruled
+
+
+def test_what_only_waits_its_turn_costs_the_rules_nothing() -> None:
+    """They are looked at with each event: else an overload would slow down what is answered."""
+    lines = []
+    for many in (limits.RUNNING_REQUESTS + 20, limits.QUEUE_REQUESTS - 1):
+        cluster = Cluster()
+        cluster.deployed()
+        cluster.slowness = dict.fromkeys(cluster.core.members.devices, 1e4)
+        for _ in range(many):
+            cluster.submit()
+        cluster.pass_time(1.0)
+        assert len(cluster.core.requests) == many
+        waiting = [r for r in cluster.core.requests.values() if r.waiting]
+        assert len(waiting) >= many - limits.RUNNING_REQUESTS
+        lines.append(lines_of(cluster))
+    assert lines[1] <= 1.05 * lines[0], "as much for those that run"
+
+
+def lines_of(cluster: Cluster) -> int:
+    """That a tick of the coordinator's core runs."""
+    count = 0
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:
+        nonlocal count
+        count += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        cluster.core.handle(e.Ticked(), cluster.now + 0.01)
+    finally:
+        sys.settrace(before)
+    return count

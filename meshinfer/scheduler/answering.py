@@ -6,7 +6,7 @@ that an older attempt has merged is as good, since tasks are pure.
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
 
@@ -26,9 +26,10 @@ from meshinfer.scheduler.journal import Journal
 from meshinfer.scheduler.leaving import Leaving
 from meshinfer.scheduler.load import Load, nbytes_of
 from meshinfer.scheduler.membership import Device, Membership
+from meshinfer.scheduler.opened import Kind, OpenRequests
 from meshinfer.scheduler.poison import Poison
 from meshinfer.scheduler.releasing import release
-from meshinfer.scheduler.request import Answered, Request, Try, running
+from meshinfer.scheduler.request import Answered, Request, Try
 from meshinfer.scheduler.retreat import Retreat
 from meshinfer.scheduler.silence import Silence
 
@@ -47,7 +48,7 @@ class Answering:
         first_attempt: int,
         draw: Callable[[], float],
     ) -> None:
-        self.open: OrderedDict[str, Request] = OrderedDict()
+        self.open = OpenRequests()
         self._members = members
         self._catalogue = catalogue
         self._balance = balance
@@ -87,10 +88,11 @@ class Answering:
         assert model is not None
         deadline = now + min(message.deadline_s, limits.REQUEST_DEADLINE_S)
         signature = model.asked_for(signature_of(model, message))
-        self.open[name] = Request(
+        request = Request(
             message, peer, model, signature, now, deadline, message.turn, nbytes_of(message),
             since=self._attempts + 1,
         )  # fmt: skip
+        self.open.add(request)
         self._journal.accepted(message)
         return []
 
@@ -143,19 +145,19 @@ class Answering:
         self._covering.forget(made)
         self.checks.forget(made)
         self.retreat.forget(made)
-        for request in self.open.values():
+        for request in self.open.begun.values():
             if request.deployment is made:
                 request.deployment = None
 
     def head_lost(self) -> None:
         """Merged answers may not have left it."""
-        for request in self.open.values():
+        for request in self.open.begun.values():
             if request.merged is not None and not request.tried[request.merged[1]].head:
                 request.merged = None
 
     def client_away(self, peer: str) -> None:
         """A client that is source and sink itself has left, or forgot what it was told."""
-        for request in [r for r in self.open.values() if r.client == peer and r.runs]:
+        for request in [r for r in self.open.running() if r.client == peer]:
             if request.tried[request.attempt].head or self._heads.stands(peer):
                 request.deployment = None
 
@@ -189,7 +191,7 @@ class Answering:
 
     def end_overdue(self, now: float) -> list[Effect]:
         effects = self.checks.due(now)
-        for request in [r for r in self.open.values() if r.deadline <= now]:
+        for request in self.open.overdue(now):
             if request.runs:
                 tried = request.tried[request.attempt]
                 effects += self.retreat.took(request, tried, now, answered=False)
@@ -199,7 +201,7 @@ class Answering:
     def end_merged(self, now: float) -> list[Effect]:
         """Answer once the tasks' times are in too; they take another way than the tensors."""
         effects: list[Effect] = []
-        for request in [r for r in self.open.values() if r.merged is not None]:
+        for request in [r for r in self.open.begun.values() if r.merged is not None]:
             assert request.merged is not None
             tried = request.tried[request.merged[1]]
             known = tried.all_told or now >= request.merged[0] + limits.TIMING_GRACE_S
@@ -218,7 +220,7 @@ class Answering:
 
     def leave_links(self, now: float) -> list[Effect]:
         """What waits on links begins again on one device, where that is sooner."""
-        effects, again = self.retreat.waits(running(self.open), now)
+        effects, again = self.retreat.waits(self.open.running(), now)
         for request in again:
             request.deployment = None
         return effects
@@ -232,33 +234,47 @@ class Answering:
 
     def start_waiting(self, now: float) -> list[Effect]:
         effects: list[Effect] = []
-        count = Counter(r.deployment.number for r in self.open.values() if r.deployment)
-        serving: dict[tuple[int, int], Deployment | None] = {}
-        full: set[tuple[int, int]] = set()  # under overload nearly all wait behind others
-        for request in [r for r in self.open.values() if r.waiting and now >= r.held_until]:
-            kind = (request.model.key, id(request.signature))
-            if kind in full and not request.crashes:
-                continue
-            if request.client in self._members.absent and self._heads.stands(request.client):
-                continue
-            if kind not in serving:
-                serving[kind] = self._catalogue.running(request.model, request.signature, now)
-            made = self._catalogue.alone(request.id) if request.alone else serving[kind]
-            if made is None or count[made.number] >= made.most_running:
-                full |= set() if request.alone else {kind}
-                continue
-            if self._is_leaving(made, now):
-                continue
-            if not self._heads.ready(request.client, made):
-                effects += self._heads.install(request.client, made)
-                continue
-            if self._catalogue.find(request.model.name, None) is request.model:
-                effects += self._heads.grant(request, made)
-            if len(request.tried) >= limits.ATTEMPTS_PER_REQUEST:
-                effects += self._fail(request, outcomes.lost_too_often(request), now)
-                continue
-            effects += self._begin(request, made, now, count[made.number])
-            count[made.number] += 1
+        count = Counter(r.deployment.number for r in self.open.begun.values() if r.deployment)
+        serving: dict[Kind, Deployment | None] = {}
+        full: set[Kind] = set()
+        for kind, requests in self.open.waiting():
+            for request in requests:
+                if kind in full and not request.crashes:
+                    break  # under overload nearly all wait behind others
+                if now >= request.held_until:
+                    effects += self._start(request, kind, now, count, serving, full)
+        return effects
+
+    def _start(
+        self,
+        request: Request,
+        kind: Kind,
+        now: float,
+        count: Counter[int],
+        serving: dict[Kind, Deployment | None],
+        full: set[Kind],
+    ) -> list[Effect]:
+        """``count``: requests of each deployment; ``serving``: the one of each kind, where it was
+        looked for; ``full``: kinds of which no more can begin now."""
+        if request.client in self._members.absent and self._heads.stands(request.client):
+            return []
+        if kind not in serving:
+            serving[kind] = self._catalogue.running(request.model, request.signature, now)
+        made = self._catalogue.alone(request.id) if request.alone else serving[kind]
+        if made is None or count[made.number] >= made.most_running:
+            full |= set() if request.alone else {kind}
+            return []
+        if self._is_leaving(made, now):
+            return []
+        if not self._heads.ready(request.client, made):
+            return self._heads.install(request.client, made)
+        effects: list[Effect] = []
+        if self._catalogue.find(request.model.name, None) is request.model:
+            effects += self._heads.grant(request, made)
+        if len(request.tried) >= limits.ATTEMPTS_PER_REQUEST:
+            return effects + self._fail(request, outcomes.lost_too_often(request), now)
+        effects += self._begin(request, made, now, count[made.number])
+        count[made.number] += 1
         return effects
 
     def _is_leaving(self, made: Deployment, now: float) -> bool:
@@ -269,7 +285,7 @@ class Answering:
 
     def unused(self, made: Deployment, now: float) -> bool:
         """Whether a ready deployment can be retired."""
-        if any(r.deployment is made for r in self.open.values()):
+        if any(r.deployment is made for r in self.open.begun.values()):
             return False
         if made.alone:
             return made.alone not in self.open
@@ -282,26 +298,28 @@ class Answering:
         """What the model should be planned for: its last signatures, and those of open requests."""
         current = self._catalogue.find(model.name, model.version) is model
         recent = model.signatures if current or not model.version else ()
-        asked = {id(r.signature): r.signature for r in self.open.values() if r.model is model}
-        return list(dict.fromkeys((*recent, *asked.values())))
+        return list(dict.fromkeys((*recent, *self.open.signatures(model))))
 
     def next_deadlines(self) -> list[float]:
         times = self._covering.next_deadlines() + self.silence.next_deadlines()
         times += self.checks.next_deadlines()
-        times += [request.deadline for request in self.open.values()]
-        for request in self.open.values():
+        deadline = self.open.next_deadline()
+        times += [] if deadline is None else [deadline]
+        for request in self.open.begun.values():
             if request.held_until:
                 times.append(request.held_until)
             if request.merged is not None:
                 times.append(request.merged[0] + limits.TIMING_GRACE_S)
-            if self._members.idle_since is not None and request.waiting:
-                times.append(self._members.patience_ends(request.submitted))
+        if self._members.idle_since is not None:
+            waiting = (each[0] for _, each in self.open.waiting())
+            times += [self._members.patience_ends(each.submitted) for each in waiting]
         return times
 
     # --- one request
 
     def _begin(self, request: Request, made: Deployment, now: float, beside: int) -> list[Effect]:
         self._attempts += 1
+        self.open.begin(request)
         request.attempt, request.deployment, request.merged = self._attempts, made, None
         own = request.client if self._heads.stands(request.client) else ""
         tried = Try(made, now, own, request.client, beside=beside)
@@ -323,7 +341,7 @@ class Answering:
 
     def _end(self, request: Request, reply: m.Reply | None) -> list[Effect]:
         """The one way out of a request: its outcome, and release everywhere."""
-        del self.open[request.id]
+        self.open.remove(request)
         effects: list[Effect] = []
         if reply is not None:
             last = request.tried.get(request.attempt)

@@ -7,7 +7,6 @@ state alone and not on the order in which it came about. No tensor passes throug
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
 from collections.abc import Callable
 
 from meshinfer import limits
@@ -45,10 +44,10 @@ from meshinfer.scheduler.ledger import Ledger
 from meshinfer.scheduler.links import LinkRounds
 from meshinfer.scheduler.membership import Membership
 from meshinfer.scheduler.on_device import only_task
+from meshinfer.scheduler.opened import OpenRequests
 from meshinfer.scheduler.parting import Parting
 from meshinfer.scheduler.reaching import Reaching
 from meshinfer.scheduler.replanning import disturbs
-from meshinfer.scheduler.request import Request
 from meshinfer.scheduler.trying import Tries
 
 
@@ -93,7 +92,7 @@ class CoordinatorCore:
         self._due: float | None = None  # since the rules were looked at last
 
     @property
-    def requests(self) -> OrderedDict[str, Request]:
+    def requests(self) -> OpenRequests:
         """Accepted and not yet answered, in their order."""
         return self._answering.open
 

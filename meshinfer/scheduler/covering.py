@@ -8,7 +8,7 @@ scale (2013): a few second copies cut the tail, many make it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from meshinfer import limits
 from meshinfer.protocol import messages as m
@@ -16,15 +16,16 @@ from meshinfer.scheduler.assigning import Seconds, assign, open_work
 from meshinfer.scheduler.catalogue import Deployment
 from meshinfer.scheduler.events import Effect, Note
 from meshinfer.scheduler.fallback import tell
+from meshinfer.scheduler.opened import OpenRequests
 from meshinfer.scheduler.presence import Presence
-from meshinfer.scheduler.request import Request, Try, running
+from meshinfer.scheduler.request import Request, Try
 from meshinfer.scheduler.usual import Usual
 
 
 class Covering:
     """Mutable: owned by the coordinator's core. ``open_`` is a view of the open requests."""
 
-    def __init__(self, open_: Mapping[str, Request], presence: Presence) -> None:
+    def __init__(self, open_: OpenRequests, presence: Presence) -> None:
         self._open = open_
         self._presence = presence
         self._usual: Usual[tuple[int, m.Place]] = Usual(limits.LATE_TIMES, 0.95)
@@ -155,4 +156,4 @@ class Covering:
         return effects
 
     def _running(self) -> Iterable[tuple[Request, Try]]:
-        return [(r, r.tried[r.attempt]) for r in running(self._open)]
+        return [(r, r.tried[r.attempt]) for r in self._open.running()]

@@ -297,7 +297,7 @@ class Deploying:
         planning = [d.share for d in self._catalogue.deployments.values() if is_planning(d)]
         room = limits.PLANS_AT_ONCE - planning.count(1.0)
         effects: list[Effect] = []
-        asked = {r.model.key: r.model for r in self._answering.open.values()}
+        asked = self._answering.open.models()
         models = self._catalogue.all_models(*asked.values()) if room > 0 else []
         for model in sorted(models, key=lambda each: rests(each, asked, now)):
             for signature in self._answering.wanted_signatures(model):
@@ -342,7 +342,7 @@ class Deploying:
         known = {made.alone for made in self._catalogue.deployments.values()} - {""}
         wanted = [
             r
-            for r in self._answering.open.values()
+            for r in self._answering.open.begun.values()
             if r.crashes and r.alone and r.waiting and now >= r.held_until and r.id not in known
         ]
         room = max(0, limits.PLANS_AT_ONCE - len(known))

@@ -16,6 +16,7 @@ from meshinfer.scheduler.events import Effect, Note, Plane, Send
 from meshinfer.scheduler.heads import install_spares
 from meshinfer.scheduler.leaving import Leaving
 from meshinfer.scheduler.membership import Device, Membership
+from meshinfer.scheduler.opened import OpenRequests
 from meshinfer.scheduler.poison import suspect_of
 from meshinfer.scheduler.request import Question, Request, Try
 from meshinfer.scheduler.standing_by import first_ready
@@ -28,7 +29,7 @@ class Fallback:
         self,
         members: Membership,
         catalogue: Catalogue,
-        open_: Mapping[str, Request],
+        open_: OpenRequests,
         leaving: Leaving,
     ) -> None:
         self._members, self._catalogue, self._open = members, catalogue, open_
@@ -132,8 +133,8 @@ class Fallback:
                 programs[taker] = (*programs.get(taker, ()), program)
                 made.spares.moved[program.place] = taker
         made.run_by(programs)
-        for request in self._open.values():
-            if request.deployment is made and request.runs:
+        for request in self._open.running():
+            if request.deployment is made:
                 effects += self._ask(request, request.tried[request.attempt])
         return effects
 
@@ -211,8 +212,8 @@ class Fallback:
         found: dict[int, dict[m.Place, str]] = {}
         away, devices = self._members.presence.away, self._members.devices
         suspects = {self._suspect(devices[name], now) for name in away if name in devices}
-        for request in self._open.values():
-            if not request.runs or request.id in suspects:
+        for request in self._open.running():
+            if request.id in suspects:
                 continue
             tried = request.tried[request.attempt]
             made, known = tried.deployment, tried.tasks.keys() | tried.untold

@@ -206,11 +206,6 @@ def told_by(
     return request if peer in request.tried[request.attempt].peers().values() else None
 
 
-def running(open_: Mapping[str, Request]) -> list[Request]:
-    """Those that have begun and are not merged; most may wait."""
-    return [r for r in open_.values() if r.deployment is not None and r.merged is None]
-
-
 @lru_cache(maxsize=16)
 def moved(plan: str, tasks: tuple[tuple[m.Place, str], ...]) -> str:
     """The text of a plan, with some of its tasks on other devices."""

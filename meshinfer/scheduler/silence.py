@@ -9,24 +9,23 @@ Where the doubt was wrong, tasks are computed twice, and the first result wins.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable
 
 from meshinfer import limits
 from meshinfer.protocol import messages as m
 from meshinfer.scheduler.events import Effect, Plane, Send
 from meshinfer.scheduler.fallback import Fallback
 from meshinfer.scheduler.membership import Device, Membership
+from meshinfer.scheduler.opened import OpenRequests
 from meshinfer.scheduler.poison import suspect_of
-from meshinfer.scheduler.request import Request, Try, running
+from meshinfer.scheduler.request import Request, Try
 from meshinfer.scheduler.usual import Usual
 
 
 class Silence:
     """Mutable: owned by the coordinator's core. ``open_`` is a view of the open requests."""
 
-    def __init__(
-        self, open_: Mapping[str, Request], members: Membership, fallback: Fallback
-    ) -> None:
+    def __init__(self, open_: OpenRequests, members: Membership, fallback: Fallback) -> None:
         self._open, self._members, self._fallback = open_, members, fallback
         self._usual: Usual[Hashable] = Usual(limits.DOUBT_TIMES, 0.5)
         self._late: Usual[Hashable] = Usual(limits.LATE_TIMES, 0.95)
@@ -38,7 +37,7 @@ class Silence:
 
     def doubt(self, now: float) -> list[Effect]:
         """Ask those that owe late requests, and go on without those that are away."""
-        late = [r for r in running(self._open) if now >= self._due(r.tried[r.attempt])]
+        late = [r for r in self._open.running() if now >= self._due(r.tried[r.attempt])]
         effects = [*self._silent(now), *self._stuck(late, now)]
         self._starve(late, now)
         if effects or late:  # there may be spare devices meanwhile, or less doubt
@@ -111,7 +110,7 @@ class Silence:
         return soon and self._fallback.stands_in(device.name)
 
     def next_deadlines(self) -> list[float]:
-        times = [self._due(r.tried[r.attempt]) for r in running(self._open)]
+        times = [self._due(r.tried[r.attempt]) for r in self._open.running()]
         return [*times, *self._members.presence.answers_due()]
 
     def tells_no_more(self, tried: Try) -> bool:
