@@ -526,6 +526,17 @@ def test_a_release_that_comes_late_ends_no_check_of_a_later_attempt() -> None:
     assert not core._checking
 
 
+def test_a_sample_of_a_request_that_is_over_is_acknowledged() -> None:
+    """Or its sender would lack its credit."""
+    core = checker()
+    sample(core, "pi-3#1", 1)
+    assert len(core._checking._aside) == 1 and not core._computing.acks
+    told(core, m.Release(request="r", attempt=1), 1.0)
+    (ack,) = [x for x in core._computing.acks.flush() if isinstance(x, e.Send)]
+    assert ack.peer == "pi-3#1" and isinstance(ack.message, m.Ack) and len(ack.message.ids) == 1
+    assert not len(core._checking._aside)
+
+
 def test_a_client_that_is_the_source_gives_samples_of_its_inputs_and_no_other() -> None:
     core = checker()
     check(core, head="ann#1")

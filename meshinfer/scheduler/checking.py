@@ -227,12 +227,15 @@ class Checking:
         """Samples for checks that nobody asks for."""
         self._aside.expire(now)
 
-    def release(self, request: str, attempt: int) -> None:
+    def release(self, request: str, attempt: int, now: float) -> None:
         """Up to this attempt: word of one may come when a later one of the same id is checked."""
         self._drop(lambda key, _: key[0] == request and key[1] <= attempt)
         for early in self._aside.take(request):
             if early.message.attempt > attempt:  # it was kept, so there is room
                 self._aside.put(early.peer, early.message, early.payload, early.since)
+            else:  # or its sender would have the less credit here, for as long as a slow link takes
+                nbytes = len(early.payload)
+                self._computing.acks.add(early.peer, early.message.id, nbytes, now)
 
     def forget(self, deployment: int) -> None:
         self._drop(lambda _, check: check.asked.deployment == deployment)

@@ -173,7 +173,7 @@ class WorkerCore(Member):
             case m.Assign():
                 return self._computing.assign(message, now)
             case m.Release():
-                self._checking.release(message.request, message.attempt)
+                self._checking.release(message.request, message.attempt, now)
                 return self._computing.release(message, now)
             case m.Check():
                 return self._checking.asked(message, now)
