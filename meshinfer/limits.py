@@ -63,8 +63,8 @@ PULLS_AT_ONCE: Final = 4
 GENTLE_PAUSE_TIMES: Final = 9.0
 SPARE_PAUSE_TIMES: Final = 4.0
 """What nobody waits for is fetched for a tenth, prepared for a fifth of the time of requests."""
-SPARE_SLOT_S: Final = 0.5  # in a row, from when one attempt in so many begins: the same for all
-SPARE_EVERY: Final = 4  # devices, which are not to make others wait for them one after another;
+SPARE_SLOT_S: Final = 0.5  # so long in a row, from when an attempt begins that is one in so many:
+SPARE_EVERY: Final = 4  # the same for all devices, which are not to make others wait in turn;
 SPARE_TURN_S: Final = 2.0  # or so long after the pause, where none begins
 COORDINATOR_SILENT_S: Final = 10.0
 NO_WORKER_GRACE_S: Final = 5.0
@@ -118,7 +118,7 @@ SPARES_AFTER_S: Final = 0.2
 SPARES_ROOM: Final = 0.8
 """The part of a device's memory up to which it prepares tasks of others, where the plan's own may
 fill it: a model takes more while it is prepared than after, and none is worth a worker's end."""
-SPARES_WAIT_S: Final = 2.0  # an older plan bears a loss, a newer one beside it does not yet
+SPARES_WAIT_S: Final = 2.0  # so long an older plan, which bears a loss, goes before a newer one
 TIMING_GRACE_S: Final = 0.25
 DRAIN_S: Final = 10.0
 TCP_MAX_RETRANSMIT_MS: Final = 3000

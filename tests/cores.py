@@ -199,8 +199,9 @@ class Cluster(World):
         self.draw: Callable[[], float] = lambda: 1.0
         """By which the coordinator chooses tasks to be checked: none."""
         self.slowness: dict[str, float] = {}
-        self.lasting: dict[str, float] = {}  # how many times longer, if it went on computing
         """How many times longer a task takes on a device; 1 where not said."""
+        self.lasting: dict[str, float] = {}
+        """How many times longer yet it would take if the device went on computing."""
         self.works: dict[tuple[int, m.Place, str], float] = {}
         """What tasks take on devices as they say they are; with ``by_work``, do take."""
         self.by_work = False

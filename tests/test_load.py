@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from cores import Cluster, conv_net, image
 from meshinfer import limits
 from meshinfer.protocol import messages as m
 from meshinfer.scheduler import events as e
+from meshinfer.scheduler.opened import SPARE_DEADLINES, OpenRequests
 
 NBYTES = 1 * 3 * 12 * 10 * 4
 """Of ``image()``."""
@@ -203,6 +204,24 @@ def test_what_only_waits_its_turn_costs_the_rules_nothing() -> None:
         assert len(waiting) >= many - limits.RUNNING_REQUESTS
         lines.append(lines_of(cluster))
     assert lines[1] <= 1.05 * lines[0], "as much for those that run"
+
+
+def test_of_requests_that_are_over_no_more_is_kept_than_of_those_that_are_open() -> None:
+    """One that ends soon stands before the deadlines of all that are answered meanwhile."""
+
+    def request(name: str, deadline: float) -> Any:
+        return SimpleNamespace(id=name, deadline=deadline, model=model, signature=model)
+
+    model, opened = SimpleNamespace(key=1), OpenRequests()
+    opened.add(request("soon", 1.0))
+    for _ in range(1000):
+        again = request("again", 300.0)
+        opened.add(again)
+        opened.remove(again)
+    opened.add(last := request("again", 200.0))
+    assert len(opened._deadlines) <= SPARE_DEADLINES + 4
+    assert [r.id for r in opened.overdue(100.0)] == ["soon"] and opened.next_deadline() == 200.0
+    assert opened.overdue(250.0) == [last] and opened.next_deadline() is None
 
 
 def lines_of(cluster: Cluster) -> int:

@@ -234,6 +234,18 @@ def test_a_base_that_was_taken_in_a_bad_moment_makes_not_all_fast_and_no_newcome
     assert balance.drift(NAMES, factors, 0.0, 20.0) == pytest.approx(1.0)
 
 
+def test_who_is_not_known_any_more_is_planned_as_most_are_and_that_is_no_drift() -> None:
+    balance = Balance()
+    for i in range(20):
+        for name, ratio in zip(NAMES, (1.0, 1.6, 1.6, 1.6), strict=True):
+            if name != "pi-4" or i < 10:
+                balance.measured("net", name, ratio * (1.0 if i > 8 else 0.7), 10.0 * i)
+    now = 200.0
+    factors = {name: balance.factor(name, now) for name in NAMES}
+    assert factors["pi-4"] == factors["pi-3"] > 1.2 * factors["pi-1"]
+    assert balance.drift(NAMES, factors, 0.0, now) == pytest.approx(1.0)
+
+
 def test_that_others_have_become_faster_is_not_believed_while_they_wait_for_one() -> None:
     """Who rests meanwhile has more of its quota, or of the machine that it shares."""
     made = Noisy()

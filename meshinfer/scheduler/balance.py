@@ -158,13 +158,13 @@ class Balance:
 
         ``idle``: who has no task of it; that such a one is slower yet is nobody's loss.
         """
-        drift = []
+        drift, (common, usual) = [], self._common(now)
         for name in devices:
             pace, before = self._paces.get(name), planned.get(name, 1.0)
             known = self.level(name, now, since)
-            ratio = 1.0 if known is None else known / self._common(now)[0] / before
+            ratio = 1.0 if known is None else known / common / before
             if pace is not None and pace.samples and pace.stale(now):
-                ratio = 1.0 / before
+                ratio = usual / common / before
             drift.append(min(ratio, 1.0) if name in idle else ratio)
         return max(drift, default=1.0) / min(drift, default=1.0)
 

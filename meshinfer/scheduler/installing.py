@@ -192,8 +192,9 @@ class Installing:
         return [Prepare(number, programs)]
 
     def begins(self, attempt: int, now: float) -> list[Effect]:
-        """A request begins here. Its other devices count attempts as we do, and so prepare in the
-        same one: two at a time slow it down no more than the slower of them, but two in turn do."""
+        """A request begins here. Its other devices count attempts as we do, so that those whose
+        pause is over prepare in the same one, if they can: two at a time slow it down no more than
+        the slower of them, but two in turn do."""
         turn = attempt % limits.SPARE_EVERY == 0 and now >= self._spares_from
         return self._load_spare(now, turn=turn)
 
@@ -222,11 +223,12 @@ class Installing:
         took_s = now - self._slot_at
         if not busy:
             self._spares_from = self._spares_by = self._slot_at = now
-        elif took_s >= limits.SPARE_SLOT_S:
+        if (took_s < limits.SPARE_SLOT_S or not busy) and (more := self._next_spare()):
+            return [*effects, *more]
+        if busy:
             self._spares_from = now + limits.SPARE_PAUSE_TIMES * took_s
             self._spares_by = self._spares_from + limits.SPARE_TURN_S
-            return effects
-        return [*effects, *self._next_spare()]
+        return effects
 
     def _loaded(self, number: int, failure: m.Failure | None) -> list[Effect]:
         deployment = self.deployments.get(number)

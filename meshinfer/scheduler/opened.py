@@ -1,18 +1,21 @@
 """Open requests in the order in which they came; under overload nearly all only wait their turn.
 
 The rules are looked at with each event. What they ask of a request that was never begun is when it
-is overdue, and whether it is the first of its kind: neither may cost more, the more there are.
+is overdue, and whether it is the first of its kind: no rule looks at each of the others for that.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, ValuesView
 
 from meshinfer.scheduler.catalogue import Model
 from meshinfer.scheduler.events import Signature
 from meshinfer.scheduler.request import Request
+
+SPARE_DEADLINES = 64
+"""So many of requests that are over may be kept, or as many as are open."""
 
 Kind = tuple[int, int]
 """Of requests that run under the same deployments: a model and a signature."""
@@ -42,6 +45,9 @@ class OpenRequests(Mapping[str, Request]):
     def __len__(self) -> int:
         return len(self._all)
 
+    def values(self) -> ValuesView[Request]:
+        return self._all.values()
+
     def add(self, request: Request) -> None:
         self._all[request.id] = request
         self._queues.setdefault(kind_of(request), OrderedDict())[request.id] = request
@@ -56,6 +62,9 @@ class OpenRequests(Mapping[str, Request]):
 
     def remove(self, request: Request) -> None:
         del self._all[request.id]
+        if len(self._deadlines) > 2 * len(self._all) + SPARE_DEADLINES:  # most are over long since
+            self._deadlines = [d for d in self._deadlines if self._all.get(d[2].id) is d[2]]
+            heapq.heapify(self._deadlines)
         if self.begun.pop(request.id, None) is None:
             self._leave_queue(request)
 
@@ -95,7 +104,7 @@ class OpenRequests(Mapping[str, Request]):
         return {r.model.key: r.model for r in (*self.begun.values(), *self.first())}
 
     def signatures(self, model: Model) -> list[Signature]:
-        """Those of a model's open requests, the older ones first."""
+        """Those of a model's open requests, those that have begun first."""
         ours = (r for r in (*self.begun.values(), *self.first()) if r.model is model)
         return list({id(r.signature): r.signature for r in ours}.values())
 

@@ -78,7 +78,7 @@ class Replanning:
         before = {n: present.factors.get(n, 1.0) for n in names if n in present.programs}
         if all(found[n] <= limits.PACE_GRAVE * factor for n, factor in before.items()):
             return found
-        return {name: max(factor, before.get(name, 0.0)) for name, factor in found.items()}
+        return {n: max(factor, min(before.get(n, 0.0), 1.0)) for n, factor in found.items()}
 
     def grave(self, made: Deployment) -> bool:
         """Whether so much has changed that requests need not be spared."""
@@ -132,7 +132,9 @@ class Replanning:
         if now is then:
             return []
         ours = {*made.programs, made.head} if made.programs else self._members.devices
-        return [pair for pair, n in now.items() if n != then.get(pair) and among(pair, ours)]
+        changed = [pair for pair, n in now.items() if n != then.get(pair) and among(pair, ours)]
+        made.links.changed = then if changed else now  # looked at no more
+        return changed
 
     def _look_at_links(self, made: Deployment) -> None:
         """Whether devices are left out for links that are found to be much better."""

@@ -236,7 +236,7 @@ class Trying:
         running = self._running
         if running is None:
             return []
-        running.took.append(max(event.compute_s, event.lasting_s, now - running.since))
+        running.took.append(max(event.compute_s, now - running.since))
         running.since = now
         if event.error is None and not running.over and self._computing.free:
             return [running.job]

@@ -169,7 +169,8 @@ class WorkerCore(Member):
         match message:
             case m.Start():
                 effects = self._computing.start(message, now)
-                return effects + self._installing.begins(message.attempt, now)
+                begins = [] if message.again else self._installing.begins(message.attempt, now)
+                return effects + begins
             case m.Assign():
                 return self._computing.assign(message, now)
             case m.Release():
