@@ -40,7 +40,8 @@ class Lasting:
     Who has rested has more of its quota left and does a short task faster than it could do many: a
     device with 0.35 of a processor that waited for a slow one was seen to take 0.45 of the time. As
     a pace that would be wrong the moment that it gets more to do.
-    ``threads`` of the engine; the quota is looked at now and then, for it may change.
+    ``threads`` of the engine, all as busy as the one whose time is told; the quota is looked at now
+    and then, for it may change.
     """
 
     def __init__(self, threads: int, look: Callable[[], Quota | None] | None = None) -> None:

@@ -83,12 +83,14 @@ class Room:
         self._set(self._largest, _NEVER)
 
     def give_back(self) -> None:
-        """To the system: all that is free now, and, as is usual, the most of what will be."""
+        """To the system: all that is free now, and what will be as glibc does it once a block of
+        32 MB was given back."""
         self._set(_USUAL, 2 * _USUAL)
         if self._libc is not None:
             self._libc.malloc_trim(0)
 
     def _set(self, largest: int, free: int) -> None:
         if self._libc is not None:
-            self._libc.mallopt(_MMAP_THRESHOLD, largest)
+            if not self._libc.mallopt(_MMAP_THRESHOLD, largest):  # glibc before 2.36 refuses more
+                self._libc.mallopt(_MMAP_THRESHOLD, _USUAL)
             self._libc.mallopt(_TRIM_THRESHOLD, free)

@@ -164,10 +164,9 @@ class ComputeThread:
         )
 
 
-def run_worker(options: WorkerOptions) -> m.Failure | None:
+def run_worker(options: WorkerOptions, room: Room) -> m.Failure | None:
     """Join the cluster and work until dismissed, stopped or refused."""
     _wait_for_stop_signals()
-    room = Room(options.memory_bytes or memory_limit())  # before any thread begins
     state = Path(options.state_dir)
     processes.hold_folder(state)
     incarnation = secrets.token_hex(4)
@@ -344,13 +343,14 @@ def _wait_for_stop_signals() -> None:
 def main(arguments: list[str]) -> int:
     """``python -m cluster.worker OPTIONS`` with the options as JSON."""
     options = msgspec.json.decode(arguments[0], type=WorkerOptions)
+    room = Room(options.memory_bytes or memory_limit())  # before any thread begins
     telemetry.configure(options.log_level, options.log_form, name=options.name)
     log = structlog.get_logger()
     if options.parent:
         processes.watch_parent(options.parent, lambda: os._exit(0))
     notify.enable()  # unless its supervisor has hidden the service manager
     try:
-        failure = run_worker(options)
+        failure = run_worker(options, room)
     except MeshInferError as error:
         failure = failure_of(error)
     if failure is None:

@@ -103,6 +103,33 @@ def test_what_is_large_leaves_no_gaps_in_the_one_heap() -> None:
     assert grown[1] < 1 << 20 < grown[0]
 
 
+def test_room_that_one_model_leaves_serves_the_next_until_it_is_given_back() -> None:
+    """In the thread that prepares, which is not the first one."""
+    code = (
+        "import resource, threading, psutil; from cluster.heap import Room\n"
+        "room, mib, faults = Room(1 << 30), 1 << 20, []\n"
+        "def held(): return psutil.Process().memory_info().rss\n"
+        "def prepare():\n"
+        "    for _ in range(3):\n"
+        "        before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt\n"
+        "        blocks = [bytes(b'x') * (40 * mib) for _ in range(3)]; del blocks\n"
+        "        faults.append(resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before)\n"
+        "def other(work):\n"
+        "    thread = threading.Thread(target=work); thread.start(); thread.join()\n"
+        "first = held(); room.keep(); other(prepare); kept = held() - first\n"
+        "room.give_back(); left = held() - first\n"
+        "print(*faults, kept // mib, left // mib)"
+    )
+    own = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=own, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    first, *later, kept, left = map(int, done.stdout.split())
+    assert first > 20_000 and max(later) < 1000, "no new pages"
+    assert kept > 100 and left < 20
+
+
 @pytest.mark.parametrize("chosen", ["", "3"])
 def test_only_who_shares_one_heap_begins_anew_and_what_it_starts_chooses(chosen: str) -> None:
     """Its user's own choice stays, also for what it starts."""

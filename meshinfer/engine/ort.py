@@ -66,11 +66,13 @@ class OrtEngine:
         self.name = f"onnxruntime-{ort.__version__}/{instructions or platform.machine()}/{threads}t"
         self._shared: WeakValueDictionary[str, ort.OrtValue] = WeakValueDictionary()
         self._layers: WeakValueDictionary[str, _Layers] = WeakValueDictionary()
+        self._by_sizes = "sme" in instructions
+        """Whether onnxruntime treats convolutions by their sizes: KleidiAI's, with Arm's SME."""
 
     def prepare(self, model: bytes) -> OrtPrepared:
         """Optimise and load a submodel; its weight files are no longer needed afterwards. Another
         tile of layers that are prepared is loaded with what was made of these."""
-        tile = tile_of(model)
+        tile = None if self._by_sizes else tile_of(model)
         known = None if tile is None else self._layers.get(tile.layers)
         try:
             # Inside ``blobs``: onnxruntime admits no external data outside the model's folder.
@@ -78,12 +80,13 @@ class OrtEngine:
                 folder = Path(name)
                 if tile is not None and known is not None:
                     made = optimised_as(known.optimised, known.tile, tile)
-                    if made is not None:
-                        return self._load_with(made, known, folder)
+                    loaded = None if made is None else self._loaded(made, known, folder)
+                    if loaded is not None:
+                        return loaded
                 self._optimise(model, folder)
                 return self._load(folder, tile)
         except Exception as error:
-            if type(error).__module__.startswith("onnxruntime"):
+            if _is_refusal(error):
                 raise EngineError(str(error)) from error
             raise
 
@@ -146,7 +149,8 @@ class OrtEngine:
             self._layers[layers.tile.layers] = layers
         return OrtPrepared(self._session(folder, weights), weights.values(), layers)
 
-    def _load_with(self, model: bytes, layers: _Layers, folder: Path) -> OrtPrepared:
+    def _loaded(self, model: bytes, layers: _Layers, folder: Path) -> OrtPrepared | None:
+        """None for what onnxruntime refuses: it is optimised as any other, then."""
         (folder / "model.onnx").write_bytes(model)
         ends = dict[str, int]()
         for tensor in external_tensors(memoryview(model)):
@@ -155,7 +159,12 @@ class OrtEngine:
         for name, nbytes in ends.items():  # looked for, and never read
             with (folder / name).open("wb") as file:
                 file.truncate(nbytes)
-        session = self._session(folder, layers.weights)
+        try:
+            session = self._session(folder, layers.weights)
+        except Exception as error:
+            if _is_refusal(error):
+                return None
+            raise
         return OrtPrepared(session, layers.weights.values(), layers)
 
     def _session(self, folder: Path, weights: Mapping[str, ort.OrtValue]) -> ort.InferenceSession:
@@ -176,6 +185,10 @@ class OrtEngine:
             value = ort.OrtValue.ortvalue_from_numpy(data.view(dtype).reshape(shape))
             self._shared[key] = value
         return value
+
+
+def _is_refusal(error: Exception) -> bool:
+    return type(error).__module__.startswith("onnxruntime")
 
 
 def _in_the_arena(options: ort.SessionOptions) -> None:

@@ -17,7 +17,8 @@ from meshinfer.engine.wire import as_bytes, encoded, fields, numbers
 
 _FUSED = frozenset("Relu LeakyRelu Clip Sigmoid Tanh HardSigmoid Identity".split())
 """With what makes their input."""
-_LAYERS = _FUSED | frozenset("Conv MaxPool AveragePool Add Sum Concat".split())
+_SUMS = frozenset(("Add", "Sum"))
+_LAYERS = _FUSED | _SUMS | frozenset("Conv MaxPool AveragePool Concat".split())
 _GRAPH = 7
 _NODE, _INPUT, _OUTPUT, _VALUE_INFO = 1, 11, 12, 13
 _NODE_INPUT, _NODE_OUTPUT, _NODE_NAME, _NODE_OP, _NODE_ATTRIBUTE, _NODE_DOMAIN = 1, 2, 3, 4, 5, 7
@@ -26,7 +27,7 @@ _INFO_TYPE, _TYPE_TENSOR, _TENSOR_SHAPE, _SHAPE_DIM, _DIM_VALUE = 2, 1, 2, 1, 1
 _OUTER_AXES = 2
 """Batch and channels: tiles of the same layers have all of both."""
 
-_NAMED = re.compile(r"(.*?)(?:_bn)?_nchwc(?:_token_\d+)?$", re.DOTALL)
+_NAMED = re.compile(r"(.*?)_nchwc(?:_token_\d+)?$", re.DOTALL)
 """How onnxruntime names an operator in its blocked layout: what was its output's name, and this."""
 
 
@@ -37,7 +38,7 @@ class Tile:
     name of what is fused with it; ``ends``: the graph's inputs and outputs, serialised."""
 
     layers: str
-    pads: dict[str, memoryview]
+    pads: dict[str, bytes]
     fused: dict[str, str]
     ends: tuple[bytes, ...]
 
@@ -51,8 +52,8 @@ def tile_of(model: bytes) -> Tile | None:
 
 
 def _tile_of(model: memoryview) -> Tile | None:
-    common, ends = sha256(), list[bytes]()
-    pads, fused = dict[str, memoryview](), dict[str, str]()
+    common, ends, sums, ones = sha256(), list[bytes](), False, False
+    pads, fused = dict[str, bytes](), dict[str, str]()
     for field, value in fields(model):
         if field != _GRAPH or isinstance(value, int):
             common.update(as_bytes(field, value))
@@ -63,22 +64,29 @@ def _tile_of(model: memoryview) -> Tile | None:
                 if node.domain or node.op not in _LAYERS:
                     return None
                 if node.pads is not None:
-                    pads[node.outputs[0]] = node.pads
+                    pads[node.outputs[0]] = bytes(node.pads)
+                sums |= node.op in _SUMS
                 if node.op in _FUSED:
                     read = node.inputs[0]
                     fused[node.outputs[0]] = fused.get(read, read)
                 common.update(encoded(_NODE, node.others))
             elif inner in (_INPUT, _OUTPUT) and not isinstance(message, int):
                 ends.append(encoded(inner, message))
-                common.update(encoded(inner, _without_sizes(message)))
+                sized = _without_sizes(message)
+                ones |= sized != _without_sizes(message, ones=False)
+                common.update(encoded(inner, sized))
             else:
                 common.update(as_bytes(inner, message))
+    if sums and ones:  # maybe of two values of which one is repeated along the other
+        return None
     return Tile(common.hexdigest(), pads, fused, tuple(ends))
 
 
 def optimised_as(made: bytes, first: Tile, tile: Tile) -> bytes | None:
     """What the optimiser makes of ``tile``, given what it ``made`` of another of the same layers;
     None where it cannot be told."""
+    if first.pads.keys() != tile.pads.keys():
+        return None
     left = dict(first.pads)
     found = bytearray()
     for field, value in fields(memoryview(made)):
@@ -93,7 +101,7 @@ def optimised_as(made: bytes, first: Tile, tile: Tile) -> bytes | None:
                 node = _Node.of(message)
                 if node.pads is not None:
                     name = next((n for n in node.may_make(first.fused) if n in left), "")
-                    if not name or _ints(left.pop(name)) != _ints(node.pads):
+                    if not name or _ints(memoryview(left.pop(name))) != _ints(node.pads):
                         return None
                     message = memoryview(node.others + encoded(_NODE_ATTRIBUTE, tile.pads[name]))
             graph += as_bytes(inner, message)
@@ -152,26 +160,27 @@ def _name(attribute: memoryview) -> str:
     return bytes(names[0]).decode() if names and not isinstance(names[0], int) else ""
 
 
-def _without_sizes(info: memoryview) -> bytes:
-    """A ValueInfoProto in which a size of a tile says only whether it is 1, which may be repeated
-    along another."""
-    return _changed(info, (_INFO_TYPE, _TYPE_TENSOR, _TENSOR_SHAPE))
+def _without_sizes(info: memoryview, *, ones: bool = True) -> bytes:
+    """A ValueInfoProto in which a size of a tile says at most whether it is 1, which may be
+    repeated along another."""
+    return _changed(info, (_INFO_TYPE, _TYPE_TENSOR, _TENSOR_SHAPE), ones)
 
 
-def _changed(message: memoryview, path: tuple[int, ...]) -> bytes:
+def _changed(message: memoryview, path: tuple[int, ...], ones: bool) -> bytes:
     if not path:
-        return _sizes(message)
+        return _sizes(message, ones)
     found = bytearray()
     for field, value in fields(message):
         if field == path[0] and not isinstance(value, int):
-            value = memoryview(_changed(value, path[1:]))
+            value = memoryview(_changed(value, path[1:], ones))
         found += as_bytes(field, value)
     return bytes(found)
 
 
-def _sizes(shape: memoryview) -> bytes:
+def _sizes(shape: memoryview, ones: bool) -> bytes:
     dims = [value for field, value in fields(shape) if field == _SHAPE_DIM]
     found = [b"" if isinstance(dim, int) else bytes(dim) for dim in dims]
     one = bytes((_DIM_VALUE << 3, 1))
-    kept = [*found[:_OUTER_AXES], *(dim if dim == one else b"" for dim in found[_OUTER_AXES:])]
+    sizes = (dim if ones and dim == one else b"" for dim in found[_OUTER_AXES:])
+    kept = [*found[:_OUTER_AXES], *sizes]
     return b"".join(encoded(_SHAPE_DIM, dim) for dim in kept)
