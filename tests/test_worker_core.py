@@ -368,6 +368,22 @@ def test_spare_tasks_are_prepared_one_by_one_and_requests_have_the_processor_in_
     assert messages(core.handle(e.Prepared(5), due + 0.1)) == ["Installed"]
 
 
+def test_a_device_on_which_nothing_runs_any_more_waits_for_no_request_to_begin() -> None:
+    core = alone()
+    told(core, welcome(), 0.0)
+    installed(core, 5, 2, 1.0)
+    told(core, m.Start(request="r", attempt=1, deployment=5, client="c"), 1.1)
+    assert core.handle(e.Prepared(5), 2.0) == []
+    told(core, m.Release(request="r", attempt=1), 2.1)
+    core.handle(e.Computed("r", 1, (0, 0), (), 0.1), 2.2)
+    assert core._computing.idle
+    due = 2.0 + limits.SPARE_PAUSE_TIMES * 1.0
+    core._beat_due = 99.0
+    assert places(core.handle(e.Ticked(), due - 0.1)) == [] and core.next_deadline() == due
+    core._beat_due = 99.0
+    assert places(core.handle(e.Ticked(), due)) == [(0, 2)]
+
+
 def test_spare_tasks_are_prepared_as_one_of_the_attempts_begins_that_all_devices_wait_for() -> None:
     """What they do in turn, each would make the others wait for."""
 

@@ -89,7 +89,8 @@ class Installing:
         """Of which deployment a spare task is being prepared."""
         self._slot_at = 0.0
         self._spares_from = self._spares_by = 0.0
-        """When the next one may be begun as a request begins, and when without."""
+        """When the next one may be begun: as a request begins or while none runs; in any case."""
+        self._awaits_turn = False
 
     @property
     def idle(self) -> bool:
@@ -228,6 +229,7 @@ class Installing:
         if busy:
             self._spares_from = now + limits.SPARE_PAUSE_TIMES * took_s
             self._spares_by = self._spares_from + limits.SPARE_TURN_S
+            self._awaits_turn = False
         return effects
 
     def _loaded(self, number: int, failure: m.Failure | None) -> list[Effect]:
@@ -257,15 +259,18 @@ class Installing:
     def connection_cut(self, peer: str, now: float) -> None:
         self._puller.hasten(peer, now)
 
-    def due(self, now: float) -> list[Effect]:
+    def due(self, now: float, *, busy: bool = False) -> list[Effect]:
+        """``busy``: requests run here."""
         effects, failed = self._puller.due(now)
         for digest in failed:
             why = "the coordinator does not send it"
             effects += self._blob_failed(digest, why, "ClusterUnavailable")
-        return effects + self._load_spare(now)
+        self._awaits_turn = now >= self._spares_from
+        return effects + self._load_spare(now, turn=self._awaits_turn and not busy)
 
     def next_deadline(self) -> float | None:
         due = self._puller.next_deadline()
         if self._spare is None and any(d.has_spares_to_load for d in self.deployments.values()):
-            return self._spares_by if due is None else min(due, self._spares_by)
+            spares = self._spares_by if self._awaits_turn else self._spares_from
+            return spares if due is None else min(due, spares)
         return due

@@ -275,7 +275,7 @@ class WorkerCore(Member):
             effects.append(told(self._heartbeat(now)))
         effects += self._computing.due(now)
         effects += self._detours.late(self._computing.outbox.late, now) + self._detours.due(now)
-        effects += self._installing.due(now)
+        effects += self._installing.due(now, busy=not self._computing.idle)
         effects += self._links.due(now)
         self._computing.holding.drop_orphans(now)
         self._checking.drop_orphans(now)
