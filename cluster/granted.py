@@ -18,6 +18,7 @@ CGROUPS = Path("/sys/fs/cgroup")
 OWN = Path("/proc/self/cgroup")
 _UNLIMITED_BYTES = 1 << 60
 LOOK_S = 1.0
+"""From one look at a quota that may change to the next."""
 
 
 @dataclass(frozen=True, slots=True)
